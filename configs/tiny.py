@@ -1,0 +1,61 @@
+"""A small Qwen3 mixture of experts learns arithmetic on two CPU cores: warm start, then DRPO.
+
+Variants, by `--config=configs/tiny.py:VARIANT`:
+  bf16         bfloat16 compute, nothing quantized
+  fp8_rollout  float32 compute, FP8 weights in the sampler (the default)
+  fp8_e2e      float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
+"""
+
+from drpo_jax.config import default_config
+from drpo_jax.data import CharTokenizer, max_prompt_length, max_response_length
+
+VARIANTS = {
+    "bf16": {"compute.dtype": "bfloat16", "precision.recipe": "none"},
+    "fp8_rollout": {"precision.recipe": "rollout"},
+    "fp8_e2e": {"precision.recipe": "e2e"},
+}
+
+
+def get_config(variant="fp8_rollout"):
+    if variant not in VARIANTS:
+        raise ValueError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}")
+    config = default_config()
+
+    config.model.vocab_size = -(-CharTokenizer.vocab_size // 16) * 16
+    config.model.hidden_size = 128
+    config.model.layers = 4
+    config.model.heads = 4
+    config.model.kv_heads = 2
+    config.model.head_dim = 32
+    config.model.mlp_size = 0
+    config.model.experts = 16
+    config.model.experts_per_token = 2
+    config.model.expert_size = 96
+    config.model.rope_theta = 1e4
+    config.model.load_balance = 0.01
+
+    config.data.digits = 3
+    config.data.operations = "+-*"
+    config.sampler.max_prompt_length = max_prompt_length(config.data)
+    config.sampler.max_response_length = max_response_length(config.data)
+    config.sampler.slots = 256
+    config.sampler.decode_steps = 16
+
+    config.sft.steps = 300
+    config.sft.batch = 128
+    config.sft.micro_batch = 32
+    config.sft.learning_rate = 2e-3
+    config.sft.warmup_steps = 20
+    config.sft.direct_share = 0.5
+    config.sft.direct_error = 0.9
+    config.sft.worked_error = 0.1
+
+    config.train.steps = 80
+    config.train.prompts = 32
+    config.train.samples = 8
+    config.train.mini_batch_prompts = 8
+    config.train.micro_batch = 32
+    config.optimizer.learning_rate = 1e-4
+
+    config.update_from_flattened_dict(VARIANTS[variant])
+    return config

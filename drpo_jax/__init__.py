@@ -1,0 +1,1 @@
+"""DRPO (Divergence Regularized Policy Optimization) for language models, in JAX."""

@@ -1,0 +1,127 @@
+"""Checkpoints through Orbax: asynchronous, the last n and the best, restored onto any mesh.
+
+A checkpoint is a flat dict from a leaf's path in the state (`model.blocks.attention.q_proj`) to its
+array, so that it can be read without this code, and a mismatch names the leaf. All randomness of a run
+is a function of (seed, step), so the state and the step are everything that a resume needs.
+"""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `directory`.
+
+    Args:
+      directory: created when needed.
+      keep: how many of the last ones stay, besides the best.
+      best_metric: name of the metric whose highest value is the best.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2, best_metric: str = "eval/avg"):
+        policies = ocp.checkpoint_managers
+        self._best_metric = best_metric
+        self._manager = ocp.CheckpointManager(
+            directory.resolve(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=lambda metrics: metrics[best_metric],
+                preservation_policy=policies.AnyPreservationPolicy([
+                    policies.LatestN(keep),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics[best_metric],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]),
+            ),
+        )
+        self.directory = directory
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the highest `best_metric`; the latest where none was evaluated."""
+        best = self._manager.best_step()
+        return self.latest_step() if best is None else best
+
+    def save(self, step: int, state, metrics: dict | None = None) -> None:
+        """Starts saving `state` as that of `step`; returns once its arrays are copied.
+
+        Args:
+          step: the number of steps done.
+          state: a pytree of arrays.
+          metrics: those of the step; looked through for the best metric.
+        """
+        best = (metrics or {}).get(self._best_metric)
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(flatten(state)),
+            metrics=None if best is None else {self._best_metric: float(best)},
+        )
+
+    def restore(self, step: int, like):
+        """The state of `step`, with the structure, dtypes and shardings of `like`.
+
+        Args:
+          like: a pytree of arrays or of `jax.ShapeDtypeStruct` with shardings. A part of what was
+            saved will do, for example {"model": …} of a whole state.
+
+        Raises:
+          ValueError: the checkpoint lacks a leaf of `like`, or holds it in another shape.
+        """
+        wanted = flatten(like)
+        saved = self._manager.item_metadata(step)
+        shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+        wrong = [
+            f"{name}: wanted {tuple(leaf.shape)}, the checkpoint has {shapes.get(name, 'nothing')}"
+            for name, leaf in wanted.items()
+            if shapes.get(name) != tuple(leaf.shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.directory} does not fit this model:\n  "
+                + "\n  ".join(wrong[:10])
+                + (f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+            )
+        # Orbax wants every leaf of the checkpoint named; what `like` leaves out is not read.
+        template = {name: wanted.get(name, ocp.PLACEHOLDER) for name in shapes}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.PyTreeRestore(
+                template,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(
+                    {n: leaf for n, leaf in template.items()}
+                ),
+            ),
+        )
+        leaves = [restored[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def close(self) -> None:
+        """Waits for a save in progress."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def flatten(tree) -> dict:
+    """{path: leaf}, paths like `model.blocks.attention.q_proj`, in the tree's order."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf for path, leaf in paths}
+
+
+def path_name(path) -> str:
+    """A tree path as dotted names; the `value` below an `nnx.Param` is left out."""
+    names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
+    return ".".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)

@@ -1,0 +1,557 @@
+"""The one door for configurations: the fields, what they mean, and the errors that people read.
+
+A config file (`configs/*.py`) starts from `default_config()` and changes fields; the command line
+changes single ones (`--config.train.steps=50`); `resolve` checks the result, fills in what follows
+from other fields and freezes it; `claim_workdir` keeps the resolved copy beside the run, so that a
+directory never mixes two experiments. Entry points are three lines around `launch`.
+
+Anything wrong with what the user gave raises `BadInput`, a ValueError whose message names the
+field, its value and what would be right. `launch` prints it as `error: …` and exits with code 2.
+"""
+
+import contextlib
+import difflib
+import glob
+import json
+import math
+import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections.config_dict import create, placeholder
+
+from drpo_jax import data
+from drpo_jax.objectives import ADVANTAGES, AGGREGATIONS, OBJECTIVES
+from drpo_jax.objectives.advantages import NEEDS_GROUPS
+
+flags.disclaim_key_flags()  # what `launch` defines belongs to the entry point, and to its --help
+
+
+class BadInput(ValueError):
+    """What the user gave is wrong; the message says what, where, and what would be right."""
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Around the part of an entry point that reads the user's files: a ValueError raised inside is
+    the user's to mend, so it becomes `BadInput` with the same message."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def default_config() -> ConfigDict:
+    """Returns a config with every field at its default."""
+    config = ConfigDict()
+    config.seed = 0  # of the initial weights, the problems, the samples and the order of data
+
+    config.model = create(
+        vocab_size=151936,  # rows of the embedding; at least the tokenizer's size
+        hidden_size=1024,
+        layers=28,
+        heads=16,  # query heads
+        kv_heads=8,  # key/value heads; divides heads
+        head_dim=128,  # even (rotary pairs)
+        mlp_size=3072,  # inner width of the dense MLP; 0 where every layer is a mixture of experts
+        experts=0,  # experts per layer; 0: dense
+        experts_per_token=0,  # experts that each token visits
+        expert_size=0,  # inner width of one expert
+        rope_theta=1e6,  # base of the rotary frequencies
+        rms_eps=1e-6,
+        tie_embeddings=False,  # the output head is the embedding's transpose
+        load_balance=0.0,  # coefficient of the auxiliary load-balancing loss; 0: off
+    )
+    config.compute = create(
+        dtype="float32",  # of activations and matmuls: float32 | bfloat16 (weights stay float32)
+        remat="none",  # what layers keep for backward: none all, dots the matmuls, full the inputs
+        grouped_matmul="auto",  # of the experts: blocked | ragged_dot | auto (by device)
+    )
+    config.mesh = create(  # devices along each axis; -1 takes the remaining ones
+        data=-1,
+        fsdp=1,
+        expert=1,
+        tensor=1,
+    )
+    config.precision = create(
+        recipe="none",  # none | rollout (FP8 weights in the sampler) | e2e (learner matmuls too)
+        scale="pow2",  # scale of a block of FP8 codes: pow2 | float32
+        sampler_weights="values",  # held as float8 codes, or values expanded once at weight sync
+    )
+    config.objective = create(
+        name="drpo",  # a name of drpo_jax.objectives.OBJECTIVES
+        advantage="dr_grpo",  # reward -> advantage, a name of ADVANTAGES
+        aggregation="seq-mean-token-sum-norm",  # token losses -> loss, a name of AGGREGATIONS
+        horizon=0,  # tokens that seq-mean-token-sum-norm divides by; 0: sampler.max_response_length
+        behavior="sampler",  # mu: as the sampler recorded it, or rescored once by the learner
+        # Hyperparameters of the objectives. None: the objective's own default.
+        delta=placeholder(float),  # boundary of |pi - mu| (of the KL for dppo_kl)
+        epsilon=placeholder(float),  # spo: boundary of |r - 1|
+        epsilon_low=placeholder(float),  # clip of the ratio: 1 - epsilon_low
+        epsilon_high=placeholder(float),  # and 1 + epsilon_high
+        dual_clip=placeholder(float),  # grpo: floor of J for negative advantages, above 1
+        ratio_cap=placeholder(float),  # dppo: cap of the ratio in the coefficient
+        tau_positive=placeholder(float),  # sapo: temperature for positive advantages
+        tau_negative=placeholder(float),  # and for negative ones
+        directional=placeholder(bool),  # mask_drpo: weight 1 wherever dppo keeps the token
+    )
+    config.optimizer = create(  # AdamW
+        learning_rate=1e-6,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,  # global norm of the gradient
+        warmup_steps=0,  # optimizer updates with a rising learning rate
+        schedule="constant",  # then constant | linear | cosine over the updates of train.steps
+        final_fraction=0.0,  # of learning_rate, where linear and cosine end
+    )
+    config.sampler = create(
+        max_prompt_length=1024,  # tokens; a longer prompt is an error
+        max_response_length=8192,  # tokens, the stop token included
+        temperature=1.0,
+        top_k=0,  # sample among the k likeliest tokens; 0: off
+        top_p=1.0,  # sample in the smallest set of this mass; 1: off
+        slots=128,  # sequences decoded at once
+        decode_steps=32,  # tokens per sequence between two looks of the host
+    )
+    config.train = create(
+        steps=200,  # rollout steps
+        prompts=64,  # per rollout
+        samples=8,  # responses per prompt (the group of an advantage)
+        mini_batch_prompts=16,  # prompts per optimizer update; divides prompts
+        micro_batch=8,  # sequences per forward and backward pass; divides the mini-batch
+        epochs=1,  # passes over a rollout
+        max_skipped=5,  # non-finite updates in a row before the run stops
+        save_rollout_every=20,  # rollout steps between saved rollouts; 0: never
+        shuffle_rewards=False,  # control experiment: rewards permuted over the rollout
+    )
+    config.sft = create(  # the supervised warm start
+        steps=0,  # optimizer updates; 0: none
+        batch=128,  # sequences per update
+        micro_batch=32,  # sequences per forward and backward pass; divides batch
+        learning_rate=1e-3,
+        warmup_steps=20,  # updates with a rising learning rate
+        direct_share=0.5,  # share of demonstrations that answer without working
+        direct_error=0.5,  # share of the direct ones whose answer is wrong
+        worked_error=0.1,  # probability of an error in each column of a worked one
+    )
+    config.evaluate = create(
+        every=0,  # rollout steps between evaluations; 0: only before and after
+        problems=256,  # held-out problems
+        samples=4,  # per problem: the k of avg@k
+        temperature=1.0,
+        greedy=True,  # one greedy response per problem as well
+    )
+    config.checkpoint = create(
+        every=20,  # rollout steps between saves
+        keep=2,  # the last ones kept, besides the best
+        best_metric="eval/avg",  # the highest is the best
+    )
+    config.data = create(
+        task="arithmetic",
+        digits=3,  # of the operands; of the first one in a product
+        operations="+-*",
+        file="",  # JSONL with a prompt and an answer per line, instead of the task
+        init_from="",  # workdir of an sft run to start from; "": train does the warm start
+    )
+    config.log = create(
+        every=1,  # rollout steps between logged steps
+    )
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 3}} -> {'train.steps': 3}"""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, (Mapping, ConfigDict))
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+CHOICES = {
+    "compute.dtype": ("float32", "bfloat16"),
+    "compute.remat": ("none", "full", "dots"),
+    "compute.grouped_matmul": ("auto", "blocked", "ragged_dot"),
+    "precision.recipe": ("none", "rollout", "e2e"),
+    "precision.scale": ("pow2", "float32"),
+    "precision.sampler_weights": ("values", "codes"),
+    "objective.name": tuple(OBJECTIVES),
+    "objective.advantage": tuple(ADVANTAGES),
+    "objective.aggregation": tuple(AGGREGATIONS),
+    "objective.behavior": ("sampler", "rescored"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "data.task": ("arithmetic",),
+}
+POSITIVE = """
+    model.vocab_size model.hidden_size model.layers model.heads model.kv_heads model.head_dim
+    model.rope_theta model.rms_eps objective.delta objective.epsilon objective.epsilon_low
+    objective.epsilon_high objective.ratio_cap objective.tau_positive objective.tau_negative
+    optimizer.learning_rate optimizer.eps optimizer.clip_norm sampler.max_prompt_length
+    sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps train.steps
+    train.prompts train.samples train.mini_batch_prompts train.micro_batch train.epochs
+    train.max_skipped sft.batch sft.micro_batch sft.learning_rate evaluate.problems
+    evaluate.samples evaluate.temperature checkpoint.every checkpoint.keep log.every
+""".split()
+NOT_NEGATIVE = """
+    seed model.mlp_size model.experts model.experts_per_token model.expert_size model.load_balance
+    objective.horizon optimizer.weight_decay optimizer.warmup_steps sampler.top_k
+    train.save_rollout_every sft.steps sft.warmup_steps evaluate.every
+""".split()
+SHARES = "sft.direct_share sft.direct_error sft.worked_error optimizer.final_fraction".split()
+MAY_CHANGE_ON_RESUME = re.compile(
+    r"train\.(steps|save_rollout_every|max_skipped)|checkpoint\.(every|keep)"
+    r"|(evaluate|log|mesh)\..*"
+)
+
+HYPER = tuple(f for f, v in flatten(default_config()).items() if v is None)
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Raises one `BadInput` that lists every problem: field, value, and what would be right.
+
+    (Values are looked at once all fields are there and have their types.) Warns of a delta that
+    no token can reach.
+    """
+    names, values = _types(), flatten(config)
+    problems = [f"{f} is not a field: {_suggest(f, names)}" for f in values if f not in names]
+    if missing := [f for f in names if f not in values]:
+        problems.append(f"missing (start from default_config()): {', '.join(missing)}")
+    problems += [
+        f"{f} = {v!r}: must be {_type_name(names[f])}"
+        for f, v in values.items()
+        if f in names and not _has_type(v, names[f], optional=f in HYPER)
+    ]
+    problems = problems or _range_problems(values) + _cross_problems(values)
+    if problems:
+        raise BadInput("the config has errors:\n  " + "\n  ".join(problems))
+    delta = values["objective.delta"]
+    if delta is not None and delta >= 1 and not values["objective.name"].endswith("_kl"):
+        logging.warning(
+            "objective.delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
+            "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
+            delta,
+        )
+
+
+def _range_problems(v: Mapping[str, Any]) -> list[str]:
+    """Problems of one field at a time."""
+
+    def outside(fields, holds, right):
+        return [
+            f"{f} = {v[f]!r}: must be {right}"
+            for f in fields
+            if v[f] is not None and not (math.isfinite(v[f]) and holds(v[f]))
+        ]
+
+    problems = []
+    for field, choices in CHOICES.items():
+        if v[field] not in choices:
+            near = difflib.get_close_matches(v[field], choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"{field} = {v[field]!r}: must be one of {', '.join(choices)}{hint}")
+    problems += outside(POSITIVE, lambda x: x > 0, "positive")
+    problems += outside(NOT_NEGATIVE, lambda x: x >= 0, "0 or more")
+    problems += outside(SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
+    problems += outside(["sampler.top_p"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    problems += outside(["objective.dual_clip"], lambda x: x > 1, "above 1")
+    problems += outside(["optimizer.b1", "optimizer.b2"], lambda x: 0 <= x < 1, "in [0, 1)")
+    mesh = [f for f in v if f.startswith("mesh.")]
+    problems += outside(mesh, lambda x: x >= 1 or x == -1, "positive, or -1 for the rest")
+    try:
+        data.ArithmeticTask(v["data.operations"], v["data.digits"])
+    except ValueError as error:
+        problems.append(f"data.{error}")
+    return problems
+
+
+def _cross_problems(v: Mapping[str, Any]) -> list[str]:
+    """Problems between fields. A field that is out of its own range is reported elsewhere."""
+    problems = []
+
+    def require(holds, fields, right):
+        if not holds:
+            problems.append(", ".join(f"{f} = {v[f]!r}" for f in fields.split()) + f": {right}")
+
+    def divides(small, large, factor=1):
+        what = large if factor == 1 else f"{large} * {factor} = {v[large] * factor}"
+        holds = v[small] <= 0 or v[large] * factor % v[small] == 0
+        require(holds, f"{small} {large}", f"{small} must divide {what}")
+
+    divides("model.kv_heads", "model.heads")
+    divides("train.mini_batch_prompts", "train.prompts")
+    divides("train.micro_batch", "train.mini_batch_prompts", factor=v["train.samples"])
+    divides("sft.micro_batch", "sft.batch")
+    require(v["model.head_dim"] % 2 == 0, "model.head_dim", "must be even (rotary pairs)")
+
+    experts, per_token = v["model.experts"], v["model.experts_per_token"]
+    sizes = "model.experts model.experts_per_token model.expert_size"
+    if experts:
+        require(1 <= per_token <= experts, sizes, "a token visits 1 to all experts")
+        require(v["model.expert_size"] > 0, sizes, "experts need a size")
+        divides("mesh.expert", "model.experts")
+    else:
+        require(v["model.mlp_size"] > 0, "model.mlp_size model.experts", "without experts, above 0")
+        require(not any(v[f] for f in sizes.split()), sizes, "without experts, 0 in all three")
+        require(v["mesh.expert"] == 1, "mesh.expert model.experts", "without experts, an axis of 1")
+    axes = [f for f in v if f.startswith("mesh.")]
+    require(sum(v[f] == -1 for f in axes) <= 1, " ".join(axes), "only one can take the rest (-1)")
+
+    samples = "train.samples objective.advantage"
+    needs_groups = v["objective.advantage"] in NEEDS_GROUPS
+    require(v["train.samples"] >= 2 or not needs_groups, samples, "it compares 2 samples or more")
+    fp8 = "precision.sampler_weights precision.recipe"
+    codes = v["precision.sampler_weights"] == "codes"
+    require(v["precision.recipe"] != "none" or not codes, fp8, "without a recipe, no codes to hold")
+
+    tokens = data.CharTokenizer.vocab_size
+    enough = v["model.vocab_size"] >= tokens
+    require(enough, "model.vocab_size", f"must be at least the tokenizer's {tokens}")
+    if not v["data.file"]:
+        with contextlib.suppress(ValueError):  # a task that is no task
+            task = data.ArithmeticTask(v["data.operations"], v["data.digits"])
+            for field, longest, what in (
+                ("sampler.max_prompt_length", data.max_prompt_length(task), "prompt"),
+                ("sampler.max_response_length", data.max_response_length(task), "demonstration"),
+            ):
+                holds = v[field] >= longest or (what == "demonstration" and not v["sft.steps"])
+                require(holds, f"{field} data.digits", f"the longest {what} has {longest} tokens")
+
+    name = v["objective.name"]
+    for field in HYPER if name in OBJECTIVES else ():
+        hyper = field.removeprefix("objective.")
+        takers = [o for o in OBJECTIVES if hyper in OBJECTIVES[o].hyper]
+        right = f"{name} does not take {hyper}; taken by {', '.join(takers) or 'none'}"
+        require(v[field] is None or name in takers, f"{field} objective.name", right)
+    return problems
+
+
+def resolve(config: Mapping[str, Any]) -> FrozenConfigDict:
+    """Returns a validated, frozen copy in which the fields that follow from others are filled in:
+    objective.horizon."""
+    validate(config)
+    config = from_dict(flatten(config))
+    if not config.objective.horizon:
+        config.objective.horizon = config.sampler.max_response_length
+    return FrozenConfigDict(config)
+
+
+def objective_hyper(config: Mapping[str, Any]) -> dict[str, float | bool]:
+    """Returns the hyperparameters set for the objective, as keywords of `token_objective`."""
+    return {
+        f.removeprefix("objective."): v
+        for f, v in flatten(config).items()
+        if f in HYPER and v is not None
+    }
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The config as indented JSON with sorted keys, null for an unset hyperparameter."""
+    return json.dumps(ConfigDict(config).to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote. Raises BadInput like `validate`, and for other text."""
+    values = _parse_json(text, "the config")
+    validate(values)
+    return from_dict(flatten(values))
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Binds `workdir` to `config` by writing `config.json` into it. True where it was bound before.
+
+    Fields that steer watching rather than learning (and the mesh) may differ from the last time,
+    and the file is then brought up to date.
+
+    Raises:
+      BadInput: the directory holds a run with another config; lists the fields that differ.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise BadInput(f"{workdir} is a file: --workdir must be a directory or not exist yet")
+    path, new = workdir / "config.json", flatten(config)
+    claimed = path.exists()
+    if claimed:
+        old = flatten(_parse_json(path.read_text(), str(path)))
+        differing = [
+            f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
+            for f in sorted({*old, *new})
+            if old.get(f) != new.get(f) and not MAY_CHANGE_ON_RESUME.fullmatch(f)
+        ]
+        if differing:
+            raise BadInput(
+                f"{workdir} holds a run with another config (its value -> this run's value):\n  "
+                + "\n  ".join(differing)
+                + "\nTake another --workdir for a new run, or the old values to resume that one."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(to_json(config))
+    os.replace(temporary, path)  # whole or not at all, also when killed here
+    return claimed
+
+
+def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
+    """Runs an entry point with --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
+
+    Calls `main` with the resolved config and exits with what it returns. `BadInput`, from the
+    command line or from `main`, is shown as one message with exit code 2; any other exception is a
+    defect and keeps its traceback.
+    """
+    config, workdir = define_flags(flags.FLAGS)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return parse_flags(argv, flags.FLAGS)
+        except BadInput as error:
+            _exit(error)
+
+    def run(_: list[str]) -> int | None:
+        try:
+            return main(resolve(config.value), Path(workdir.value).expanduser())
+        except BadInput as error:
+            _exit(error)
+
+    app.run(run, flags_parser=parse)
+
+
+def define_flags(values: flags.FlagValues) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines --config and --workdir among the flags `values`."""
+    help_config = (
+        "FILE[:VARIANT], for example configs/tiny.py:bf16. Single fields follow as "
+        "--config.train.steps=50; drpo_jax/config.py explains them."
+    )
+    help_workdir = "Directory of the run; resumed if it holds one."
+    return (
+        config_flags.DEFINE_config_file("config", None, help_config, flag_values=values),
+        flags.DEFINE_string("workdir", None, help_workdir, flag_values=values),
+    )
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Parses the command line `argv` (of this process) into the flags `values`.
+
+    Raises: BadInput for everything wrong with it.
+    """
+    if any(re.fullmatch(r"--?help(short|full|xml)?", a) for a in argv):
+        return values(argv)
+    specs = [
+        m[2] or after
+        for arg, after in zip(argv, [*argv[1:], ""])
+        if (m := re.fullmatch(r"--?config(=(.*))?", arg))
+    ]
+    if len(specs) != 1 or not specs[0]:
+        raise BadInput("give one --config=FILE[:VARIANT], for example --config=configs/tiny.py")
+    load_config(specs[0])
+    names = _types()
+    for arg in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
+        if match and match[1] not in names:
+            raise BadInput(f"{arg}: there is no such field: {_suggest(match[1], names)}")
+    try:
+        rest = values(argv)
+    except flags.IllegalFlagValueError as error:
+        if match := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL):
+            expected = _type_name(names[match[1]])
+            raise BadInput(f"--config.{match[1]}={match[2]}: must be {expected}") from None
+        raise BadInput(str(error)) from None
+    except flags.Error as error:
+        raise BadInput(str(error)) from None
+    if len(rest) > 1:
+        raise BadInput(f"{rest[1]}: not a flag; a field is set with --config.train.steps=50")
+    workdir = values.workdir
+    if not workdir:
+        raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
+    if "://" in workdir:
+        raise BadInput(f"--workdir={workdir}: must be a path; mount the bucket and name its path")
+    return rest
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Returns `get_config()` of a config file, `get_config(VARIANT)` for FILE:VARIANT."""
+    path, _, variant = spec.partition(":")
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, glob.glob("configs/*.py"), 1, 0.4)
+        raise BadInput(
+            f"--config={spec}: there is no file {path} below {Path.cwd()}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    try:
+        return runpy.run_path(path)["get_config"](*([variant] if variant else []))
+    except ValueError as error:
+        raise BadInput(f"--config={spec}: {error}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else f"--config={spec}"
+        cause = error.args[0] if error.args else error
+        if isinstance(cause, KeyError):  # ml_collections nests it in an AttributeError
+            cause = cause.args[0]
+        raise BadInput(f"{where}: {type(error).__name__}: {cause}") from error
+
+
+def from_dict(flat: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `flatten`, for a complete and valid config."""
+    config = default_config()
+    for field, value in flat.items():
+        section, _, leaf = field.rpartition(".")
+        (config[section] if section else config)[leaf] = value
+    return config
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{where} must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _types() -> dict[str, type]:
+    """Field -> type."""
+    config, types = default_config(), {}
+    for field in flatten(config):
+        section, _, leaf = field.rpartition(".")
+        types[field] = (config[section] if section else config).get_type(leaf)
+    return types
+
+
+def _has_type(value: Any, expected: type, optional: bool) -> bool:
+    if value is None:
+        return optional
+    return type(value) is expected or (expected is float and type(value) is int)
+
+
+def _type_name(kind: type) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _suggest(field: str, names: Mapping[str, Any]) -> str:
+    """What was probably meant by a field that is not among `names`."""
+    section, _, leaf = field.rpartition(".")
+    sections = sorted({n.partition(".")[0] for n in names if "." in n})
+    if field in sections:
+        section, leaf = field, ""
+    near = difflib.get_close_matches(section, sections, 1)
+    inside = [n for n in names if n.startswith(f"{near[0]}.")] if near else list(names)
+    leaves = [n.rpartition(".")[2] for n in inside]
+    close = difflib.get_close_matches(leaf, leaves, 1, 0.5)
+    found = [n for n, other in zip(inside, leaves) if other in close]
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    if near:
+        return f"{near[0]} has {', '.join(leaves)}"
+    return f"the sections are {', '.join(sections)}"
+
+
+def _exit(error: BadInput) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,47 @@
+"""Saved rollouts: what the learner saw of every sampled token, for notebooks and reports.
+
+`rollouts/step_000020.npz` is a NumPy archive (`np.load(path)`), with N sequences, prompt-major, the
+samples of a prompt next to each other; T tokens of prompt and response; R response tokens:
+
+    tokens            int32 [N, T]    prompt and response without a gap, zeros behind
+    prompt_lengths    int32 [N]
+    response_lengths  int32 [N]       the stop token counts
+    response_mask     bool [N, R]     which of the arrays below are of a sampled token
+    behavior_logp     float32 [N, R]  log µ, as the ratio was anchored
+    sampler_logp      float32 [N, R]  logprob under the filtered sampling distribution
+    logp              float32 [N, R]  log π at the update that used the token (first epoch)
+    coefficient       float32 [N, R]  c = ∂J/∂logp
+    weight            float32 [N, R]  w = c / (r·Â)
+    entropy           float32 [N, R]  of π at the token, nats
+    advantage         float32 [N]
+    reward            float32 [N]
+    finished          bool [N]        ended with a stop token
+    prompt, response, answer, kind    unicode [N], derived from the token ids and the problem
+    step              int             rollout step
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def rollout_path(workdir: Path, step: int) -> Path:
+    return workdir / "rollouts" / f"step_{step:06d}.npz"
+
+
+def save_rollout(workdir: Path, step: int, **arrays) -> Path:
+    """Writes the arrays of the module's docstring; a file is whole or not there."""
+    path = rollout_path(workdir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, step=step, **arrays)
+    os.replace(temporary, path)
+    return path
+
+
+def load_rollout(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a saved rollout by name."""
+    with np.load(path) as archive:
+        return {name: archive[name] for name in archive.files}

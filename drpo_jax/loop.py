@@ -1,0 +1,394 @@
+"""The RL loop: sample, verify, advantages, update, log, save. And the warm start before it.
+
+All randomness is a function of (config.seed, step, purpose), so a run that was killed and started
+again does what it would have done.
+"""
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drpo_jax import data
+from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.config import BadInput, bad_input
+from drpo_jax.learner.record import save_rollout
+from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
+from drpo_jax.objectives import advantages, informative
+from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
+from drpo_jax.rewards import REWARDS
+from drpo_jax.sampler import SamplingParams
+
+# Streams of randomness: folded into the seed's key after the step.
+INIT, SAMPLE, EVALUATE, SHUFFLE = range(4)
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and from where it can be resumed."""
+
+
+class Run:
+    """What the phases of a run share: data, reward, mesh, programs, checkpoints.
+
+    Args:
+      config: a resolved config.
+      workdir: of the run; must have been claimed.
+
+    Raises:
+      BadInput: a problem with the data or the mesh, before anything is computed.
+    """
+
+    def __init__(self, config, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.tokenizer = data.CharTokenizer()
+        self.reward = REWARDS[config.data.task]
+        with bad_input():
+            self.train_problems, self.heldout = self._problems()
+            self.mesh = make_mesh(**config.mesh)
+            self.programs = Programs(config, self.mesh, stop=(self.tokenizer.eos_id,))
+
+    def _problems(self):
+        config = self.config
+        if config.model.vocab_size < self.tokenizer.vocab_size:
+            raise BadInput(
+                f"model.vocab_size = {config.model.vocab_size}: the tokenizer has "
+                f"{self.tokenizer.vocab_size} tokens"
+            )
+        count = config.evaluate.problems
+        if config.data.file:
+            problems = data.load_problems(config.data.file)
+            where = config.data.file
+            if len(problems) < count + config.train.prompts:
+                raise BadInput(
+                    f"{where} has {len(problems)} problems; {count} for evaluation "
+                    f"(evaluate.problems) and {config.train.prompts} per rollout (train.prompts) "
+                    "are needed"
+                )
+            order = np.random.default_rng([config.seed, SHUFFLE]).permutation(len(problems))
+            heldout = [problems[i] for i in order[:count]]
+            train = [problems[i] for i in order[count:]]
+            checked = problems
+        else:
+            where = f"data.task = {config.data.task!r}"
+            train = config.data
+            heldout = data.sample_problems(config.data, config.seed, 0, count, split="heldout")
+            checked = heldout
+        data.check_prompt_lengths(
+            checked, self.tokenizer, config.sampler.max_prompt_length, where
+        )
+        return data.ProblemStream(train, config.seed), heldout
+
+    def key(self, step: int, purpose: int):
+        """The PRNG key of one purpose at one step."""
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), purpose)
+
+    def checkpoints(self, directory: str = "checkpoints") -> Checkpoints:
+        options = self.config.checkpoint
+        return Checkpoints(self.workdir / directory, options.keep, options.best_metric)
+
+    def encode(self, problems):
+        return [self.tokenizer.encode(problem.prompt) for problem in problems]
+
+    def rewards(self, problems, texts):
+        """float32 [N]; the responses to a problem are next to each other."""
+        samples = len(texts) // len(problems)
+        rows = [problem for problem in problems for _ in range(samples)]
+        return np.array(
+            [self.reward(p.prompt, text, p.answer) for p, text in zip(rows, texts)], np.float32
+        )
+
+
+# ------------------------------------------------------------------------------ the warm start
+
+
+def supervised(run: Run):
+    """Supervised learning on the task's demonstrations; resumes by itself. → the model."""
+    config, programs = run.config, run.programs
+    total = config.sft.steps
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(run.checkpoints("sft/checkpoints"))
+        step = checkpoints.latest_step() or 0
+        state = (
+            checkpoints.restore(step, programs.abstract_sft_state)
+            if step
+            else programs.init(run.key(0, INIT))
+        )
+        if step == total:
+            return state.model
+        log = stack.enter_context(MetricLogger(run.workdir / "sft", total, first_step=step + 1))
+        clock = CompileClock()
+        save_every = max(total // 4, 1)
+        print(f"supervised warm start: {total} updates of {config.sft.batch} demonstrations")
+        while step < total:
+            started = time.monotonic()
+            batch = demonstration_batch(run, step)
+            state, report = programs.supervised_update(state, batch)
+            step += 1
+            tokens = jnp.sum(batch.response_lengths)
+            nll = -jnp.sum(jnp.where(batch.response_mask(), report.trace.logp, 0.0))
+            metrics, tokens, nll = jax.device_get((report.metrics, tokens, nll))
+            _stop_if_stuck(run, report.skipped, step, checkpoints)
+            seconds = time.monotonic() - started
+            metrics |= {"loss": nll / tokens, "tokens_per_second": tokens / seconds}
+            if step % max(total // 15, 1) == 0 or step in (1, total):
+                log.log(step, metrics | clock.read())
+            if step % save_every == 0 or step == total:
+                checkpoints.save(step, state)
+        return state.model
+
+
+def demonstration_batch(run: Run, step: int):
+    """The demonstrations of one supervised update, as a Batch with advantage 1."""
+    config, tokenizer = run.config, run.tokenizer
+    sft, prompt_room = config.sft, config.sampler.max_prompt_length
+    room = config.sampler.max_response_length
+    pairs = data.demonstrations(
+        config.data, config.seed, step, sft.batch, sft.direct_share, sft.direct_error, sft.worked_error
+    )
+    tokens = np.zeros((sft.batch, prompt_room + room), np.int32)
+    prompt_lengths, response_lengths = np.zeros((2, sft.batch), np.int32)
+    for row, (prompt, response) in enumerate(pairs):
+        prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
+        response = response + [tokenizer.eos_id]
+        tokens[row, : len(prompt) + len(response)] = prompt + response
+        prompt_lengths[row], response_lengths[row] = len(prompt), len(response)
+    no_logp = np.zeros((sft.batch, room), np.float32)
+    ones = np.ones((sft.batch,), np.float32)
+    return run.programs.batch(tokens, prompt_lengths, response_lengths, no_logp, ones)
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+
+def train(config, workdir: Path) -> tuple[dict, dict]:
+    """Warm start, then RL; resumes a run that `workdir` holds.
+
+    Returns:
+      The records of the evaluations before and after.
+    """
+    run = Run(config, workdir)
+    programs, total = run.programs, config.train.steps
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(run.mesh))
+        checkpoints = stack.enter_context(run.checkpoints())
+        step = checkpoints.latest_step()
+        if step is None:
+            state, step = programs.restart(initial_model(run)), 0
+        else:
+            state = checkpoints.restore(step, programs.abstract_state)
+            print(f"resuming {workdir} after step {step}")
+        log = stack.enter_context(MetricLogger(workdir, total, first_step=step + bool(step)))
+        clock = CompileClock()
+        if step == 0:
+            _announce(config, run)
+            metrics = evaluate(run, state.model)
+            log.log(0, metrics)
+            checkpoints.save(0, state, metrics)
+        while step < total:
+            state, metrics = rl_step(run, state, step)
+            step += 1
+            _stop_if_stuck(run, state.skipped, step, checkpoints)
+            last = step == total
+            if last or (config.evaluate.every and step % config.evaluate.every == 0):
+                metrics |= evaluate(run, state.model)
+            if last or step % config.log.every == 0 or "eval/avg" in metrics:
+                log.log(step, metrics | clock.read())
+            if last or step % config.checkpoint.every == 0:
+                checkpoints.save(step, state, metrics)
+    evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
+    return evaluations[0], evaluations[-1]
+
+
+def initial_model(run: Run):
+    """The model that RL starts from: another run's, the warm start's, or a random one."""
+    source = run.config.data.init_from
+    if source:
+        with bad_input(), Checkpoints(Path(source) / "sft" / "checkpoints") as checkpoints:
+            step = checkpoints.latest_step()
+            if step is None:
+                raise BadInput(
+                    f"data.init_from = {source!r}: no checkpoint below it; give the workdir of a "
+                    "run of drpo_jax.sft"
+                )
+            like = {"model": run.programs.abstract_sft_state.model}
+            return checkpoints.restore(step, like)["model"]
+    if run.config.sft.steps:
+        return supervised(run)
+    return run.programs.init(run.key(0, INIT)).model
+
+
+def rl_step(run: Run, state, step: int):
+    """One rollout and its updates. → the new state and the metrics (host floats)."""
+    config, programs = run.config, run.programs
+    started = time.monotonic()
+    programs.sampler.model = programs.sync(state.model)
+    problems = run.train_problems.batch(step, config.train.prompts)
+    rollouts = programs.sampler.generate(
+        run.encode(problems), programs.sampling_params, run.key(step, SAMPLE)
+    )
+    sampled = time.monotonic()
+
+    texts = rollouts.texts(run.tokenizer)
+    reward = run.rewards(problems, texts)
+    used = reward
+    if config.train.shuffle_rewards:
+        used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)
+    advantage = np.asarray(advantages(config.objective.advantage, used, config.train.samples))
+    # π is the full softmax at the sampling temperature; so is the µ that it is compared with.
+    behavior_logp = rollouts.full_logp
+    whole = programs.batch(
+        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, behavior_logp, advantage
+    )
+    if config.objective.behavior == "rescored":
+        behavior_logp = np.asarray(programs.rescore(state.model, whole).logp)
+    rewarded = time.monotonic()
+
+    state, learned, metrics = learn(run, state, rollouts, behavior_logp, advantage, step)
+    finished = time.monotonic()
+
+    metrics |= {
+        "reward/mean": reward.mean(),
+        "reward/informative_groups": np.mean(informative(reward, config.train.samples)),
+        "response/length": rollouts.response_lengths.mean(),
+        "response/length_max": rollouts.response_lengths.max(),
+        "response/truncated": 1 - rollouts.finished.mean(),
+        "tokens_per_second": rollouts.response_lengths.sum() / (finished - started),
+        "time/step": finished - started,
+        "time/sample": sampled - started,
+        "time/reward": rewarded - sampled,
+        "time/update": finished - rewarded,
+    }
+    every = config.train.save_rollout_every
+    if every and step % every == 0:
+        rows = [problem for problem in problems for _ in range(config.train.samples)]
+        save_rollout(
+            run.workdir,
+            step,
+            **learned,
+            tokens=rollouts.tokens,
+            prompt_lengths=rollouts.prompt_lengths,
+            response_lengths=rollouts.response_lengths,
+            response_mask=np.asarray(whole.response_mask()),
+            behavior_logp=behavior_logp,
+            sampler_logp=rollouts.logp,
+            advantage=advantage,
+            reward=reward,
+            finished=rollouts.finished,
+            prompt=np.array([p.prompt for p in rows]),
+            response=np.array(texts),
+            answer=np.array([p.answer for p in rows]),
+            kind=np.array([p.kind for p in rows]),
+        )
+    return state, metrics
+
+
+def learn(run: Run, state, rollouts, behavior_logp, advantage, step: int):
+    """The updates on one rollout, all anchored on the same µ: the later ones are off-policy.
+
+    Returns:
+      The new state; the learner's view of the rollout's tokens by name (logp, coefficient, entropy,
+      weight: [N, R], of the first epoch); the metrics over all updates.
+    """
+    config, programs = run.config.train, run.programs
+    arrays = (
+        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, behavior_logp, advantage
+    )  # fmt: skip
+    order, batches, reports = [], [], []
+    for epoch in range(config.epochs):
+        for rows in mini_batches(run.config, step, epoch):
+            batch = programs.batch(*(a[rows] for a in arrays))
+            state, report = programs.policy_update(state, batch)
+            order.append(rows)
+            batches.append(batch)
+            reports.append(report)
+    trace = jax.tree.map(lambda *a: jnp.concatenate(a), *(r.trace for r in reports))
+    seen = jax.tree.map(lambda *a: jnp.concatenate(a), *batches)
+    pairs, extremes, weight = programs.summarize(trace, seen)
+    updates = jax.device_get([r.metrics for r in reports])
+    metrics = reduce_pairs(pairs) | jax.device_get(extremes)
+    metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+    metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
+    first_epoch = np.argsort(np.concatenate(order)[: len(rollouts)])
+    learned = trace._asdict() | {"weight": weight}
+    return state, {k: np.asarray(v)[first_epoch] for k, v in learned.items()}, metrics
+
+
+def mini_batches(config, step: int, epoch: int):
+    """Row indices of each mini-batch: whole groups, in an order drawn from (seed, step, epoch)."""
+    prompts, samples = config.train.prompts, config.train.samples
+    order = np.random.default_rng([config.seed, step, SHUFFLE, 2 + epoch]).permutation(prompts)
+    rows = (order[:, None] * samples + np.arange(samples)).reshape(-1)
+    return np.split(rows, prompts // config.train.mini_batch_prompts)
+
+
+def evaluate(run: Run, model, generations: list | None = None) -> dict:
+    """Held-out accuracy of the unquantized model, on a random stream of its own.
+
+    Args:
+      generations: a list to which one dict per response is appended.
+
+    Returns:
+      eval/avg, the mean over problems of the share of right answers among `evaluate.samples`
+      sampled at `evaluate.temperature`, eval/greedy, and both per kind of problem.
+    """
+    config, sampler = run.config.evaluate, run.programs.exact_sampler
+    sampler.model = run.programs.sync_exact(model)
+    base = dict(
+        max_tokens=run.config.sampler.max_response_length, stop=(run.tokenizer.eos_id,)
+    )
+    modes = {"avg": SamplingParams(samples=config.samples, temperature=config.temperature, **base)}
+    if config.greedy:
+        modes["greedy"] = SamplingParams(temperature=0.0, **base)
+    kinds = np.array([problem.kind for problem in run.heldout])
+    metrics = {}
+    for name, params in modes.items():
+        rollouts = sampler.generate(run.encode(run.heldout), params, run.key(0, EVALUATE))
+        texts = rollouts.texts(run.tokenizer)
+        right = run.rewards(run.heldout, texts).reshape(len(run.heldout), -1)
+        metrics[f"eval/{name}"] = right.mean()
+        if len(set(kinds)) > 1:
+            metrics |= {f"eval/{name}/{k}": right[kinds == k].mean() for k in sorted(set(kinds))}
+        if name == "avg":
+            metrics["eval/length"] = rollouts.response_lengths.mean()
+            metrics["eval/truncated"] = 1 - rollouts.finished.mean()
+        if generations is not None:
+            generations += [
+                {"id": problem.id, "kind": problem.kind, "mode": name, "prompt": problem.prompt,
+                 "response": text, "answer": problem.answer, "reward": float(reward)}
+                for problem, group, rewards in zip(
+                    run.heldout, np.reshape(texts, right.shape), right
+                )
+                for text, reward in zip(group.tolist(), rewards)
+            ]  # fmt: skip
+    sampler.model = None
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _announce(config, run):
+    size = sum(leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.model))
+    updates = config.train.prompts // config.train.mini_batch_prompts * config.train.epochs
+    print(
+        f"{config.objective.name} on {size / 1e6:.1f}M parameters, precision recipe "
+        f"{config.precision.recipe!r}: {config.train.steps} rollouts of {config.train.prompts} "
+        f"prompts x {config.train.samples} samples, {updates} updates each"
+    )
+
+
+def _stop_if_stuck(run, skipped, step, checkpoints):
+    skipped, limit = int(skipped), run.config.train.max_skipped
+    if skipped:
+        logging.warning(
+            "step %d: a loss or gradient was not finite; %d update(s) in a row skipped", step, skipped
+        )
+    if skipped >= limit:
+        raise TrainingStopped(
+            f"step {step}: the last {skipped} updates had a non-finite loss or gradient and were "
+            f"skipped (train.max_skipped = {limit}). The last good checkpoint is that of step "
+            f"{checkpoints.latest_step()} in {checkpoints.directory}; lower "
+            "optimizer.learning_rate, or look at the saved rollouts, before resuming."
+        )

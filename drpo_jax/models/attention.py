@@ -1,0 +1,99 @@
+"""Grouped-query attention with rotary positions and q/k norm.
+
+Axis letters: B batch, T query time, S key time, D model width, N query heads, K key/value heads,
+G query heads per key/value head (N = K·G), H head width, C cache slots.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm, rotate
+
+MASKED = -1e30  # finite: a fully masked (padding) row gives a uniform softmax, never NaN
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer; `__call__` over whole sequences, `decode` one token at a time."""
+
+    def __init__(self, config, key):
+        d, h = config.hidden_size, config.head_dim
+        n, k = config.heads * h, config.kv_heads * h
+        keys = jax.random.split(key, 4)
+        self.q_proj = param(fan_in_normal(keys[0], (d, n), d), ("embed", "heads"))
+        self.k_proj = param(fan_in_normal(keys[1], (d, k), d), ("embed", "kv_heads"))
+        self.v_proj = param(fan_in_normal(keys[2], (d, k), d), ("embed", "kv_heads"))
+        self.o_proj = param(fan_in_normal(keys[3], (n, d), n), ("heads", "embed"))
+        self.q_norm = param(jnp.ones((h,)), ("norm",))
+        self.k_norm = param(jnp.ones((h,)), ("norm",))
+        self.eps, self.head_dim = config.rms_eps, h
+
+    def project(self, x, angles, compute):
+        """x [..., D] → q [..., N, H], k and v [..., K, H]; q and k normalised and rotated."""
+
+        def heads(w):
+            y = project(x, w, compute)
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        q = rms_norm(heads(self.q_proj), self.q_norm[...], self.eps)
+        k = rms_norm(heads(self.k_proj), self.k_norm[...], self.eps)
+        return rotate(q, angles), rotate(k, angles), heads(self.v_proj)
+
+    def __call__(self, x_BxTxD, angles, mask_BxTxS, compute):
+        """Attention within the sequences; returns the output [B, T, D] and (k, v) [B, T, K, H]."""
+        q, k, v = self.project(x_BxTxD, angles, compute)
+        out = attend(q, k, v, mask_BxTxS)
+        out = project(out.reshape(*out.shape[:-2], -1), self.o_proj, compute)
+        return out, (k, v)
+
+    def decode(self, x_BxD, angles, cache, index, mask_BxC, compute):
+        """One token a row: writes its key and value at `index` of the cache, attends, returns both.
+
+        Args:
+          cache: (keys [B, K, H, Ctotal], values [B, K, Ctotal, H]).
+          index: int32 scalar, the slot all rows write (a row's positions need not equal its slots).
+          mask_BxC: bool, the slots each row may read; C ≤ Ctotal bounds what is read at all.
+        """
+        q, k, v = self.project(x_BxD, angles, compute)
+        keys, values = cache
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None].astype(keys.dtype), index, 3)
+        values = jax.lax.dynamic_update_slice_in_dim(
+            values, v[:, :, None].astype(values.dtype), index, 2
+        )
+        slots = mask_BxC.shape[-1]
+        out = attend_cache(q, keys[..., :slots], values[:, :, :slots], mask_BxC)
+        out = project(out.reshape(out.shape[0], -1), self.o_proj, compute)
+        return out, (keys, values)
+
+
+def causal_mask(segment_ids_BxT):
+    """bool [B, T, S]: a token sees itself and the earlier tokens of its own segment."""
+    t = segment_ids_BxT.shape[-1]
+    same = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
+    return same & jnp.tril(jnp.ones((t, t), bool))
+
+
+def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
+    """softmax(q kᵀ / √H) v with grouped heads; scores and softmax in float32. → [B, T, N, H]"""
+    b, t, n, h = q_BxTxNxH.shape
+    kv = k_BxSxKxH.shape[2]
+    q = q_BxTxNxH.reshape(b, t, kv, n // kv, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BxSxKxH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BxTxS[:, None, None], scores * h**-0.5, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v_BxSxKxH).reshape(b, t, n, h)
+
+
+def attend_cache(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC):
+    """`attend` for one query a row against the cache. → [B, N, H]
+
+    Written as multiply and reduce: a batched matmul with one query a row is memory-bound everywhere,
+    and XLA's CPU backend runs it as B·K tiny matrix products.
+    """
+    b, n, h = q_BxNxH.shape
+    kv = keys_BxKxHxC.shape[1]
+    q = q_BxNxH.reshape(b, kv, n // kv, h, 1).astype(jnp.float32) * h**-0.5
+    scores = jnp.sum(q * keys_BxKxHxC[:, :, None].astype(jnp.float32), axis=-2)
+    probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
+    out = jnp.sum(probs[..., None] * values_BxKxCxH[:, :, None].astype(jnp.float32), axis=-2)
+    return out.reshape(b, n, h).astype(q_BxNxH.dtype)

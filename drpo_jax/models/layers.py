@@ -1,0 +1,77 @@
+"""What every layer is made of: parameters with logical axes, RMS norm, rotary embedding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from drpo_jax.precision import MatmulRecipe, matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a forward pass is computed (what it computes is the model's `ModelConfig`).
+
+    Attributes:
+      dtype: dtype of activations and of the weights as they enter a matmul, "float32" or "bfloat16".
+        Norms, router, softmax and logits are float32 whatever it is.
+      matmul: what the FP8 recipe does with the matmuls of this side (sampler or learner).
+      remat: "none" keeps every activation for the backward pass, "dots" keeps the outputs of the
+        matmuls, "full" keeps the layers' inputs alone.
+      grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", or "auto" (blocked on
+        CPU, where `ragged_dot` computes every expert for every row; ragged_dot elsewhere).
+    """
+
+    dtype: str = "float32"
+    matmul: MatmulRecipe = MatmulRecipe()
+    remat: str = "none"
+    grouped_matmul: str = "auto"
+
+    def grouped_kernel(self):
+        if self.grouped_matmul != "auto":
+            return self.grouped_matmul
+        return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
+
+
+def param(value, axes):
+    """An `nnx.Param` that knows its logical axes (without the leading "layers" of a stack)."""
+    return nnx.Param(value, axes=axes)
+
+
+def value(weight):
+    """The array behind a parameter; in a sampler that keeps FP8 codes, the `Quantized`."""
+    return weight.get_value()
+
+
+def project(x, weight, compute):
+    """x [..., k] @ weight [k, n], as the FP8 recipe wants it."""
+    return matmul(x, value(weight), compute.matmul)
+
+
+def fan_in_normal(key, shape, fan_in):
+    """Normal initialization of standard deviation 1/sqrt(fan_in), float32."""
+    return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
+
+
+def rms_norm(x, scale, eps):
+    """RMS norm over the last axis, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """(cos, sin), float32 [..., head_dim // 2], of the rotary embedding at integer `positions`."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, angles):
+    """Rotates the two halves of each head: x [..., heads, head_dim], angles [..., head_dim // 2]."""
+    cos, sin = (a[..., None, :] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

@@ -1,0 +1,260 @@
+"""Mixture of experts: top-k routing and the grouped matmul over the experts' rows. Dropless.
+
+Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout,
+D model width, F expert width, E experts.
+
+Every assignment (token, expert) gets one row of a layout in which each expert's rows are contiguous
+and start at a multiple of `block`; the experts' matmuls run over that layout, and the rows are read
+back. An assignment to expert E (padding tokens; under expert parallelism, other devices' experts)
+gets no row and costs nothing.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from drpo_jax.models.layers import fan_in_normal, param, value
+from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.precision import Ops, Quantized, dequantize, matmul
+
+
+class MoE(nnx.Module):
+    """Router and SwiGLU experts of one layer (Qwen3-MoE: softmax, top-k, renormalised gates)."""
+
+    def __init__(self, config, key):
+        d, f, e = config.hidden_size, config.expert_size, config.experts
+        keys = jax.random.split(key, 4)
+        self.router = param(fan_in_normal(keys[0], (d, e), d), ("embed", "router"))
+        self.gate_proj = param(fan_in_normal(keys[1], (e, d, f), d), ("experts", "embed", "mlp"))
+        self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), ("experts", "embed", "mlp"))
+        self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), ("experts", "mlp", "embed"))
+        self.experts_per_token = config.experts_per_token
+
+    def __call__(self, x, valid, compute):
+        """x [..., D] → (y [..., D], router statistics).
+
+        Args:
+          valid: bool [...], False for padding tokens: they reach no expert and no statistic.
+
+        Returns:
+          y, and {"load": float32 [E], assignments per expert; "probability": float32 [E], summed
+          router probabilities}.
+        """
+        x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
+        gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], self.experts_per_token)
+        e = probs_NxE.shape[-1]
+        experts_Nxk = jnp.where(valid_N[:, None], experts_Nxk, e)
+        weights = tuple(value(w) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        y = _sharded_experts(x_NxD, gates_Nxk, experts_Nxk, weights, e, compute)
+        statistics = {
+            "load": jnp.sum(jax.nn.one_hot(experts_Nxk, e, dtype=jnp.float32), axis=(0, 1)),
+            "probability": jnp.sum(jnp.where(valid_N[:, None], probs_NxE, 0.0), axis=0),
+        }
+        return y.reshape(x.shape), statistics
+
+
+def route(x_NxD, router_DxE, k):
+    """Top-k routing in float32: gates [N, k] (sum 1), experts int32 [N, k], probabilities [N, E]."""
+    probs = jax.nn.softmax(
+        jnp.dot(x_NxD.astype(jnp.float32), router_DxE, preferred_element_type=jnp.float32), axis=-1
+    )
+    gates, experts = jax.lax.top_k(probs, k)
+    return gates / jnp.sum(gates, axis=-1, keepdims=True), experts, probs
+
+
+def load_balance_loss(load_E, probability_E):
+    """E · Σ_e f_e p_e (Switch Transformer, arXiv 2101.03961): 1 when balanced, E when collapsed."""
+    f = load_E / jnp.maximum(jnp.sum(load_E), 1.0)
+    p = probability_E / jnp.maximum(jnp.sum(probability_E), 1e-9)
+    return load_E.shape[0] * jnp.sum(jax.lax.stop_gradient(f) * p)
+
+
+def _sharded_experts(x, gates, experts, weights, num_experts, compute):
+    """Runs `_local_experts` on every device: tokens gathered over the `expert` axis, each device
+    computing its own experts' (and its own slice of the width's) share, shares summed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local_experts(x, gates, experts, weights, num_experts, compute)
+    # Blocks of codes need not end where a device's slice does.
+    weights = tuple(dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights)
+
+    def body(x, gates, experts, *weights):
+        gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
+        local = num_experts // mesh.shape["expert"]
+        own = gather(experts) - jax.lax.axis_index("expert") * local
+        own = jnp.where((own >= 0) & (own < local), own, local)
+        y = _local_experts(gather(x), gather(gates), own, weights, local, compute)
+        y = jax.lax.psum(y, "tensor")
+        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+
+    tokens = P(BATCH_AXES, None)
+    up, down = P("expert", None, "tensor"), P("expert", "tensor", None)
+    return jax.shard_map(
+        body, in_specs=(tokens, tokens, tokens, up, up, down), out_specs=tokens, check_vma=False
+    )(x, gates, experts, *weights)
+
+
+def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute):
+    """Σ_k gate · expert(x), over the experts 0..num_experts-1; others contribute nothing."""
+    kernel = compute.grouped_kernel()
+    block = _block_rows(experts_Nxk.size, num_experts) if kernel == "blocked" else 1
+    layout = make_layout(experts_Nxk, num_experts, block)
+    ops, groups = {
+        "blocked": (BLOCKED, (layout.block_expert, layout.blocks, layout.group_sizes)),
+        "ragged_dot": (RAGGED, (layout.group_sizes,)),
+    }[kernel]
+    gate_proj, up_proj, down_proj = weights
+    grouped = lambda rows, w: matmul(rows, w, compute.matmul, ops, *groups)  # noqa: E731
+    rows = dispatch(x_NxD, layout.source, layout.row)
+    rows = jax.nn.silu(grouped(rows, gate_proj)) * grouped(rows, up_proj)
+    y_NxkxD = collect(grouped(rows, down_proj), layout.source, layout.row)
+    y = jnp.sum(y_NxkxD * gates_Nxk[..., None].astype(y_NxkxD.dtype), axis=1)
+    return y.astype(x_NxD.dtype)
+
+
+class Layout(NamedTuple):
+    """Where each assignment's row lies.
+
+    Attributes:
+      row: int32 [N, k], the row of each assignment; R (out of range) when it has none.
+      source: int32 [R], the assignment (n·k + j) in each row; M (out of range) in padding rows.
+      group_sizes: int32 [E], rows per expert, padding included.
+      block_expert: int32 [R / block], the expert of each block of rows.
+      blocks: int32 scalar, blocks in use.
+    """
+
+    row: jax.Array
+    source: jax.Array
+    group_sizes: jax.Array
+    block_expert: jax.Array
+    blocks: jax.Array
+
+
+def _block_rows(assignments, num_experts):
+    """Rows per block: near the mean group, between 16 and 128 (measured on CPU)."""
+    block = 16
+    while block < 128 and 2 * block * num_experts <= assignments:
+        block *= 2
+    return block
+
+
+def make_layout(experts_Nxk, num_experts, block):
+    """Groups the assignments by expert, each group padded to a multiple of `block` rows."""
+    expert_M = experts_Nxk.reshape(-1)
+    m = expert_M.shape[0]
+    r = -(-m // block) * block + (num_experts * block if block > 1 else 0)
+    order = jnp.argsort(expert_M, stable=True)
+    expert_sorted = expert_M[order]
+    bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
+    sizes = jnp.diff(bounds)
+    padded = -(-sizes // block) * block
+    ends = jnp.cumsum(padded)
+    start = jnp.append(ends - padded, r) - bounds
+    row_sorted = jnp.where(
+        expert_sorted < num_experts, jnp.arange(m) + start[expert_sorted], r
+    ).astype(jnp.int32)
+    row = jnp.zeros((m,), jnp.int32).at[order].set(row_sorted, unique_indices=True)
+    source = jnp.full((r,), m, jnp.int32).at[row_sorted].set(order.astype(jnp.int32), mode="drop")
+    first_row = jnp.arange(r // block) * block
+    block_expert = jnp.minimum(jnp.searchsorted(ends, first_row, side="right"), num_experts - 1)
+    return Layout(
+        row.reshape(experts_Nxk.shape),
+        source,
+        padded.astype(jnp.int32),
+        block_expert.astype(jnp.int32),
+        (ends[-1] // block).astype(jnp.int32),
+    )
+
+
+def _rows(x, index):
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def dispatch(x_NxD, source_R, row_Nxk):
+    """x [N, D] → its rows in the layout [R, D]. The gradient gathers too, where autodiff scatters."""
+    return _rows(x_NxD, source_R // row_Nxk.shape[1])
+
+
+def _dispatch_fwd(x, source, row):
+    return dispatch(x, source, row), row
+
+
+def _dispatch_bwd(row, g_RxD):
+    return jnp.sum(_rows(g_RxD, row), axis=1), None, None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def collect(y_RxD, source_R, row_Nxk):
+    """Rows of the layout [R, D] → one per assignment [N, k, D]; zero where it has none."""
+    return _rows(y_RxD, row_Nxk)
+
+
+def _collect_fwd(y, source, row):
+    return collect(y, source, row), source
+
+
+def _collect_bwd(source, g_NxkxD):
+    return _rows(g_NxkxD.reshape(-1, g_NxkxD.shape[-1]), source), None, None
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+def _blocked(x_RxK, w_ExKxN, block_expert, blocks, contract):
+    """One matmul per block of rows with its expert's weights; only the blocks in use are computed."""
+    rows = x_RxK.shape[0] // block_expert.shape[0]
+    columns = w_ExKxN.shape[3 - contract]
+
+    def body(i, out):
+        x = jax.lax.dynamic_slice_in_dim(x_RxK, i * rows, rows)
+        w = jax.lax.dynamic_index_in_dim(w_ExKxN, block_expert[i], keepdims=False)
+        y = jax.lax.dot_general(
+            x, w, (((1,), (contract - 1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), i * rows, 0)
+
+    return jax.lax.fori_loop(0, blocks, body, jnp.zeros((x_RxK.shape[0], columns), x_RxK.dtype))
+
+
+def _blocked_dw(x_RxK, g_RxN, block_expert, blocks, group_sizes):
+    rows = x_RxK.shape[0] // block_expert.shape[0]
+
+    def body(i, dw):
+        x, g = (jax.lax.dynamic_slice_in_dim(a, i * rows, rows) for a in (x_RxK, g_RxN))
+        block = jnp.dot(x.T, g, preferred_element_type=jnp.float32)
+        return dw.at[block_expert[i]].add(block)
+
+    shape = (group_sizes.shape[0], x_RxK.shape[1], g_RxN.shape[1])
+    return jax.lax.fori_loop(0, blocks, body, jnp.zeros(shape, jnp.float32))
+
+
+def _ragged(x_RxK, w_ExKxN, group_sizes):
+    return jax.lax.ragged_dot(
+        x_RxK, w_ExKxN, group_sizes, preferred_element_type=jnp.float32
+    ).astype(x_RxK.dtype)
+
+
+def _ragged_dw(x_RxK, g_RxN, group_sizes):
+    like = jnp.zeros((group_sizes.shape[0], x_RxK.shape[1], g_RxN.shape[1]), x_RxK.dtype)
+    _, pullback = jax.vjp(lambda w: _ragged(x_RxK, w, group_sizes), like)
+    return pullback(g_RxN)[0]
+
+
+BLOCKED = Ops(
+    dot=lambda x, w, block_expert, blocks, sizes: _blocked(x, w, block_expert, blocks, 1),
+    dot_dx=lambda g, w, block_expert, blocks, sizes: _blocked(g, w, block_expert, blocks, 2),
+    dot_dw=_blocked_dw,
+)
+RAGGED = Ops(
+    dot=_ragged,
+    dot_dx=lambda g, w, sizes: _ragged(g, jnp.swapaxes(w, 1, 2), sizes),
+    dot_dw=_ragged_dw,
+)

@@ -1,0 +1,323 @@
+"""The table of objectives: one equation each, from a sampled token to its gradient.
+
+For a token sampled from the behavior policy µ and now scored by the policy π:
+
+    r = π/µ                        the importance ratio
+    J                              the objective of the token, to be maximised
+    c = ∂J/∂logp                   its score coefficient: what the backward pass emits
+    w = c / (r·Â)                  its gradient weight: 1 for the plain surrogate
+
+Judge an objective by w. An update diverges (moves π further from µ) where Â·(r − 1) > 0 and
+converges where it is negative; w < 1 restrains it, w < 0 corrects it, w > 1 amplifies it.
+
+Adding an objective: write its equation below, with its hyperparameters as arguments that have
+defaults, return (J, c, w), and name it in `OBJECTIVES`. Nothing else needs to know: the learner,
+the fused head, the plots and the tests read that table (and one test compares every c with the
+autodiff of its J). For instance, DRPO with a trust region that is flatter inside and steeper
+outside:
+
+    def drpo_cubic(t, delta=0.15):
+        '''J = r·Â − |Â|·µ³·(r−1)⁴/(4δ³): DRPO's boundary, reached cubically.'''
+        J = t.r * t.A - abs(t.A) * t.mu**3 * (t.r - 1) ** 4 / (4 * delta**3)
+        w = 1 - (t.drift / delta) ** 3
+        return J, t.r * t.A * w, w
+
+    OBJECTIVES["drpo_cubic"] = Objective(drpo_cubic)      # in a notebook; here: add it to the list
+
+To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
+
+Numerics. Log-probabilities are clamped to at least −1e4, so that two of −inf make no NaN. log r is
+clipped to ±20; beyond the clip (`beyond_clip`) c and w are 0 for every objective. π − µ comes from
+the two exponentials, never from µ·(r − 1). w never comes from c / (r·Â): where Â = 0 it is 1 for
+every objective but `cispo` and `sapo`, whose w depends on r alone.
+
+Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
+ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
+(2503.14476) and the dual clip of 1912.09729; CISPO (2506.13585); SAPO (2511.20347).
+"""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from drpo_jax.objectives.choice import unknown
+from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, Token, beyond_clip, token
+
+TINY_ADVANTAGE = 1e-6  # |Â| up to which the no-advantage forms report w = 1
+
+Terms = tuple[jax.Array, jax.Array, jax.Array]  # (J, c, w)
+
+# ---------------------------------------------------------------- no trust region, ratio clips
+
+
+def surrogate(t: Token) -> Terms:
+    """J = r·Â: the unregularized baseline."""
+    return t.r * t.A, t.r * t.A, jnp.ones_like(t.r)
+
+
+def grpo(t: Token, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None) -> Terms:
+    """J = min(r·Â, clip(r, 1−ε_low, 1+ε_high)·Â): PPO's clip, as GRPO uses it.
+
+    "Clip-higher" is ε_high = 0.28. With a `dual_clip` above 1 (3 and 10 are common) J is also at
+    least dual_clip·Â where Â < 0: the gradient stops at r = dual_clip.
+    """
+    low, high = 1 - epsilon_low, 1 + epsilon_high
+    J = jnp.minimum(t.r * t.A, jnp.clip(t.r, low, high) * t.A)
+    stopped = ((t.A > 0) & (t.r > high)) | ((t.A < 0) & (t.r < low))
+    if dual_clip is not None:
+        J = jnp.where(t.A < 0, jnp.maximum(J, dual_clip * t.A), J)
+        stopped |= (t.A < 0) & (t.r > dual_clip)
+    w = jnp.where(stopped, 0.0, jnp.ones_like(t.r))
+    return J, t.r * t.A * w, w
+
+
+def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
+    """J = sg[clip(r, 1−ε_low, 1+ε_high)]·Â·logp: the ratio is clipped, no gradient is dropped.
+
+    ε_low ≥ 1 leaves the ratio without a lower bound, as in CISPO's own runs.
+    """
+    clipped = jax.lax.stop_gradient(jnp.clip(t.r, 1 - epsilon_low, 1 + epsilon_high))
+    return clipped * t.A * t.logp, clipped * t.A, clipped / t.r
+
+
+def sapo(t: Token, tau_positive=1.0, tau_negative=1.05) -> Terms:
+    """J = (4/τ)·σ(τ·(r−1))·Â: a soft gate; τ is τ_positive where Â > 0, else τ_negative."""
+    tau = jnp.where(t.A > 0, tau_positive, tau_negative).astype(t.r.dtype)
+    gate = jax.nn.sigmoid(tau * (t.r - 1))
+    w = 4 * gate * jax.nn.sigmoid(-tau * (t.r - 1))
+    return 4 / tau * gate * t.A, t.r * t.A * w, w
+
+
+# ------------------------------------------------------------------------ a χ²-type penalty
+
+
+def spo(t: Token, epsilon=12.5) -> Terms:
+    """J = r·Â − |Â|·(r−1)²/(2ε): a quadratic penalty on the ratio; w is unbounded as µ → 0.
+
+    ε = 12.5 is the DRPO paper's setting (the boundary then lies at r = 13.5 and nowhere below
+    r = 1); the original SPO paper uses 0.2. ε may be an array: DRPO is ε = δ/µ.
+    """
+    J = t.r * t.A - abs(t.A) * (t.r - 1) ** 2 / (2 * epsilon)
+    w = 1 - jnp.sign(t.A) * (t.r - 1) / epsilon
+    return J, t.r * t.A * w, w
+
+
+def spo_no_advantage(t: Token, epsilon=12.5) -> Terms:
+    """J = r·Â − (r−1)²/(2ε): the ablation whose boundary r = 1 + ε·Â moves with reward scale.
+
+    w = 1 − (r−1)/(ε·Â), reported as 1 where |Â| ≤ 1e-6; c is exact there too.
+    """
+    J = t.r * t.A - (t.r - 1) ** 2 / (2 * epsilon)
+    pull = (t.r - 1) / epsilon
+    return J, t.r * (t.A - pull), 1 - pull * _inverse(t.A)
+
+
+# ------------------------------------------------------------------- hard divergence masks
+
+
+def dppo_tv(t: Token, delta=0.15, ratio_cap=None) -> Terms:
+    """J = M·r·Â, M = [sign(Â)·(π−µ) ≤ δ]: no gradient once a diverging token has moved δ.
+
+    `ratio_cap` (off; 1e4 in the paper's script) truncates the ratio: c = M·min(r, cap)·Â. So that
+    c stays the derivative of J, r continues in J above the cap as cap·(1 + log(r/cap)).
+    """
+    return _masked(t, t.drift <= delta, ratio_cap)
+
+
+def dppo_kl(t: Token, delta=0.05, ratio_cap=None) -> Terms:
+    """J = M·r·Â, M = [KL ≤ δ or converging], KL of the Bernoulli(µ) from the Bernoulli(π), nats.
+
+    KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). `ratio_cap` as in `dppo_tv`.
+    """
+    rest = (1 - t.mu) * jnp.log((1 - t.mu + 1e-8) / (1 - t.pi + 1e-8))
+    kl = rest - t.mu * t.log_r
+    return _masked(t, (kl <= delta) | (t.drift <= 0), ratio_cap)
+
+
+# --------------------------------------------------------------------- DRPO and its ablations
+
+
+def drpo(t: Token, delta=0.15) -> Terms:
+    """J = r·Â − |Â|·µ·(r−1)²/(2δ): a quadratic penalty on the probability shift π − µ.
+
+    w = 1 − sign(Â)·(π−µ)/δ lies in [1 − 1/δ, 1 + 1/δ] for every µ: it attenuates a diverging
+    update, is 0 at DPPO's boundary, negative beyond it, and above 1 for a converging update. δ is
+    the boundary in probability: with δ ≥ 1 (the released code runs δ = 12.5) no token reaches it.
+    """
+    J = t.r * t.A - abs(t.A) * t.mu * (t.r - 1) ** 2 / (2 * delta)
+    w = 1 - t.drift / delta
+    return J, t.r * t.A * w, w
+
+
+def drpo_no_advantage(t: Token, delta=0.15) -> Terms:
+    """J = r·Â − µ·(r−1)²/(2δ): the ablation whose boundary π − µ = δ·Â moves with reward scale.
+
+    w = 1 − (π−µ)/(δ·Â), reported as 1 where |Â| ≤ 1e-6; c is exact there too.
+    """
+    J = t.r * t.A - t.mu * (t.r - 1) ** 2 / (2 * delta)
+    pull = t.shift / delta
+    return J, t.r * (t.A - pull), 1 - pull * _inverse(t.A)
+
+
+def drpo_no_correction(t: Token, delta=0.15) -> Terms:
+    """w = max(w_drpo, 0): attenuation without correction, the complement of `mask_drpo`.
+
+    J is DRPO's, held at its maximum Â + |Â|·δ/(2µ) once a diverging token is past the boundary:
+    J = Â + |Â|·(d − µ·d²/(2δ)) with d = min(sign(Â)·(r−1), δ/µ).
+    """
+    d = jnp.minimum(jnp.sign(t.A) * (t.r - 1), delta * _inverse_mu(t, delta))
+    J = t.A + abs(t.A) * (d - t.mu * d**2 / (2 * delta))
+    w = jnp.maximum(1 - t.drift / delta, 0)
+    return J, t.r * t.A * w, w
+
+
+def mask_drpo(t: Token, delta=0.15, directional=False) -> Terms:
+    """J = r·Â − [outside]·|Â|·((π−µ)² − δ²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
+
+    Outside is |π−µ| > δ, where converging tokens jump to w > 2. With `directional` it is
+    sign(Â)·(π−µ) > δ: w = 1 wherever DPPO keeps the gradient, and DRPO's correction elsewhere.
+    """
+    outside = (t.drift if directional else abs(t.shift)) > delta
+    penalty = (t.mu * (t.r - 1) ** 2 - delta**2 * _inverse_mu(t, delta)) / (2 * delta)
+    J = t.r * t.A - jnp.where(outside, abs(t.A) * penalty, 0.0)
+    w = 1 - jnp.where(outside, t.drift / delta, 0.0)
+    return J, t.r * t.A * w, w
+
+
+def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
+    """DPPO's terms: the surrogate, its ratio truncated at `ratio_cap`, where `kept`."""
+    value = weighted = t.r
+    if ratio_cap is not None:
+        weighted = jnp.minimum(t.r, ratio_cap)
+        value = weighted + ratio_cap * jnp.maximum(t.log_r - jnp.log(ratio_cap), 0)
+    J, c, w = value * t.A, weighted * t.A, weighted / t.r
+    return jnp.where(kept, J, 0.0), jnp.where(kept, c, 0.0), jnp.where(kept, w, 0.0)
+
+
+def _inverse(A: jax.Array) -> jax.Array:
+    """1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
+    tiny = abs(A) <= TINY_ADVANTAGE
+    return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, A))
+
+
+def _inverse_mu(t: Token, delta) -> jax.Array:
+    """1/µ, finite, and exact for every token outside the boundary whose log r is not clipped.
+
+    A token with µ < δ leaves the boundary only upwards, where π > δ; with µ ≤ δ·exp(−20) its
+    ratio would be above exp(20). The floor therefore touches only tokens beyond the clip.
+    """
+    return 1 / jnp.maximum(t.mu, delta * math.exp(-LOG_RATIO_CLIP))
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table. Everything but the equation is read off the equation.
+
+    Attributes:
+      equation: (Token, **hyperparameters) -> (J, c, w).
+    """
+
+    equation: Callable[..., Terms]
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters by name, with their defaults."""
+        _, *hyper = inspect.signature(self.equation).parameters.values()
+        return {parameter.name: parameter.default for parameter in hyper}
+
+    @property
+    def summary(self) -> str:
+        """The equation in one line."""
+        return (inspect.getdoc(self.equation) or "").partition("\n")[0]
+
+
+OBJECTIVES: dict[str, Objective] = {
+    equation.__name__: Objective(equation)
+    for equation in (
+        surrogate, grpo, cispo, sapo, spo, spo_no_advantage, dppo_tv, dppo_kl,
+        drpo, drpo_no_advantage, drpo_no_correction, mask_drpo,
+    )
+}  # fmt: skip
+
+
+def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
+    """The objective of each token and its score coefficient: the single source of both.
+
+    Args:
+      name: a key of `OBJECTIVES`.
+      logp: log π of the sampled tokens under the current policy, nats. Any shape.
+      behavior_logp: log µ of the same tokens, as the sampler recorded it.
+      advantage: Â. The three arrays broadcast against each other.
+      **hyper: the objective's hyperparameters (`OBJECTIVES[name].hyper` has the defaults). Numbers,
+        or arrays that broadcast; at least delta and epsilon must then be positive, unchecked.
+
+    Returns:
+      (J, c), arrays of the broadcast shape, float32 (float64 if an input is): J to be maximised,
+      c = ∂J/∂logp exactly where J is differentiable and log r is not clipped, and 0 beyond the
+      clip. Ascent on J raises the probability of a token with Â > 0.
+
+    Raises:
+      ValueError: an unknown name or hyperparameter, or a value it cannot take.
+    """
+    J, c, _ = _terms(name, logp, behavior_logp, advantage, hyper)
+    return J, c
+
+
+def gradient_weight(name: str, logp, behavior_logp, advantage, **hyper) -> jax.Array:
+    """The gradient weight w of each token, with c = r·Â·w. Arguments as for `token_objective`.
+
+    In closed form, so that it is finite and meaningful at Â = 0, where c says nothing (see the
+    module's docstring). The ablations without advantage report 1 where |Â| ≤ 1e-6. 0 beyond the
+    clip of log r.
+    """
+    return _terms(name, logp, behavior_logp, advantage, hyper)[2]
+
+
+def resolve_hyper(name: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of objective `name`: `hyper` over the defaults.
+
+    Raises:
+      ValueError: an unknown objective or hyperparameter (naming the nearest one), or a value that
+        the hyperparameter cannot take.
+    """
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    defaults = OBJECTIVES[name].hyper
+    for key, value in hyper.items():
+        if key not in defaults:
+            raise unknown(f"hyperparameter of the objective {name!r}", key, defaults)
+        if problem := _problem(key, value, defaults[key]):
+            raise ValueError(f"The objective {name!r} needs {key} to be {problem}, not {value!r}.")
+    return {**defaults, **hyper}
+
+
+def _problem(key: str, value, default) -> str | None:
+    """What `value` should have been, or None if it may be this hyperparameter's value."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if value is None and default is None:
+        return None
+    least = 1 if key == "dual_clip" else 0
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if value > least:
+            return None
+    elif hasattr(value, "shape"):
+        return None
+    return f"a number above {least}" + (" or None" if default is None else "")
+
+
+def _terms(name: str, logp, behavior_logp, advantage, hyper: Mapping[str, Any]) -> Terms:
+    """(J, c, w) of objective `name`, with c and w set to 0 beyond the clip of log r."""
+    hyper = resolve_hyper(name, hyper)
+    J, c, w = OBJECTIVES[name].equation(token(logp, behavior_logp, advantage), **hyper)
+    clipped = beyond_clip(logp, behavior_logp)
+    return J, jnp.where(clipped, 0.0, c), jnp.where(clipped, 0.0, w)

@@ -1,0 +1,33 @@
+"""The device mesh (data, fsdp, expert, tensor)."""
+
+import math
+
+import jax
+from jax.sharding import AxisType
+
+from drpo_jax.parallel.axes import MESH_AXES
+
+
+def make_mesh(data=-1, fsdp=1, expert=1, tensor=1, devices=None):
+    """A mesh of all `devices` (default: every device there is); one size may be -1 (the rest).
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor)))
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1, got {sizes}")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values()) or fixed} devices, there are "
+            f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1 to let "
+            "it take the rest"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    )

@@ -1,0 +1,20 @@
+"""FP8, simulated exactly: codes and scales, recipes, and the matmul that follows them."""
+
+from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
+from drpo_jax.precision.matmul import DENSE, Ops, matmul, quantize_weight
+from drpo_jax.precision.recipes import RECIPES, MatmulRecipe, Recipe, get_recipe
+
+__all__ = [
+    "DENSE",
+    "Ops",
+    "RECIPES",
+    "MatmulRecipe",
+    "Quantized",
+    "Recipe",
+    "dequantize",
+    "fake_quantize",
+    "get_recipe",
+    "matmul",
+    "quantize",
+    "quantize_weight",
+]

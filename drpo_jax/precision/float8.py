@@ -1,0 +1,194 @@
+"""Float8 codes and block scales, and the rounding that makes them the same on every backend.
+
+A block of x shares one float32 scale s; its codes are the float8 values nearest to x / s (ties to
+even), s chosen so that the largest magnitude of the block still fits. Axis letters: R rows, C
+columns (the last two axes of any array), r, c sides of a block, P, Q blocks per axis.
+
+Scales. "pow2": the smallest power of two with amax / s ≤ fmax, from the exponent bits, exact on all
+backends. "float32": amax / fmax, which compilers round differently in the last bit. A block of zeros
+has scale 1. The scale never goes below 2⁻¹¹⁶ (e4m3) or 2⁻¹⁰⁹ (e5m2): then no subnormal float32,
+which backends may flush, can reach a nonzero code, and no dequantized value is subnormal.
+
+Infinities and NaN. They come out as they went in (the scale of their block is so large that the
+largest code times it is Inf); the other values of that block, unless they are huge, become zero. A
+finite value within 7 % of the largest float32 may round to Inf, as in any narrower format.
+
+Rounding. It is done in float32 arithmetic, and the cast to float8 only stores a value that float8
+represents. So the codes do not depend on a backend's cast, and a compiler that deletes the
+float32 → float8 → float32 round trip (XLA may, on GPU) changes nothing. Adding and subtracting a
+constant is no substitute: XLA folds the pair away.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+SCALES = ("pow2", "float32")
+
+_EXPONENT = 0x7F800000  # the exponent bits of a float32, and the bits of +Inf
+_MAGNITUDE = 0x7FFFFFFF  # all but the sign
+_ONE = 0x3F800000  # the bits of 1.0
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["block"]
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A float8 array with one scale per block of its last two axes; see `quantize`.
+
+    Leading axes are batch, so a stack of matrices can be scanned, vmapped or indexed leaf by leaf.
+
+    Attributes:
+      codes: float8 [..., R, C].
+      scales: float32 [..., ⌈R/r⌉, ⌈C/c⌉].
+      block: (r, c), static.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    block: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """What the arithmetic needs of a float8 dtype; exponents are unbiased."""
+
+    largest: float
+    mantissa_bits: int
+    min_exponent: int  # of the smallest normal value
+    max_exponent: int
+    min_scale_exponent: int
+
+
+_FORMATS = {
+    jnp.dtype(jnp.float8_e4m3fn): _Format(448.0, 3, -6, 8, -116),
+    jnp.dtype(jnp.float8_e5m2): _Format(57344.0, 2, -14, 15, -109),
+}
+
+
+def quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
+    """Rounds x to float8 codes with one scale per block of its last two axes.
+
+    Args:
+      x: floating [..., R, C]; computed on in float32.
+      block: (r, c); a side larger than the matrix falls back to the matrix side, and sides that the
+        block does not divide leave a smaller last block. (1, 128) makes tiles along the last axis.
+      dtype: float8_e4m3fn or float8_e5m2.
+      scale: "pow2" or "float32" (see the module's docstring).
+
+    Returns:
+      `Quantized`. Not differentiable in a useful sense: see `drpo_jax.precision.matmul`.
+
+    Raises:
+      ValueError: fewer than two axes, a bad block, dtype or scale.
+    """
+    fmt, block = _check(x, block, dtype, scale)
+    x_PrQc = _blocked(x.astype(jnp.float32), block)
+    scales = _block_scales(x_PrQc, fmt, scale)
+    scaled = _divide(x_PrQc, scales, scale)
+    scaled = jnp.clip(scaled, -fmt.largest, fmt.largest)
+    codes = _round(scaled, _ONE, fmt).astype(dtype)
+    return Quantized(_unblocked(codes, x.shape), scales[..., 0, :, 0], block)
+
+
+def dequantize(q, dtype=jnp.float32):
+    """codes · scales of a `Quantized`, as `dtype` [..., R, C] (exact in bfloat16 for "pow2")."""
+    codes_PrQc = _blocked(q.codes.astype(jnp.float32), q.block)
+    x = codes_PrQc * q.scales[..., :, None, :, None]
+    return _unblocked(x, q.codes.shape).astype(dtype)
+
+
+def fake_quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
+    """The values of `dequantize(quantize(x, …))` in x's dtype, without making the codes.
+
+    Equal bit for bit for "pow2", and idempotent: fake_quantize(fake_quantize(x)) ==
+    fake_quantize(x). Arguments and errors as for `quantize`.
+    """
+    fmt, block = _check(x, block, dtype, scale)
+    x_PrQc = _blocked(x.astype(jnp.float32), block)
+    scales = _block_scales(x_PrQc, fmt, scale)
+    if scale == "pow2":
+        y = _round(x_PrQc, _bits(scales), fmt)
+    else:
+        scaled = jnp.clip(_divide(x_PrQc, scales, scale), -fmt.largest, fmt.largest)
+        y = _round(scaled, _ONE, fmt) * scales
+    return _unblocked(y, x.shape).astype(x.dtype)
+
+
+def _check(x, block, dtype, scale):
+    """(format, block clipped to the matrix), or a ValueError."""
+    if x.ndim < 2:
+        raise ValueError(f"quantization blocks need at least two axes, got shape {x.shape}")
+    if jnp.dtype(dtype) not in _FORMATS:
+        names = ", ".join(d.name for d in _FORMATS)
+        raise ValueError(f"cannot quantize to {jnp.dtype(dtype).name}; known: {names}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"a block is two positive sides, got {block}")
+    r, c = (max(1, min(side, size)) for side, size in zip(block, x.shape[-2:]))
+    return _FORMATS[jnp.dtype(dtype)], (r, c)
+
+
+def _blocked(x, block):
+    """[..., R, C] → [..., P, r, Q, c], padded with zeros to whole blocks."""
+    (r, c), (rows, columns) = block, x.shape[-2:]
+    if rows % r or columns % c:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -rows % r), (0, -columns % c)])
+    return x.reshape(*x.shape[:-2], x.shape[-2] // r, r, x.shape[-1] // c, c)
+
+
+def _unblocked(x_PrQc, shape):
+    """The inverse of `_blocked`, back to `shape`."""
+    p, r, q, c = x_PrQc.shape[-4:]
+    return x_PrQc.reshape(*shape[:-2], p * r, q * c)[..., : shape[-2], : shape[-1]]
+
+
+def _block_scales(x_PrQc, fmt, scale):
+    """float32 [..., P, 1, Q, 1], the scale of each block."""
+    # Magnitudes and their bits have the same order. XLA's CPU reduces floats faster along rows, and
+    # integers ten times faster along columns.
+    if x_PrQc.shape[-3] == 1:
+        bits = _bits(jnp.max(jnp.abs(x_PrQc), axis=(-3, -1), keepdims=True)) & _MAGNITUDE
+    else:
+        bits = jnp.max(_bits(x_PrQc) & _MAGNITUDE, axis=(-3, -1), keepdims=True)
+    bits = jnp.minimum(bits, _EXPONENT)  # NaN as Inf
+    # Both formats end at 1.75 · 2^max_exponent: a mantissa above 1.75 carries into the exponent.
+    exponent = ((bits + 0x1FFFFF) >> 23) - fmt.max_exponent
+    exponent = jnp.maximum(exponent, 127 + fmt.min_scale_exponent)
+    scales = _float(exponent << 23)
+    if scale == "float32":
+        ratio = jnp.maximum(_float(bits) / fmt.largest, 2.0**fmt.min_scale_exponent)
+        scales = jnp.where(bits == _EXPONENT, scales, ratio)
+    return jnp.where(bits < 0x00800000, 1.0, scales)  # zero, or a subnormal that may be flushed
+
+
+def _divide(x, scales, scale):
+    """x / scales; by the exact reciprocal when it is a power of two."""
+    return x * _float((254 << 23) - _bits(scales)) if scale == "pow2" else x / scales
+
+
+def _round(x, scale_bits, fmt):
+    """x, float32, rounded to the values of the format times a power of two, ties to even.
+
+    Args:
+      scale_bits: int32, the bits of that power of two, broadcast against x.
+
+    The step between representable values is 2^(exponent of x − mantissa bits), and constant below
+    the smallest normal value; it and its reciprocal are powers of two made from exponent bits.
+    """
+    smallest_normal = scale_bits + (fmt.min_exponent << 23)
+    exponent = jnp.maximum(_bits(x) & _EXPONENT, smallest_normal)
+    step = exponent - (fmt.mantissa_bits << 23)
+    return jnp.round(x * _float((254 << 23) - step)) * _float(step)
+
+
+def _bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,266 @@
+"""Generation: jitted prefill and decode over a KV cache, in batches of a fixed number of slots.
+
+Prompts lie right-aligned in the cache, so that all rows write the same slot at a decode step: a row's
+rotary position is its own count, its slot the shared one. Each prompt is prefilled once and its cache
+repeated for the samples of its group. The decode loop runs `decode_steps` tokens on the device per
+host round trip and reads the cache only up to a length bucket, one compilation each.
+
+Axis letters: B rows (slots), P prompt slots, R response tokens, C = P + R cache slots, K key/value
+heads, H head width, L layers.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drpo_jax.models import Compute
+from drpo_jax.parallel import batch_shards, constrain
+from drpo_jax.sampler.token import SamplingParams, sample_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Sampled responses; N = prompts · samples rows, the samples of a prompt next to each other.
+
+    Attributes:
+      tokens: int32 [N, P + R], prompt and response without a gap, zeros behind.
+      prompt_lengths, response_lengths: int32 [N]; the stop token counts. Masks come from these, never
+        from token ids.
+      logp: float32 [N, R], logprob of each response token under the distribution it was sampled from
+        (this is log µ); zeros behind the response.
+      full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
+      finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
+    """
+
+    tokens: np.ndarray
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    logp: np.ndarray
+    full_logp: np.ndarray
+    finished: np.ndarray
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def response(self, row):
+        """Token ids of one response, the stop token left out."""
+        start = self.prompt_lengths[row]
+        end = start + self.response_lengths[row] - self.finished[row]
+        return self.tokens[row, start:end].tolist()
+
+    def texts(self, tokenizer):
+        """The responses as text (derived: the token ids are the record)."""
+        return [tokenizer.decode(self.response(row)) for row in range(len(self))]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch in flight.
+
+    Attributes:
+      caches: per layer (keys [B, K, H, C], values [B, K, C, H]).
+      tokens int32 [B, R], logp and full_logp float32 [B, R]: what was sampled so far.
+      lengths: int32 [B], response tokens so far.
+      done: bool [B].
+      prompt_lengths: int32 [B].
+      keys: PRNG key per row.
+      step: int32 scalar, tokens sampled by every row that is not done.
+    """
+
+    caches: tuple
+    tokens: jax.Array
+    logp: jax.Array
+    full_logp: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    prompt_lengths: jax.Array
+    keys: jax.Array
+    step: jax.Array
+
+
+def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
+    """Runs the prompts (right-aligned int32 [prompts, P]) and samples every row's first token.
+
+    Row `prompt · samples + j` draws from the key folded with (prompt_ids[prompt], j), so its response
+    depends neither on the number of slots nor on its neighbours.
+    """
+    width = tokens_PxT.shape[1]
+    slots = jnp.arange(width)
+    valid = slots >= width - lengths[:, None]
+    positions = jnp.maximum(slots - (width - lengths[:, None]), 0)
+    out = model.hidden(tokens_PxT, positions, valid.astype(jnp.int32), compute, cache=True)
+    repeat = partial(jnp.repeat, repeats=params.samples, axis=0)
+    logits = repeat(model.logits(out.hidden[:, -1], compute))
+
+    def layer_cache(k_BxPxKxH, v_BxPxKxH):
+        def room(x, axis):
+            pad = [(0, 0)] * 4
+            pad[axis] = (0, params.max_tokens)
+            return constrain(jnp.pad(repeat(x), pad), "batch", "kv_heads", None, None)
+
+        return room(k_BxPxKxH.transpose(0, 2, 3, 1), 3), room(v_BxPxKxH.transpose(0, 2, 1, 3), 2)
+
+    keys = jax.vmap(
+        lambda prompt: jax.vmap(
+            lambda sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+        )(jnp.arange(params.samples))
+    )(prompt_ids).reshape(-1)
+    rows = keys.shape[0]
+    empty = jnp.zeros((rows, params.max_tokens))
+    state = DecodeState(
+        caches=tuple(layer_cache(k, v) for k, v in zip(*out.cache)),
+        tokens=empty.astype(jnp.int32),
+        logp=empty,
+        full_logp=empty,
+        lengths=jnp.zeros((rows,), jnp.int32),
+        done=repeat(lengths == 0),
+        prompt_lengths=repeat(lengths),
+        keys=keys,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _record(state, logits, params)
+
+
+def decode(model, state, *, read, params, compute):
+    """Samples until response slot `read` is filled or all rows are done; reads no slot beyond it."""
+    width = state.caches[0][0].shape[-1] - params.max_tokens
+
+    def step(state):
+        index = width + state.step - 1
+        slots = jnp.arange(width + read)
+        mask = (slots >= width - state.prompt_lengths[:, None]) & (slots <= index)
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, 1, keepdims=False)
+        hidden, caches = model.decode(
+            last, state.prompt_lengths + state.step - 1, state.caches, index, mask, compute
+        )
+        state = dataclasses.replace(state, caches=caches)
+        return _record(state, model.logits(hidden, compute), params)
+
+    def going(state):
+        return (state.step < read) & ~jnp.all(state.done)
+
+    return jax.lax.while_loop(going, step, state)
+
+
+def _record(state, logits, params):
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    token, logp, full_logp = sample_token(logits, keys, params)
+
+    def put(rows, new):
+        new = jnp.where(state.done, 0, new)[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(rows, new, state.step, 1)
+
+    stopped = jnp.isin(token, jnp.array(params.stop, jnp.int32)) if params.stop else False
+    return dataclasses.replace(
+        state,
+        tokens=put(state.tokens, token),
+        logp=put(state.logp, logp),
+        full_logp=put(state.full_logp, full_logp),
+        lengths=state.lengths + ~state.done,
+        done=state.done | stopped,
+        step=state.step + 1,
+    )
+
+
+def read_buckets(max_tokens, decode_steps):
+    """Response lengths at which the decode loop returns to the host: multiples of `decode_steps`,
+    growing by a quarter once that is more, so that long responses need few compilations."""
+    buckets = [min(decode_steps, max_tokens)]
+    while buckets[-1] < max_tokens:
+        grow = max(decode_steps, buckets[-1] // (4 * decode_steps) * decode_steps)
+        buckets.append(min(buckets[-1] + grow, max_tokens))
+    return buckets
+
+
+class Sampler:
+    """Generates responses with one model.
+
+    Args:
+      model: a `Transformer`; assign `sampler.model` to sample with new weights of the same shapes.
+      slots: rows decoded at once.
+      decode_steps: tokens per row between host round trips.
+      prompt_length: slots for the prompt; a longer prompt is an error. Default: the longest prompt
+        of a call, rounded up to 16 (which compiles anew when it grows).
+      compute: how to compute.
+    """
+
+    def __init__(self, model, slots=64, decode_steps=16, prompt_length=None, compute=Compute()):
+        self.model = model
+        self.slots, self.decode_steps, self.prompt_length = slots, decode_steps, prompt_length
+        self._prefill = jax.jit(
+            partial(prefill, compute=compute), static_argnames=("params",)
+        )
+        self._decode = jax.jit(
+            partial(decode, compute=compute), static_argnames=("params", "read"), donate_argnums=1
+        )
+
+    def compilations(self):
+        """Programs compiled so far (bounded by 1 + the number of read buckets, per SamplingParams)."""
+        return self._prefill._cache_size() + self._decode._cache_size()
+
+    def generate(self, prompts, params: SamplingParams, key):
+        """Samples `params.samples` responses to each prompt.
+
+        Args:
+          prompts: non-empty lists of token ids.
+          params: SamplingParams.
+          key: PRNG key; a prompt's responses depend on it, on the prompt's place in the list and on
+            the sample's number, not on slots or batching.
+
+        Returns:
+          Rollouts, prompt-major.
+
+        Raises:
+          ValueError: an empty prompt, one longer than `prompt_length`, or a group that does not fit
+            into the slots.
+        """
+        width = self._check(prompts, params)
+        per_batch = self.slots // params.samples
+        pieces = [
+            self._generate_batch(prompts[i : i + per_batch], i, per_batch, width, params, key)
+            for i in range(0, len(prompts), per_batch)
+        ]
+        lengths = np.repeat([len(p) for p in prompts], params.samples).astype(np.int32)
+        tokens, logp, full_logp, response_lengths, done = map(np.concatenate, zip(*pieces))
+        rows = np.zeros((len(lengths), width + params.max_tokens), np.int32)
+        for row, length in enumerate(lengths):
+            rows[row, :length] = prompts[row // params.samples]
+            rows[row, length : length + params.max_tokens] = tokens[row]
+        return Rollouts(rows, lengths, response_lengths, logp, full_logp, done)
+
+    def _check(self, prompts, params):
+        if not prompts:
+            raise ValueError("no prompts to sample from")
+        if params.samples > self.slots:
+            raise ValueError(
+                f"{params.samples} samples of a prompt do not fit into {self.slots} slots; raise the "
+                "sampler's slots or lower the samples"
+            )
+        lengths = [len(p) for p in prompts]
+        limit = self.prompt_length or -(-max(lengths) // 16) * 16
+        for i, length in enumerate(lengths):
+            if not 0 < length <= limit:
+                raise ValueError(
+                    f"prompt {i} has {length} tokens; it must have between 1 and {limit} "
+                    "(the sampler's prompt length)"
+                )
+        return limit
+
+    def _generate_batch(self, prompts, first, per_batch, width, params, key):
+        tokens = np.zeros((per_batch, width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt) :] = prompt
+        lengths = np.array([len(p) for p in prompts] + [0] * (per_batch - len(prompts)), np.int32)
+        ids = first + np.arange(per_batch, dtype=np.int32)
+        state = self._prefill(self.model, tokens, lengths, key, ids, params=params)
+        for read in read_buckets(params.max_tokens, self.decode_steps):
+            state = self._decode(self.model, state, read=read, params=params)
+            if np.all(state.done):
+                break
+        rows = len(prompts) * params.samples
+        out = (state.tokens, state.logp, state.full_logp, state.lengths, state.done)
+        return tuple(np.asarray(x)[:rows] for x in jax.device_get(out))

@@ -1,0 +1,89 @@
+"""Sampling one token, and the logprobs that are recorded of it.
+
+Axis letters: B rows, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How responses are sampled.
+
+    Attributes:
+      max_tokens: most tokens of a response, the stop token included.
+      samples: responses per prompt (the group size G).
+      temperature: divides the logits; 0 takes the most likely token (greedy).
+      top_k: keep only the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of most likely tokens whose probabilities reach p; 1 keeps all.
+      stop: token ids that end a response (and are part of it).
+
+    Raises:
+      ValueError: a value outside its range.
+    """
+
+    max_tokens: int
+    samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name, ok, right in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+        ):
+            if not ok:
+                raise ValueError(f"SamplingParams.{name} must be {right}, got {getattr(self, name)}")
+
+
+def filter_logits(logits_BxV, top_k, top_p):
+    """Sets the logits outside the top-k and top-p sets to -inf (ties at the border are kept)."""
+    if top_k and top_k < logits_BxV.shape[-1]:
+        border = jax.lax.top_k(logits_BxV, top_k)[0][:, -1:]
+        logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
+    if top_p < 1.0:
+        descending = -jnp.sort(-logits_BxV, axis=-1)
+        probs = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        border = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
+    return logits_BxV
+
+
+def sample_token(logits_BxV, keys_B, params):
+    """Samples one token a row.
+
+    Args:
+      logits_BxV: float32.
+      keys_B: one PRNG key a row, so that a row's tokens do not depend on the other rows.
+      params: SamplingParams.
+
+    Returns:
+      token int32 [B]; logp float32 [B], its logprob under the distribution it was sampled from
+      (temperature and filters applied); full_logp float32 [B], the same without the filters. A greedy
+      token's logprobs are those of the unfiltered distribution at temperature 1.
+    """
+    logits = logits_BxV.astype(jnp.float32)
+    if params.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        full_logp = token_logp(logits, token)
+        return token, full_logp, full_logp
+    logits = logits / params.temperature
+    filtered = filter_logits(logits, params.top_k, params.top_p)
+    token = jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
+    full_logp = token_logp(logits, token)
+    return token, token_logp(filtered, token) if filtered is not logits else full_logp, full_logp
+
+
+def token_logp(logits_BxV, token_B):
+    """Log-softmax of the logits at one token a row."""
+    chosen = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)

@@ -1,0 +1,238 @@
+"""Codes and scales against an independent implementation in NumPy and ml_dtypes, bit for bit."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from drpo_jax.precision import Quantized, dequantize, fake_quantize, quantize
+
+# dtype: (largest value, exponent of the smallest scale, exponent of a non-finite block's scale)
+FORMATS = {
+    "float8_e4m3fn": (448.0, -116, 120),
+    "float8_e5m2": (57344.0, -109, 113),
+}
+BLOCKS = [(128, 128), (1, 128), (128, 1), (16, 32), (7, 5), (1, 1)]
+
+
+def reference(x, block, dtype, scale):
+    """codes, scales and values of a matrix, one block at a time, in float64."""
+    fmax, lowest, nonfinite = FORMATS[dtype]
+    x = np.asarray(x, np.float64)
+    (rows, columns), (r, c) = x.shape, (min(b, s) for b, s in zip(block, x.shape))
+    codes = np.zeros(x.shape, ml_dtypes.finfo(dtype).dtype)
+    scales = np.zeros((math.ceil(rows / r), math.ceil(columns / c)), np.float32)
+    values = np.zeros(x.shape, np.float64)
+    for i, j in itertools.product(*map(range, scales.shape)):
+        where = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
+        amax = np.max(np.abs(x[where]))
+        if not np.isfinite(amax):
+            s = 2.0**nonfinite
+        elif amax < 2.0**-126:
+            s = 1.0
+        elif scale == "float32":
+            s = float(np.float32(max(amax / fmax, 2.0**lowest)))
+        else:
+            mantissa, exponent = math.frexp(amax / fmax)
+            s = max(2.0 ** (exponent - (mantissa == 0.5)), 2.0**lowest)
+        codes[where] = np.clip(x[where] / s, -fmax, fmax).astype(np.float32).astype(codes.dtype)
+        scales[i, j] = s
+        values[where] = codes[where].astype(np.float64) * s
+    with np.errstate(over="ignore"):
+        return codes, scales, values.astype(np.float32)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((130, 200)).astype(np.float32)
+    any_bits = rng.integers(0, 2**32, (64, 96), dtype=np.uint32).view(np.float32)
+    outliers = normal.copy()
+    outliers[::16, ::32] = 1e4
+    ties = rng.integers(-480, 481, (64, 64)).astype(np.float32) * np.float32(2.0**-9)
+    ties[0, 0] = 448
+    extreme = np.array(
+        [0, -0.0, 448, -448, 448.00003, 449, 57344, 57345, 2.0**-9, 2.0**-10, 1.5 * 2.0**-10]
+        + [2.0**-16, 2.0**-17, 1e-40, -1e-45, 2.0**-126, 1e-37, 1e-34, 3e38, -3.4e38, 1, 1.75],
+        np.float32,
+    )
+    nonfinite = normal[:32, :64].copy()
+    nonfinite[3, 5], nonfinite[9, 40], nonfinite[20, 20] = np.nan, np.inf, -np.inf
+    return {
+        "normal": normal,
+        "tiny": normal * np.float32(1e-35),
+        "subnormal": normal * np.float32(1e-39),
+        "huge": np.clip(normal, -3, 3) * np.float32(1e38),
+        "wide": normal * np.exp(20 * rng.standard_normal(normal.shape)).astype(np.float32),
+        "any_bits": any_bits,
+        "outliers": outliers,
+        "ties": ties,
+        "extreme": np.stack([extreme] * 2),
+        "extreme_alone": extreme[:, None],
+        "nonfinite": nonfinite,
+        "zeros": np.zeros((40, 50), np.float32),
+    }
+
+
+INPUTS = inputs()
+
+
+def assert_bits_equal(a, b):
+    """Equal bit for bit, zeros with their sign; any NaN equals any NaN."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype and a.shape == b.shape
+    wide = a.astype(np.float32), b.astype(np.float32)
+    np.testing.assert_array_equal(*wide)
+    number = ~np.isnan(wide[0])
+    np.testing.assert_array_equal(np.signbit(wide[0])[number], np.signbit(wide[1])[number])
+
+
+@jax.jit(static_argnames=("block", "dtype"))
+def in_jit(x, block, dtype):
+    q = quantize(x, block, dtype)
+    return q, dequantize(q), fake_quantize(x, block, dtype)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_codes_scales_and_values_are_the_reference(name, dtype):
+    x = INPUTS[name]
+    for block in BLOCKS:
+        if block == (1, 1) and x.size > 10_000:
+            continue
+        codes, scales, values = reference(x, block, dtype, "pow2")
+        q, x_hat, fake = in_jit(x, block, dtype)
+        assert q.block == tuple(min(b, s) for b, s in zip(block, x.shape))
+        assert_bits_equal(q.codes, codes)
+        assert_bits_equal(q.scales, scales)
+        assert_bits_equal(x_hat, values)
+        assert_bits_equal(fake, values)
+
+
+@pytest.mark.parametrize("name", ["normal", "extreme", "nonfinite"])
+def test_without_jit(name):
+    x = jnp.asarray(INPUTS[name])
+    codes, scales, values = reference(x, (16, 32), "float8_e4m3fn", "pow2")
+    q = quantize(x, (16, 32))
+    assert_bits_equal(q.codes, codes)
+    assert_bits_equal(q.scales, scales)
+    assert_bits_equal(dequantize(q), values)
+    assert_bits_equal(fake_quantize(x, (16, 32)), values)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", ["normal", "huge", "wide", "extreme", "nonfinite", "zeros"])
+def test_float32_scales(name, dtype):
+    x = INPUTS[name]
+    _, scales, values = reference(x, (16, 32), dtype, "float32")
+    q = quantize(x, (16, 32), dtype, "float32")
+    np.testing.assert_allclose(q.scales, scales, rtol=3e-7)
+    # A last bit of the scale can move a value over a rounding boundary: one step, rarely.
+    step = 2.0 ** -(2 if dtype == "float8_e5m2" else 3)
+    for x_hat in (dequantize(q), fake_quantize(x, (16, 32), dtype, "float32")):
+        with np.errstate(over="ignore"):  # the largest value may round over the float32 maximum
+            np.testing.assert_allclose(x_hat, values, rtol=1.01 * step, atol=1e-30)
+        same = np.isclose(x_hat, values, rtol=1e-6, atol=0, equal_nan=True)
+        assert np.mean(same) > 0.999
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_rounding_is_the_cast(dtype):
+    """Every bfloat16 and a million float32 values, at scale 1 (the block's other value is fmax)."""
+    fmax = FORMATS[dtype][0]
+    bfloat16 = np.arange(2**16, dtype=np.uint32) << 16
+    rng = np.random.default_rng(1)
+    exponents = rng.integers(127 - 20, 127 + 17, 1_000_000, dtype=np.uint32) << 23
+    float32 = rng.integers(0, 2**23, 1_000_000, dtype=np.uint32) | exponents
+    float32 |= rng.integers(0, 2, 1_000_000, dtype=np.uint32) << 31
+    x = np.concatenate([bfloat16, float32]).view(np.float32)
+    x = np.clip(x[np.isfinite(x)], -fmax, fmax)
+    cast = x.astype(ml_dtypes.finfo(dtype).dtype)
+    pairs = np.stack([x, np.full_like(x, fmax)], -1)
+    q, x_hat, fake = in_jit(pairs, (1, 2), dtype)
+    assert np.all(np.asarray(q.scales) == 1)
+    assert_bits_equal(q.codes[:, 0], cast)
+    assert_bits_equal(x_hat[:, 0], cast.astype(np.float32))
+    assert_bits_equal(fake[:, 0], cast.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_idempotent(dtype):
+    for x in INPUTS.values():
+        once = fake_quantize(jnp.asarray(x), (16, 32), dtype)
+        assert_bits_equal(fake_quantize(once, (16, 32), dtype), once)
+
+
+def test_rounding_survives_compilation():
+    """Inside one jit, beside other arithmetic, the values are float8 values and differ from x."""
+    x = INPUTS["normal"]
+
+    @jax.jit
+    def f(x):
+        y = dequantize(quantize(2 * x, (1, 128)))
+        return y, fake_quantize(2 * x, (1, 128))
+
+    values = reference(2 * x, (1, 128), "float8_e4m3fn", "pow2")[2]
+    assert np.mean(values != 2 * x) > 0.9
+    for y in f(x):
+        assert_bits_equal(y, values)
+
+
+def test_bfloat16_is_quantized_from_float32_and_exact():
+    x = jnp.asarray(INPUTS["wide"], jnp.bfloat16)
+    values = reference(x, (16, 32), "float8_e4m3fn", "pow2")[2]
+    fake = fake_quantize(x, (16, 32))
+    assert fake.dtype == jnp.bfloat16
+    assert_bits_equal(fake.astype(jnp.float32), values)
+    assert_bits_equal(dequantize(quantize(x, (16, 32)), jnp.bfloat16), fake)
+
+
+def test_nonfinite_values_stay_and_their_block_becomes_zero():
+    x = jnp.asarray([[1.0, jnp.nan, 3.0, 1.0, -jnp.inf, 3.0, 1.0, 2.0, 3.0]])
+    for scale in ("pow2", "float32"):
+        y = fake_quantize(x, (1, 3), scale=scale)
+        np.testing.assert_allclose(y, [[0, np.nan, 0, 0, -np.inf, 0, 1, 2, 3]], rtol=0.07)
+        np.testing.assert_array_equal(dequantize(quantize(x, (1, 3), scale=scale)), y)
+
+
+@pytest.mark.parametrize("scale, expected", [("pow2", 0.0267), ("float32", 0.0257)])
+def test_relative_error_on_gaussian_data(scale, expected):
+    x = np.random.default_rng(2).standard_normal((512, 512)).astype(np.float32)
+    error = dequantize(quantize(x, scale=scale)) - x
+    assert np.sqrt(np.mean(error**2) / np.mean(x**2)) == pytest.approx(expected, abs=5e-4)
+
+
+def test_leading_axes_vmap_and_scan():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((3, 2, 40, 50)), jnp.float32)
+    stacked = jax.jit(lambda x: quantize(x, (16, 32)))(x)
+    assert stacked.codes.shape == x.shape and stacked.scales.shape == (3, 2, 3, 2)
+    mapped = jax.vmap(lambda x: quantize(x, (16, 32)))(x)
+    values = dequantize(stacked)
+    _, scanned = jax.lax.scan(lambda _, q: (None, dequantize(q)), None, stacked)
+    sliced = jax.tree.map(lambda a: a[1], stacked)
+    assert isinstance(sliced, Quantized) and sliced.block == (16, 32)
+    assert_bits_equal(mapped.codes, stacked.codes)
+    assert_bits_equal(scanned, values)
+    assert_bits_equal(dequantize(sliced), values[1])
+    for i, j in itertools.product(range(3), range(2)):
+        one = reference(x[i, j], (16, 32), "float8_e4m3fn", "pow2")
+        assert_bits_equal(stacked.codes[i, j], one[0])
+        assert_bits_equal(values[i, j], one[2])
+
+
+@pytest.mark.parametrize(
+    "shape, kwargs, message",
+    [
+        ((8,), {}, "two axes"),
+        ((8, 8), {"dtype": jnp.bfloat16}, "bfloat16"),
+        ((8, 8), {"scale": "pow3"}, "pow3"),
+        ((8, 8), {"block": (0, 4)}, "block"),
+    ],
+)
+def test_errors(shape, kwargs, message):
+    for f in (quantize, fake_quantize):
+        with pytest.raises(ValueError, match=message):
+            f(jnp.ones(shape), **kwargs)

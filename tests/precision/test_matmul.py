@@ -1,0 +1,153 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.precision import MatmulRecipe, Ops, dequantize, get_recipe, matmul, quantize_weight
+
+FORWARD = get_recipe("rollout").sampler
+HYBRID = get_recipe("e2e").learner
+FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0), "e5m2": (jnp.float8_e5m2, 57344.0)}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(x, jnp.float32).astype(dtype)
+
+
+def rounded(x, fmt, r, c):
+    """x rounded in (r, c) blocks with power-of-two scales, in NumPy; a plain float32 matrix."""
+    dtype, fmax = FORMATS[fmt]
+    x = np.asarray(x, np.float32)
+    y = np.zeros_like(x)
+    for i in range(0, x.shape[0], r):
+        for j in range(0, x.shape[1], c):
+            block = x[i : i + r, j : j + c]
+            s = 2.0 ** np.ceil(np.log2(np.abs(block).max() / fmax))
+            y[i : i + r, j : j + c] = (block / s).astype(dtype).astype(np.float32) * s
+    return y
+
+
+def forward_and_gradients(x, w, g, recipe, *rest):
+    y, vjp = jax.vjp(lambda x, w: matmul(x, w, recipe, *rest), x, w)
+    return y, *vjp(g)
+
+
+def assert_close(a, b, rtol=2e-6):
+    """Equal up to float32 accumulation: relative to the size of the result as a whole."""
+    a, b = (np.asarray(v, np.float32) for v in (a, b))
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("recipe", [None, MatmulRecipe()])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_without_formats_it_is_the_plain_matmul(recipe, dtype):
+    x, w, g = normal(0, 3, 5, 200, dtype=dtype), normal(1, 200, 72), normal(2, 3, 5, 72)
+    y, dx, dw = forward_and_gradients(x, w, g.astype(dtype), recipe)
+    w_low = w.astype(dtype)
+    expected, vjp = jax.vjp(lambda x, w: jnp.dot(x, w), x, w_low)
+    assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, jnp.float32)
+    rtol = 2e-6 if dtype == jnp.float32 else 8e-3
+    for a, b in zip((y, dx, dw), (expected, *vjp(g.astype(dtype)))):
+        assert_close(a, b, rtol)
+    jaxpr = str(jax.make_jaxpr(lambda x, w: matmul(x, w, recipe))(x.astype(jnp.float32), w))
+    assert "round" not in jaxpr and "reshape" not in jaxpr
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_forward_is_the_product_of_the_rounded_operands(dtype):
+    x, w = normal(0, 2, 20, 200, dtype=dtype), normal(1, 200, 150)
+    y = jax.jit(lambda x, w: matmul(x, w, FORWARD))(x, w)
+    x_hat = rounded(x.reshape(40, 200), "e4m3", 1, 128)
+    expected = (x_hat @ rounded(w, "e4m3", 128, 128)).reshape(2, 20, 150)
+    assert y.dtype == dtype
+    assert_close(y, expected, 2e-6 if dtype == jnp.float32 else 4e-3)
+
+
+def test_error_is_a_few_percent():
+    x, w = normal(0, 64, 512), normal(1, 512, 256)
+    exact = np.asarray(x) @ np.asarray(w)
+    for recipe in (FORWARD, get_recipe("e2e", scale="float32").learner):
+        error = matmul(x, w, recipe) - exact
+        assert 0.02 < np.sqrt(np.mean(error**2) / np.mean(exact**2)) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_straight_through_gradients_are_those_of_the_plain_matmul(dtype):
+    x, w, g = (normal(i, *s, dtype=dtype) for i, s in enumerate([(3, 5, 200), (200, 72), (3, 5, 72)]))
+    quantized = forward_and_gradients(x, w, g, FORWARD)
+    plain = forward_and_gradients(x, w, g, None)
+    assert np.any(quantized[0] != plain[0])
+    np.testing.assert_array_equal(quantized[1], plain[1])
+    np.testing.assert_array_equal(quantized[2], plain[2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_e2e_gradients_are_the_reference(dtype):
+    """Each operand rounded along the axis that its matmul sums over; nothing divides the blocks."""
+    x, w, g = normal(0, 2, 75, 200, dtype=dtype), normal(1, 200, 140), normal(2, 2, 75, 140)
+    g = (g * jnp.exp(3 * normal(3, 2, 75, 1))).astype(dtype)  # tokens of very different size
+    y, dx, dw = jax.jit(lambda *a: forward_and_gradients(*a, HYBRID))(x, w, g)
+    flat_x, flat_g = x.reshape(150, 200), g.reshape(150, 140)
+    w_hat = rounded(w, "e4m3", 128, 128)
+    rtol = 2e-6 if dtype == jnp.float32 else 4e-3
+    assert (dx.dtype, dw.dtype) == (dtype, jnp.float32)
+    assert_close(y.reshape(150, 140), rounded(flat_x, "e4m3", 1, 128) @ w_hat, rtol)
+    assert_close(dx.reshape(150, 200), rounded(flat_g, "e5m2", 1, 128) @ w_hat.T, rtol)
+    expected = rounded(flat_x, "e4m3", 128, 1).T @ rounded(flat_g, "e5m2", 128, 1)
+    assert_close(dw, expected)
+    # The straight-through gradients are near, and not these.
+    _, dx_plain, dw_plain = forward_and_gradients(x, w, g, None)
+    for a, b in ((dx, dx_plain), (dw, dw_plain)):
+        a, b = (np.asarray(v, np.float32) for v in (a, b))
+        assert 0.01 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.1
+
+
+def test_vectors_and_vmap():
+    x, w = normal(0, 4, 6, 200), normal(1, 200, 72)
+    y = matmul(x, w, HYBRID)
+    assert_close(jax.vmap(lambda x: matmul(x, w, HYBRID))(x), y)
+    assert_close(jax.vmap(jax.vmap(lambda x: matmul(x, w, HYBRID)))(x), y)
+    assert_close(matmul(x[1, 2], w, HYBRID), y[1, 2])
+    assert_close(jax.vmap(lambda w: matmul(x, w, HYBRID))(jnp.stack([w, 2 * w]))[1], 2 * y)
+
+
+def test_quantized_weights():
+    """Codes made at a sync, their values, and rounding on the fly all give the same."""
+    x, w = normal(0, 9, 200, dtype=jnp.bfloat16), normal(1, 3, 200, 72)
+    q = quantize_weight(w, FORWARD)
+    on_the_fly = jnp.stack([matmul(x, w[i], FORWARD) for i in range(3)])
+    body = lambda _, layer: (None, matmul(x, layer, FORWARD))  # noqa: E731
+    for stack in (q, dequantize(q), dequantize(q, jnp.bfloat16)):
+        _, y = jax.jit(lambda s: jax.lax.scan(body, None, s))(stack)
+        np.testing.assert_array_equal(y, on_the_fly)
+    layer = jax.tree.map(lambda a: a[0], q)
+    dx = jax.grad(lambda x: matmul(x, layer, FORWARD).astype(jnp.float32).sum())(x)
+    expected = dequantize(layer, jnp.bfloat16).astype(jnp.float32).sum(1)
+    np.testing.assert_allclose(dx.astype(jnp.float32)[0], expected, rtol=4e-3)
+
+
+def test_other_ops_use_the_same_rounding():
+    """A grouped matmul, each row with its expert's weights; the expert map has no gradient."""
+
+    def dot_dw(x, g, expert):
+        return jnp.zeros((3, 200, 72)).at[expert].add(x[:, :, None] * g[:, None, :])
+
+    grouped = Ops(
+        dot=lambda x, w, expert: jnp.einsum("rk,rkn->rn", x, w[expert]),
+        dot_dx=lambda g, w, expert: jnp.einsum("rn,rkn->rk", g, w[expert]),
+        dot_dw=dot_dw,
+    )
+    x, w, g = normal(0, 12, 200), normal(1, 3, 200, 72), normal(2, 12, 72)
+    expert = jnp.repeat(jnp.arange(3), 4)
+    y, dx, dw = jax.jit(lambda *a: forward_and_gradients(*a, HYBRID, grouped, expert))(x, w, g)
+    x_tokens, g_tokens = rounded(x, "e4m3", 128, 1), rounded(g, "e5m2", 128, 1)
+    for e in range(3):
+        rows = slice(4 * e, 4 * e + 4)
+        one = forward_and_gradients(x[rows], w[e], g[rows], HYBRID)
+        assert_close(y[rows], one[0])
+        assert_close(dx[rows], one[1])
+        assert_close(dw[e], x_tokens[rows].T @ g_tokens[rows])
+    from_codes = matmul(x, quantize_weight(w, HYBRID), HYBRID, grouped, expert)
+    np.testing.assert_array_equal(from_codes, matmul(x, w, HYBRID, grouped, expert))

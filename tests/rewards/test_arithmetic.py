@@ -1,0 +1,162 @@
+"""The arithmetic verifier and the expression parser, on right, wrong and hostile texts."""
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from drpo_jax.rewards import REWARDS, arithmetic_reward, expression_value
+
+HOSTILE = [
+    "",
+    "#",
+    "#" * 1_000_000,
+    "#" + "6" * 1_000_000,
+    "#" + "(" * 1_000_000,
+    "#" + " " * 1_000_000 + "632x",
+    "#632\x00",
+    "#\x00632",
+    "#٦٣٢",
+    "#６３２",
+    "#6³2",
+    "#\ud800",
+    "#632\u00a0",
+    "#6_32",
+    "#0632",
+    "#632.0",
+    "#6.32e2",
+    "#0x278",
+    "#600+32",
+    "#__import__('os').abort()",
+    "#9**9**9**9",
+    "#-632",
+    "#+-632",
+    "#--632",
+    "# - 632",
+    "632",
+    "#632#",
+    "#632 #631",
+    "#6 32",
+    "#632 7",
+]
+
+
+@pytest.mark.parametrize(
+    "response", ["#632", "7+5+0=12 #632", "#1 #632", "# 632 ", "#+632", "#632\n"]
+)
+def test_right(response):
+    assert arithmetic_reward("247+385=", response, "632") == 1.0
+
+
+@pytest.mark.parametrize("response", HOSTILE, ids=lambda r: ascii(r[:20]))
+def test_wrong_and_hostile(response):
+    start = time.process_time()
+    reward = arithmetic_reward("247+385=", response, "632")
+    assert reward == 0.0 and type(reward) is float
+    assert time.process_time() - start < 0.5
+
+
+def test_signs_and_zero():
+    assert arithmetic_reward("", "#-5", "-5") == 1.0
+    assert arithmetic_reward("", "#5", "-5") == arithmetic_reward("", "#+-5", "-5") == 0.0
+    assert arithmetic_reward("", "#5", "+5") == 1.0
+    assert arithmetic_reward("", "#0", "0") == 1.0
+    assert [arithmetic_reward("", r, "0") for r in ("#-0", "#+0", "#00", "#")] == [0.0] * 4
+    # an answer that is no integer is matched by nothing
+    assert [arithmetic_reward("", f"#{a}", a) for a in ("007", "3.5", "", "x")] == [0.0] * 4
+
+
+@settings(deadline=None)
+@given(st.text() | st.text("0123456789#+- \n=*"), st.integers())
+@example("#" + "9" * 5000, 3)
+def test_fuzz_rewards(text, answer):
+    for reward in REWARDS.values():
+        assert reward(text, text, str(answer)) in (0.0, 1.0)
+    right = [str(answer)] + [f"+{answer}"] * (answer > 0)
+    expected = text.rpartition("#")[2].strip(" \t\r\n") in right
+    assert arithmetic_reward("", text, str(answer)) == float(expected and "#" in text)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("0", 0), ("007", 7), ("2+3*4", 14), ("(2+3)*4", 20), ("10-3-2", 5), ("8/4/2", 1),
+    ("8/(4/2)", 4), ("1/3+1/6", Fraction(1, 2)), ("-3*-2", 6), ("--5", 5), ("2-+-3", 5),
+    (" 1 +  2 ", 3),
+    ("-(1-4)/6", Fraction(1, 2)), ("9*(8-7)", 9), ("(" * 50 + "1" + ")" * 50, 1),
+    ("-" * 999 + "1", -1),
+])
+def test_expression_value(text, value):
+    assert expression_value(text) == value
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "found 'the end' where a number"), ("1+", "'the end'"),
+    ("1 2", "found '2' where an operator"), ("(1", "'the end' where '\\)'"), ("()", "found '\\)'"),
+    ("1)", "found '\\)' where an operator"),
+    ("2**3", "found '\\*' where a number"), ("7//2", "found '/' where"),
+    ("2^3", "character '\\^' at"),
+    ("1/0", "divides by zero"), ("1/(2-2)", "divides by zero"), ("1.5", "'.' at position 1"),
+    ("x", "'x'"), ("٣", "u0663"), ("1\x00", "x00"), ("1\n", "position 1"), ("\ud800", "ud800"),
+    ("1" * 1001, "1001 characters"), ("(" * 51 + "1" + ")" * 51, "more than 50"), ("1e9", "'e'"),
+    ("(" * 1_000_000, "at most 1000"), ("__import__('os')", "'_' at position 0"),
+    ("3(4)", "found '\\(' where an operator"),
+])
+def test_expression_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        expression_value(text)
+
+
+@pytest.mark.parametrize("text", [
+    "9*" * 499 + "9", "1/7+" * 249 + "1", "9" * 1000, "1/99991+1/99989/" * 62 + "3",
+    "1/" * 499 + "7", "+".join(f"1/{n}" for n in range(101, 260)),
+])
+def test_expressions_cost_little(text):
+    start = time.process_time()
+    expression_value(text)
+    assert time.process_time() - start < 0.25
+
+
+@st.composite
+def expressions(draw, depth=3):
+    """An expression as text, with every operation in parentheses or bound by precedence."""
+    if depth == 0 or draw(st.booleans()):
+        return str(draw(st.integers(0, 20)))
+    left, right = draw(expressions(depth=depth - 1)), draw(expressions(depth=depth - 1))
+    text = f"{left}{draw(st.sampled_from(['+', '-', '*', '/', ' + -']))}{right}"
+    return f"({text})" if draw(st.booleans()) else text
+
+
+@settings(deadline=None)
+@given(expressions())
+def test_expressions_agree_with_python(text):
+    """Python's own parser, over Fractions, is the reference; the text is the test's own."""
+    wrapped = "".join(f"F({t})" if t.isdigit() else t for t in split_numbers(text))
+    try:
+        expected = eval(wrapped, {"F": Fraction})  # noqa: S307
+    except ZeroDivisionError:
+        with pytest.raises(ValueError, match="divides by zero"):
+            expression_value(text)
+    else:
+        assert expression_value(text) == expected
+
+
+def split_numbers(text):
+    number = ""
+    for c in text:
+        if c.isdigit():
+            number += c
+            continue
+        yield from ([number] if number else [])
+        number = ""
+        yield c
+    yield from ([number] if number else [])
+
+
+@settings(deadline=None)
+@given(st.text("0123456789+-*/() ") | st.text())
+def test_fuzz_expressions(text):
+    try:
+        assert isinstance(expression_value(text), Fraction)
+    except ValueError as error:
+        assert str(error)

@@ -50,9 +50,9 @@ class Attention(nnx.Module):
         """One token a row: writes its key and value at `index` of the cache, attends, returns both.
 
         Args:
-          cache: (keys [B, K, H, Ctotal], values [B, K, Ctotal, H]).
+          cache: (keys [B, K, H, C], values [B, K, C, H]).
           index: int32 scalar, the slot all rows write (a row's positions need not equal its slots).
-          mask_BxC: bool, the slots each row may read; C ≤ Ctotal bounds what is read at all.
+          mask_BxC: bool, the slots each row may read.
         """
         q, k, v = self.project(x_BxD, angles, compute)
         keys, values = cache
@@ -60,8 +60,7 @@ class Attention(nnx.Module):
         values = jax.lax.dynamic_update_slice_in_dim(
             values, v[:, :, None].astype(values.dtype), index, 2
         )
-        slots = mask_BxC.shape[-1]
-        out = attend_cache(q, keys[..., :slots], values[:, :, :slots], mask_BxC)
+        out = attend_cache(q, keys, values, mask_BxC)
         out = project(out.reshape(out.shape[0], -1), self.o_proj, compute)
         return out, (keys, values)
 

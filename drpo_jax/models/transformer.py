@@ -152,28 +152,36 @@ class Transformer(nnx.Module):
         if compute.remat == "full":
             layer = jax.checkpoint(layer)
         elif compute.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # By name: the policies that look for dots do not see into a custom_vjp.
+            policy = jax.checkpoint_policies.save_only_these_names("matmul")
             layer = jax.checkpoint(layer, policy=policy)
         x, (cache, router) = jax.lax.scan(layer, self._embed(tokens, compute), self.blocks)
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return Hidden(x, cache if keep_cache else None, router)
 
-    def decode(self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute()):
+    def layers(self):
+        """The layers one by one, as `decode` takes them."""
+        return [
+            jax.tree.map(lambda leaf: leaf[i], self.blocks)  # noqa: B023
+            for i in range(self.config.layers)
+        ]
+
+    def decode(self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute(), layers=None):
         """One token a row against the cache. → hidden [B, D] after the final norm, updated caches.
 
         The layers are unrolled (indexed statically): with the cache inside a scan, XLA copies it.
 
         Args:
           tokens_B, positions_B: int32 [B].
-          caches: one (keys [B, K, H, Ctotal], values [B, K, Ctotal, H]) per layer.
+          caches: one (keys [B, K, H, C], values [B, K, C, H]) per layer.
           index: int32 scalar, the cache slot that all rows write.
           mask_BxC: bool, the slots each row may read, the written one included.
+          layers: `self.layers()`, when it is worth taking them apart outside a loop.
         """
         angles = rotary_angles(positions_B, self.config.head_dim, self.config.rope_theta)
         valid = jnp.ones(tokens_B.shape, bool)
         x, updated = self._embed(tokens_B, compute), []
-        for i, cache in enumerate(caches):
-            block = jax.tree.map(lambda leaf: leaf[i], self.blocks)  # noqa: B023
+        for block, cache in zip(layers or self.layers(), caches):
 
             def attention(module, normed):
                 return module.decode(normed, angles, cache, index, mask_BxC, compute)  # noqa: B023

@@ -9,6 +9,4 @@ def unknown(kind: str, given: object, accepted: Iterable[str]) -> ValueError:
     accepted = list(accepted)
     nearest = difflib.get_close_matches(str(given), accepted, n=1, cutoff=0.0)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return ValueError(
-        f"Unknown {kind} {given!r}.{hint} Accepted: {', '.join(accepted) or 'none'}."
-    )
+    return ValueError(f"Unknown {kind} {given!r}.{hint} Accepted: {', '.join(accepted) or 'none'}.")

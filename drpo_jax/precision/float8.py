@@ -5,9 +5,9 @@ even), s chosen so that the largest magnitude of the block still fits. Axis lett
 columns (the last two axes of any array), r, c sides of a block, P, Q blocks per axis.
 
 Scales. "pow2": the smallest power of two with amax / s ≤ fmax, from the exponent bits, exact on all
-backends. "float32": amax / fmax, which compilers round differently in the last bit. A block of zeros
-has scale 1. The scale never goes below 2⁻¹¹⁶ (e4m3) or 2⁻¹⁰⁹ (e5m2): then no subnormal float32,
-which backends may flush, can reach a nonzero code, and no dequantized value is subnormal.
+backends. "float32": amax / fmax, which compilers round differently in the last bit. A block of
+zeros has scale 1. The scale never goes below 2⁻¹¹⁶ (e4m3) or 2⁻¹⁰⁹ (e5m2): then no subnormal
+float32, which backends may flush, can reach a nonzero code, and no dequantized value is subnormal.
 
 Infinities and NaN. They come out as they went in (the scale of their block is so large that the
 largest code times it is Inf); the other values of that block, unless they are huge, become zero. A
@@ -149,19 +149,16 @@ def _unblocked(x_PrQc, shape):
 
 def _block_scales(x_PrQc, fmt, scale):
     """float32 [..., P, 1, Q, 1], the scale of each block."""
-    # Magnitudes and their bits have the same order. XLA's CPU reduces floats faster along rows, and
-    # integers ten times faster along columns.
-    if x_PrQc.shape[-3] == 1:
-        bits = _bits(jnp.max(jnp.abs(x_PrQc), axis=(-3, -1), keepdims=True)) & _MAGNITUDE
-    else:
-        bits = jnp.max(_bits(x_PrQc) & _MAGNITUDE, axis=(-3, -1), keepdims=True)
-    bits = jnp.minimum(bits, _EXPONENT)  # NaN as Inf
+    # NaN counts as Inf, made so in integers: XLA's maximum over an axis drops NaN on CPU.
+    magnitude = _float(jnp.minimum(_bits(x_PrQc) & _MAGNITUDE, _EXPONENT))
+    amax = jnp.max(magnitude, axis=(-3, -1), keepdims=True)
+    bits = _bits(amax)
     # Both formats end at 1.75 · 2^max_exponent: a mantissa above 1.75 carries into the exponent.
     exponent = ((bits + 0x1FFFFF) >> 23) - fmt.max_exponent
     exponent = jnp.maximum(exponent, 127 + fmt.min_scale_exponent)
     scales = _float(exponent << 23)
     if scale == "float32":
-        ratio = jnp.maximum(_float(bits) / fmt.largest, 2.0**fmt.min_scale_exponent)
+        ratio = jnp.maximum(amax / fmt.largest, 2.0**fmt.min_scale_exponent)
         scales = jnp.where(bits == _EXPONENT, scales, ratio)
     return jnp.where(bits < 0x00800000, 1.0, scales)  # zero, or a subnormal that may be flushed
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
 from drpo_jax.precision.recipes import MatmulRecipe
@@ -54,8 +55,8 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
 
     Forward, x is rounded in tiles along K and w in blocks. Backward, without `recipe.gradient`, is
     that of the plain matmul at the unrounded x and w. With it, both backward matmuls run on float8
-    values: the incoming gradient in tiles along the axis that the matmul sums over (N for dx, tokens
-    for dw), and x and w rounded again from high precision along that axis.
+    values: the incoming gradient in tiles along the axis that is summed over (N for dx, tokens for
+    dw), and x and w rounded again from high precision along that axis.
 
     Args:
       x: floating [..., K]; with other ops than DENSE, [rows, K].
@@ -66,15 +67,15 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
       *args: integer arrays handed on to the ops.
 
     Returns:
-      [..., N] in x's dtype. The gradient for w has w's dtype. Reverse mode only.
+      [..., N] in x's dtype, named "matmul" for remat policies (the `dots_…` policies do not see
+      into a `custom_vjp`). The gradient for w has w's dtype. Reverse mode only.
     """
     recipe = MatmulRecipe() if recipe is None else recipe
     if isinstance(w, Quantized):
         w = jax.lax.stop_gradient(dequantize(w, x.dtype))
         recipe = dataclasses.replace(recipe, weight=None)
-    if x.ndim == 1:
-        return _matmul(recipe, ops, x[None], w, args)[0]
-    return _matmul(recipe, ops, x, w, args)
+    y = _matmul(recipe, ops, jnp.atleast_2d(x), w, args)
+    return checkpoint_name(y[0] if x.ndim == 1 else y, "matmul")
 
 
 def quantize_weight(w, recipe):

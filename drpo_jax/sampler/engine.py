@@ -3,10 +3,10 @@
 Prompts lie right-aligned in the cache, so that all rows write the same slot at a decode step: a row's
 rotary position is its own count, its slot the shared one. Each prompt is prefilled once and its cache
 repeated for the samples of its group. The decode loop runs `decode_steps` tokens on the device per
-host round trip and reads the cache only up to a length bucket, one compilation each.
+host round trip; the cache grows between them, so that it is never read beyond a length bucket.
 
-Axis letters: B rows (slots), P prompt slots, R response tokens, C = P + R cache slots, K key/value
-heads, H head width, L layers.
+Axis letters: B rows (slots), P prompt slots, R response tokens, C cache slots in use (P and a bucket
+of R), K key/value heads, H head width, L layers.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class DecodeState:
     """A batch in flight.
 
     Attributes:
-      caches: per layer (keys [B, K, H, C], values [B, K, C, H]).
+      caches: per layer (keys [B, K, H, C], values [B, K, C, H]); the decode loop lets them grow.
       tokens int32 [B, R], logp and full_logp float32 [B, R]: what was sampled so far.
       lengths: int32 [B], response tokens so far.
       done: bool [B].
@@ -97,12 +97,10 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
     logits = repeat(model.logits(out.hidden[:, -1], compute))
 
     def layer_cache(k_BxPxKxH, v_BxPxKxH):
-        def room(x, axis):
-            pad = [(0, 0)] * 4
-            pad[axis] = (0, params.max_tokens)
-            return constrain(jnp.pad(repeat(x), pad), "batch", "kv_heads", None, None)
-
-        return room(k_BxPxKxH.transpose(0, 2, 3, 1), 3), room(v_BxPxKxH.transpose(0, 2, 1, 3), 2)
+        keys, values = k_BxPxKxH.transpose(0, 2, 3, 1), v_BxPxKxH.transpose(0, 2, 1, 3)
+        return tuple(
+            constrain(repeat(x), "batch", "kv_heads", None, None) for x in (keys, values)
+        )
 
     keys = jax.vmap(
         lambda prompt: jax.vmap(
@@ -125,17 +123,32 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
     return _record(state, logits, params)
 
 
-def decode(model, state, *, read, params, compute):
-    """Samples until response slot `read` is filled or all rows are done; reads no slot beyond it."""
-    width = state.caches[0][0].shape[-1] - params.max_tokens
+def decode(model, state, *, read, grow, params, compute):
+    """Samples until `read` response tokens, or until all rows are done.
+
+    Args:
+      grow: slots by which the cache grows first; P + read then are in it.
+    """
+
+    def room(x, axis):
+        return jnp.pad(x, [(0, grow if i == axis else 0) for i in range(4)])
+
+    state = dataclasses.replace(
+        state, caches=tuple((room(k, 3), room(v, 2)) for k, v in state.caches)
+    )
+    width = state.caches[0][0].shape[-1] - read
+    # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
+    # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
+    layers = model.layers() if jax.default_backend() == "cpu" else None
 
     def step(state):
         index = width + state.step - 1
         slots = jnp.arange(width + read)
         mask = (slots >= width - state.prompt_lengths[:, None]) & (slots <= index)
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, 1, keepdims=False)
+        positions = state.prompt_lengths + state.step - 1
         hidden, caches = model.decode(
-            last, state.prompt_lengths + state.step - 1, state.caches, index, mask, compute
+            last, positions, state.caches, index, mask, compute, layers
         )
         state = dataclasses.replace(state, caches=caches)
         return _record(state, model.logits(hidden, compute), params)
@@ -195,7 +208,9 @@ class Sampler:
             partial(prefill, compute=compute), static_argnames=("params",)
         )
         self._decode = jax.jit(
-            partial(decode, compute=compute), static_argnames=("params", "read"), donate_argnums=1
+            partial(decode, compute=compute),
+            static_argnames=("params", "read", "grow"),
+            donate_argnums=1,
         )
 
     def compilations(self):
@@ -257,8 +272,9 @@ class Sampler:
         lengths = np.array([len(p) for p in prompts] + [0] * (per_batch - len(prompts)), np.int32)
         ids = first + np.arange(per_batch, dtype=np.int32)
         state = self._prefill(self.model, tokens, lengths, key, ids, params=params)
-        for read in read_buckets(params.max_tokens, self.decode_steps):
-            state = self._decode(self.model, state, read=read, params=params)
+        buckets = read_buckets(params.max_tokens, self.decode_steps)
+        for filled, read in zip([0, *buckets], buckets):
+            state = self._decode(self.model, state, read=read, grow=read - filled, params=params)
             if np.all(state.done):
                 break
         rows = len(prompts) * params.samples

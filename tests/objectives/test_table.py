@@ -105,9 +105,7 @@ PRINTED = {
     "spo": lambda p, m, A: p / m * A - abs(A) * (p / m - 1) ** 2 / 25,
     "spo_no_advantage": lambda p, m, A: p / m * A - (p / m - 1) ** 2 / 25,
     "dppo_tv": lambda p, m, A: np.where(A > 0, p - m <= 0.15, p - m >= -0.15) * p / m * A,
-    "dppo_kl": lambda p, m, A: (
-        ((bernoulli_kl(m, p) <= 0.05) | (A * (p / m - 1) < 0)) * p / m * A
-    ),
+    "dppo_kl": lambda p, m, A: ((bernoulli_kl(m, p) <= 0.05) | (A * (p / m - 1) < 0)) * p / m * A,
     "drpo": lambda p, m, A: p / m * A - abs(A) * m * (p / m - 1) ** 2 / 0.3,
     "drpo_no_advantage": lambda p, m, A: p / m * A - m * (p / m - 1) ** 2 / 0.3,
     "drpo_no_correction": lambda p, m, A: np.where(
@@ -137,13 +135,13 @@ def test_on_policy_every_objective_is_the_policy_gradient(name, hyper):
     np.testing.assert_array_equal(gradient_weight(name, logp, logp, advantage, **hyper), 1.0)
 
 
-@every_case
-def test_ascent_raises_the_probability_of_a_token_with_positive_advantage(name, hyper):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ascent_raises_the_probability_of_a_token_with_positive_advantage(name):
     def objective(logits):
         logp = jax.nn.log_softmax(logits)[1]
-        return token_objective(name, logp, jnp.log(0.25), 1.0, **hyper)[0]
+        return token_objective(name, logp, jnp.log(0.25), 1.0)[0]
 
-    gradient = jax.grad(objective)(jnp.zeros(4))
+    gradient = jax.jit(jax.grad(objective))(jnp.zeros(4))
     assert gradient[1] > 0 and (gradient[jnp.array([0, 2, 3])] < 0).all()
 
 
@@ -312,11 +310,9 @@ def test_weight_at_zero_advantage(name, hyper):
 
 
 def test_the_shift_is_the_difference_of_exponentials():
-    # In float32, µ·(r − 1) would lose most digits of a µ that is much below π.
-    t = table.token(np.float32(-0.5), np.float32(-19.0), 1.0)
-    assert t.shift == np.exp(np.float32(-0.5)) - np.exp(np.float32(-19.0))
-    t = table.token(np.float32(-30.0), np.float32(-1.0), 1.0)  # clipped ratio, true shift
-    assert t.shift == pytest.approx(-np.exp(-1.0), rel=1e-6)
+    # µ·(r − 1) with the clipped ratio would be 2e-9 here.
+    t = table.token(np.float32(-0.5), np.float32(-40.0), 1.0)
+    assert t.shift == pytest.approx(np.exp(-0.5), rel=1e-6)
 
 
 def test_dtypes_and_broadcasting():

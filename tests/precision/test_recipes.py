@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -33,6 +34,7 @@ def test_get_recipe():
 def test_quantize_weight():
     w = jnp.ones((3, 200, 130))
     assert quantize_weight(w, get_recipe("rollout").learner) is w
-    q = quantize_weight(w, get_recipe("rollout", scale="float32").sampler)
+    sampler = get_recipe("rollout", scale="float32").sampler
+    q = jax.jit(lambda w: quantize_weight(w, sampler))(w)
     assert q.codes.dtype == jnp.float8_e4m3fn and q.scales.shape == (3, 2, 2)
     assert q.scales[0, 0, 0] == pytest.approx(1 / 448)

@@ -1,0 +1,158 @@
+"""Sampling, update and whole RL step of a small dense model, beside what its matmuls alone would take.
+
+    python -m benchmarks.cpu_baseline [--output=FILE.json]
+
+The model: 4 layers, width 256, MLP 768, 8/4 heads of 32, vocabulary 128 (3.2M parameters), float32;
+128 sequences of 16 prompt and 64 response tokens. The programs are those that `train` runs. The floor
+is a jitted loop of nothing but the model's matmuls, of the same shapes and the same number, timed in
+turn with the programs on the same machine, whose load is printed: compare ratios, not seconds.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.common import machine, write_results
+from drpo_jax.config import default_config, resolve
+from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
+
+OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
+SEQUENCES, PROMPT, RESPONSE = 128, 16, 64
+
+
+def baseline_config():
+    """The baseline model; one update on the whole rollout, in micro-batches of 8 sequences."""
+    config = default_config()
+    config.model.update(
+        vocab_size=128, hidden_size=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_size=768
+    )
+    config.sampler.update(
+        max_prompt_length=PROMPT, max_response_length=RESPONSE, slots=SEQUENCES, decode_steps=16
+    )
+    config.train.update(prompts=16, samples=8, mini_batch_prompts=16, micro_batch=8)
+    config.optimizer.learning_rate = 1e-5
+    return resolve(config)
+
+
+def matmul_shapes(model):
+    """(k, n) of every weight matmul of a forward pass."""
+    shapes = [tuple(x.shape[-2:]) for x in jax.tree.leaves(model.blocks) if x.ndim == 3]
+    layers = model.config.layers
+    return [shape for shape in shapes for _ in range(layers)] + [model.head_weight().shape]
+
+
+def floors(model, micro_batch):
+    """{name: a function that does the matmuls of the program and nothing else}."""
+    shapes = matmul_shapes(model)
+    weights = [jnp.ones(shape) for shape in shapes]
+
+    def forward(rows, weights, x):
+        outs = [jnp.dot(x[:rows, : w.shape[0]], w) for w in weights]
+        return sum(out[:, :1] for out in outs) * 1e-9
+
+    @jax.jit
+    def sample(weights, x):
+        def step(_, x):
+            return x.at[:, :1].add(forward(SEQUENCES, weights, x))
+
+        return jax.lax.fori_loop(0, RESPONSE, step, x)
+
+    tokens = micro_batch * (PROMPT + RESPONSE)
+
+    @jax.jit
+    def learn(weights, x, g):
+        def step(_, carry):
+            x, g, dw = carry
+            y = forward(tokens, weights, x)
+            dx = sum(jnp.dot(g[:, : w.shape[1]], w.T)[:, :1] for w in weights)
+            dw = [
+                d + jax.lax.dot_general(x[:, : w.shape[0]], g[:, : w.shape[1]], (((0,), (0,)), ((), ())))
+                for d, w in zip(dw, weights)
+            ]
+            return x.at[:, :1].add(y), g.at[:, :1].add(1e-9 * dx), dw
+
+        return jax.lax.fori_loop(0, SEQUENCES // micro_batch, step, (x, g, weights))
+
+    widest = max(max(shape) for shape in shapes)
+    x, long = jnp.ones((SEQUENCES, widest)), jnp.ones((tokens, widest))
+    return {"sample": lambda: sample(weights, x), "update": lambda: learn(weights, long, long)}
+
+
+def main(_):
+    config = baseline_config()
+    mesh = make_mesh(devices=jax.devices()[:1])
+    programs = Programs(config, mesh, stop=())
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 128, size=(16, PROMPT)).tolist()
+    with jax.set_mesh(mesh):
+        state = [programs.restart(programs.init(jax.random.key(0)).model)]
+        run_floor = floors(state[0].model, config.train.micro_batch)
+        sampler = programs.sampler
+        advantage = rng.standard_normal(SEQUENCES).astype(np.float32)
+
+        def sample():
+            sampler.model = programs.sync(state[0].model)
+            return sampler.generate(prompts, programs.sampling_params, jax.random.key(1))
+
+        def update(rollouts):
+            batch = programs.batch(
+                rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths,
+                rollouts.full_logp, advantage,
+            )  # fmt: skip
+            state[0], report = programs.policy_update(state[0], batch)
+            return report.metrics
+
+        started = time.perf_counter()
+        rollouts = sample()
+        jax.block_until_ready(update(rollouts))
+        compile_seconds = time.perf_counter() - started
+        work = {
+            "sample": sample,
+            "update": lambda: update(rollouts),
+            "step": lambda: update(sample()),
+            "sample floor": run_floor["sample"],
+            "update floor": run_floor["update"],
+        }
+        seconds = {name: [] for name in work}
+        for _ in range(8):  # in turn, so that a busy moment hits all of them
+            for name, run in work.items():
+                started = time.perf_counter()
+                jax.block_until_ready(run())
+                seconds[name].append(time.perf_counter() - started)
+    best = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    completion, tokens = SEQUENCES * RESPONSE, SEQUENCES * (PROMPT + RESPONSE)
+    rate = {
+        "sample": completion / best["sample"],
+        "sample floor": completion / best["sample floor"],
+        "update": tokens / best["update"],
+        "update floor": tokens / best["update floor"],
+        "step": completion / best["step"],
+    }
+    parameters = sum(x.size for x in jax.tree.leaves(state[0].model))
+    flops = 2 * sum(k * n for k, n in matmul_shapes(state[0].model))
+    print(f"{parameters / 1e6:.1f}M parameters, first calls (compilation) {compile_seconds:.1f} s")
+    print(f"{'':<10}{'tokens/s':>10}{'floor':>10}{'of floor':>10}{'floor GFLOP/s':>15}")
+    for name, factor in (("sample", 1), ("update", 3)):
+        floor = rate[f"{name} floor"]
+        print(
+            f"{name:<10}{rate[name]:>10,.0f}{floor:>10,.0f}{rate[name] / floor:>10.0%}"
+            f"{factor * flops * floor / 1e9:>15.0f}"
+        )
+    print(f"{'RL step':<10}{rate['step']:>10,.0f}  completion tokens/s, weight sync included")
+    figures = {f"{name} tokens/s": round(value) for name, value in rate.items()}
+    figures |= {
+        "sample of floor": round(rate["sample"] / rate["sample floor"], 3),
+        "update of floor": round(rate["update"] / rate["update floor"], 3),
+        "compile seconds": round(compile_seconds, 1),
+    }
+    print(machine())
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.cpu_baseline", figures)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -4,8 +4,8 @@
 
 The model: 4 layers, width 256, MLP 768, 8/4 heads of 32, vocabulary 128 (3.2M parameters), float32;
 128 sequences of 16 prompt and 64 response tokens. The programs are those that `train` runs. The floor
-is a jitted loop of nothing but the model's matmuls, of the same shapes and the same number, timed in
-turn with the programs on the same machine, whose load is printed: compare ratios, not seconds.
+is a jitted loop of nothing but the model's matmuls, of the same shapes and in the same order, timed
+in turn with the programs on the same machine, whose load is printed: compare ratios, not seconds.
 """
 
 import time
@@ -34,6 +34,7 @@ def baseline_config():
         max_prompt_length=PROMPT, max_response_length=RESPONSE, slots=SEQUENCES, decode_steps=16
     )
     config.train.update(prompts=16, samples=8, mini_batch_prompts=16, micro_batch=8)
+    config.compute.unroll = 4
     config.optimizer.learning_rate = 1e-5
     return resolve(config)
 
@@ -46,40 +47,39 @@ def matmul_shapes(model):
 
 
 def floors(model, micro_batch):
-    """{name: a function that does the matmuls of the program and nothing else}."""
-    shapes = matmul_shapes(model)
-    weights = [jnp.ones(shape) for shape in shapes]
+    """{name: a function that does the matmuls of the program, in the model's order}."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    attention, mlp = model.blocks.attention, model.blocks.mlp
+    stacked = [getattr(attention, n)[...] for n in names]
+    stacked += [w[...] for w in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    weights = ([[w[i] for w in stacked] for i in range(model.config.layers)], model.head_weight() * 1)
 
-    def forward(rows, weights, x):
-        outs = [jnp.dot(x[:rows, : w.shape[0]], w) for w in weights]
-        return sum(out[:, :1] for out in outs) * 1e-9
+    def chain(weights, x):
+        layers, head = weights
+        for q, k, v, o, gate, up, down in layers:
+            kv = x @ k + x @ v
+            y = (x @ q + jnp.concatenate([kv, kv], axis=-1)) @ o
+            x = (y @ gate + y @ up) @ down
+        return x @ head
 
     @jax.jit
     def sample(weights, x):
-        def step(_, x):
-            return x.at[:, :1].add(forward(SEQUENCES, weights, x))
-
-        return jax.lax.fori_loop(0, RESPONSE, step, x)
-
-    tokens = micro_batch * (PROMPT + RESPONSE)
+        return jax.lax.fori_loop(
+            0, RESPONSE, lambda _, x: x + 1e-9 * chain(weights, x)[:, :1], x
+        )
 
     @jax.jit
-    def learn(weights, x, g):
-        def step(_, carry):
-            x, g, dw = carry
-            y = forward(tokens, weights, x)
-            dx = sum(jnp.dot(g[:, : w.shape[1]], w.T)[:, :1] for w in weights)
-            dw = [
-                d + jax.lax.dot_general(x[:, : w.shape[0]], g[:, : w.shape[1]], (((0,), (0,)), ((), ())))
-                for d, w in zip(dw, weights)
-            ]
-            return x.at[:, :1].add(y), g.at[:, :1].add(1e-9 * dx), dw
+    def learn(weights, x):
+        def step(dw, x):
+            new = jax.grad(lambda w: jnp.sum(chain(w, x) ** 2))(weights)
+            return jax.tree.map(jnp.add, dw, new), None
 
-        return jax.lax.fori_loop(0, SEQUENCES // micro_batch, step, (x, g, weights))
+        return jax.lax.scan(step, weights, x)[0]
 
-    widest = max(max(shape) for shape in shapes)
-    x, long = jnp.ones((SEQUENCES, widest)), jnp.ones((tokens, widest))
-    return {"sample": lambda: sample(weights, x), "update": lambda: learn(weights, long, long)}
+    width = model.config.hidden_size
+    tokens = micro_batch * (PROMPT + RESPONSE)
+    rows, long = jnp.ones((SEQUENCES, width)), jnp.ones((SEQUENCES // micro_batch, tokens, width))
+    return {"sample": lambda: sample(weights, rows), "update": lambda: learn(weights, long)}
 
 
 def main(_):

@@ -39,7 +39,7 @@ def get_config(variant="fp8_rollout"):
     config.sampler.max_prompt_length = max_prompt_length(config.data)
     config.sampler.max_response_length = max_response_length(config.data)
     config.sampler.slots = 256
-    config.sampler.decode_steps = 16
+    config.sampler.decode_steps = 48
 
     config.sft.steps = 300
     config.sft.batch = 128

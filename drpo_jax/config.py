@@ -72,6 +72,7 @@ def default_config() -> ConfigDict:
     config.compute = create(
         dtype="float32",  # of activations and matmuls: float32 | bfloat16 (weights stay float32)
         remat="none",  # what layers keep for backward: none all, dots the matmuls, full the inputs
+        unroll=1,  # layers per step of the learner's scan; more: longer to compile, faster on CPU
         grouped_matmul="auto",  # of the experts: blocked | ragged_dot | auto (by device)
     )
     config.mesh = create(  # devices along each axis; -1 takes the remaining ones
@@ -193,7 +194,7 @@ CHOICES = {
 }
 POSITIVE = """
     model.vocab_size model.hidden_size model.layers model.heads model.kv_heads model.head_dim
-    model.rope_theta model.rms_eps objective.delta objective.epsilon objective.epsilon_low
+    model.rope_theta model.rms_eps objective.delta objective.epsilon objective.epsilon_low compute.unroll
     objective.epsilon_high objective.ratio_cap objective.tau_positive objective.tau_negative
     optimizer.learning_rate optimizer.eps optimizer.clip_norm sampler.max_prompt_length
     sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps train.steps

@@ -59,6 +59,7 @@ class Programs:
         compute = Compute(
             dtype=config.compute.dtype,
             remat=config.compute.remat,
+            unroll=config.compute.unroll,
             grouped_matmul=config.compute.grouped_matmul,
         )
         learner = dataclasses.replace(compute, matmul=recipe.learner)
@@ -146,7 +147,7 @@ class Programs:
         matmul = dataclasses.replace(recipe, weight=None, gradient=None)
         return (
             jax.jit(convert, out_shardings=placed),
-            dataclasses.replace(compute, matmul=matmul, remat="none"),
+            dataclasses.replace(compute, matmul=matmul, remat="none", unroll=1),
         )
 
     def batch(self, tokens, prompt_lengths, response_lengths, behavior_logp, advantage) -> Batch:

@@ -155,7 +155,8 @@ class Transformer(nnx.Module):
             # By name: the policies that look for dots do not see into a custom_vjp.
             policy = jax.checkpoint_policies.save_only_these_names("matmul")
             layer = jax.checkpoint(layer, policy=policy)
-        x, (cache, router) = jax.lax.scan(layer, self._embed(tokens, compute), self.blocks)
+        x = self._embed(tokens, compute)
+        x, (cache, router) = jax.lax.scan(layer, x, self.blocks, unroll=compute.unroll)
         x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
         return Hidden(x, cache if keep_cache else None, router)
 

@@ -34,6 +34,8 @@ def get_config(variant="fp8_rollout"):
     config.model.rope_theta = 1e4
     config.model.load_balance = 0.01
 
+    config.compute.unroll = 4
+
     config.data.digits = 3
     config.data.operations = "+-*"
     config.sampler.max_prompt_length = max_prompt_length(config.data)
@@ -41,21 +43,23 @@ def get_config(variant="fp8_rollout"):
     config.sampler.slots = 256
     config.sampler.decode_steps = 48
 
-    config.sft.steps = 300
+    config.sft.steps = 500
     config.sft.batch = 128
-    config.sft.micro_batch = 32
-    config.sft.learning_rate = 2e-3
+    config.sft.micro_batch = 64
+    config.sft.learning_rate = 4e-3
     config.sft.warmup_steps = 20
-    config.sft.direct_share = 0.5
+    config.sft.direct_share = 0.6
     config.sft.direct_error = 0.9
-    config.sft.worked_error = 0.1
+    config.sft.worked_error = 0.02
 
-    config.train.steps = 80
+    config.train.steps = 120
     config.train.prompts = 32
     config.train.samples = 8
     config.train.mini_batch_prompts = 8
-    config.train.micro_batch = 32
+    config.train.micro_batch = 64
+    config.evaluate.every = 30
     config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "linear"
 
     config.update_from_flattened_dict(VARIANTS[variant])
     return config

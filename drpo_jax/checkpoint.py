@@ -5,6 +5,7 @@ array, so that it can be read without this code, and a mismatch names the leaf. 
 is a function of (seed, step), so the state and the step are everything that a resume needs.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ class Checkpoints:
     """The checkpoints of a run, in `directory`.
 
     Args:
-      directory: created when needed.
+      directory: created by the first save.
       keep: how many of the last ones stay, besides the best.
       best_metric: name of the metric whose highest value is the best.
     """
@@ -26,16 +27,20 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2, best_metric: str = "eval/avg"):
         policies = ocp.checkpoint_managers
         self._best_metric = best_metric
+
+        def score(metrics):  # a checkpoint that was not evaluated has none
+            return metrics.get(best_metric, -math.inf)
+
         self._manager = ocp.CheckpointManager(
             directory.resolve(),
+            item_handlers=ocp.PyTreeCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics[best_metric],
+                create=False,
+                best_fn=score,
                 preservation_policy=policies.AnyPreservationPolicy([
                     policies.LatestN(keep),
                     policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[best_metric],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
+                        get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
                     ),
                 ]),
             ),
@@ -58,11 +63,12 @@ class Checkpoints:
           state: a pytree of arrays.
           metrics: those of the step; looked through for the best metric.
         """
-        best = (metrics or {}).get(self._best_metric)
+        best = float((metrics or {}).get(self._best_metric, math.nan))
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager.save(
             step,
-            args=ocp.args.StandardSave(flatten(state)),
-            metrics=None if best is None else {self._best_metric: float(best)},
+            args=ocp.args.PyTreeSave(flatten(state)),
+            metrics={self._best_metric: best} if math.isfinite(best) else {},
         )
 
     def restore(self, step: int, like):
@@ -95,9 +101,7 @@ class Checkpoints:
             step,
             args=ocp.args.PyTreeRestore(
                 template,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(
-                    {n: leaf for n, leaf in template.items()}
-                ),
+                restore_args=ocp.checkpoint_utils.construct_restore_args(template),
             ),
         )
         leaves = [restored[name] for name in wanted]

@@ -3,48 +3,45 @@
 A config file (`configs/*.py`) starts from `default_config()` and changes fields; the command line
 changes single ones (`--config.train.steps=50`); `resolve` checks the result, fills in what follows
 from other fields and freezes it; `claim_workdir` keeps the resolved copy beside the run, so that a
-directory never mixes two experiments. Entry points are three lines around `launch`.
+directory never mixes two experiments. `drpo_jax.cli` is the command line.
 
 Anything wrong with what the user gave raises `BadInput`, a ValueError whose message names the
-field, its value and what would be right. `launch` prints it as `error: …` and exits with code 2.
+field, its value and what would be right.
 """
 
 import contextlib
 import difflib
-import glob
 import json
 import math
 import os
 import re
-import runpy
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from absl import logging
+from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import create, placeholder
 
 from drpo_jax import data
 from drpo_jax.objectives import ADVANTAGES, AGGREGATIONS, OBJECTIVES
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
 
-flags.disclaim_key_flags()  # what `launch` defines belongs to the entry point, and to its --help
-
-
 class BadInput(ValueError):
     """What the user gave is wrong; the message says what, where, and what would be right."""
 
 
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and from where it can be resumed."""
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """Around the part of an entry point that reads the user's files: a ValueError raised inside is
-    the user's to mend, so it becomes `BadInput` with the same message."""
+    """Around the part of an entry point that reads the user's files: a ValueError or an OSError
+    raised inside is the user's to mend, so it becomes `BadInput` with the same message."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
 
 
@@ -210,7 +207,7 @@ NOT_NEGATIVE = """
 SHARES = "sft.direct_share sft.direct_error sft.worked_error optimizer.final_fraction".split()
 MAY_CHANGE_ON_RESUME = re.compile(
     r"train\.(steps|save_rollout_every|max_skipped)|checkpoint\.(every|keep)"
-    r"|(evaluate|log|mesh)\..*"
+    r"|evaluate\.(?!problems).*|(log|mesh)\..*"
 )
 
 HYPER = tuple(f for f, v in flatten(default_config()).items() if v is None)
@@ -222,12 +219,12 @@ def validate(config: Mapping[str, Any]) -> None:
     (Values are looked at once all fields are there and have their types.) Warns of a delta that
     no token can reach.
     """
-    names, values = _types(), flatten(config)
-    problems = [f"{f} is not a field: {_suggest(f, names)}" for f in values if f not in names]
+    names, values = field_types(), flatten(config)
+    problems = [f"{f} is not a field: {suggest(f, names)}" for f in values if f not in names]
     if missing := [f for f in names if f not in values]:
         problems.append(f"missing (start from default_config()): {', '.join(missing)}")
     problems += [
-        f"{f} = {v!r}: must be {_type_name(names[f])}"
+        f"{f} = {v!r}: must be {type_name(names[f])}"
         for f, v in values.items()
         if f in names and not _has_type(v, names[f], optional=f in HYPER)
     ]
@@ -309,6 +306,9 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     samples = "train.samples objective.advantage"
     needs_groups = v["objective.advantage"] in NEEDS_GROUPS
     require(v["train.samples"] >= 2 or not needs_groups, samples, "it compares 2 samples or more")
+    for group in ("train.samples", "evaluate.samples"):
+        fits = v[group] <= v["sampler.slots"]
+        require(fits, f"{group} sampler.slots", "the samples of a prompt are decoded at once")
     fp8 = "precision.sampler_weights precision.recipe"
     codes = v["precision.sampler_weights"] == "codes"
     require(v["precision.recipe"] != "none" or not codes, fp8, "without a recipe, no codes to hold")
@@ -316,7 +316,7 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     tokens = data.CharTokenizer.vocab_size
     enough = v["model.vocab_size"] >= tokens
     require(enough, "model.vocab_size", f"must be at least the tokenizer's {tokens}")
-    if not v["data.file"]:
+    if not v["data.file"] or v["sft.steps"]:  # demonstrations are always the task's
         with contextlib.suppress(ValueError):  # a task that is no task
             task = data.ArithmeticTask(v["data.operations"], v["data.digits"])
             for field, longest, what in (
@@ -399,104 +399,6 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     return claimed
 
 
-def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
-    """Runs an entry point with --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
-
-    Calls `main` with the resolved config and exits with what it returns. `BadInput`, from the
-    command line or from `main`, is shown as one message with exit code 2; any other exception is a
-    defect and keeps its traceback.
-    """
-    config, workdir = define_flags(flags.FLAGS)
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            return parse_flags(argv, flags.FLAGS)
-        except BadInput as error:
-            _exit(error)
-
-    def run(_: list[str]) -> int | None:
-        try:
-            return main(resolve(config.value), Path(workdir.value).expanduser())
-        except BadInput as error:
-            _exit(error)
-
-    app.run(run, flags_parser=parse)
-
-
-def define_flags(values: flags.FlagValues) -> tuple[flags.FlagHolder, flags.FlagHolder]:
-    """Defines --config and --workdir among the flags `values`."""
-    help_config = (
-        "FILE[:VARIANT], for example configs/tiny.py:bf16. Single fields follow as "
-        "--config.train.steps=50; drpo_jax/config.py explains them."
-    )
-    help_workdir = "Directory of the run; resumed if it holds one."
-    return (
-        config_flags.DEFINE_config_file("config", None, help_config, flag_values=values),
-        flags.DEFINE_string("workdir", None, help_workdir, flag_values=values),
-    )
-
-
-def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
-    """Parses the command line `argv` (of this process) into the flags `values`.
-
-    Raises: BadInput for everything wrong with it.
-    """
-    if any(re.fullmatch(r"--?help(short|full|xml)?", a) for a in argv):
-        return values(argv)
-    specs = [
-        m[2] or after
-        for arg, after in zip(argv, [*argv[1:], ""])
-        if (m := re.fullmatch(r"--?config(=(.*))?", arg))
-    ]
-    if len(specs) != 1 or not specs[0]:
-        raise BadInput("give one --config=FILE[:VARIANT], for example --config=configs/tiny.py")
-    load_config(specs[0])
-    names = _types()
-    for arg in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if match and match[1] not in names:
-            raise BadInput(f"{arg}: there is no such field: {_suggest(match[1], names)}")
-    try:
-        rest = values(argv)
-    except flags.IllegalFlagValueError as error:
-        if match := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL):
-            expected = _type_name(names[match[1]])
-            raise BadInput(f"--config.{match[1]}={match[2]}: must be {expected}") from None
-        raise BadInput(str(error)) from None
-    except flags.Error as error:
-        raise BadInput(str(error)) from None
-    if len(rest) > 1:
-        raise BadInput(f"{rest[1]}: not a flag; a field is set with --config.train.steps=50")
-    workdir = values.workdir
-    if not workdir:
-        raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
-    if "://" in workdir:
-        raise BadInput(f"--workdir={workdir}: must be a path; mount the bucket and name its path")
-    return rest
-
-
-def load_config(spec: str) -> ConfigDict:
-    """Returns `get_config()` of a config file, `get_config(VARIANT)` for FILE:VARIANT."""
-    path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, glob.glob("configs/*.py"), 1, 0.4)
-        raise BadInput(
-            f"--config={spec}: there is no file {path} below {Path.cwd()}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    try:
-        return runpy.run_path(path)["get_config"](*([variant] if variant else []))
-    except ValueError as error:
-        raise BadInput(f"--config={spec}: {error}") from error
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else f"--config={spec}"
-        cause = error.args[0] if error.args else error
-        if isinstance(cause, KeyError):  # ml_collections nests it in an AttributeError
-            cause = cause.args[0]
-        raise BadInput(f"{where}: {type(error).__name__}: {cause}") from error
-
-
 def from_dict(flat: Mapping[str, Any]) -> ConfigDict:
     """The inverse of `flatten`, for a complete and valid config."""
     config = default_config()
@@ -516,8 +418,8 @@ def _parse_json(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _types() -> dict[str, type]:
-    """Field -> type."""
+def field_types() -> dict[str, type]:
+    """The fields of a config by their dotted names, and their types."""
     config, types = default_config(), {}
     for field in flatten(config):
         section, _, leaf = field.rpartition(".")
@@ -531,11 +433,12 @@ def _has_type(value: Any, expected: type, optional: bool) -> bool:
     return type(value) is expected or (expected is float and type(value) is int)
 
 
-def _type_name(kind: type) -> str:
+def type_name(kind: type) -> str:
+    """A field's type in words."""
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
-def _suggest(field: str, names: Mapping[str, Any]) -> str:
+def suggest(field: str, names: Mapping[str, Any]) -> str:
     """What was probably meant by a field that is not among `names`."""
     section, _, leaf = field.rpartition(".")
     sections = sorted({n.partition(".")[0] for n in names if "." in n})
@@ -551,8 +454,3 @@ def _suggest(field: str, names: Mapping[str, Any]) -> str:
     if near:
         return f"{near[0]} has {', '.join(leaves)}"
     return f"the sections are {', '.join(sections)}"
-
-
-def _exit(error: BadInput) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)

@@ -15,7 +15,7 @@ import numpy as np
 
 from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import BadInput, bad_input
+from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
 from drpo_jax.objectives import advantages, informative
@@ -28,16 +28,12 @@ from drpo_jax.sampler import SamplingParams
 INIT, SAMPLE, EVALUATE, SHUFFLE = range(4)
 
 
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and from where it can be resumed."""
-
-
 class Run:
     """What the phases of a run share: data, reward, mesh, programs, checkpoints.
 
     Args:
       config: a resolved config.
-      workdir: of the run; must have been claimed.
+      workdir: of the run; nothing is written there yet.
 
     Raises:
       BadInput: a problem with the data or the mesh, before anything is computed.
@@ -49,16 +45,12 @@ class Run:
         self.reward = REWARDS[config.data.task]
         with bad_input():
             self.train_problems, self.heldout = self._problems()
+            self._check_init_from()
             self.mesh = make_mesh(**config.mesh)
             self.programs = Programs(config, self.mesh, stop=(self.tokenizer.eos_id,))
 
     def _problems(self):
         config = self.config
-        if config.model.vocab_size < self.tokenizer.vocab_size:
-            raise BadInput(
-                f"model.vocab_size = {config.model.vocab_size}: the tokenizer has "
-                f"{self.tokenizer.vocab_size} tokens"
-            )
         count = config.evaluate.problems
         if config.data.file:
             problems = data.load_problems(config.data.file)
@@ -83,13 +75,27 @@ class Run:
         )
         return data.ProblemStream(train, config.seed), heldout
 
+    def _check_init_from(self):
+        source = self.config.data.init_from
+        if source and self.warm_start().latest_step() is None:
+            raise BadInput(
+                f"data.init_from = {source!r}: no checkpoint of a warm start below it; give the "
+                "workdir of a run of drpo_jax.sft or drpo_jax.train"
+            )
+
+    def warm_start(self) -> Checkpoints:
+        """The checkpoints of the warm start: this run's, or those that data.init_from names."""
+        directory = Path(self.config.data.init_from or self.workdir) / "sft" / "checkpoints"
+        options = self.config.checkpoint
+        return Checkpoints(directory, options.keep, options.best_metric)
+
     def key(self, step: int, purpose: int):
         """The PRNG key of one purpose at one step."""
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), purpose)
 
-    def checkpoints(self, directory: str = "checkpoints") -> Checkpoints:
+    def checkpoints(self) -> Checkpoints:
         options = self.config.checkpoint
-        return Checkpoints(self.workdir / directory, options.keep, options.best_metric)
+        return Checkpoints(self.workdir / "checkpoints", options.keep, options.best_metric)
 
     def encode(self, problems):
         return [self.tokenizer.encode(problem.prompt) for problem in problems]
@@ -111,7 +117,7 @@ def supervised(run: Run):
     config, programs = run.config, run.programs
     total = config.sft.steps
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(run.checkpoints("sft/checkpoints"))
+        checkpoints = stack.enter_context(run.warm_start())
         step = checkpoints.latest_step() or 0
         state = (
             checkpoints.restore(step, programs.abstract_sft_state)
@@ -132,7 +138,8 @@ def supervised(run: Run):
             tokens = jnp.sum(batch.response_lengths)
             nll = -jnp.sum(jnp.where(batch.response_mask(), report.trace.logp, 0.0))
             metrics, tokens, nll = jax.device_get((report.metrics, tokens, nll))
-            _stop_if_stuck(run, report.skipped, step, checkpoints)
+            if stuck := stuck_updates(run, report.skipped, step):
+                _stop(run, stuck, step, checkpoints)
             seconds = time.monotonic() - started
             metrics |= {"loss": nll / tokens, "tokens_per_second": tokens / seconds}
             if step % max(total // 15, 1) == 0 or step in (1, total):
@@ -172,6 +179,7 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
       The records of the evaluations before and after.
     """
     run = Run(config, workdir)
+    claim_workdir(workdir, config)
     programs, total = run.programs, config.train.steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
@@ -192,13 +200,15 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
         while step < total:
             state, metrics = rl_step(run, state, step)
             step += 1
-            _stop_if_stuck(run, state.skipped, step, checkpoints)
-            last = step == total
-            if last or (config.evaluate.every and step % config.evaluate.every == 0):
+            stuck, last = stuck_updates(run, state.skipped, step), step == total
+            if not stuck and (last or _due(step, config.evaluate.every)):
                 metrics |= evaluate(run, state.model)
-            if last or step % config.log.every == 0 or "eval/avg" in metrics:
+            evaluated = "eval/avg" in metrics
+            if stuck or last or evaluated or _due(step, config.log.every):
                 log.log(step, metrics | clock.read())
-            if last or step % config.checkpoint.every == 0:
+            if stuck:
+                _stop(run, stuck, step, checkpoints)
+            if last or evaluated or _due(step, config.checkpoint.every):
                 checkpoints.save(step, state, metrics)
     evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
     return evaluations[0], evaluations[-1]
@@ -206,17 +216,10 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
 
 def initial_model(run: Run):
     """The model that RL starts from: another run's, the warm start's, or a random one."""
-    source = run.config.data.init_from
-    if source:
-        with bad_input(), Checkpoints(Path(source) / "sft" / "checkpoints") as checkpoints:
-            step = checkpoints.latest_step()
-            if step is None:
-                raise BadInput(
-                    f"data.init_from = {source!r}: no checkpoint below it; give the workdir of a "
-                    "run of drpo_jax.sft"
-                )
+    if run.config.data.init_from:
+        with bad_input(), run.warm_start() as checkpoints:
             like = {"model": run.programs.abstract_sft_state.model}
-            return checkpoints.restore(step, like)["model"]
+            return checkpoints.restore(checkpoints.latest_step(), like)["model"]
     if run.config.sft.steps:
         return supervised(run)
     return run.programs.init(run.key(0, INIT)).model
@@ -241,11 +244,8 @@ def rl_step(run: Run, state, step: int):
     advantage = np.asarray(advantages(config.objective.advantage, used, config.train.samples))
     # π is the full softmax at the sampling temperature; so is the µ that it is compared with.
     behavior_logp = rollouts.full_logp
-    whole = programs.batch(
-        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, behavior_logp, advantage
-    )
     if config.objective.behavior == "rescored":
-        behavior_logp = np.asarray(programs.rescore(state.model, whole).logp)
+        behavior_logp = rescored_logp(run, state.model, rollouts, step)
     rewarded = time.monotonic()
 
     state, learned, metrics = learn(run, state, rollouts, behavior_logp, advantage, step)
@@ -273,7 +273,7 @@ def rl_step(run: Run, state, step: int):
             tokens=rollouts.tokens,
             prompt_lengths=rollouts.prompt_lengths,
             response_lengths=rollouts.response_lengths,
-            response_mask=np.asarray(whole.response_mask()),
+            response_mask=np.arange(behavior_logp.shape[1]) < rollouts.response_lengths[:, None],
             behavior_logp=behavior_logp,
             sampler_logp=rollouts.logp,
             advantage=advantage,
@@ -285,6 +285,19 @@ def rl_step(run: Run, state, step: int):
             kind=np.array([p.kind for p in rows]),
         )
     return state, metrics
+
+
+def rescored_logp(run: Run, model, rollouts, step: int):
+    """log µ [N, R] as the learner itself has it before its first update."""
+    logp = np.zeros_like(rollouts.full_logp)
+    advantage = np.zeros(len(rollouts), np.float32)
+    arrays = (
+        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, logp, advantage
+    )  # fmt: skip
+    for rows in mini_batches(run.config, step, 0):
+        batch = run.programs.batch(*(a[rows] for a in arrays))
+        logp[rows] = run.programs.rescore(model, batch).logp
+    return logp
 
 
 def learn(run: Run, state, rollouts, behavior_logp, advantage, step: int):
@@ -379,16 +392,24 @@ def _announce(config, run):
     )
 
 
-def _stop_if_stuck(run, skipped, step, checkpoints):
-    skipped, limit = int(skipped), run.config.train.max_skipped
+def _due(step, every):
+    return every and step % every == 0
+
+
+def stuck_updates(run, skipped, step):
+    """Non-finite updates in a row, where they are as many as `train.max_skipped`; else 0."""
+    skipped = int(skipped)
     if skipped:
         logging.warning(
             "step %d: a loss or gradient was not finite; %d update(s) in a row skipped", step, skipped
         )
-    if skipped >= limit:
-        raise TrainingStopped(
-            f"step {step}: the last {skipped} updates had a non-finite loss or gradient and were "
-            f"skipped (train.max_skipped = {limit}). The last good checkpoint is that of step "
-            f"{checkpoints.latest_step()} in {checkpoints.directory}; lower "
-            "optimizer.learning_rate, or look at the saved rollouts, before resuming."
-        )
+    return skipped if skipped >= run.config.train.max_skipped else 0
+
+
+def _stop(run, skipped, step, checkpoints):
+    raise TrainingStopped(
+        f"step {step}: the last {skipped} updates had a non-finite loss or gradient and were skipped "
+        f"(train.max_skipped = {run.config.train.max_skipped}). The last good checkpoint is that of "
+        f"step {checkpoints.latest_step()} in {checkpoints.directory}; lower "
+        "optimizer.learning_rate, or look at the saved rollouts, before resuming."
+    )

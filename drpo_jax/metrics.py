@@ -11,6 +11,7 @@ Names that the console and the plots look for, where present:
   eval/avg, eval/greedy (held-out accuracy; eval/avg/KIND for one kind of problem)
 """
 
+import functools
 import json
 import math
 import os
@@ -113,6 +114,7 @@ class Console:
     def __init__(self, total_steps: int):
         self._total = total_steps
         self._printed = 0
+        self._columns: list[Column] = []
         self._times: list[tuple[int, float]] = []  # (step, seconds) of the latest training steps
 
     def lines(self, record: Record, now: float) -> list[str]:
@@ -120,11 +122,13 @@ class Console:
         step, lines = record["step"], []
         if any(c.metric in record for c in COLUMNS):
             self._times = [*self._times, (step, now)][-PACE - 1 :]
+            if self._printed == 0:  # what the first step does not have, the phase does not
+                self._columns = [c for c in COLUMNS if c.metric in record]
             if self._printed % HEADER_EVERY == 0:
-                titles = "".join(_cell(c, c.title) for c in COLUMNS)
+                titles = "".join(_cell(c, c.title) for c in self._columns)
                 lines.append(f"{'step':>13}{titles}{'ETA':>9}")
             self._printed += 1
-            values = "".join(_cell(c, record.get(c.metric, "-")) for c in COLUMNS)
+            values = "".join(_cell(c, record.get(c.metric, "-")) for c in self._columns)
             lines.append(f"{f'{step}/{self._total}':>13}{values}{self._eta(step):>9}")
         if "eval/avg" in record:
             parts = {"avg": record["eval/avg"], "greedy": record.get("eval/greedy")}
@@ -296,18 +300,24 @@ def _smooth(values: list[float], window: int = 9) -> list[float]:
 class CompileClock:
     """Counts the programs that XLA compiled (or loaded from its cache) and the seconds it took."""
 
-    _EVENT = "/jax/core/compile/backend_compile_duration"
-
     def __init__(self):
-        self._count, self._seconds = 0, 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, seconds: float, **_) -> None:
-        if event == self._EVENT:
-            self._count, self._seconds = self._count + 1, self._seconds + seconds
+        self._seen = len(_compilations())
 
     def read(self) -> Record:
         """{"compile/count", "compile/seconds"} since the last reading."""
-        reading = {"compile/count": self._count, "compile/seconds": self._seconds}
-        self._count, self._seconds = 0, 0.0
-        return reading
+        new = _compilations()[self._seen :]
+        self._seen += len(new)
+        return {"compile/count": len(new), "compile/seconds": math.fsum(new)}
+
+
+@functools.cache
+def _compilations() -> list[float]:
+    """Seconds of every compilation of this process since the first call, by one listener."""
+    seconds = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seconds

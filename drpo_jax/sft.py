@@ -6,15 +6,15 @@ Learns the task's demonstrations (`config.sft`) and writes a checkpoint that RL 
 
 import jax
 
-from drpo_jax import config as configs
-from drpo_jax import loop
+from drpo_jax import cli, loop
+from drpo_jax.config import BadInput, claim_workdir
 
 
 def main(config, workdir):
     if not config.sft.steps:
-        raise configs.BadInput("sft.steps = 0: there is nothing to learn; give the number of updates")
-    configs.claim_workdir(workdir, config)
+        raise BadInput("sft.steps = 0: there is nothing to learn; give the number of updates")
     run = loop.Run(config, workdir)
+    claim_workdir(workdir, config)
     with jax.set_mesh(run.mesh):
         model = loop.supervised(run)
         metrics = loop.evaluate(run, model)
@@ -23,4 +23,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-    configs.launch(main)
+    cli.launch(main)

@@ -4,13 +4,11 @@ The same command on the same workdir resumes. At the end: a table of held-out ac
 after, a plot in the terminal, and `learning.png`.
 """
 
-from drpo_jax import config as configs
-from drpo_jax import loop
+from drpo_jax import cli, loop
 from drpo_jax.metrics import plot_run, read_metrics, summary_table, text_plot
 
 
 def main(config, workdir):
-    configs.claim_workdir(workdir, config)
     before, after = loop.train(config, workdir)
     print("\n" + summary_table(before, after, config.evaluate.samples))
     print("\n" + text_plot(read_metrics(workdir)))
@@ -18,4 +16,4 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
-    configs.launch(main)
+    cli.launch(main)

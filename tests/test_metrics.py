@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -120,3 +121,19 @@ def test_plot_run_draws_a_picture(tmp_path):
     write(tmp_path, 0, 8)
     assert M.plot_run(tmp_path) == tmp_path / "learning.png"
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compile_clocks_count_on_their_own_with_one_listener(monkeypatch):
+    def compile_one(n):
+        jax.jit(lambda x: x + n)(jnp.arange(n)).block_until_ready()
+
+    first = M.CompileClock()
+    compile_one(3)
+    monkeypatch.delattr(jax.monitoring, "register_event_duration_secs_listener")
+    second = M.CompileClock()
+    for n in (4, 5):
+        compile_one(n)
+    a, b = first.read(), second.read()
+    assert a["compile/count"] > b["compile/count"] >= 2
+    assert a["compile/seconds"] > b["compile/seconds"] > 0
+    assert first.read() == {"compile/count": 0, "compile/seconds": 0}

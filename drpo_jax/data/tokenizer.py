@@ -36,14 +36,8 @@ class CharTokenizer:
     def decode(self, ids):
         """The text of `ids` (integers, a list or an array with one axis), special tokens left out.
 
-        Nothing ends the text: ids after an end of sequence are decoded too.
-        Raises: ValueError for an id outside of 0 to vocab_size - 1.
+        Nothing ends the text: ids after an end of sequence are decoded too. An id that the
+        vocabulary lacks (a model may have more rows than it) becomes the replacement character.
         """
-        ids = [int(i) for i in ids]
-        for position, i in enumerate(ids):
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"token id {i} at position {position} is outside of the vocabulary: "
-                    f"ids run from 0 to {self.vocab_size - 1}."
-                )
-        return "".join(self._texts[i] for i in ids)
+        known = range(self.vocab_size)
+        return "".join(self._texts[i] if i in known else "\ufffd" for i in map(int, ids))

@@ -54,9 +54,11 @@ class Report(NamedTuple):
 
 
 def response_logp(model, batch, settings):
-    """log π of the response tokens, float32 [B, R], and the whole TokenTrace; no gradients."""
+    """TokenTrace of the response tokens, float32 [B, R], in micro-batches and without gradients."""
     none = jnp.zeros_like(batch.behavior_logp)
-    return _micro_loss(model, batch, none, settings)[1][0]
+    pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, none))
+    trace = jax.lax.map(lambda piece: _micro_loss(model, *piece, settings)[1][0], pieces)
+    return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
 def update(state, batch, *, settings, optimizer):
@@ -94,7 +96,7 @@ def update(state, batch, *, settings, optimizer):
     first = jax.tree.map(lambda a: a[0], pieces)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(micro_step, first)[0])
     (grads, loss, router), trace = jax.lax.scan(accumulate, zero, pieces)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, changes)

@@ -208,9 +208,7 @@ class Sampler:
             partial(prefill, compute=compute), static_argnames=("params",)
         )
         self._decode = jax.jit(
-            partial(decode, compute=compute),
-            static_argnames=("params", "read", "grow"),
-            donate_argnums=1,
+            partial(decode, compute=compute), static_argnames=("params", "read", "grow")
         )
 
     def compilations(self):
@@ -234,7 +232,7 @@ class Sampler:
             into the slots.
         """
         width = self._check(prompts, params)
-        per_batch = self.slots // params.samples
+        per_batch = self._prompts_per_batch(params)
         pieces = [
             self._generate_batch(prompts[i : i + per_batch], i, per_batch, width, params, key)
             for i in range(0, len(prompts), per_batch)
@@ -247,14 +245,20 @@ class Sampler:
             rows[row, length : length + params.max_tokens] = tokens[row]
         return Rollouts(rows, lengths, response_lengths, logp, full_logp, done)
 
+    def _prompts_per_batch(self, params):
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else batch_shards(mesh)
+        prompts = self.slots // params.samples // shards * shards
+        if not prompts:
+            raise ValueError(
+                f"{params.samples} samples of a prompt on each of {shards} devices do not fit into "
+                f"{self.slots} slots; raise the sampler's slots or lower the samples"
+            )
+        return prompts
+
     def _check(self, prompts, params):
         if not prompts:
             raise ValueError("no prompts to sample from")
-        if params.samples > self.slots:
-            raise ValueError(
-                f"{params.samples} samples of a prompt do not fit into {self.slots} slots; raise the "
-                "sampler's slots or lower the samples"
-            )
         lengths = [len(p) for p in prompts]
         limit = self.prompt_length or -(-max(lengths) // 16) * 16
         for i, length in enumerate(lengths):

@@ -1,0 +1,91 @@
+"""Is it luck? The main job on many seeds, and control runs whose rewards are shuffled.
+
+    python -m benchmarks.seeds --workdir=runs/seeds [--seeds=10] [--controls=2] [--parallel=2]
+        [--config=configs/tiny.py] [--output=FILE.json] [--train_flag=--config.FIELD=VALUE …]
+
+Runs `python -m drpo_jax.train` as a user would, one process per run and one core each, so the whole
+takes seeds · minutes / parallel. A run that has finished is not repeated, a run that was killed
+resumes. Prints held-out accuracy before and after for every seed, and how many reach the goal: at most
+50 % before and at least 85 % after, avg@k as well as greedy. The control starts from the seed's warm
+start and permutes the rewards over each rollout: with nothing to learn from, accuracy must not rise.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import app, flags
+
+from benchmarks.common import write_results
+from drpo_jax.metrics import read_metrics
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the runs go, one directory each.")
+CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config of the runs.")
+SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds 0, 1, …")
+CONTROLS = flags.DEFINE_integer("controls", 2, "Seeds that are also run with shuffled rewards.")
+PARALLEL = flags.DEFINE_integer("parallel", os.cpu_count(), "Runs at a time.", lower_bound=1)
+TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Handed on to drpo_jax.train.")
+OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
+GOAL = {"before": 0.50, "after": 0.85}
+
+
+def run(name: str, arguments: list[str]) -> dict:
+    """Trains in workdir/name unless that is done. → accuracies before and after, and seconds."""
+    workdir = Path(WORKDIR.value) / name
+    done = workdir / "seconds"
+    if not done.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "drpo_jax.train", f"--config={CONFIG.value}"]
+        started = time.monotonic()
+        with (workdir / "log.txt").open("a") as log:
+            subprocess.run(
+                [*command, f"--workdir={workdir}", *arguments, *TRAIN_FLAG.value],
+                stdout=log, stderr=subprocess.STDOUT, check=True,
+            )  # fmt: skip
+        done.write_text(str(round(time.monotonic() - started)))
+    evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
+    steps = [r for r in read_metrics(workdir) if "reward/mean" in r]
+    figures = {
+        f"{metric} {when}": round(record[f"eval/{metric}"], 4)
+        for when, record in (("before", evaluations[0]), ("after", evaluations[-1]))
+        for metric in ("avg", "greedy")
+    }
+    share = sum(r["weight/corrected"] for r in steps) / len(steps)
+    figures |= {"corrected": round(share, 5), "seconds": int(done.read_text())}
+    print(f"{name:<12}" + "  ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+    return figures
+
+
+def reached(figures: dict) -> bool:
+    metrics = ("avg", "greedy")
+    low = all(figures[f"{m} before"] <= GOAL["before"] for m in metrics)
+    return low and all(figures[f"{m} after"] >= GOAL["after"] for m in metrics)
+
+
+def main(_):
+    jobs = {f"seed{i}": [f"--config.seed={i}"] for i in range(SEEDS.value)}
+    controls = {
+        f"control{i}": [
+            f"--config.seed={i}",
+            "--config.train.shuffle_rewards=True",
+            f"--config.data.init_from={Path(WORKDIR.value) / f'seed{i}'}",
+        ]
+        for i in range(CONTROLS.value)
+    }
+    with ThreadPoolExecutor(PARALLEL.value) as pool:
+        seeds = dict(zip(jobs, pool.map(run, jobs, jobs.values())))
+        controls = dict(zip(controls, pool.map(run, controls, controls.values())))
+    count = sum(map(reached, seeds.values()))
+    print(f"{count} of {len(seeds)} seeds: at most 50 % before, at least 85 % after")
+    for name, r in controls.items():
+        print(f"{name}: shuffled rewards, avg {r['avg before']:.3f} -> {r['avg after']:.3f}")
+    if OUTPUT.value:
+        command = "python -m " + " ".join(["benchmarks.seeds", *sys.argv[1:]])
+        write_results(OUTPUT.value, command, seeds | controls | {"seeds that reach the goal": count})
+
+
+if __name__ == "__main__":
+    app.run(main)

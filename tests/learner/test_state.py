@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.config import default_config
+from drpo_jax.learner import Batch, make_optimizer
+
+
+def optimizer_config(**fields):
+    config = default_config().optimizer
+    config.update(learning_rate=0.1, weight_decay=0.0, **fields)
+    return config
+
+
+def steps(optimizer, params, gradients):
+    """The changes that a sequence of gradients makes."""
+    state, changes = optimizer.init(params), []
+    step = jax.jit(optimizer.update)
+    for gradient in gradients:
+        change, state = step(gradient, state, params)
+        changes.append(np.asarray(change))
+    return np.array(changes)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        # Adam's first steps on a constant gradient are the learning rate itself.
+        (dict(), [0.1] * 6),
+        (dict(warmup_steps=4), [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]),
+        (dict(warmup_steps=1), [0.1] * 6),
+        (dict(schedule="linear"), 0.1 * (1 - np.arange(6) / 10)),
+        (
+            dict(schedule="linear", final_fraction=0.5, warmup_steps=2),
+            [0.05, 0.1, 0.1, 0.09375, 0.0875, 0.08125],
+        ),
+        (dict(schedule="cosine"), 0.05 * (1 + np.cos(np.pi * np.arange(6) / 10))),
+    ],
+    ids=str,
+)
+def test_schedules(fields, expected):
+    optimizer = make_optimizer(optimizer_config(**fields), total_updates=10)
+    changes = steps(optimizer, jnp.zeros(3), [jnp.full(3, 0.2)] * 6)
+    np.testing.assert_allclose(-changes, np.tile(np.array(expected)[:, None], 3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_end_at_the_final_fraction(schedule):
+    optimizer = make_optimizer(optimizer_config(schedule=schedule, final_fraction=0.2), 10)
+    changes = steps(optimizer, jnp.zeros(1), [jnp.ones(1)] * 13)
+    np.testing.assert_allclose(-changes[10:], 0.02, rtol=1e-4)
+
+
+def test_the_gradient_is_clipped_by_its_global_norm_and_weights_decay():
+    optimizer = make_optimizer(optimizer_config(clip_norm=1.0), 10)
+    small, large = jnp.array([0.6, 0.8]), jnp.array([60.0, 80.0])
+    clipped = steps(optimizer, jnp.zeros(2), [small, large, small])
+    same = steps(optimizer, jnp.zeros(2), [small] * 3)
+    np.testing.assert_allclose(clipped, same, rtol=1e-5)
+    config = optimizer_config()
+    config.weight_decay = 0.5
+    decay = steps(make_optimizer(config, 10), jnp.array([2.0]), [jnp.zeros(1)])
+    np.testing.assert_allclose(decay, [[-0.1 * 0.5 * 2.0]], rtol=1e-5)
+
+
+def test_masks_follow_from_the_lengths():
+    zeros = jnp.zeros((3, 4))
+    lengths = jnp.array([2, 3, 1]), jnp.array([4, 1, 0])
+    batch = Batch(jnp.zeros((3, 7), jnp.int32), *lengths, zeros, jnp.zeros(3))
+    assert batch.response_mask().astype(int).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [0] * 4]
+    assert batch.segment_ids().tolist() == [
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0],
+    ]
+    assert batch.response_positions().tolist() == [[2, 3, 4, 5], [3, 4, 5, 6], [1, 2, 3, 4]]

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drpo_jax.models import Compute, ModelConfig, load_balance_loss
+from drpo_jax.models.moe import MoE, make_layout
+
+D, F = 8, 6
+WEIGHTS = ("router", "gate_proj", "up_proj", "down_proj")
+
+
+def new_moe(experts, k, seed=0):
+    config = ModelConfig(
+        vocab_size=8, hidden_size=D, layers=1, heads=1, kv_heads=1, head_dim=D,
+        experts=experts, experts_per_token=k, expert_size=F,
+    )  # fmt: skip
+    return MoE(config, jax.random.key(seed))
+
+
+def dense_reference(x, valid, w, k):
+    """Every expert computes every token; the gates choose. Float64 when its arguments are."""
+    probs = jax.nn.softmax(x @ w["router"], axis=-1)
+    top = jnp.sort(probs, axis=-1)[:, ::-1]
+    chosen = jnp.where(probs >= top[:, k - 1 : k], probs, 0.0)
+    gates = chosen / jnp.sum(chosen, axis=-1, keepdims=True) * valid[:, None]
+    inner = jax.nn.silu(jnp.einsum("nd,edf->nef", x, w["gate_proj"]))
+    inner *= jnp.einsum("nd,edf->nef", x, w["up_proj"])
+    return jnp.einsum("nef,efd,ne->nd", inner, w["down_proj"], gates)
+
+
+# (experts, experts per token, tokens, padding tokens, experts that no token may choose)
+CASES = {
+    "several blocks, idle experts, padding": (5, 2, 70, 5, 2),
+    "one per token, sizes that do not divide": (16, 1, 13, 0, 0),
+    "every expert per token": (3, 3, 9, 0, 0),
+}
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "ragged_dot"])
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_experts_equal_the_dense_reference(case, kernel):
+    experts, k, tokens, padding, idle = CASES[case]
+    moe = new_moe(experts, k)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(tokens, D)).astype(np.float32)
+    x[:, 0] = 1.0  # through this feature the router shuts experts out
+    moe.router[...] = moe.router[...].at[0, :idle].add(-50.0)
+    valid = np.arange(tokens) < tokens - padding
+    x[~valid] *= 1e3
+    cotangent = rng.normal(size=(tokens, D)).astype(np.float32)
+
+    def ours(moe, x):
+        y, statistics = moe(x, jnp.asarray(valid), Compute(grouped_matmul=kernel))
+        return jnp.sum(y * cotangent), (y, statistics)
+
+    (_, (y, statistics)), (grads, dx) = jax.jit(
+        jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
+    )(moe, x)
+
+    weights = {name: np.asarray(getattr(moe, name)[...]) for name in WEIGHTS}
+    with jax.enable_x64(True):
+        w64, x64 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (weights, x))
+
+        def reference(w, x):
+            y = dense_reference(x, jnp.asarray(valid), w, k)
+            return jnp.sum(y * cotangent), y
+
+        (_, expected), (d_w, d_x) = jax.jit(
+            jax.value_and_grad(reference, argnums=(0, 1), has_aux=True)
+        )(w64, x64)
+        expected, d_w, d_x = jax.tree.map(np.asarray, (expected, d_w, d_x))
+
+    assert expected.dtype == np.float64
+    assert_close(y, expected)
+    assert_close(dx, d_x)
+    for name in WEIGHTS:
+        assert_close(getattr(grads, name)[...], d_w[name])
+    assert not np.any(y[~valid]) and not np.any(dx[~valid])
+    assert not np.any(grads.up_proj[...][:idle])
+    assert np.sum(statistics["load"]) == k * valid.sum()
+    assert not np.any(statistics["load"][:idle])
+    np.testing.assert_allclose(np.sum(statistics["probability"]), valid.sum(), rtol=1e-5)
+
+
+def assert_close(ours, expected):
+    error = np.linalg.norm(np.asarray(ours, np.float64) - expected)
+    assert error <= 2e-6 * max(np.linalg.norm(expected), 1.0)  # a router of k = 1 has no gradient
+
+
+def test_load_balance_loss_is_one_when_balanced_and_E_when_collapsed():
+    balanced, collapsed = jnp.full(8, 3.0), jnp.zeros(8).at[2].set(24.0)
+    assert load_balance_loss(balanced, balanced) == pytest.approx(1.0)
+    assert load_balance_loss(collapsed, collapsed) == pytest.approx(8.0)
+    assert load_balance_loss(jnp.zeros(8), jnp.zeros(8)) == 0.0
+    # The gradient goes through the probabilities alone.
+    d_load, d_probability = jax.grad(load_balance_loss, argnums=(0, 1))(collapsed, balanced)
+    assert not np.any(d_load) and np.any(d_probability)
+
+
+SHAPES = [(1, 1, 1, 1), (7, 2, 3, 16), (20, 1, 5, 4), (9, 3, 4, 1), (33, 2, 6, 16)]
+jitted_layout = jax.jit(make_layout, static_argnums=(1, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_layout_gives_every_assignment_its_own_row(data):
+    n, k, e, block = data.draw(st.sampled_from(SHAPES))
+    flat = data.draw(st.lists(st.integers(0, e), min_size=n * k, max_size=n * k))
+    experts = np.array(flat, np.int32).reshape(n, k)
+    layout = jax.tree.map(np.asarray, jitted_layout(experts, e, block))
+    rows, r, m = layout.row.reshape(-1), len(layout.source), n * k
+    has_row = experts.reshape(-1) < e
+    ends = np.cumsum(layout.group_sizes)
+    starts = ends - layout.group_sizes
+
+    assert len(set(rows[has_row])) == has_row.sum()
+    assert np.all(rows[~has_row] == r)
+    assert ends[-1] <= r and r % block == 0 and not np.any(layout.group_sizes % block)
+    assert layout.blocks == ends[-1] // block
+    for assignment in np.flatnonzero(has_row):
+        row, expert = rows[assignment], experts.reshape(-1)[assignment]
+        assert starts[expert] <= row < ends[expert]
+        assert layout.source[row] == assignment
+        assert layout.block_expert[row // block] == expert and row // block < layout.blocks
+    unused = np.setdiff1d(np.arange(r), rows[has_row])
+    assert np.all(layout.source[unused] == m)
+    counts = np.bincount(flat, minlength=e + 1)[:e]
+    assert np.all(layout.group_sizes - counts < block)  # no more padding than it needs

@@ -1,0 +1,44 @@
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from drpo_jax.parallel import SAMPLER_RULES, batch_shards, constrain, make_mesh, partition_spec
+
+
+def test_axes_land_where_the_table_says():
+    assert partition_spec(("layers", "experts", "embed", "mlp")) == P(
+        None, "expert", "fsdp", "tensor"
+    )
+    assert partition_spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
+    assert partition_spec(("vocab", "embed"), rules=SAMPLER_RULES) == P("tensor", None)
+
+
+def test_an_axis_that_is_not_in_the_table_is_named():
+    with pytest.raises(ValueError, match="unknown logical axis 'mpl' .*known: .*'mlp'"):
+        partition_spec(("embed", "mpl"))
+
+
+def test_two_axes_on_one_mesh_axis_are_named():
+    with pytest.raises(ValueError, match="'heads' and 'mlp' .* both land on mesh axis 'tensor'"):
+        partition_spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="'batch' and 'embed' .* both land on mesh axis 'fsdp'"):
+        partition_spec(("batch", "embed"))
+
+
+def test_a_size_that_the_mesh_does_not_divide_is_named():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    assert partition_spec(("embed", "mlp"), (12, 6), mesh) == P("fsdp", "tensor")
+    with pytest.raises(ValueError, match=r"'embed' of an array \(10, 6\) .* size 10, .*\(4 parts\)"):
+        partition_spec(("embed", "mlp"), (10, 6), mesh)
+    with pytest.raises(ValueError, match="'batch' .* size 6"):
+        partition_spec(("batch",), (6,), mesh)
+
+
+def test_batch_shards_and_constrain():
+    x = jax.numpy.ones((8, 2))
+    assert constrain(x, "batch", None) is x  # no mesh
+    mesh = make_mesh(data=2, fsdp=2, expert=1, tensor=2)
+    assert batch_shards(mesh) == 4
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x, "batch", None))(x)
+    assert y.sharding.shard_shape(y.shape) == (2, 2)

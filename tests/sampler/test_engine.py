@@ -1,0 +1,150 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.learner import Batch, UpdateSettings, likelihood, response_logp
+from drpo_jax.models import ModelConfig, Transformer
+from drpo_jax.sampler import Sampler, SamplingParams
+from drpo_jax.sampler.engine import read_buckets
+
+SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)
+CONFIG = ModelConfig(**SIZES, experts=5, experts_per_token=2, expert_size=24, rope_theta=1e4)
+KEY = jax.random.key(5)
+PROMPTS = [[3, 9, 27, 1], [5], [8, 8, 60, 2, 40, 41, 7], [11, 12], [63, 0, 0, 1, 2]]
+PARAMS = SamplingParams(max_tokens=9, samples=3, temperature=0.7, top_k=20, stop=(4, 17, 30))
+GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = jax.jit(lambda key: Transformer(CONFIG, key))(jax.random.key(1))
+    model.lm_head[...] = 2 * model.lm_head[...]  # a distribution with something to choose
+    return model
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return Sampler(model, slots=6, decode_steps=5, prompt_length=8)
+
+
+@pytest.fixture(scope="module")
+def rollouts(sampler):
+    assert sampler.compilations() == 0
+    rollouts = sampler.generate(PROMPTS, PARAMS, KEY)
+    assert sampler.compilations() <= 1 + len(read_buckets(PARAMS.max_tokens, 5)) == 3
+    return rollouts
+
+
+def learner_trace(model, rollouts, temperature):
+    """The learner's own TokenTrace of sampled responses."""
+    settings = UpdateSettings(likelihood, "token-mean", 1, temperature=temperature)
+    batch = Batch(
+        rollouts.tokens,
+        rollouts.prompt_lengths,
+        rollouts.response_lengths,
+        jnp.asarray(rollouts.logp),
+        jnp.zeros(len(rollouts)),
+    )
+    return jax.jit(lambda m, b: response_logp(m, b, settings))(model, batch)
+
+
+def response_mask(rollouts):
+    return np.arange(rollouts.logp.shape[1]) < rollouts.response_lengths[:, None]
+
+
+def test_logprobs_equal_the_learners(model, rollouts):
+    mask = response_mask(rollouts)
+    logp = np.asarray(learner_trace(model, rollouts, PARAMS.temperature).logp)
+    assert mask.sum() > 40
+    assert np.max(np.abs(rollouts.full_logp - logp)[mask]) <= 2e-5
+    # Of the filtered distribution, which has lost mass:
+    gap = (rollouts.logp - rollouts.full_logp)[mask]
+    assert np.all(gap >= -1e-6) and np.max(gap) > 1e-3
+    assert not np.any(rollouts.logp[~mask]) and not np.any(rollouts.full_logp[~mask])
+
+
+def test_rows_are_prompt_then_response_in_the_order_of_the_prompts(rollouts):
+    n, width = len(PROMPTS) * PARAMS.samples, 8 + PARAMS.max_tokens
+    assert len(rollouts) == n and rollouts.tokens.shape == (n, width)
+    assert rollouts.tokens.dtype == np.int32 and rollouts.logp.dtype == np.float32
+    distinct = set()
+    for row in range(n):
+        prompt, response = PROMPTS[row // PARAMS.samples], rollouts.response(row)
+        start = rollouts.prompt_lengths[row]
+        length = rollouts.response_lengths[row]
+        assert start == len(prompt) and rollouts.tokens[row, :start].tolist() == prompt
+        sampled = rollouts.tokens[row, start : start + length].tolist()
+        assert not np.any(rollouts.tokens[row, start + length :])
+        assert not set(sampled[:-1]) & set(PARAMS.stop)
+        assert rollouts.finished[row] == (sampled[-1] in PARAMS.stop)
+        assert rollouts.finished[row] or length == PARAMS.max_tokens
+        assert response == (sampled[:-1] if rollouts.finished[row] else sampled)
+        distinct.add((row // PARAMS.samples, *sampled))
+    assert len(distinct) == n  # the samples of a group differ
+    assert 0 < rollouts.finished.sum() < n
+
+
+def test_tokens_depend_on_the_seed_alone(model, sampler, rollouts):
+    other = Sampler(model, slots=12, decode_steps=9, prompt_length=8)
+    assert_same(other.generate(PROMPTS, PARAMS, KEY), rollouts)
+    assert_same(sampler.generate(PROMPTS, PARAMS, KEY), rollouts)
+    again = sampler.generate(PROMPTS, PARAMS, jax.random.key(6))
+    assert np.any(again.tokens != rollouts.tokens)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.response_lengths, b.response_lengths)
+    np.testing.assert_array_equal(a.finished, b.finished)
+    np.testing.assert_allclose(a.logp, b.logp, atol=2e-5)
+
+
+def test_a_second_call_compiles_nothing(sampler, rollouts):
+    first = sampler.compilations()
+    sampler.generate(PROMPTS[::-1] * 2, PARAMS, jax.random.key(9))
+    assert sampler.compilations() == first
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model, sampler):
+    rollouts = sampler.generate(PROMPTS, GREEDY, KEY)
+    tokens = rollouts.tokens
+    segments = np.arange(tokens.shape[1]) < (rollouts.prompt_lengths + 5)[:, None]
+    forward = jax.jit(lambda m, t, s: m(t, segment_ids=s))
+    logits = np.asarray(forward(model, tokens, segments.astype(np.int32)))
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    for row, start in enumerate(rollouts.prompt_lengths):
+        for t in range(5):
+            token = tokens[row, start + t]
+            assert token == np.argmax(logits[row, start + t - 1])
+            np.testing.assert_allclose(
+                rollouts.logp[row, t], logp[row, start + t - 1, token], atol=2e-5
+            )
+    assert np.all(rollouts.response_lengths == 5) and not np.any(rollouts.finished)
+
+
+def test_a_stop_token_first_and_a_single_token(model, sampler):
+    first = sampler.generate(PROMPTS, GREEDY, KEY).tokens[0, len(PROMPTS[0])].item()
+    params = SamplingParams(max_tokens=1, temperature=0.0, stop=(first,))
+    rollouts = sampler.generate(PROMPTS[:1], params, KEY)
+    assert rollouts.response_lengths.tolist() == [1] and rollouts.finished.tolist() == [True]
+    assert rollouts.response(0) == [] and rollouts.tokens[0, len(PROMPTS[0])] == first
+    assert rollouts.tokens.shape == (1, 9)
+
+
+def test_bad_prompts_are_named(sampler):
+    for prompts, message in (
+        ([], "no prompts"),
+        ([[1], []], "prompt 1 has 0 tokens; it must have between 1 and 8"),
+        ([[1] * 9], "prompt 0 has 9 tokens; it must have between 1 and 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler.generate(prompts, PARAMS, KEY)
+    with pytest.raises(ValueError, match="7 samples of a prompt do not fit into 6 slots"):
+        sampler.generate(PROMPTS, SamplingParams(max_tokens=2, samples=7), KEY)
+
+
+def test_read_buckets():
+    assert read_buckets(1, 16) == [1] and read_buckets(9, 4) == [4, 8, 9]
+    long = read_buckets(8192, 32)
+    assert long[-1] == 8192 and len(long) < 30 and all(a < b for a, b in zip(long, long[1:]))

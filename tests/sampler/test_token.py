@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.sampler import SamplingParams
+from drpo_jax.sampler.token import filter_logits, sample_token
+
+PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+LOGITS = np.log(PROBABILITIES).astype(np.float32)
+DRAWS = 4000
+
+
+@pytest.mark.parametrize(
+    "filters, kept",
+    [
+        ({}, 6),
+        ({"top_k": 3}, 3),
+        ({"top_k": 99}, 6),
+        ({"top_p": 0.6}, 2),
+        ({"top_p": 0.66}, 3),
+        ({"top_p": 0.01}, 1),
+        ({"top_k": 4, "top_p": 0.85}, 3),  # top-p of what top-k kept: 0.8 / 0.9 ≥ 0.85
+        ({"temperature": 2.0}, 6),
+        ({"temperature": 0.5, "top_p": 0.6}, 1),  # 0.4² / Σp² = 0.61
+    ],
+    ids=str,
+)
+def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters, kept):
+    params = SamplingParams(max_tokens=1, **filters)
+    order = np.array([3, 0, 5, 1, 4, 2])  # not sorted
+    full = PROBABILITIES[order] ** (1 / params.temperature)
+    full /= full.sum()
+    filtered = np.where(full >= np.sort(full)[-kept], full, 0.0)
+    filtered /= filtered.sum()
+
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    logits = jnp.tile(LOGITS[order], (DRAWS, 1))
+    token, logp, full_logp = jax.tree.map(
+        np.asarray, jax.jit(sample_token, static_argnums=2)(logits, keys, params)
+    )
+    np.testing.assert_allclose(logp, np.log(filtered[token]), atol=2e-6)
+    np.testing.assert_allclose(full_logp, np.log(full[token]), atol=2e-6)
+    counts, expected = np.bincount(token, minlength=6), DRAWS * filtered
+    assert not np.any(counts[expected == 0])
+    held = expected > 0
+    chi_square = np.sum((counts - expected)[held] ** 2 / expected[held])
+    assert chi_square < 25  # at most 5 degrees of freedom: one in 10,000
+
+
+def test_filters_keep_ties_at_the_border():
+    logits = jnp.array([[2.0, 1.0, 1.0, 0.0]])
+    assert np.isfinite(filter_logits(logits, top_k=2, top_p=1.0)).tolist() == [[1, 1, 1, 0]]
+    assert np.isfinite(filter_logits(logits, top_k=0, top_p=0.6)).tolist() == [[1, 1, 1, 0]]
+
+
+def test_greedy_takes_the_most_likely_token():
+    params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2)
+    logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
+    token, logp, full_logp = sample_token(logits, jax.random.split(jax.random.key(0), 2), params)
+    assert token.tolist() == [1, 0]
+    expected = jax.nn.log_softmax(logits)[jnp.arange(2), token]
+    np.testing.assert_allclose(logp, expected, atol=1e-6)
+    np.testing.assert_allclose(full_logp, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("max_tokens", 0), ("samples", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0)]
+    + [("top_p", 1.5)],
+)
+def test_params_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"SamplingParams.{field} must be .*, got {value}"):
+        SamplingParams(**{"max_tokens": 4, field: value})

@@ -1,0 +1,273 @@
+"""The loop end to end: resume, streams of randomness, controls, files, stops."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax import config as C
+from drpo_jax import loop
+from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.cli import load_config
+from drpo_jax.data import CharTokenizer
+from drpo_jax.learner import record
+from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.metrics import read_metrics
+from drpo_jax.objectives import advantages, token_objective
+from drpo_jax.parallel import make_mesh
+
+SMALLEST = str(Path(__file__).parent / "smallest.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_and_rewarding():
+    """One of the eight devices (sharding has its own tests and compiles for long), and a reward that
+    a model without skill gets as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = partial(make_mesh, devices=jax.devices()[:1])
+        patch.setattr(loop, "make_mesh", one)
+        patch.setitem(loop.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2)
+        compile_once = {
+            "jax_disable_most_optimizations": True,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+        }
+        before = {name: getattr(jax.config, name) for name in compile_once}
+        for name, value in compile_once.items():
+            jax.config.update(name, value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def config(**fields):
+    """The smallest config with fields (a__b for a.b) changed."""
+    flat = C.flatten(load_config(SMALLEST))
+    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
+
+
+def metrics(workdir):
+    """The records without what may differ between two equal runs: clocks and compilations."""
+    clocks = ("time/", "compile/", "tokens_per_second")
+    return [
+        {k: v for k, v in record.items() if not k.startswith(clocks)}
+        for record in read_metrics(workdir)
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(name, step):
+    """Replaces `loop.name(…, step)` by one that raises `Killed` at that step; undone after."""
+    original = getattr(loop, name)
+
+    def run(*args):
+        if args[-1] == step:
+            raise Killed
+        return original(*args)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop, name, run)
+    return patch
+
+
+def problem_file(directory, lines=10):
+    path = directory / "problems.jsonl"
+    records = ({"prompt": f"{i}+{i}=", "answer": str(2 * i), "id": i} for i in range(lines))
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of an uninterrupted run: 4 warm-start updates, 4 rollout steps."""
+    workdir = tmp_path_factory.mktemp("whole")
+    before, after = loop.train(config(), workdir)
+    assert (before["step"], after["step"]) == (0, 4)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def other(whole, tmp_path_factory):
+    """Two steps from the same warm start: problems from a file, shuffled rewards, rescored µ, a
+    boundary that nothing reaches."""
+    workdir = tmp_path_factory.mktemp("other")
+    settings = config(
+        data__file=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
+        train__shuffle_rewards=True, objective__behavior="rescored", objective__delta=12.5,
+        train__save_rollout_every=1,
+    )  # fmt: skip
+    loop.train(settings, workdir)
+    return workdir
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
+    for name, step in (("demonstration_batch", 2), ("rl_step", 0), ("rl_step", 3)):
+        patch = killed_at(name, step)
+        with pytest.raises(Killed):
+            loop.train(config(), tmp_path)
+        patch.undo()
+    # Steps 1 and 2 and their checkpoint are done; step 3 was logged and will be done again.
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    loop.train(config(), tmp_path)
+    assert [r["step"] for r in metrics(whole)] == [0, 1, 2, 3, 4]
+    assert metrics(tmp_path) == metrics(whole)
+    assert metrics(tmp_path / "sft") == metrics(whole / "sft")
+    for step in (0, 2):
+        paths = (rollout_path(d, step) for d in (whole, tmp_path))
+        a, b = (load_rollout(path) for path in paths)
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, tmp_path):
+    loop.train(config(evaluate__every=1, data__init_from=str(whole)), tmp_path)
+    records, expected = metrics(tmp_path), metrics(whole)
+    assert all("eval/avg" in r for r in records)
+    for mine, theirs in zip(records, expected, strict=True):
+        assert {k: mine[k] for k in theirs} == theirs
+    assert not (tmp_path / "sft").exists()
+    # The sampler draws the same for the same weights, whatever was sampled before.
+    assert records[0]["eval/avg"] == expected[0]["eval/avg"]
+
+
+def test_a_saved_rollout_is_what_its_documentation_says(whole):
+    saved = load_rollout(rollout_path(whole, 0))
+    settings = config()
+    documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
+    sizes = {"N": 16, "R": 23, "T": 23 + 6}
+    names = [(name, shape) for group, shape in documented for name in group.split(", ")]
+    assert {name for name, _ in names} == set(saved)
+    for name, shape in names:
+        assert saved[name].shape == tuple(sizes[s] for s in shape.split(", ") if s), name
+    mask, lengths = saved["response_mask"], saved["response_lengths"]
+    np.testing.assert_array_equal(mask.sum(1), lengths)
+    hyper = {"delta": settings.objective.delta}
+    _, c = token_objective(
+        "drpo", saved["logp"], saved["behavior_logp"], saved["advantage"][:, None], **hyper
+    )
+    np.testing.assert_allclose(np.where(mask, saved["coefficient"], 0), np.where(mask, c, 0), 1e-5)
+    ratio = np.exp(saved["logp"] - saved["behavior_logp"])
+    c = saved["weight"] * ratio * saved["advantage"][:, None]
+    np.testing.assert_allclose(saved["coefficient"][mask], c[mask], rtol=1e-4, atol=1e-6)
+    assert (saved["weight"][mask] < 0).any()  # later mini-batches are off-policy
+    np.testing.assert_allclose(
+        saved["advantage"],
+        advantages(settings.objective.advantage, saved["reward"], settings.train.samples),
+    )
+    decode = CharTokenizer().decode
+    for row in range(16):
+        start = saved["prompt_lengths"][row]
+        assert decode(saved["tokens"][row, :start]) == saved["prompt"][row]
+        response = saved["tokens"][row, start : start + lengths[row]]
+        assert decode(response) == saved["response"][row]
+        assert saved["finished"][row] == (response[-1] == CharTokenizer.eos_id)
+        assert not saved["tokens"][row, start + lengths[row] :].any()
+    assert (saved["step"], len(set(saved["prompt"]))) == (0, 4)
+
+
+def test_nothing_is_corrected_beyond_every_boundary(other, whole):
+    assert [r["weight/corrected"] for r in metrics(other)[1:]] == [0, 0]
+    assert all(r["weight/corrected"] > 0 for r in metrics(whole)[1:])
+    assert all(r["policy/shift"] > 0 for r in metrics(other)[1:])
+
+
+def test_rescored_logprobs_are_the_learners(other, whole):
+    for workdir, rescored in ((other, True), (whole, False)):
+        saved = load_rollout(rollout_path(workdir, 0))
+        first = loop.mini_batches(config(), 0, 0)[0]  # the update before which nothing moved
+        mask = saved["response_mask"][first]
+        gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
+        assert (gap < 1e-5) == rescored
+        same = np.allclose(saved["behavior_logp"], saved["sampler_logp"], atol=1e-6)
+        assert same != rescored
+
+
+def test_shuffled_rewards_are_permuted_over_the_rollout(other):
+    settings, moved = config(), False
+    for step in (0, 1):
+        saved = load_rollout(rollout_path(other, step))
+        reward = saved["reward"]
+        assert set(reward) == {0, 1} and metrics(other)[step + 1]["reward/mean"] == reward.mean()
+        np.testing.assert_array_equal(reward, [len(r) % 2 for r in saved["response"]])
+        rng = np.random.default_rng([settings.seed, step, loop.SHUFFLE, 1])
+        shuffled = rng.permutation(reward)
+        assert sorted(shuffled) == sorted(reward)
+        expected = advantages(settings.objective.advantage, shuffled, settings.train.samples)
+        np.testing.assert_allclose(saved["advantage"], expected)
+        moved |= bool((shuffled != reward).any())
+    assert moved
+
+
+def test_problems_from_a_file(other):
+    heldout = loop.Run(config(data__file=str(other / "problems.jsonl")), other).heldout
+    trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
+    assert len(heldout) == 6 and len(trained) == 4
+    assert trained.isdisjoint(p.prompt for p in heldout)
+
+
+def test_bad_problem_files_cost_nothing(tmp_path):
+    path = problem_file(tmp_path)
+    good = path.read_text()
+    malformed = good.replace('"answer": "6"', '"answer": 6', 1)
+    too_long = good.replace('"3+3="', '"3000+3="', 1)
+    cases = {
+        malformed: r"problems.jsonl, line 4: field 'answer' is 6, but must be a string",
+        too_long: r"problems.jsonl: 1 of 10 prompts .* max_prompt_length = 6 .* problem 4 \(id '3'\)",
+        good.partition("\n")[0] + "\n": r"has 1 problems; 6 for evaluation .* and 4 per rollout",
+        "": r"problems.jsonl: the file is empty",
+        None: r"No such file .*problems.jsonl",
+    }
+    for text, message in cases.items():
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(C.BadInput, match=message):
+            loop.train(config(data__file=str(path)), tmp_path / "run")
+        assert not (tmp_path / "run").exists()  # so that the mended config can take it
+
+
+def test_a_run_without_a_warm_start_to_begin_with(tmp_path, whole):
+    missing = config(data__init_from=str(tmp_path / "typo"))
+    with pytest.raises(C.BadInput, match="typo.*no checkpoint below it"):
+        loop.initial_model(loop.Run(missing, tmp_path))
+    assert not (tmp_path / "typo").exists()
+    wider = config(data__init_from=str(whole), model__vocab_size=48)
+    with pytest.raises(C.BadInput, match=r"model.embed: wanted \(48, 32\), .* has \(32, 32\)"):
+        loop.initial_model(loop.Run(wider, tmp_path))
+
+
+def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkeypatch, caplog):
+    settings = config(data__init_from=str(whole), train__steps=9, train__max_skipped=3)
+    original, skipped = loop.rl_step, []
+
+    def poisoned(run, state, step):
+        """From step 2 on, a weight is NaN."""
+        if step == 2:
+            head = state.model.lm_head[...].at[0, 0].set(jnp.nan)
+            flat, tree = jax.tree.flatten(state)
+            place = [i for i, leaf in enumerate(flat) if leaf is state.model.lm_head[...]]
+            flat[place[0]] = head
+            state = jax.tree.unflatten(tree, flat)
+        before = int(state.updates)
+        state, record = original(run, state, step)
+        skipped.append((int(state.skipped), int(state.updates) - before))
+        return state, record
+
+    monkeypatch.setattr(loop, "rl_step", poisoned)
+    with pytest.raises(C.TrainingStopped) as error:
+        loop.train(settings, tmp_path)
+    assert skipped == [(0, 2), (0, 2), (2, 0), (4, 0)]
+    message = str(error.value)
+    assert message.startswith("step 4: the last 4 updates had a non-finite loss or gradient")
+    assert "step 2 in" in message and "train.max_skipped = 3" in message
+    assert "2 update(s) in a row skipped" in caplog.text
+    run = loop.Run(settings, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 2
+        state = checkpoints.restore(2, run.programs.abstract_state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert int(state.updates) == 4

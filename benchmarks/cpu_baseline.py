@@ -52,7 +52,10 @@ def floors(model, micro_batch):
     attention, mlp = model.blocks.attention, model.blocks.mlp
     stacked = [getattr(attention, n)[...] for n in names]
     stacked += [w[...] for w in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    weights = ([[w[i] for w in stacked] for i in range(model.config.layers)], model.head_weight() * 1)
+    weights = (
+        [[w[i] for w in stacked] for i in range(model.config.layers)],
+        model.head_weight() * 1,
+    )
 
     def chain(weights, x):
         layers, head = weights
@@ -64,9 +67,7 @@ def floors(model, micro_batch):
 
     @jax.jit
     def sample(weights, x):
-        return jax.lax.fori_loop(
-            0, RESPONSE, lambda _, x: x + 1e-9 * chain(weights, x)[:, :1], x
-        )
+        return jax.lax.fori_loop(0, RESPONSE, lambda _, x: x + 1e-9 * chain(weights, x)[:, :1], x)
 
     @jax.jit
     def learn(weights, x):

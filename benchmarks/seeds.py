@@ -84,7 +84,9 @@ def main(_):
         print(f"{name}: shuffled rewards, avg {r['avg before']:.3f} -> {r['avg after']:.3f}")
     if OUTPUT.value:
         command = "python -m " + " ".join(["benchmarks.seeds", *sys.argv[1:]])
-        write_results(OUTPUT.value, command, seeds | controls | {"seeds that reach the goal": count})
+        write_results(
+            OUTPUT.value, command, seeds | controls | {"seeds that reach the goal": count}
+        )
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 best_fn=score,
-                preservation_policy=policies.AnyPreservationPolicy([
-                    policies.LatestN(keep),
-                    policies.BestN(
-                        get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
             ),
         )
         self.directory = directory

@@ -27,6 +27,7 @@ from drpo_jax import data
 from drpo_jax.objectives import ADVANTAGES, AGGREGATIONS, OBJECTIVES
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
 
+
 class BadInput(ValueError):
     """What the user gave is wrong; the message says what, where, and what would be right."""
 

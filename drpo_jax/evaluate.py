@@ -54,7 +54,9 @@ def check_workdir(workdir, config):
     """
     path = workdir / "config.json"
     if not path.exists():
-        raise BadInput(f"{workdir} holds no run (there is no config.json); give the --workdir of one")
+        raise BadInput(
+            f"{workdir} holds no run (there is no config.json); give the --workdir of one"
+        )
     try:
         theirs = flatten(from_json(path.read_text()))
     except BadInput as error:

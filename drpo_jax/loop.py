@@ -70,9 +70,7 @@ class Run:
             train = config.data
             heldout = data.sample_problems(config.data, config.seed, 0, count, split="heldout")
             checked = heldout
-        data.check_prompt_lengths(
-            checked, self.tokenizer, config.sampler.max_prompt_length, where
-        )
+        data.check_prompt_lengths(checked, self.tokenizer, config.sampler.max_prompt_length, where)
         return data.ProblemStream(train, config.seed), heldout
 
     def _check_init_from(self):
@@ -91,7 +89,9 @@ class Run:
 
     def key(self, step: int, purpose: int):
         """The PRNG key of one purpose at one step."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), purpose)
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(self.config.seed), step), purpose
+        )
 
     def checkpoints(self) -> Checkpoints:
         options = self.config.checkpoint
@@ -155,7 +155,13 @@ def demonstration_batch(run: Run, step: int):
     sft, prompt_room = config.sft, config.sampler.max_prompt_length
     room = config.sampler.max_response_length
     pairs = data.demonstrations(
-        config.data, config.seed, step, sft.batch, sft.direct_share, sft.direct_error, sft.worked_error
+        config.data,
+        config.seed,
+        step,
+        sft.batch,
+        sft.direct_share,
+        sft.direct_error,
+        sft.worked_error,
     )
     tokens = np.zeros((sft.batch, prompt_room + room), np.int32)
     prompt_lengths, response_lengths = np.zeros((2, sft.batch), np.int32)
@@ -351,9 +357,7 @@ def evaluate(run: Run, model, generations: list | None = None) -> dict:
     """
     config, sampler = run.config.evaluate, run.programs.exact_sampler
     sampler.model = run.programs.sync_exact(model)
-    base = dict(
-        max_tokens=run.config.sampler.max_response_length, stop=(run.tokenizer.eos_id,)
-    )
+    base = dict(max_tokens=run.config.sampler.max_response_length, stop=(run.tokenizer.eos_id,))
     modes = {"avg": SamplingParams(samples=config.samples, temperature=config.temperature, **base)}
     if config.greedy:
         modes["greedy"] = SamplingParams(temperature=0.0, **base)
@@ -401,7 +405,9 @@ def stuck_updates(run, skipped, step):
     skipped = int(skipped)
     if skipped:
         logging.warning(
-            "step %d: a loss or gradient was not finite; %d update(s) in a row skipped", step, skipped
+            "step %d: a loss or gradient was not finite; %d update(s) in a row skipped",
+            step,
+            skipped,
         )
     return skipped if skipped >= run.config.train.max_skipped else 0
 

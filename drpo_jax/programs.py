@@ -247,9 +247,7 @@ def _summarize(trace, batch, *, name, hyper):
     """(name → (sum, count), name → extreme, weight [B, R]) over the response tokens of a rollout."""
     advantage = batch.advantage[:, None]
     mask = batch.response_mask()
-    weight = objectives.gradient_weight(
-        name, trace.logp, batch.behavior_logp, advantage, **hyper
-    )
+    weight = objectives.gradient_weight(name, trace.logp, batch.behavior_logp, advantage, **hyper)
     pairs, extremes = objectives.weight_summary(
         weight, trace.logp, batch.behavior_logp, trace.coefficient, mask
     )

@@ -11,7 +11,13 @@ from drpo_jax.metrics import plot_run, read_metrics, summary_table, text_plot
 def main(config, workdir):
     before, after = loop.train(config, workdir)
     print("\n" + summary_table(before, after, config.evaluate.samples))
-    print("\n" + text_plot(read_metrics(workdir)))
+    records = read_metrics(workdir)
+    print("\n" + text_plot(records))
+    compiled = [r for r in records if r.get("compile/count")]
+    if compiled:
+        count, seconds = (sum(r[f"compile/{k}"] for r in compiled) for k in ("count", "seconds"))
+        last = compiled[-1]["step"]
+        print(f"\n{count:.0f} programs compiled in {seconds:.0f} s, the last in step {last}")
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
 
 

@@ -6,6 +6,8 @@ JAX reads these variables when it is first imported, which is after this file.
 import os
 from pathlib import Path
 
+import pytest
+
 COUNT = "--xla_force_host_platform_device_count"
 if COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
@@ -13,3 +15,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For modules whose time is compilation, and whose checks XLA's optimizations do not touch."""
+    import jax
+
+    options = {"jax_disable_most_optimizations": (True, False)}
+    options["jax_persistent_cache_min_compile_time_secs"] = (0.0, 0.5)
+    for name, (value, _) in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, (_, before) in options.items():
+        jax.config.update(name, before)

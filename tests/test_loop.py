@@ -25,23 +25,14 @@ SMALLEST = str(Path(__file__).parent / "smallest.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_and_rewarding():
+def quick_and_rewarding(compile_quickly):
     """One of the eight devices (sharding has its own tests and compiles for long), and a reward that
     a model without skill gets as well."""
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr(loop, "make_mesh", one)
         patch.setitem(loop.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2)
-        compile_once = {
-            "jax_disable_most_optimizations": True,
-            "jax_persistent_cache_min_compile_time_secs": 0,
-        }
-        before = {name: getattr(jax.config, name) for name in compile_once}
-        for name, value in compile_once.items():
-            jax.config.update(name, value)
         yield
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 def config(**fields):

@@ -171,8 +171,7 @@ class ProblemStream:
         epochs, places = np.divmod(step * count + np.arange(count), len(self._source))
         order = {e: self._order(e) for e in np.unique(epochs).tolist()}
         return [
-            self._source[order[e][i]]
-            for e, i in zip(epochs.tolist(), places.tolist(), strict=True)
+            self._source[order[e][i]] for e, i in zip(epochs.tolist(), places.tolist(), strict=True)
         ]
 
     def _order(self, epoch):

@@ -206,9 +206,7 @@ def direct(problem, rng, error_rate):
     return f"#{wrong}"
 
 
-def demonstrations(
-    task_config, seed, index, count, direct_share, direct_error, worked_error
-):
+def demonstrations(task_config, seed, index, count, direct_share, direct_error, worked_error):
     """(prompt, response) pairs of the training split for the supervised warm start.
 
     A pure function of its arguments, drawn from other random streams than `sample_problems`, so

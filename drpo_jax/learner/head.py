@@ -151,9 +151,7 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, 
     )
     start = (jnp.zeros(()), jnp.zeros(weight.shape, jnp.float32) if gradient else ())
     (loss, d_weight), (trace, d_hidden) = jax.lax.scan(one_chunk, start, pieces)
-    trace, d_hidden = jax.tree.map(
-        lambda a: a.reshape(-1, *a.shape[2:])[:n], (trace, d_hidden)
-    )
+    trace, d_hidden = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], (trace, d_hidden))
     if mesh is not None:
         loss = jax.lax.psum(loss, BATCH_AXES)
         d_weight = jax.lax.psum(d_weight, BATCH_AXES) if gradient else ()

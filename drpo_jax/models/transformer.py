@@ -167,7 +167,9 @@ class Transformer(nnx.Module):
             for i in range(self.config.layers)
         ]
 
-    def decode(self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute(), layers=None):
+    def decode(
+        self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute(), layers=None
+    ):
         """One token a row against the cache. → hidden [B, D] after the final norm, updated caches.
 
         The layers are unrolled (indexed statically): with the cache inside a scan, XLA copies it.

@@ -98,9 +98,7 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
 
     def layer_cache(k_BxPxKxH, v_BxPxKxH):
         keys, values = k_BxPxKxH.transpose(0, 2, 3, 1), v_BxPxKxH.transpose(0, 2, 1, 3)
-        return tuple(
-            constrain(repeat(x), "batch", "kv_heads", None, None) for x in (keys, values)
-        )
+        return tuple(constrain(repeat(x), "batch", "kv_heads", None, None) for x in (keys, values))
 
     keys = jax.vmap(
         lambda prompt: jax.vmap(
@@ -147,9 +145,7 @@ def decode(model, state, *, read, grow, params, compute):
         mask = (slots >= width - state.prompt_lengths[:, None]) & (slots <= index)
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, 1, keepdims=False)
         positions = state.prompt_lengths + state.step - 1
-        hidden, caches = model.decode(
-            last, positions, state.caches, index, mask, compute, layers
-        )
+        hidden, caches = model.decode(last, positions, state.caches, index, mask, compute, layers)
         state = dataclasses.replace(state, caches=caches)
         return _record(state, model.logits(hidden, compute), params)
 
@@ -204,9 +200,7 @@ class Sampler:
     def __init__(self, model, slots=64, decode_steps=16, prompt_length=None, compute=Compute()):
         self.model = model
         self.slots, self.decode_steps, self.prompt_length = slots, decode_steps, prompt_length
-        self._prefill = jax.jit(
-            partial(prefill, compute=compute), static_argnames=("params",)
-        )
+        self._prefill = jax.jit(partial(prefill, compute=compute), static_argnames=("params",))
         self._decode = jax.jit(
             partial(decode, compute=compute), static_argnames=("params", "read", "grow")
         )

@@ -41,7 +41,9 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
         ):
             if not ok:
-                raise ValueError(f"SamplingParams.{name} must be {right}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"SamplingParams.{name} must be {right}, got {getattr(self, name)}"
+                )
 
 
 def filter_logits(logits_BxV, top_k, top_p):

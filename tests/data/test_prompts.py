@@ -41,27 +41,42 @@ def test_load(tmp_path):
     assert load_problems(write(tmp_path, content.replace(b"\n", b"\r\n"))) == expected
 
 
-@pytest.mark.parametrize("line, message", [
-    (b"", "the line is empty; delete it"),
-    (b"  \r", "the line is empty; delete it"),
-    (b'{"prompt": "1+2=", "answer": "3"', "not valid JSON.*A line looks like"),
-    (b'{"prompt": "1+2=",, "answer": "3"}', "not valid JSON"),
-    (b"[" * 100_000, "not valid JSON"),
-    (b"1" * 10_000, "not valid JSON"),
-    (b'["1+2=", "3"]', "valid JSON but not an object"),
-    (b'{"promt": "1+2=", "answer": "3"}', "field 'prompt' is missing .the line has 'promt', 'ans"),
-    (b"{}", "field 'prompt' is missing .the line has no field at all"),
-    (b'{"prompt": "1+2="}', "field 'answer' is missing"),
-    (b'{"prompt": "1+2=", "answer": 3}', "field 'answer' is 3, but must be a string"),
-    (b'{"prompt": null, "answer": "3"}', "field 'prompt' is null, but must be a string"),
-    (b'{"prompt": " ", "answer": "3"}', "field 'prompt' is empty"),
-    (b'{"prompt": "1+2=", "answer": "3", "id": 1.5}', "field 'id' is 1.5, but must be a string or"),
-    (b'{"prompt": "1+2=", "answer": "3", "id": true}', "field 'id' is true"),
-    (b'{"prompt": "a\\ud800", "answer": "3"}', "field 'prompt' holds half of a surrogate pair"),
-    ('{"prompt": "groß", "answer": "3"}'.encode("latin-1"), r"byte 16 of the line \(0xdf\).*UTF-8"),
-    ('{"prompt": "1", "answer": "3"}'.encode("utf-16"), r"byte 1 of the line \(0xff\).*UTF-8"),
-    (b'{"prompt": "1", "answer": "3", "id": "a"}', "field 'id' is 'a', which line 1 has already"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"", "the line is empty; delete it"),
+        (b"  \r", "the line is empty; delete it"),
+        (b'{"prompt": "1+2=", "answer": "3"', "not valid JSON.*A line looks like"),
+        (b'{"prompt": "1+2=",, "answer": "3"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"1" * 10_000, "not valid JSON"),
+        (b'["1+2=", "3"]', "valid JSON but not an object"),
+        (
+            b'{"promt": "1+2=", "answer": "3"}',
+            "field 'prompt' is missing .the line has 'promt', 'ans",
+        ),
+        (b"{}", "field 'prompt' is missing .the line has no field at all"),
+        (b'{"prompt": "1+2="}', "field 'answer' is missing"),
+        (b'{"prompt": "1+2=", "answer": 3}', "field 'answer' is 3, but must be a string"),
+        (b'{"prompt": null, "answer": "3"}', "field 'prompt' is null, but must be a string"),
+        (b'{"prompt": " ", "answer": "3"}', "field 'prompt' is empty"),
+        (
+            b'{"prompt": "1+2=", "answer": "3", "id": 1.5}',
+            "field 'id' is 1.5, but must be a string or",
+        ),
+        (b'{"prompt": "1+2=", "answer": "3", "id": true}', "field 'id' is true"),
+        (b'{"prompt": "a\\ud800", "answer": "3"}', "field 'prompt' holds half of a surrogate pair"),
+        (
+            '{"prompt": "groß", "answer": "3"}'.encode("latin-1"),
+            r"byte 16 of the line \(0xdf\).*UTF-8",
+        ),
+        ('{"prompt": "1", "answer": "3"}'.encode("utf-16"), r"byte 1 of the line \(0xff\).*UTF-8"),
+        (
+            b'{"prompt": "1", "answer": "3", "id": "a"}',
+            "field 'id' is 'a', which line 1 has already",
+        ),
+    ],
+)
 def test_bad_line(tmp_path, line, message):
     first = b'{"prompt": "1+2=", "answer": "3", "id": "a"}\n'
     path = write(tmp_path, first + GOOD + line + b"\n" + GOOD)
@@ -83,8 +98,12 @@ def test_prompt_lengths():
     check_prompt_lengths(problems, CharTokenizer(), 9, "a.jsonl")
     with pytest.raises(ValueError) as error:
         check_prompt_lengths(problems, CharTokenizer(), 4, "a.jsonl")
-    for part in ("a.jsonl: 2 of 4 prompts", "= 4 tokens", "problem 3 (id 'p9') with 9 tokens",
-                 "Set max_prompt_length to 9 or more"):
+    for part in (
+        "a.jsonl: 2 of 4 prompts",
+        "= 4 tokens",
+        "problem 3 (id 'p9') with 9 tokens",
+        "Set max_prompt_length to 9 or more",
+    ):
         assert part in str(error.value)
     problems.append(Problem("2+b=", "1", "", "last"))
     with pytest.raises(ValueError, match=r"a.jsonl: the prompt of problem 5 \(id 'last'\).*'b'"):

@@ -35,10 +35,15 @@ def test_special_tokens_are_left_out_and_end_nothing():
     assert TOKENIZER.decode([pad, one, eos, two, eos, pad]) == "12"
 
 
-@pytest.mark.parametrize("text, character, position", [
-    ("12+a", "'a'", 3), ("1\x00", r"'\\x00'", 1), ("٣", r"'\\u0663'", 0),
-    ("\ud800", r"'\\ud800'", 0),
-])
+@pytest.mark.parametrize(
+    "text, character, position",
+    [
+        ("12+a", "'a'", 3),
+        ("1\x00", r"'\\x00'", 1),
+        ("٣", r"'\\u0663'", 0),
+        ("\ud800", r"'\\ud800'", 0),
+    ],
+)
 def test_unknown_character(text, character, position):
     with pytest.raises(ValueError, match=f"character {character} at position {position} is not"):
         TOKENIZER.encode(text)

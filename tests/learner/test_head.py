@@ -33,9 +33,9 @@ def fused(objective, arrays, chunk=CHUNK):
             objective=objective, temperature=TEMPERATURE, chunk=chunk,
         )  # fmt: skip
 
-    (loss, trace), grads = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    )(*arrays[:2])
+    (loss, trace), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+        *arrays[:2]
+    )
     return loss, trace, *grads
 
 

@@ -28,7 +28,9 @@ def test_two_axes_on_one_mesh_axis_are_named():
 def test_a_size_that_the_mesh_does_not_divide_is_named():
     mesh = make_mesh(data=1, fsdp=4, tensor=2)
     assert partition_spec(("embed", "mlp"), (12, 6), mesh) == P("fsdp", "tensor")
-    with pytest.raises(ValueError, match=r"'embed' of an array \(10, 6\) .* size 10, .*\(4 parts\)"):
+    with pytest.raises(
+        ValueError, match=r"'embed' of an array \(10, 6\) .* size 10, .*\(4 parts\)"
+    ):
         partition_spec(("embed", "mlp"), (10, 6), mesh)
     with pytest.raises(ValueError, match="'batch' .* size 6"):
         partition_spec(("batch",), (6,), mesh)

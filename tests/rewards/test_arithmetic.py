@@ -79,38 +79,75 @@ def test_fuzz_rewards(text, answer):
     assert arithmetic_reward("", text, str(answer)) == float(expected and "#" in text)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("0", 0), ("007", 7), ("2+3*4", 14), ("(2+3)*4", 20), ("10-3-2", 5), ("8/4/2", 1),
-    ("8/(4/2)", 4), ("1/3+1/6", Fraction(1, 2)), ("-3*-2", 6), ("--5", 5), ("2-+-3", 5),
-    (" 1 +  2 ", 3),
-    ("-(1-4)/6", Fraction(1, 2)), ("9*(8-7)", 9), ("(" * 50 + "1" + ")" * 50, 1),
-    ("-" * 999 + "1", -1),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("0", 0),
+        ("007", 7),
+        ("2+3*4", 14),
+        ("(2+3)*4", 20),
+        ("10-3-2", 5),
+        ("8/4/2", 1),
+        ("8/(4/2)", 4),
+        ("1/3+1/6", Fraction(1, 2)),
+        ("-3*-2", 6),
+        ("--5", 5),
+        ("2-+-3", 5),
+        (" 1 +  2 ", 3),
+        ("-(1-4)/6", Fraction(1, 2)),
+        ("9*(8-7)", 9),
+        ("(" * 50 + "1" + ")" * 50, 1),
+        ("-" * 999 + "1", -1),
+    ],
+)
 def test_expression_value(text, value):
     assert expression_value(text) == value
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "found 'the end' where a number"), ("1+", "'the end'"),
-    ("1 2", "found '2' where an operator"), ("(1", "'the end' where '\\)'"), ("()", "found '\\)'"),
-    ("1)", "found '\\)' where an operator"),
-    ("2**3", "found '\\*' where a number"), ("7//2", "found '/' where"),
-    ("2^3", "character '\\^' at"),
-    ("1/0", "divides by zero"), ("1/(2-2)", "divides by zero"), ("1.5", "'.' at position 1"),
-    ("x", "'x'"), ("٣", "u0663"), ("1\x00", "x00"), ("1\n", "position 1"), ("\ud800", "ud800"),
-    ("1" * 1001, "1001 characters"), ("(" * 51 + "1" + ")" * 51, "more than 50"), ("1e9", "'e'"),
-    ("(" * 1_000_000, "at most 1000"), ("__import__('os')", "'_' at position 0"),
-    ("3(4)", "found '\\(' where an operator"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "found 'the end' where a number"),
+        ("1+", "'the end'"),
+        ("1 2", "found '2' where an operator"),
+        ("(1", "'the end' where '\\)'"),
+        ("()", "found '\\)'"),
+        ("1)", "found '\\)' where an operator"),
+        ("2**3", "found '\\*' where a number"),
+        ("7//2", "found '/' where"),
+        ("2^3", "character '\\^' at"),
+        ("1/0", "divides by zero"),
+        ("1/(2-2)", "divides by zero"),
+        ("1.5", "'.' at position 1"),
+        ("x", "'x'"),
+        ("٣", "u0663"),
+        ("1\x00", "x00"),
+        ("1\n", "position 1"),
+        ("\ud800", "ud800"),
+        ("1" * 1001, "1001 characters"),
+        ("(" * 51 + "1" + ")" * 51, "more than 50"),
+        ("1e9", "'e'"),
+        ("(" * 1_000_000, "at most 1000"),
+        ("__import__('os')", "'_' at position 0"),
+        ("3(4)", "found '\\(' where an operator"),
+    ],
+)
 def test_expression_errors(text, message):
     with pytest.raises(ValueError, match=message):
         expression_value(text)
 
 
-@pytest.mark.parametrize("text", [
-    "9*" * 499 + "9", "1/7+" * 249 + "1", "9" * 1000, "1/99991+1/99989/" * 62 + "3",
-    "1/" * 499 + "7", "+".join(f"1/{n}" for n in range(101, 260)),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9*" * 499 + "9",
+        "1/7+" * 249 + "1",
+        "9" * 1000,
+        "1/99991+1/99989/" * 62 + "3",
+        "1/" * 499 + "7",
+        "+".join(f"1/{n}" for n in range(101, 260)),
+    ],
+)
 def test_expressions_cost_little(text):
     start = time.process_time()
     expression_value(text)

@@ -3,8 +3,8 @@
     python -m benchmarks.seeds --workdir=runs/seeds [--seeds=10] [--controls=2] [--parallel=2]
         [--config=configs/tiny.py] [--output=FILE.json] [--train_flag=--config.FIELD=VALUE …]
 
-Runs `python -m drpo_jax.train` as a user would, one process per run and one core each, so the whole
-takes seeds · minutes / parallel. A run that has finished is not repeated, a run that was killed
+Runs `python -m drpo_jax.train` as a user would, `parallel` processes at a time; the seconds of a run
+are therefore those of a shared machine. A run that has finished is not repeated, a run that was killed
 resumes. Prints held-out accuracy before and after for every seed, and how many reach the goal: at most
 50 % before and at least 85 % after, avg@k as well as greedy. The control starts from the seed's warm
 start and permutes the rewards over each rollout: with nothing to learn from, accuracy must not rise.

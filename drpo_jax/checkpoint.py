@@ -10,9 +10,6 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
-
-logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.config import (
@@ -45,6 +45,8 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
             _exit(error, 2)
 
     def run(_: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
         try:
             return main(resolve(config.value), Path(workdir.value).expanduser())
         except BadInput as error:

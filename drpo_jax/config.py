@@ -113,6 +113,7 @@ def default_config() -> ConfigDict:
         final_fraction=0.0,  # of learning_rate, where linear and cosine end
     )
     config.sampler = create(
+        # The ratio is anchored on the logprobs before top_k and top_p, like the learner's own.
         max_prompt_length=1024,  # tokens; a longer prompt is an error
         max_response_length=8192,  # tokens, the stop token included
         temperature=1.0,
@@ -371,7 +372,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     """Binds `workdir` to `config` by writing `config.json` into it. True where it was bound before.
 
     Fields that steer watching rather than learning (and the mesh) may differ from the last time,
-    and the file is then brought up to date.
+    and the file is then brought up to date. train.steps may where the learning rate is constant:
+    the other schedules are stretched over it.
 
     Raises:
       BadInput: the directory holds a run with another config; lists the fields that differ.
@@ -382,10 +384,11 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     claimed = path.exists()
     if claimed:
         old = flatten(_parse_json(path.read_text(), str(path)))
+        fixed = set() if new["optimizer.schedule"] == "constant" else {"train.steps"}
         differing = [
             f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
             for f in sorted({*old, *new})
-            if old.get(f) != new.get(f) and not MAY_CHANGE_ON_RESUME.fullmatch(f)
+            if old.get(f) != new.get(f) and (f in fixed or not MAY_CHANGE_ON_RESUME.fullmatch(f))
         ]
         if differing:
             raise BadInput(

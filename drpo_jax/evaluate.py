@@ -1,6 +1,6 @@
 """Held-out accuracy: python -m drpo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny
 
-Evaluates the best checkpoint of the run in the workdir (the warm start's, where RL has none yet),
+Evaluates the last checkpoint of the run in the workdir (the warm start's, where RL has none yet),
 unquantized, on `config.evaluate`. The config may differ from the run's in all but the model, and the
 run is left as it is. Prints a table and writes into the workdir
 
@@ -25,8 +25,8 @@ def main(config, workdir):
     directory = check_workdir(workdir, config)
     run = loop.Run(config, workdir)
     with jax.set_mesh(run.mesh):
-        with Checkpoints(directory, best_metric=config.checkpoint.best_metric) as checkpoints:
-            step = checkpoints.best_step()
+        with Checkpoints(directory) as checkpoints:
+            step = checkpoints.latest_step()
             with bad_input():
                 like = {"model": run.programs.abstract_state.model}
                 model = checkpoints.restore(step, like)["model"]

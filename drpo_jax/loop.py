@@ -15,7 +15,7 @@ import numpy as np
 
 from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir
+from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir, from_json
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
 from drpo_jax.objectives import advantages, informative
@@ -65,6 +65,12 @@ class Run:
             heldout = [problems[i] for i in order[:count]]
             train = [problems[i] for i in order[count:]]
             checked = problems
+            for problem in problems:
+                if self.reward(problem.prompt, f"#{problem.answer}", problem.answer) != 1:
+                    raise BadInput(
+                        f"{where}, problem {problem.id!r}: the answer {problem.answer!r} could never "
+                        "be rewarded; the arithmetic reward compares integers"
+                    )
         else:
             where = f"data.task = {config.data.task!r}"
             train = config.data
@@ -75,10 +81,19 @@ class Run:
 
     def _check_init_from(self):
         source = self.config.data.init_from
-        if source and self.warm_start().latest_step() is None:
+        if not source:
+            return
+        step = self.warm_start().latest_step()
+        if step is None:
             raise BadInput(
                 f"data.init_from = {source!r}: no checkpoint of a warm start below it; give the "
                 "workdir of a run of drpo_jax.sft or drpo_jax.train"
+            )
+        total = from_json((Path(source) / "config.json").read_text()).sft.steps
+        if step < total:
+            raise BadInput(
+                f"data.init_from = {source!r}: its warm start is at step {step} of {total}; let it "
+                "finish first"
             )
 
     def warm_start(self) -> Checkpoints:
@@ -206,7 +221,8 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
         while step < total:
             state, metrics = rl_step(run, state, step)
             step += 1
-            stuck, last = stuck_updates(run, state.skipped, step), step == total
+            stuck = stuck_updates(run, metrics["updates/skipped_in_a_row"], step)
+            last = step == total
             if not stuck and (last or _due(step, config.evaluate.every)):
                 metrics |= evaluate(run, state.model)
             evaluated = "eval/avg" in metrics
@@ -240,6 +256,7 @@ def rl_step(run: Run, state, step: int):
     rollouts = programs.sampler.generate(
         run.encode(problems), programs.sampling_params, run.key(step, SAMPLE)
     )
+    programs.sampler.model = None  # its memory is the updates' now
     sampled = time.monotonic()
 
     texts = rollouts.texts(run.tokenizer)
@@ -328,10 +345,12 @@ def learn(run: Run, state, rollouts, behavior_logp, advantage, step: int):
     trace = jax.tree.map(lambda *a: jnp.concatenate(a), *(r.trace for r in reports))
     seen = jax.tree.map(lambda *a: jnp.concatenate(a), *batches)
     pairs, extremes, weight = programs.summarize(trace, seen)
-    updates = jax.device_get([r.metrics for r in reports])
+    updates, skipped = jax.device_get(([r.metrics for r in reports], [r.skipped for r in reports]))
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)
     metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
     metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
+    metrics["updates/skipped"] = sum(count > 0 for count in skipped)
+    metrics["updates/skipped_in_a_row"] = max(skipped)
     first_epoch = np.argsort(np.concatenate(order)[: len(rollouts)])
     learned = trace._asdict() | {"weight": weight}
     return state, {k: np.asarray(v)[first_epoch] for k, v in learned.items()}, metrics

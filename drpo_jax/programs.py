@@ -60,6 +60,7 @@ class Programs:
             dtype=config.compute.dtype,
             remat=config.compute.remat,
             unroll=config.compute.unroll,
+            platform=mesh.devices.flat[0].platform,
             grouped_matmul=config.compute.grouped_matmul,
         )
         learner = dataclasses.replace(compute, matmul=recipe.learner)
@@ -157,6 +158,13 @@ class Programs:
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
+        samples = max(self.config.train.samples, self.config.evaluate.samples)
+        if self.config.sampler.slots < samples * shards:
+            raise ValueError(
+                f"sampler.slots = {self.config.sampler.slots}: on each of the {shards} devices over "
+                f"which the mesh splits a batch, the {samples} samples of a prompt have to fit; at "
+                f"least {samples * shards}"
+            )
         for field in ("train.micro_batch", "sft.micro_batch", "sampler.slots"):
             room, name = field.split(".")
             size = self.config[room][name]

@@ -13,6 +13,10 @@ from drpo_jax.config import BadInput, claim_workdir
 def main(config, workdir):
     if not config.sft.steps:
         raise BadInput("sft.steps = 0: there is nothing to learn; give the number of updates")
+    if config.data.init_from:
+        raise BadInput(
+            "data.init_from is for drpo_jax.train: this run makes a warm start of its own"
+        )
     run = loop.Run(config, workdir)
     claim_workdir(workdir, config)
     with jax.set_mesh(run.mesh):

@@ -223,7 +223,7 @@ def test_bad_problem_files_cost_nothing(tmp_path):
 
 def test_a_run_without_a_warm_start_to_begin_with(tmp_path, whole):
     missing = config(data__init_from=str(tmp_path / "typo"))
-    with pytest.raises(C.BadInput, match="typo.*no checkpoint below it"):
+    with pytest.raises(C.BadInput, match="typo.*no checkpoint of a warm start below it"):
         loop.initial_model(loop.Run(missing, tmp_path))
     assert not (tmp_path / "typo").exists()
     wider = config(data__init_from=str(whole), model__vocab_size=48)

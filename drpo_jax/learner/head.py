@@ -11,7 +11,8 @@ three matmuls, and never more than [chunk, vocab] of logits. The backward pass o
 multiplies what is already there by the incoming cotangent.
 
 On a mesh it runs under `shard_map`: tokens stay on their devices, the vocabulary is split over
-`tensor` (the log-sum-exp is summed over it), and the weight's gradient is reduced once, at the end.
+`tensor` (the log-sum-exp is summed over it), and the weight's gradient is reduced once per call, after
+the loop over chunks, straight into its `fsdp` shards.
 
 Axis letters: N tokens, D model width, V vocabulary.
 """
@@ -25,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from drpo_jax.objectives import table
 from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.precision import dot_precision
 
 
 class TokenTrace(NamedTuple):
@@ -98,13 +100,13 @@ def _head_pass(static, hidden, weight, arrays, gradient):
     if mesh.empty or mesh.size == 1:
         return run(None, hidden, weight, *arrays)
     tokens, replicated = P(BATCH_AXES), P()
-    gradients = (P(BATCH_AXES, None), P(None, "tensor")) if gradient else None
+    gradients = (P(BATCH_AXES, None), P("fsdp", "tensor")) if gradient else None
     return jax.shard_map(
         partial(run, mesh),
         in_specs=(P(BATCH_AXES, None), P(None, "tensor"), *[tokens] * 4),
         out_specs=(replicated, TokenTrace(tokens, tokens, tokens), gradients),
         check_vma=False,
-    )(hidden, weight, *arrays)
+    )(hidden, weight.astype(hidden.dtype), *arrays)  # cast first: half the bytes to gather
 
 
 def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, token_weight):
@@ -121,7 +123,13 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, 
 
     def dot(a, b, contract):
         dims = ((contract[:1], contract[1:]), ((), ()))
-        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(
+            a,
+            b,
+            dims,
+            precision=dot_precision(a.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
     def one_chunk(carry, piece):
         loss, d_weight = carry
@@ -154,7 +162,9 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, 
     trace, d_hidden = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], (trace, d_hidden))
     if mesh is not None:
         loss = jax.lax.psum(loss, BATCH_AXES)
-        d_weight = jax.lax.psum(d_weight, BATCH_AXES) if gradient else ()
+    if mesh is not None and gradient:
+        d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=0, tiled=True)
+        d_weight = jax.lax.psum(d_weight, ("data", "expert"))
     return loss, trace, (d_hidden, d_weight) if gradient else None
 
 

@@ -84,7 +84,7 @@ def update(state, batch, *, settings, optimizer):
     pieces = jax.tree.map(lambda a: _split(a, n), (batch, weight / denominator))
 
     def micro_step(piece):
-        (loss, (trace, router)), grads = jax.value_and_grad(_micro_loss, has_aux=True)(
+        (_, (trace, loss, router)), grads = jax.value_and_grad(_micro_loss, has_aux=True)(
             state.model, *piece, settings
         )
         return (grads, loss, router), trace
@@ -114,7 +114,8 @@ def update(state, batch, *, settings, optimizer):
 
 
 def _micro_loss(model, batch, weight_BxR, settings):
-    """The micro-batch's share of the loss, and (trace [B, R], router sums)."""
+    """The micro-batch's share of what is minimised, and (trace [B, R], its share of the
+    objective's loss alone, router sums)."""
     out = model.hidden(batch.tokens, segment_ids=batch.segment_ids(), compute=settings.compute)
     positions = batch.response_positions()
     hidden_BxRxD = jnp.take_along_axis(out.hidden, positions[..., None] - 1, axis=1)
@@ -129,10 +130,12 @@ def _micro_loss(model, batch, weight_BxR, settings):
         temperature=settings.temperature,
         chunk=settings.head_chunk,
     )
+    total = loss
     if settings.load_balance:
         balance = router_metrics(out.router)["router/balance_loss"]
-        loss += settings.load_balance * balance / settings.micro_batches
-    return loss, (jax.tree.map(lambda a: a.reshape(positions.shape), trace), out.router)
+        total += settings.load_balance * balance / settings.micro_batches
+    trace = jax.tree.map(lambda a: a.reshape(positions.shape), trace)
+    return total, (trace, loss, out.router)
 
 
 def _split(x, n):

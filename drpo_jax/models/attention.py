@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm, rotate
+from drpo_jax.precision import dot_precision
 
 MASKED = -1e30  # finite: a fully masked (padding) row gives a uniform softmax, never NaN
 
@@ -77,10 +78,18 @@ def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
     b, t, n, h = q_BxTxNxH.shape
     kv = k_BxSxKxH.shape[2]
     q = q_BxTxNxH.reshape(b, t, kv, n // kv, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BxSxKxH, preferred_element_type=jnp.float32)
+    precision = dot_precision(q.dtype)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q,
+        k_BxSxKxH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     scores = jnp.where(mask_BxTxS[:, None, None], scores * h**-0.5, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v_BxSxKxH).reshape(b, t, n, h)
+    out = jnp.einsum("bkgts,bskh->btkgh", probs, v_BxSxKxH, precision=precision)
+    return out.reshape(b, t, n, h)
 
 
 def attend_cache(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC):

@@ -22,7 +22,9 @@ class Compute:
       unroll: layers per step of the learner's scan over layers. 1 compiles fastest; on CPU a small
         model runs a third faster with all of them.
       grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", or "auto" (blocked on
-        CPU, where `ragged_dot` computes every expert for every row; ragged_dot elsewhere).
+        CPU, where `ragged_dot` computes every expert for every row; ragged_dot elsewhere, whose
+        weight gradient XLA expands to a dense matmul over all local experts).
+      platform: of the devices that compute: "cpu", "gpu", "tpu"; "" is JAX's default backend.
     """
 
     dtype: str = "float32"
@@ -30,11 +32,15 @@ class Compute:
     remat: str = "none"
     unroll: int = 1
     grouped_matmul: str = "auto"
+    platform: str = ""
+
+    def on_cpu(self):
+        return (self.platform or jax.default_backend()) == "cpu"
 
     def grouped_kernel(self):
         if self.grouped_matmul != "auto":
             return self.grouped_matmul
-        return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
+        return "blocked" if self.on_cpu() else "ragged_dot"
 
 
 def param(value, axes):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.layers import fan_in_normal, param, value
 from drpo_jax.parallel import BATCH_AXES
-from drpo_jax.precision import Ops, Quantized, dequantize, matmul
+from drpo_jax.precision import Ops, Quantized, dequantize, dot_precision, matmul
 
 
 class MoE(nnx.Module):
@@ -60,7 +60,8 @@ class MoE(nnx.Module):
 def route(x_NxD, router_DxE, k):
     """Top-k routing in float32: gates [N, k] (sum 1), experts int32 [N, k], probabilities [N, E]."""
     probs = jax.nn.softmax(
-        jnp.dot(x_NxD.astype(jnp.float32), router_DxE, preferred_element_type=jnp.float32), axis=-1
+        jnp.dot(x_NxD.astype(jnp.float32), router_DxE, precision=jax.lax.Precision.HIGHEST),
+        axis=-1,
     )
     gates, experts = jax.lax.top_k(probs, k)
     return gates / jnp.sum(gates, axis=-1, keepdims=True), experts, probs
@@ -217,7 +218,11 @@ def _blocked(x_RxK, w_ExKxN, block_expert, blocks, contract):
         x = jax.lax.dynamic_slice_in_dim(x_RxK, i * rows, rows)
         w = jax.lax.dynamic_index_in_dim(w_ExKxN, block_expert[i], keepdims=False)
         y = jax.lax.dot_general(
-            x, w, (((1,), (contract - 1,)), ((), ())), preferred_element_type=jnp.float32
+            x,
+            w,
+            (((1,), (contract - 1,)), ((), ())),
+            precision=dot_precision(x.dtype),
+            preferred_element_type=jnp.float32,
         )
         return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), i * rows, 0)
 
@@ -229,7 +234,8 @@ def _blocked_dw(x_RxK, g_RxN, block_expert, blocks, group_sizes):
 
     def body(i, dw):
         x, g = (jax.lax.dynamic_slice_in_dim(a, i * rows, rows) for a in (x_RxK, g_RxN))
-        block = jnp.dot(x.T, g, preferred_element_type=jnp.float32)
+        precision = dot_precision(x.dtype)
+        block = jnp.dot(x.T, g, precision=precision, preferred_element_type=jnp.float32)
         return dw.at[block_expert[i]].add(block)
 
     shape = (group_sizes.shape[0], x_RxK.shape[1], g_RxN.shape[1])
@@ -238,7 +244,11 @@ def _blocked_dw(x_RxK, g_RxN, block_expert, blocks, group_sizes):
 
 def _ragged(x_RxK, w_ExKxN, group_sizes):
     return jax.lax.ragged_dot(
-        x_RxK, w_ExKxN, group_sizes, preferred_element_type=jnp.float32
+        x_RxK,
+        w_ExKxN,
+        group_sizes,
+        precision=dot_precision(x_RxK.dtype),
+        preferred_element_type=jnp.float32,
     ).astype(x_RxK.dtype)
 
 

@@ -20,10 +20,10 @@ from drpo_jax.models.layers import (
     project,
     rms_norm,
     rotary_angles,
-    value,
 )
 from drpo_jax.models.moe import MoE, load_balance_loss
 from drpo_jax.parallel import constrain
+from drpo_jax.precision import dot_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden, compute=Compute()):
         """hidden [..., D] → float32 logits [..., V]."""
         weight = self.head_weight().astype(hidden.dtype)
-        return jnp.dot(hidden, weight, preferred_element_type=jnp.float32)
+        precision = dot_precision(hidden.dtype)
+        return jnp.dot(hidden, weight, precision=precision, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens, positions=None, segment_ids=None, compute=Compute()):
         """int32 tokens [B, T] → float32 logits [B, T, V]."""
@@ -213,6 +214,3 @@ def router_metrics(router):
         "router/max_load": jnp.max(share) * load.shape[-1],
         "router/idle_experts": jnp.mean(load == 0),
     }
-
-
-__all__ = ["Compute", "Hidden", "ModelConfig", "Transformer", "router_metrics", "value"]

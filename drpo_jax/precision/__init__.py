@@ -1,7 +1,7 @@
 """FP8, simulated exactly: codes and scales, recipes, and the matmul that follows them."""
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
-from drpo_jax.precision.matmul import DENSE, Ops, matmul, quantize_weight
+from drpo_jax.precision.matmul import DENSE, Ops, dot_precision, matmul, quantize_weight
 from drpo_jax.precision.recipes import RECIPES, MatmulRecipe, Recipe, get_recipe
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "dequantize",
+    "dot_precision",
     "fake_quantize",
     "get_recipe",
     "matmul",

@@ -33,8 +33,20 @@ class Ops(NamedTuple):
     dot_dw: Callable
 
 
+def dot_precision(dtype):
+    """The `precision` of a dot: float32 operands are multiplied as float32, also on TPU and GPU,
+    whose default for them is one pass of bfloat16 or TF32. Other dtypes take the default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def _dot(a, b, contract):
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a,
+        b,
+        (contract, ((), ())),
+        precision=dot_precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _dense_dw(x, g):

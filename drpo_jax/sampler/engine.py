@@ -137,7 +137,7 @@ def decode(model, state, *, read, grow, params, compute):
     width = state.caches[0][0].shape[-1] - read
     # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
     # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
-    layers = model.layers() if jax.default_backend() == "cpu" else None
+    layers = model.layers() if compute.on_cpu() else None
 
     def step(state):
         index = width + state.step - 1
@@ -176,11 +176,11 @@ def _record(state, logits, params):
 
 
 def read_buckets(max_tokens, decode_steps):
-    """Response lengths at which the decode loop returns to the host: multiples of `decode_steps`,
-    growing by a quarter once that is more, so that long responses need few compilations."""
+    """Response lengths at which the cache grows (and the decode loop returns to the host), each a
+    compilation: multiples of `decode_steps` up to eight, then doubling."""
     buckets = [min(decode_steps, max_tokens)]
     while buckets[-1] < max_tokens:
-        grow = max(decode_steps, buckets[-1] // (4 * decode_steps) * decode_steps)
+        grow = decode_steps if buckets[-1] < 8 * decode_steps else buckets[-1]
         buckets.append(min(buckets[-1] + grow, max_tokens))
     return buckets
 

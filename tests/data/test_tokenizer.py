@@ -49,7 +49,7 @@ def test_unknown_character(text, character, position):
         TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize("wrong", [-1, 32])
-def test_id_outside_of_the_vocabulary(wrong):
-    with pytest.raises(ValueError, match=f"token id {wrong} at position 1 .* from 0 to 31"):
-        TOKENIZER.decode([5, wrong])
+@pytest.mark.parametrize("unknown", [-1, 32, 151935])
+def test_an_id_outside_of_the_vocabulary_is_a_replacement_character(unknown):
+    known = TOKENIZER.encode("5")[0]
+    assert TOKENIZER.decode([known, unknown, known]) == "5\ufffd5"

@@ -244,9 +244,9 @@ class Sampler:
         shards = 1 if mesh.empty else batch_shards(mesh)
         prompts = self.slots // params.samples // shards * shards
         if not prompts:
+            where = f" on each of {shards} devices" if shards > 1 else ""
             raise ValueError(
-                f"{params.samples} samples of a prompt on each of {shards} devices do not fit into "
-                f"{self.slots} slots; raise the sampler's slots or lower the samples"
+                f"{params.samples} samples of a prompt{where} do not fit into {self.slots} slots; raise the sampler's slots or lower the samples"
             )
         return prompts
 

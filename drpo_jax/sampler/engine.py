@@ -246,7 +246,8 @@ class Sampler:
         if not prompts:
             where = f" on each of {shards} devices" if shards > 1 else ""
             raise ValueError(
-                f"{params.samples} samples of a prompt{where} do not fit into {self.slots} slots; raise the sampler's slots or lower the samples"
+                f"{params.samples} samples of a prompt{where} do not fit into "
+                f"{self.slots} slots; raise the sampler's slots or lower the samples"
             )
         return prompts
 

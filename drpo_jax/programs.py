@@ -158,13 +158,6 @@ class Programs:
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
-        samples = max(self.config.train.samples, self.config.evaluate.samples)
-        if self.config.sampler.slots < samples * shards:
-            raise ValueError(
-                f"sampler.slots = {self.config.sampler.slots}: on each of the {shards} devices over "
-                f"which the mesh splits a batch, the {samples} samples of a prompt have to fit; at "
-                f"least {samples * shards}"
-            )
         for field in ("train.micro_batch", "sft.micro_batch", "sampler.slots"):
             room, name = field.split(".")
             size = self.config[room][name]
@@ -173,6 +166,13 @@ class Programs:
                     f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
                     f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
                 )
+        samples = max(self.config.train.samples, self.config.evaluate.samples)
+        if self.config.sampler.slots < samples * shards:
+            raise ValueError(
+                f"sampler.slots = {self.config.sampler.slots}: on each of the {shards} devices over "
+                f"which the mesh splits a batch, the {samples} samples of a prompt have to fit; at "
+                f"least {samples * shards}"
+            )
 
 
 class _SftOptimizer:

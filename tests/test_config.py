@@ -132,16 +132,19 @@ def test_json_round_trip():
 
 def test_workdir_belongs_to_one_config(tmp_path):
     workdir = tmp_path / "deep" / "run"
-    config = C.resolve(changed(train__steps=5))
+    constant = dict(optimizer__schedule="constant")
+    config = C.resolve(changed(train__steps=5, **constant))
     assert C.claim_workdir(workdir, config) is False
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 5
     assert C.claim_workdir(workdir, config) is True
 
-    longer = C.resolve(changed(train__steps=9, evaluate__every=3, checkpoint__keep=1, log__every=2))
+    watched = dict(evaluate__every=3, checkpoint__keep=1, log__every=2)
+    longer = C.resolve(changed(train__steps=9, **watched, **constant))
     assert C.claim_workdir(workdir, longer) is True
     assert C.from_json((workdir / "config.json").read_text()).to_dict() == longer.to_dict()
 
-    other = C.resolve(changed(train__steps=5, seed=1, evaluate__problems=8, objective__delta=0.2))
+    learning = dict(seed=1, evaluate__problems=8, objective__delta=0.2)
+    other = C.resolve(changed(train__steps=5, **learning, **constant))
     before = (workdir / "config.json").read_text()
     with pytest.raises(C.BadInput) as error:
         C.claim_workdir(workdir, other)
@@ -150,6 +153,13 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert "train.steps" not in str(error.value) and "--workdir" in str(error.value)
     assert (workdir / "config.json").read_text() == before
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_schedule_stretched_over_the_steps_fixes_them(tmp_path):
+    linear = dict(optimizer__schedule="linear")
+    C.claim_workdir(tmp_path, C.resolve(changed(train__steps=5, **linear)))
+    with pytest.raises(C.BadInput, match="train.steps: 5 -> 9"):
+        C.claim_workdir(tmp_path, C.resolve(changed(train__steps=9, **linear)))
 
 
 def test_bad_input_marks_what_a_file_can_be_to_blame_for():

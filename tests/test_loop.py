@@ -31,7 +31,11 @@ def quick_and_rewarding(compile_quickly):
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr(loop, "make_mesh", one)
-        patch.setitem(loop.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2)
+
+        def reward(prompt, text, answer):
+            return float(len(text) % 2 or text == f"#{answer}")
+
+        patch.setitem(loop.REWARDS, "arithmetic", reward)
         yield
 
 

@@ -81,6 +81,7 @@ class Checkpoints:
           ValueError: the checkpoint lacks a leaf of `like`, or holds it in another shape.
         """
         wanted = flatten(like)
+        self._manager.wait_until_finished()  # a save in progress has no directory yet
         saved = self._manager.item_metadata(step)
         shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
         wrong = [

@@ -100,10 +100,8 @@ def main(_):
             return sampler.generate(prompts, programs.sampling_params, jax.random.key(1))
 
         def update(rollouts):
-            batch = programs.batch(
-                rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths,
-                rollouts.full_logp, advantage,
-            )  # fmt: skip
+            data = {"behavior_logp": rollouts.full_logp, "advantage": advantage}
+            batch, _ = programs.rollout_batch(rollouts, slice(None), data)
             state[0], report = programs.policy_update(state[0], batch)
             return report.metrics
 

@@ -24,7 +24,16 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import create, placeholder
 
 from drpo_jax import data
-from drpo_jax.objectives import ADVANTAGES, AGGREGATIONS, OBJECTIVES
+from drpo_jax.objectives import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    CORRECTIONS,
+    KL,
+    LEVELS,
+    OBJECTIVES,
+    THRESHOLDS,
+    resolve_hyper,
+)
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
 
 
@@ -89,14 +98,24 @@ def default_config() -> ConfigDict:
         advantage="dr_grpo",  # reward -> advantage, a name of ADVANTAGES
         aggregation="seq-mean-token-sum-norm",  # token losses -> loss, a name of AGGREGATIONS
         horizon=0,  # tokens that seq-mean-token-sum-norm divides by; 0: sampler.max_response_length
-        behavior="sampler",  # mu: as the sampler recorded it, or rescored once by the learner
+        # mu: sampler, as recorded while sampling, before top_k and top_p | sampler_filtered, after
+        # them (the ratio is then off by the mass they keep) | rescored, once by the learner
+        behavior="sampler",
+        correction="none",  # of the sampler's mismatch with behavior rescored: none | tis | mis
+        correction_level="token",  # token | sequence | geometric
+        correction_cap=2.0,  # the importance weight is truncated, or masked, above it
+        correction_floor=0.0,  # and masked below it (mis)
+        kl="none",  # to the initial model: k2 | k3 as a loss, k1 in the reward
+        kl_coefficient=0.0,
+        entropy_bonus=0.0,  # weight of the entropy beside the objective
         # Hyperparameters of the objectives. None: the objective's own default.
+        threshold="",  # delta or epsilon by name: boundary | released | scaled | original
         delta=placeholder(float),  # boundary of |pi - mu| (of the KL for dppo_kl)
         epsilon=placeholder(float),  # spo: boundary of |r - 1|
         epsilon_low=placeholder(float),  # clip of the ratio: 1 - epsilon_low
         epsilon_high=placeholder(float),  # and 1 + epsilon_high
         dual_clip=placeholder(float),  # grpo: floor of J for negative advantages, above 1
-        ratio_cap=placeholder(float),  # dppo: cap of the ratio in the coefficient
+        ratio_cap=placeholder(float),  # dppo, minirl: cap of the ratio in the coefficient
         tau_positive=placeholder(float),  # sapo: temperature for positive advantages
         tau_negative=placeholder(float),  # and for negative ones
         directional=placeholder(bool),  # mask_drpo: weight 1 wherever dppo keeps the token
@@ -113,12 +132,12 @@ def default_config() -> ConfigDict:
         final_fraction=0.0,  # of learning_rate, where linear and cosine end
     )
     config.sampler = create(
-        # The ratio is anchored on the logprobs before top_k and top_p, like the learner's own.
         max_prompt_length=1024,  # tokens; a longer prompt is an error
         max_response_length=8192,  # tokens, the stop token included
         temperature=1.0,
         top_k=0,  # sample among the k likeliest tokens; 0: off
         top_p=1.0,  # sample in the smallest set of this mass; 1: off
+        top_logprobs=0,  # likeliest tokens recorded; 0: 20 for the objectives that need them
         slots=128,  # sequences decoded at once
         decode_steps=32,  # tokens per sequence between two looks of the host
     )
@@ -128,6 +147,7 @@ def default_config() -> ConfigDict:
         samples=8,  # responses per prompt (the group of an advantage)
         mini_batch_prompts=16,  # prompts per optimizer update; divides prompts
         micro_batch=8,  # sequences per forward and backward pass; divides the mini-batch
+        pack=False,  # several sequences per row in the updates
         epochs=1,  # passes over a rollout
         max_skipped=5,  # non-finite updates in a row before the run stops
         save_rollout_every=20,  # rollout steps between saved rollouts; 0: never
@@ -164,6 +184,7 @@ def default_config() -> ConfigDict:
     )
     config.log = create(
         every=1,  # rollout steps between logged steps
+        mismatch_every=10,  # between comparisons of the sampler's logprobs with the learner's; 0: never
     )
     return config
 
@@ -187,13 +208,18 @@ CHOICES = {
     "objective.name": tuple(OBJECTIVES),
     "objective.advantage": tuple(ADVANTAGES),
     "objective.aggregation": tuple(AGGREGATIONS),
-    "objective.behavior": ("sampler", "rescored"),
+    "objective.behavior": ("sampler", "sampler_filtered", "rescored"),
+    "objective.correction": ("none", *CORRECTIONS),
+    "objective.correction_level": LEVELS,
+    "objective.kl": KL,
+    "objective.threshold": ("", *dict.fromkeys(name for t in THRESHOLDS.values() for name in t)),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "data.task": ("arithmetic",),
 }
 POSITIVE = """
     model.vocab_size model.hidden_size model.layers model.heads model.kv_heads model.head_dim
     model.rope_theta model.rms_eps objective.delta objective.epsilon objective.epsilon_low compute.unroll
+    objective.correction_cap
     objective.epsilon_high objective.ratio_cap objective.tau_positive objective.tau_negative
     optimizer.learning_rate optimizer.eps optimizer.clip_norm sampler.max_prompt_length
     sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps train.steps
@@ -203,7 +229,8 @@ POSITIVE = """
 """.split()
 NOT_NEGATIVE = """
     seed model.mlp_size model.experts model.experts_per_token model.expert_size model.load_balance
-    objective.horizon optimizer.weight_decay optimizer.warmup_steps sampler.top_k
+    objective.horizon objective.correction_floor objective.kl_coefficient objective.entropy_bonus
+    sampler.top_logprobs log.mismatch_every optimizer.weight_decay optimizer.warmup_steps sampler.top_k
     train.save_rollout_every sft.steps sft.warmup_steps evaluate.every
 """.split()
 SHARES = "sft.direct_share sft.direct_error sft.worked_error optimizer.final_fraction".split()
@@ -212,6 +239,7 @@ MAY_CHANGE_ON_RESUME = re.compile(
     r"|evaluate\.(?!problems).*|(log|mesh)\..*"
 )
 
+TOP_LOGPROBS = 20  # of DPPO's top-k divergences
 HYPER = tuple(f for f, v in flatten(default_config()).items() if v is None)
 
 
@@ -233,8 +261,8 @@ def validate(config: Mapping[str, Any]) -> None:
     problems = problems or _range_problems(values) + _cross_problems(values)
     if problems:
         raise BadInput("the config has errors:\n  " + "\n  ".join(problems))
-    delta = values["objective.delta"]
-    if delta is not None and delta >= 1 and not values["objective.name"].endswith("_kl"):
+    delta = _hyper(values).get("delta", 0)
+    if delta >= 1 and not values["objective.name"].endswith("_kl"):
         logging.warning(
             "objective.delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
             "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
@@ -311,6 +339,25 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     for group in ("train.samples", "evaluate.samples"):
         fits = v[group] <= v["sampler.slots"]
         require(fits, f"{group} sampler.slots", "the samples of a prompt are decoded at once")
+    name, threshold = v["objective.name"], v["objective.threshold"]
+    if name in OBJECTIVES and threshold:
+        field = _thresholded(name)
+        require(
+            field and threshold in THRESHOLDS[field],
+            "objective.threshold objective.name",
+            f"this objective takes {', '.join(THRESHOLDS[field])}" if field else "takes none",
+        )
+        both = f"objective.threshold objective.{field}"
+        require(not field or v[f"objective.{field}"] is None, both, "give one of the two")
+    kl = "objective.kl objective.kl_coefficient"
+    require(
+        (v["objective.kl"] != "none") == (v["objective.kl_coefficient"] > 0), kl, "both or none"
+    )
+    rescored = v["objective.behavior"] == "rescored" or v["objective.correction"] == "none"
+    correction = "objective.correction objective.behavior"
+    require(rescored, correction, "a correction needs objective.behavior = 'rescored'")
+    recorded = "sampler.top_logprobs model.vocab_size"
+    require(v["sampler.top_logprobs"] <= v["model.vocab_size"], recorded, "at most the vocabulary")
     fp8 = "precision.sampler_weights precision.recipe"
     codes = v["precision.sampler_weights"] == "codes"
     require(v["precision.recipe"] != "none" or not codes, fp8, "without a recipe, no codes to hold")
@@ -339,21 +386,39 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
 
 def resolve(config: Mapping[str, Any]) -> FrozenConfigDict:
     """Returns a validated, frozen copy in which the fields that follow from others are filled in:
-    objective.horizon."""
+    objective.horizon, sampler.top_logprobs."""
     validate(config)
     config = from_dict(flatten(config))
     if not config.objective.horizon:
         config.objective.horizon = config.sampler.max_response_length
+    if not config.sampler.top_logprobs and "topk_logp" in OBJECTIVES[config.objective.name].arrays:
+        config.sampler.top_logprobs = min(TOP_LOGPROBS, config.model.vocab_size)
     return FrozenConfigDict(config)
 
 
 def objective_hyper(config: Mapping[str, Any]) -> dict[str, float | bool]:
     """Returns the hyperparameters set for the objective, as keywords of `token_objective`."""
-    return {
-        f.removeprefix("objective."): v
-        for f, v in flatten(config).items()
-        if f in HYPER and v is not None
-    }
+    return _hyper(flatten(config))
+
+
+def _hyper(values: Mapping[str, Any]) -> dict[str, float | bool]:
+    hyper = {f.removeprefix("objective."): values[f] for f in HYPER if values[f] is not None}
+    field, threshold = _thresholded(values["objective.name"]), values["objective.threshold"]
+    return hyper | ({field: THRESHOLDS[field][threshold]} if threshold else {})
+
+
+def _thresholded(name: str) -> str | None:
+    """The hyperparameter of objective `name` that `objective.threshold` sets; None: it has none."""
+    fields = [f for f in THRESHOLDS if f in OBJECTIVES[name].hyper and not name.endswith("_kl")]
+    return fields[0] if fields else None
+
+
+def boundary(config: Mapping[str, Any]) -> float:
+    """The boundary of |pi - mu| at which the sampler's mismatch is judged: the objective's own where
+    a token can reach it, else DPPO's."""
+    name, default = config["objective"]["name"], THRESHOLDS["delta"]["boundary"]
+    delta = resolve_hyper(name, objective_hyper(config)).get("delta", default)
+    return delta if delta < 1 and not name.endswith("_kl") else default
 
 
 def to_json(config: Mapping[str, Any]) -> str:

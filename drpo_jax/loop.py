@@ -18,7 +18,13 @@ from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir, from_json
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
-from drpo_jax.objectives import advantages, informative
+from drpo_jax.objectives import (
+    advantages,
+    informative,
+    mismatch_weight,
+    reward_penalty,
+    with_spread,
+)
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
 from drpo_jax.rewards import REWARDS
@@ -48,6 +54,7 @@ class Run:
             self._check_init_from()
             self.mesh = make_mesh(**config.mesh)
             self.programs = Programs(config, self.mesh, stop=(self.tokenizer.eos_id,))
+        self.reference = None  # the model that a KL penalty holds the policy to
 
     def _problems(self):
         config = self.config
@@ -83,7 +90,8 @@ class Run:
         source = self.config.data.init_from
         if not source:
             return
-        step = self.warm_start().latest_step()
+        with self.warm_start() as checkpoints:
+            step = checkpoints.latest_step()
         if step is None:
             raise BadInput(
                 f"data.init_from = {source!r}: no checkpoint of a warm start below it; give the "
@@ -98,9 +106,7 @@ class Run:
 
     def warm_start(self) -> Checkpoints:
         """The checkpoints of the warm start: this run's, or those that data.init_from names."""
-        directory = Path(self.config.data.init_from or self.workdir) / "sft" / "checkpoints"
-        options = self.config.checkpoint
-        return Checkpoints(directory, options.keep, options.best_metric)
+        return self._checkpoints(Path(self.config.data.init_from or self.workdir) / "sft")
 
     def key(self, step: int, purpose: int):
         """The PRNG key of one purpose at one step."""
@@ -109,8 +115,11 @@ class Run:
         )
 
     def checkpoints(self) -> Checkpoints:
+        return self._checkpoints(self.workdir)
+
+    def _checkpoints(self, directory: Path) -> Checkpoints:
         options = self.config.checkpoint
-        return Checkpoints(self.workdir / "checkpoints", options.keep, options.best_metric)
+        return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
 
     def encode(self, problems):
         return [self.tokenizer.encode(problem.prompt) for problem in problems]
@@ -150,8 +159,7 @@ def supervised(run: Run):
             batch = demonstration_batch(run, step)
             state, report = programs.supervised_update(state, batch)
             step += 1
-            tokens = jnp.sum(batch.response_lengths)
-            nll = -jnp.sum(jnp.where(batch.response_mask(), report.trace.logp, 0.0))
+            tokens, nll = jnp.sum(batch.mask > 0), -jnp.sum(report.trace.logp)
             metrics, tokens, nll = jax.device_get((report.metrics, tokens, nll))
             if stuck := stuck_updates(run, report.skipped, step):
                 _stop(run, stuck, step, checkpoints)
@@ -165,7 +173,7 @@ def supervised(run: Run):
 
 
 def demonstration_batch(run: Run, step: int):
-    """The demonstrations of one supervised update, as a Batch with advantage 1."""
+    """The demonstrations of one supervised update, as a Batch."""
     config, tokenizer = run.config, run.tokenizer
     sft, prompt_room = config.sft, config.sampler.max_prompt_length
     room = config.sampler.max_response_length
@@ -185,9 +193,7 @@ def demonstration_batch(run: Run, step: int):
         response = response + [tokenizer.eos_id]
         tokens[row, : len(prompt) + len(response)] = prompt + response
         prompt_lengths[row], response_lengths[row] = len(prompt), len(response)
-    no_logp = np.zeros((sft.batch, room), np.float32)
-    ones = np.ones((sft.batch,), np.float32)
-    return run.programs.batch(tokens, prompt_lengths, response_lengths, no_logp, ones)
+    return run.programs.batch(tokens, prompt_lengths, response_lengths, {})[0]
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -206,6 +212,8 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         step = checkpoints.latest_step()
+        if config.objective.kl != "none":
+            run.reference = initial_model(run)
         if step is None:
             state, step = programs.restart(initial_model(run)), 0
         else:
@@ -264,14 +272,22 @@ def rl_step(run: Run, state, step: int):
     used = reward
     if config.train.shuffle_rewards:
         used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)
-    advantage = np.asarray(advantages(config.objective.advantage, used, config.train.samples))
-    # π is the full softmax at the sampling temperature; so is the µ that it is compared with.
-    behavior_logp = rollouts.full_logp
-    if config.objective.behavior == "rescored":
-        behavior_logp = rescored_logp(run, state.model, rollouts, step)
     rewarded = time.monotonic()
 
-    state, learned, metrics = learn(run, state, rollouts, behavior_logp, advantage, step)
+    saved = _due(step, config.train.save_rollout_every)
+    compared = saved or _due(step, config.log.mismatch_every)
+    data, old_logp = learner_data(run, state.model, rollouts, used, step, rescore=compared)
+    state, learned, metrics = learn(run, state, rollouts, data, step)
+    if compared:
+        learned = learned()
+        pairs, extremes = programs.mismatch(
+            rollouts.full_logp,
+            old_logp,
+            learned["logp"],
+            data["advantage"][:, None],
+            rollouts.mask(),
+        )
+        metrics |= reduce_pairs(pairs) | jax.device_get(extremes)
     finished = time.monotonic()
 
     metrics |= {
@@ -286,8 +302,7 @@ def rl_step(run: Run, state, step: int):
         "time/reward": rewarded - sampled,
         "time/update": finished - rewarded,
     }
-    every = config.train.save_rollout_every
-    if every and step % every == 0:
+    if saved:
         rows = [problem for problem in problems for _ in range(config.train.samples)]
         save_rollout(
             run.workdir,
@@ -296,12 +311,14 @@ def rl_step(run: Run, state, step: int):
             tokens=rollouts.tokens,
             prompt_lengths=rollouts.prompt_lengths,
             response_lengths=rollouts.response_lengths,
-            response_mask=np.arange(behavior_logp.shape[1]) < rollouts.response_lengths[:, None],
-            behavior_logp=behavior_logp,
+            response_mask=rollouts.mask(),
+            behavior_logp=data["behavior_logp"],
             sampler_logp=rollouts.logp,
-            advantage=advantage,
+            rescored_logp=old_logp,
+            advantage=data["advantage"],
             reward=reward,
             finished=rollouts.finished,
+            piece=rollouts.pieces(run.tokenizer),
             prompt=np.array([p.prompt for p in rows]),
             response=np.array(texts),
             answer=np.array([p.answer for p in rows]),
@@ -310,50 +327,110 @@ def rl_step(run: Run, state, step: int):
     return state, metrics
 
 
-def rescored_logp(run: Run, model, rollouts, step: int):
-    """log µ [N, R] as the learner itself has it before its first update."""
-    logp = np.zeros_like(rollouts.full_logp)
-    advantage = np.zeros(len(rollouts), np.float32)
-    arrays = (
-        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, logp, advantage
-    )  # fmt: skip
-    for rows in mini_batches(run.config, step, 0):
-        batch = run.programs.batch(*(a[rows] for a in arrays))
-        logp[rows] = run.programs.rescore(model, batch).logp
-    return logp
+def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
+    """What the updates need of a rollout besides its tokens.
+
+    Args:
+      reward: float32 [N], as it is learned from.
+      rescore: also score the rollout with `model` where the objective does not need it.
+
+    Returns:
+      The arrays of `learner.Batch.data`, [N] or [N, R, …] by name; and log π_old [N, R], the
+      rollout as `model` itself scores it, or None.
+    """
+    config, programs = run.config.objective, run.programs
+    rescored = config.behavior == "rescored"
+    topk = {"topk_ids": rollouts.top_ids} if "topk_logp" in programs.objective.arrays else {}
+    old = reference = None
+    if rescore or rescored or "old_logp" in programs.objective.arrays:
+        old = score(run, model, rollouts, step, topk)
+    # π is the full softmax at the sampling temperature; so should the µ be that it is compared with.
+    mu = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.logp}.get(config.behavior)
+    data = {"behavior_logp": old.logp if rescored else mu}
+    if topk:
+        topk_mu = old.topk_logp if rescored else rollouts.top_logp
+        data |= topk | {"behavior_topk_logp": topk_mu}
+    if "old_logp" in programs.objective.arrays:
+        data["old_logp"] = old.logp
+    if config.kl != "none":
+        reference = score(run, run.reference, rollouts, step, {}).logp
+    if config.kl == "k1":
+        penalty = reward_penalty(data["behavior_logp"], reference, rollouts.mask())
+        reward = reward - config.kl_coefficient * np.asarray(penalty)
+    elif config.kl != "none":
+        data["ref_logp"] = reference
+    if config.correction != "none":
+        data["correction"] = np.asarray(
+            mismatch_weight(
+                config.correction,
+                old.logp,
+                rollouts.full_logp,
+                rollouts.mask(),
+                level=config.correction_level,
+                cap=config.correction_cap,
+                floor=config.correction_floor,
+            )
+        )
+    data["advantage"] = np.asarray(advantages(config.advantage, reward, run.config.train.samples))
+    return data, old.logp if old else None
 
 
-def learn(run: Run, state, rollouts, behavior_logp, advantage, step: int):
+def score(run: Run, model, rollouts, step: int, data):
+    """TokenTrace of [N, R] host arrays: the rollout's tokens as `model` scores them."""
+    pieces, order = [], mini_batches(run.config, step, 0)
+    for rows in order:
+        batch, layout = run.programs.rollout_batch(rollouts, rows, data)
+        pieces.append((run.programs.rescore(model, batch), layout))
+    return _by_response(pieces, order, rollouts)
+
+
+def _by_response(pieces, order, rollouts):
+    """Pytrees of [P, T, …] with their layouts, of the rows in `order` → one of [N, R, …] on the host."""
+    length = rollouts.logp.shape[1]
+    taken = [jax.tree.map(lambda a: layout.take(a, length), tree) for tree, layout in pieces]  # noqa: B023
+    back = np.argsort(np.concatenate(order))
+    return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
+
+
+def learn(run: Run, state, rollouts, data, step: int):
     """The updates on one rollout, all anchored on the same µ: the later ones are off-policy.
 
     Returns:
-      The new state; the learner's view of the rollout's tokens by name (logp, coefficient, entropy,
-      weight: [N, R], of the first epoch); the metrics over all updates.
+      The new state; a function that fetches the learner's view of the rollout's tokens (logp,
+      coefficient, entropy, weight by name: [N, R], of the first epoch); the metrics over all updates.
     """
     config, programs = run.config.train, run.programs
-    arrays = (
-        rollouts.tokens, rollouts.prompt_lengths, rollouts.response_lengths, behavior_logp, advantage
-    )  # fmt: skip
-    order, batches, reports = [], [], []
+    order, batches, layouts, reports = [], [], [], []
     for epoch in range(config.epochs):
         for rows in mini_batches(run.config, step, epoch):
-            batch = programs.batch(*(a[rows] for a in arrays))
+            batch, layout = programs.rollout_batch(rollouts, rows, data)
             state, report = programs.policy_update(state, batch)
             order.append(rows)
             batches.append(batch)
+            layouts.append(layout)
             reports.append(report)
     trace = jax.tree.map(lambda *a: jnp.concatenate(a), *(r.trace for r in reports))
     seen = jax.tree.map(lambda *a: jnp.concatenate(a), *batches)
     pairs, extremes, weight = programs.summarize(trace, seen)
     updates, skipped = jax.device_get(([r.metrics for r in reports], [r.skipped for r in reports]))
-    metrics = reduce_pairs(pairs) | jax.device_get(extremes)
+    metrics = with_spread(reduce_pairs(pairs)) | jax.device_get(extremes)
     metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
     metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
     metrics["updates/skipped"] = sum(count > 0 for count in skipped)
     metrics["updates/skipped_in_a_row"] = max(skipped)
-    first_epoch = np.argsort(np.concatenate(order)[: len(rollouts)])
-    learned = trace._asdict() | {"weight": weight}
-    return state, {k: np.asarray(v)[first_epoch] for k, v in learned.items()}, metrics
+
+    def learned():
+        per_epoch = len(reports) // config.epochs
+        names = {"logp": trace.logp, "coefficient": trace.coefficient, "entropy": trace.entropy}
+        whole = jax.device_get(names | {"weight": weight})
+        rows = len(weight) // len(reports)
+        pieces = [
+            ({name: a[i * rows : (i + 1) * rows] for name, a in whole.items()}, layouts[i])
+            for i in range(per_epoch)
+        ]
+        return _by_response(pieces, order[:per_epoch], rollouts)
+
+    return state, learned, metrics
 
 
 def mini_batches(config, step: int, epoch: int):

@@ -11,17 +11,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from drpo_jax import objectives
-from drpo_jax.config import objective_hyper
+from drpo_jax.config import boundary, objective_hyper
 from drpo_jax.learner import (
-    Batch,
     UpdateSettings,
+    gradients,
     init_state,
+    lay_out,
     likelihood,
+    make_batch,
     make_optimizer,
     policy,
-    response_logp,
+    response_trace,
     update,
 )
 from drpo_jax.models import Compute, ModelConfig, Transformer
@@ -42,8 +45,10 @@ class Programs:
       init(key): a new TrainState for supervised learning, sharded.
       supervised_update(state, batch), policy_update(state, batch): one optimizer update.
       restart(model): the TrainState of a policy run that begins with `model`.
-      rescore(model, batch): TokenTrace of a rollout, without gradients.
-      summarize(trace, batch): metric pairs and extremes over a rollout.
+      rescore(model, batch): TokenTrace of the response tokens, without an objective or gradients.
+      summarize(trace, batch): metric pairs and extremes over a rollout, and w [P, T].
+      mismatch(sampler_logp, old_logp, logp, advantage, mask): pairs and extremes, [N, R] arrays.
+      objective: the `Policy` that is trained with.
       sync(model), sync_exact(model): the sampler's weights, as the recipe has them or unquantized.
       sampler, exact_sampler: the `Sampler` of the rollouts and that of evaluation.
 
@@ -67,10 +72,21 @@ class Programs:
         train, sft = config.train, config.sft
         updates = train.steps * train.epochs * (train.prompts // train.mini_batch_prompts)
         self.optimizer = make_optimizer(config.optimizer, updates)
-        self.sft_optimizer = make_optimizer(
-            _SftOptimizer(config.optimizer, sft.learning_rate, sft.warmup_steps), sft.steps
+        sft_optimizer = ConfigDict(config.optimizer)
+        sft_optimizer.update(
+            learning_rate=sft.learning_rate,  # which falls to a tenth
+            warmup_steps=sft.warmup_steps,
+            schedule="linear",
+            final_fraction=0.1,
         )
-        self.objective_hyper = objective_hyper(config)
+        self.sft_optimizer = make_optimizer(sft_optimizer, sft.steps)
+        kl = config.objective.kl if config.objective.kl in ("k2", "k3") else "none"
+        self.objective = policy(
+            config.objective.name,
+            kl=kl,
+            kl_coefficient=config.objective.kl_coefficient,
+            **objective_hyper(config),
+        )
         hyper = dict(
             aggregation=config.objective.aggregation,
             horizon=config.objective.horizon,
@@ -79,9 +95,11 @@ class Programs:
             compute=learner,
         )
         sequences = train.mini_batch_prompts * train.samples
-        policy_settings = UpdateSettings(
-            objective=policy(config.objective.name, **self.objective_hyper),
+        self._policy_settings = policy_settings = UpdateSettings(
+            objective=self.objective,
             micro_batches=sequences // train.micro_batch,
+            entropy_bonus=config.objective.entropy_bonus,
+            pack=train.pack,
             **hyper,
         )
         sft_settings = UpdateSettings(
@@ -116,10 +134,9 @@ class Programs:
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )
-        self.rescore = jax.jit(partial(response_logp, settings=policy_settings))
-        self.summarize = jax.jit(
-            partial(_summarize, name=config.objective.name, hyper=self.objective_hyper)
-        )
+        self.rescore = jax.jit(partial(response_trace, settings=policy_settings))
+        self.summarize = jax.jit(partial(_summarize, objective=self.objective))
+        self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
         codes = config.precision.sampler_weights == "codes"
         self.sync, sampling = self._sync(abstract, recipe.sampler, compute, codes)
         self.sync_exact, exact = self._sync(abstract, get_recipe("none").sampler, compute, codes)
@@ -138,6 +155,7 @@ class Programs:
             top_k=config.sampler.top_k,
             top_p=config.sampler.top_p,
             stop=tuple(stop),
+            top_logprobs=config.sampler.top_logprobs,
         )
 
     def _sync(self, abstract, recipe, compute, codes):
@@ -151,10 +169,40 @@ class Programs:
             dataclasses.replace(compute, matmul=matmul, remat="none", unroll=1),
         )
 
-    def batch(self, tokens, prompt_lengths, response_lengths, behavior_logp, advantage) -> Batch:
-        """A Batch on the mesh, its rows split over the batch axes."""
-        arrays = (tokens, prompt_lengths, response_lengths, behavior_logp, advantage)
-        return Batch(*jax.device_put(arrays, named_sharding(self.mesh, ("batch",))))
+    def batch(self, tokens, prompt_lengths, response_lengths, data, pack=False):
+        """N sequences as a Batch on the mesh, its rows split over the batch axes, and their Layout.
+
+        Args:
+          tokens: int32 [N, T], prompt and response without a gap.
+          prompt_lengths, response_lengths: int32 [N].
+          data: name → [N] or [N, R, …], see `learner.Batch`.
+          pack: as `train.pack` says, for the policy's updates.
+        """
+        layout = lay_out(
+            prompt_lengths,
+            response_lengths,
+            width=tokens.shape[1],
+            pack=pack and self.config.train.pack,
+            micro_batches=self._policy_settings.micro_batches,
+        )
+        batch = make_batch(layout, tokens, data)
+        return jax.device_put(batch, named_sharding(self.mesh, ("batch",))), layout
+
+    def rollout_batch(self, rollouts, rows, data):
+        """`batch` of some rows of Rollouts and of the arrays that go with all of them."""
+        return self.batch(
+            rollouts.tokens[rows],
+            rollouts.prompt_lengths[rows],
+            rollouts.response_lengths[rows],
+            {name: values[rows] for name, values in data.items()},
+            pack=True,
+        )
+
+    def gradients(self, name, **hyper):
+        """The jitted (model, batch) → (grads, TokenTrace [P, T], metrics) of any objective, with all
+        else as the config has it: to look at gradients side by side."""
+        settings = dataclasses.replace(self._policy_settings, objective=policy(name, **hyper))
+        return jax.jit(partial(gradients, settings=settings))
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
@@ -173,19 +221,6 @@ class Programs:
                 f"which the mesh splits a batch, the {samples} samples of a prompt have to fit; at "
                 f"least {samples * shards}"
             )
-
-
-class _SftOptimizer:
-    """The optimizer's fields with the warm start's learning rate, which falls linearly to a tenth."""
-
-    schedule, final_fraction = "linear", 0.1
-
-    def __init__(self, optimizer, learning_rate, warmup_steps):
-        self._optimizer = optimizer
-        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
-
-    def __getattr__(self, name):
-        return getattr(self._optimizer, name)
 
 
 def model_config(config) -> ModelConfig:
@@ -251,13 +286,25 @@ def _is_param(leaf):
     return isinstance(leaf, nnx.Param)
 
 
-def _summarize(trace, batch, *, name, hyper):
-    """(name → (sum, count), name → extreme, weight [B, R]) over the response tokens of a rollout."""
-    advantage = batch.advantage[:, None]
-    mask = batch.response_mask()
-    weight = objectives.gradient_weight(name, trace.logp, batch.behavior_logp, advantage, **hyper)
-    pairs, extremes = objectives.weight_summary(
-        weight, trace.logp, batch.behavior_logp, trace.coefficient, mask
+def _summarize(trace, batch, *, objective):
+    """(name → (sum, count), name → extreme, weight [P, T]) over the response tokens of a rollout."""
+    data, mask = batch.data, batch.mask > 0
+    mu, advantage = data["behavior_logp"], data["advantage"]
+    if "correction" in data:  # what it drops, the head has not looked at
+        mask &= data["correction"] > 0
+    known = data | {"mask": batch.mask, "topk_logp": trace.topk_logp}
+    arrays = {name: known[name] for name in objectives.OBJECTIVES[objective.name].arrays}
+    weight = objectives.gradient_weight(
+        objective.name, trace.logp, mu, advantage, **arrays, **dict(objective.hyper)
     )
-    pairs = pairs | {"entropy": (jnp.sum(trace.entropy * mask), jnp.sum(mask))}
-    return pairs, extremes, weight
+    pairs, extremes = objectives.weight_summary(weight, trace.logp, mu, trace.coefficient, mask)
+    count = jnp.sum(mask)
+    pairs = pairs | {"entropy": (jnp.sum(trace.entropy * mask), count)}
+    if "correction" in data:
+        kept = jnp.sum(batch.mask > 0)
+        pairs["correction/mean"] = jnp.sum(data["correction"]), kept
+        pairs["correction/dropped"] = kept - count, kept
+    if "ref_logp" in data:
+        k, _ = objectives.kl_penalty("k3", trace.logp, mu, data["ref_logp"])
+        pairs["policy/kl_reference"] = jnp.sum(jnp.where(mask, k, 0.0)), count
+    return pairs, extremes, jnp.where(mask, weight, 0.0)

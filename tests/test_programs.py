@@ -67,13 +67,12 @@ def new_programs(fields, **sizes):
 
 def new_batch(programs):
     rng = np.random.default_rng(0)
-    return programs.batch(
-        rng.integers(64, size=(ROWS, PROMPT + RESPONSE)).astype(np.int32),
-        rng.integers(1, PROMPT + 1, size=ROWS).astype(np.int32),
-        rng.integers(0, RESPONSE + 1, size=ROWS).astype(np.int32),
-        rng.normal(-4, 0.5, size=(ROWS, RESPONSE)).astype(np.float32),
-        rng.normal(size=ROWS).astype(np.float32),
-    )
+    tokens = rng.integers(64, size=(ROWS, PROMPT + RESPONSE)).astype(np.int32)
+    prompts = rng.integers(1, PROMPT + 1, size=ROWS).astype(np.int32)
+    responses = rng.integers(0, RESPONSE + 1, size=ROWS).astype(np.int32)
+    data = {"behavior_logp": rng.normal(-4, 0.5, size=(ROWS, RESPONSE)).astype(np.float32)}
+    data["advantage"] = rng.normal(size=ROWS).astype(np.float32)
+    return programs.batch(tokens, prompts, responses, data, pack=True)[0]
 
 
 def numbers(fields, policy=False, **sizes):
@@ -139,7 +138,8 @@ def test_eight_devices_compute_what_one_does(case, one_device):
 
 
 def test_policy_updates_on_a_mixed_mesh(one_device):
-    fields = MOE | {"model.load_balance": 0.0, "objective.name": "drpo"}
+    fields = MOE | {"model.load_balance": 0.0, "train.pack": True, "objective.name": "gspo"}
+    fields["objective.aggregation"] = "seq-mean-token-mean"
     mixed = MESHES["moe, mixed"][1]
     assert_same_numbers(numbers(fields, policy=True, **mixed), one_device(fields, policy=True))
 

@@ -1,20 +1,25 @@
 """The learner: state, update step, and the head that fuses the objective with the last matmul."""
 
 from drpo_jax.learner.head import TokenTrace, head_loss, likelihood, policy
-from drpo_jax.learner.state import Batch, TrainState, init_state, make_optimizer
-from drpo_jax.learner.update import Report, UpdateSettings, response_logp, update
+from drpo_jax.learner.packing import Layout, lay_out
+from drpo_jax.learner.state import Batch, TrainState, init_state, make_batch, make_optimizer
+from drpo_jax.learner.update import Report, UpdateSettings, gradients, response_trace, update
 
 __all__ = [
     "Batch",
+    "Layout",
     "Report",
     "TokenTrace",
     "TrainState",
     "UpdateSettings",
+    "gradients",
     "head_loss",
     "init_state",
+    "lay_out",
     "likelihood",
+    "make_batch",
     "make_optimizer",
     "policy",
-    "response_logp",
+    "response_trace",
     "update",
 ]

@@ -3,20 +3,25 @@
 Every objective's score coefficient c is known as soon as a token's logprob is, so the head needs no
 backward pass of its own. Per chunk of tokens it computes the logits once and from them
 
-    logp, c                     and  loss = −Σ_t weight_t · J_t
-    d(logits) = −weight · c · (onehot(target) − softmax) / temperature
+    logp, entropy H, J, c       and  loss = −Σ_t weight_t · (J_t + β·H_t)
+    d(logits) = −weight · (c·(onehot(target) − p) − β·p·(log p + H)) / temperature
     d(hidden) = d(logits) Wᵀ,   d(W) += hiddenᵀ d(logits)
 
-three matmuls, and never more than [chunk, vocab] of logits. The backward pass of the `custom_vjp`
-multiplies what is already there by the incoming cotangent.
+with p the softmax: three matmuls, and never more than [chunk, vocab] of logits. The backward pass of
+the `custom_vjp` multiplies what is already there by the incoming cotangent.
+
+Tokens of weight zero (prompts, padding) are sorted behind the others and cost nothing: the loop over
+chunks ends where they begin.
 
 On a mesh it runs under `shard_map`: tokens stay on their devices, the vocabulary is split over
 `tensor` (the log-sum-exp is summed over it), and the weight's gradient is reduced once per call, after
 the loop over chunks, straight into its `fsdp` shards.
 
-Axis letters: N tokens, D model width, V vocabulary.
+Axis letters: N tokens, D model width, V vocabulary, K top tokens.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -24,55 +29,100 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.objectives import table
+from drpo_jax.objectives import OBJECTIVES, kl_penalty, table
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
 
 class TokenTrace(NamedTuple):
-    """What the head saw of each token, float32 [N], without gradient: log π, c, entropy in nats."""
+    """What the head saw of each token, float32 [N], without gradient; 0 where its weight is 0.
+
+    Attributes:
+      logp: log π at the sampling temperature, nats.
+      coefficient: c = ∂J/∂logp, of the objective and the KL penalty.
+      entropy: of π, nats.
+      topk_logp: float32 [N, K], log π of `topk_ids`; K = 0 without.
+    """
 
     logp: jax.Array
     coefficient: jax.Array
     entropy: jax.Array
+    topk_logp: jax.Array
 
 
-def policy(name, **hyper):
-    """The objective called `name` as the head takes it: (logp, behavior_logp, Â) → (J, c)."""
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """An objective of the table as the head takes it, with an optional KL penalty; see `policy`."""
 
-    def objective(logp, behavior_logp, advantage):
+    name: str
+    hyper: tuple
+    kl: str
+    kl_coefficient: float
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """What it needs of a token besides behavior_logp and advantage, by name."""
+        return OBJECTIVES[self.name].arrays + (("ref_logp",) if self.kl != "none" else ())
+
+    @property
+    def needs_sequences(self) -> bool:
+        """c depends on all tokens of the response."""
+        return "mask" in self.arrays
+
+    def __call__(self, logp, behavior_logp, advantage, ref_logp=None, **arrays):
         # Looked up at call time: what replaces it there replaces it here and in policy_objective.
-        return table.token_objective(name, logp, behavior_logp, advantage, **hyper)
+        J, c = table.token_objective(
+            self.name, logp, behavior_logp, advantage, **dict(self.hyper), **arrays
+        )
+        if self.kl != "none":
+            k, slope = kl_penalty(self.kl, logp, behavior_logp, ref_logp)
+            J, c = J - self.kl_coefficient * k, c - self.kl_coefficient * slope
+        return J, c
 
-    return objective
+
+def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
+    """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c).
+
+    Args:
+      name, hyper: of `objectives.token_objective`.
+      kl, kl_coefficient: "k2" or "k3" takes β times that penalty from J, see `objectives.penalty`.
+    """
+    return Policy(name, tuple(hyper.items()), kl, kl_coefficient)
 
 
-def likelihood(logp, behavior_logp, advantage):
+def likelihood(logp, **_):
     """J = logp, c = 1: supervised learning."""
     return logp, jnp.ones_like(logp)
 
 
+def given(logp, J, coefficient):
+    """J and c that were computed before, from the logprobs of a first pass."""
+    return J, coefficient
+
+
 def head_loss(
-    hidden_NxD, weight_DxV, targets_N, behavior_logp_N, advantage_N, token_weight_N,
-    *, objective, temperature=1.0, chunk=1024,
+    hidden_NxD, weight_DxV, targets_N, token_weight_N, data: Mapping[str, jax.Array],
+    *, objective, temperature=1.0, chunk=1024, entropy_bonus=0.0,
 ):  # fmt: skip
-    """−Σ token_weight · J over the tokens, and its trace.
+    """−Σ token_weight · (J + entropy_bonus · H) over the tokens, and its trace.
 
     Args:
       hidden_NxD: the model's output, compute dtype.
       weight_DxV: the head, float32; cast to hidden's dtype for the matmuls, which accumulate float32.
       targets_N: int32, the sampled tokens.
-      behavior_logp_N, advantage_N: float32.
       token_weight_N: float32, 0 for tokens that do not count (see `objectives.aggregation`).
-      objective: (logp, behavior_logp, advantage) → (J, c), such as `policy(...)` or `likelihood`.
+      data: arrays [N, …] that the objective takes by name: behavior_logp, advantage, …; from
+        `topk_ids` int32 [N, K] the head makes the objective's `topk_logp`.
+      objective: (logp, **data) → (J, c) elementwise, such as `policy(...)`, `likelihood`, `given`.
       temperature: of the sampling distribution.
       chunk: tokens per piece; peak memory is a few times chunk · vocab floats.
+      entropy_bonus: β.
 
     Returns:
       (loss, TokenTrace): the loss has gradients for hidden and weight.
     """
-    arrays = (targets_N, behavior_logp_N, advantage_N, token_weight_N)
-    return _head_loss((objective, temperature, chunk), hidden_NxD, weight_DxV, arrays)
+    static = (objective, temperature, chunk, entropy_bonus)
+    return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(data)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,15 +153,15 @@ def _head_pass(static, hidden, weight, arrays, gradient):
     gradients = (P(BATCH_AXES, None), P("fsdp", "tensor")) if gradient else None
     return jax.shard_map(
         partial(run, mesh),
-        in_specs=(P(BATCH_AXES, None), P(None, "tensor"), *[tokens] * 4),
-        out_specs=(replicated, TokenTrace(tokens, tokens, tokens), gradients),
+        in_specs=(P(BATCH_AXES, None), P(None, "tensor"), tokens, tokens, tokens),
+        out_specs=(replicated, tokens, gradients),
         check_vma=False,
     )(hidden, weight.astype(hidden.dtype), *arrays)  # cast first: half the bytes to gather
 
 
-def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, token_weight):
+def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, data):
     """One device's tokens and slice of the vocabulary; `mesh` is None without one."""
-    objective, temperature, chunk = static
+    objective, temperature, chunk, entropy_bonus = static
     n, vocab = hidden.shape[0], weight.shape[1]
     chunk = min(chunk, n)
     weight = weight.astype(hidden.dtype)
@@ -123,17 +173,25 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, 
 
     def dot(a, b, contract):
         dims = ((contract[:1], contract[1:]), ((), ()))
+        precision = dot_precision(a.dtype)
         return jax.lax.dot_general(
-            a,
-            b,
-            dims,
-            precision=dot_precision(a.dtype),
-            preferred_element_type=jnp.float32,
+            a, b, dims, precision=precision, preferred_element_type=jnp.float32
         )
 
-    def one_chunk(carry, piece):
-        loss, d_weight = carry
-        h, target, mu, advantage, token_weight = piece
+    def at(logits, ids):
+        """The logits [chunk, V] of ids [chunk, K], wherever they are."""
+        local = ids - first
+        mine = (local >= 0) & (local < vocab)
+        found = jnp.take_along_axis(logits, jnp.clip(local, 0, vocab - 1), axis=-1)
+        return over_vocab(jnp.where(mine, found, 0.0))
+
+    def one_chunk(i, carry):
+        loss, trace, gradients = carry
+        rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        h, target, weight_t, data_t = jax.tree.map(
+            lambda a: a.at[rows].get(mode="fill", fill_value=0),
+            (hidden, targets, token_weight, data),
+        )
         logits = dot(h, weight, (1, 0)) / temperature
         top = jnp.max(logits, axis=-1)
         top = jax.lax.pmax(top, "tensor") if sharded else top
@@ -143,32 +201,42 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, mu, advantage, 
         hit = target[:, None] - first == jnp.arange(vocab)
         logp = over_vocab(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)) - lse
         entropy = lse - over_vocab(jnp.sum(exps * logits, axis=-1)) / total
-        value, c = objective(logp, mu, advantage)
-        loss -= jnp.sum(jnp.where(token_weight != 0, token_weight * value, 0.0))
-        if not gradient:
-            return (loss, d_weight), (TokenTrace(logp, c, entropy), ())
-        scale = jnp.where(token_weight != 0, -token_weight * c, 0.0) / temperature
-        d_logits = scale[:, None] * (hit - exps / total[:, None])
-        d_logits = d_logits.astype(h.dtype)
-        d_hidden = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
-        d_weight = d_weight + dot(h, d_logits, (0, 0))
-        return (loss, d_weight), (TokenTrace(logp, c, entropy), d_hidden)
+        topk_ids = data_t.pop("topk_ids", jnp.zeros((chunk, 0), jnp.int32))
+        topk_logp = at(logits, topk_ids) - lse[:, None]
+        J, c = objective(logp, **data_t, **({"topk_logp": topk_logp} if topk_ids.size else {}))
+        counts = weight_t != 0
+        loss -= jnp.sum(jnp.where(counts, weight_t * (J + entropy_bonus * entropy), 0.0))
+        new = TokenTrace(logp, c, entropy, topk_logp)
+        new = jax.tree.map(lambda x: jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x, 0), new)
+        trace = jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), trace, new)
+        if gradient:
+            d_hidden, d_weight = gradients
+            p = exps / total[:, None]
+            d_logits = c[:, None] * (hit - p)
+            if entropy_bonus:
+                d_logits -= entropy_bonus * p * (logits - (lse - entropy)[:, None])
+            scale = -weight_t / temperature
+            d_logits = jnp.where(counts[:, None], scale[:, None] * d_logits, 0.0).astype(h.dtype)
+            back = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
+            gradients = (
+                d_hidden.at[rows].set(back, mode="drop"),
+                d_weight + dot(h, d_logits, (0, 0)),
+            )
+        return loss, trace, gradients
 
-    pieces = jax.tree.map(
-        lambda a: _chunked(a, chunk), (hidden, targets, mu, advantage, token_weight)
-    )
-    start = (jnp.zeros(()), jnp.zeros(weight.shape, jnp.float32) if gradient else ())
-    (loss, d_weight), (trace, d_hidden) = jax.lax.scan(one_chunk, start, pieces)
-    trace, d_hidden = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], (trace, d_hidden))
+    # Tokens that count first, in their order; n, beyond the last one, fills the last chunk up.
+    counted = token_weight != 0
+    order = jnp.pad(jnp.argsort(~counted, stable=True), (0, -n % chunk), constant_values=n)
+    pieces = (jnp.sum(counted) + chunk - 1) // chunk
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    topk = data["topk_ids"].shape[1] if "topk_ids" in data else 0
+    trace = TokenTrace(zeros(n), zeros(n), zeros(n), zeros((n, topk)))
+    gradients = (jnp.zeros_like(hidden), zeros(weight.shape)) if gradient else None
+    loss, trace, gradients = jax.lax.fori_loop(0, pieces, one_chunk, (zeros(()), trace, gradients))
     if mesh is not None:
         loss = jax.lax.psum(loss, BATCH_AXES)
     if mesh is not None and gradient:
+        d_hidden, d_weight = gradients
         d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=0, tiled=True)
-        d_weight = jax.lax.psum(d_weight, ("data", "expert"))
-    return loss, trace, (d_hidden, d_weight) if gradient else None
-
-
-def _chunked(x, chunk):
-    """[N, …] → [pieces, chunk, …], the last piece filled up with zeros (of weight 0)."""
-    pad = [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, pad).reshape(-1, chunk, *x.shape[1:])
+        gradients = d_hidden, jax.lax.psum(d_weight, ("data", "expert"))
+    return loss, trace, gradients

@@ -9,6 +9,7 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     response_mask     bool [N, R]     which of the arrays below are of a sampled token
     behavior_logp     float32 [N, R]  log µ, as the ratio was anchored
     sampler_logp      float32 [N, R]  logprob under the filtered sampling distribution
+    rescored_logp     float32 [N, R]  log π_old: as the learner scored it before its first update
     logp              float32 [N, R]  log π at the update that used the token (first epoch)
     coefficient       float32 [N, R]  c = ∂J/∂logp
     weight            float32 [N, R]  w = c / (r·Â)
@@ -16,6 +17,7 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     advantage         float32 [N]
     reward            float32 [N]
     finished          bool [N]        ended with a stop token
+    piece             unicode [N, R]  text of each response token
     prompt, response, answer, kind    unicode [N], derived from the token ids and the problem
     step              int             rollout step
 """

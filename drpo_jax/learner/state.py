@@ -1,13 +1,16 @@
 """What the learner holds: model, optimizer state, counters; and a batch of rollouts.
 
-Axis letters: B sequences, T tokens of prompt and response, R response tokens.
+Axis letters: N sequences, R response tokens, P rows, T tokens per row, K top tokens.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from drpo_jax.learner.packing import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -31,34 +34,41 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences with what the objective needs of them. Masks follow from the lengths.
+    """Rows of tokens, one sequence or several packed ones in each, with what the objective needs.
 
     Attributes:
-      tokens: int32 [B, T], prompt and response without a gap, anything behind.
-      prompt_lengths, response_lengths: int32 [B]; a row of response length 0 is padding.
-      behavior_logp: float32 [B, R], log µ of the response tokens.
-      advantage: float32 [B].
+      tokens: int32 [P, T]; a sequence is a prompt and its response without a gap.
+      segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
+      positions: int32 [P, T], from 0 in every sequence.
+      mask: int32 [P, T], the segment id on response tokens, 0 elsewhere.
+      data: name → float32 [P, T, …] of the response tokens: behavior_logp, advantage, and what else
+        the objective takes by name (topk_ids int32 [P, T, K]); `correction`, where it is there,
+        multiplies the weight of a token.
     """
 
     tokens: jax.Array
-    prompt_lengths: jax.Array
-    response_lengths: jax.Array
-    behavior_logp: jax.Array
-    advantage: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    data: dict
 
-    def response_mask(self):
-        """bool [B, R]: the response tokens."""
-        return jnp.arange(self.behavior_logp.shape[1]) < self.response_lengths[:, None]
 
-    def segment_ids(self):
-        """int32 [B, T]: 1 for the prompt and the response, 0 for padding."""
-        lengths = self.prompt_lengths + self.response_lengths
-        return (jnp.arange(self.tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+def make_batch(layout: Layout, tokens, data) -> Batch:
+    """The Batch of N sequences, NumPy arrays.
 
-    def response_positions(self):
-        """int32 [B, R]: where in the sequence each response token stands (clipped to T − 1)."""
-        positions = self.prompt_lengths[:, None] + jnp.arange(self.behavior_logp.shape[1])
-        return jnp.minimum(positions, self.tokens.shape[1] - 1)
+    Args:
+      layout: where they lie.
+      tokens: int32 [N, T'], prompt and response without a gap, anything behind.
+      data: name → [N] or [N, R, …], see Batch.
+    """
+    steps = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return Batch(
+        layout.place(tokens, "sequence"),
+        layout.place(layout.numbers, "sequence"),
+        layout.place(steps, "sequence"),
+        layout.place(layout.numbers),
+        {name: layout.place(values) for name, values in data.items()},
+    )
 
 
 def make_optimizer(config, total_updates):

@@ -1,6 +1,6 @@
 """The update step: one mini-batch of rollouts, accumulated over micro-batches, one optimizer update.
 
-Axis letters: B sequences of the mini-batch, T tokens, R response tokens, D model width.
+Axis letters: P rows of the mini-batch, T tokens, D model width.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drpo_jax.learner.head import TokenTrace, head_loss
+from drpo_jax.learner.head import TokenTrace, given, head_loss, likelihood
 from drpo_jax.models import Compute, router_metrics
 from drpo_jax.objectives import token_weights
 
@@ -20,11 +20,13 @@ class UpdateSettings:
     """What an update does, static.
 
     Attributes:
-      objective: (logp, behavior_logp, advantage) → (J, c); see `head.policy` and `head.likelihood`.
+      objective: (logp, **Batch.data) → (J, c); see `head.policy` and `head.likelihood`.
       aggregation, horizon: how tokens become a loss, see `objectives.aggregation`.
       micro_batches: pieces the mini-batch is computed in.
       temperature: of the sampling distribution.
+      entropy_bonus: weight of the entropy, beside J.
       load_balance: coefficient of the load-balancing loss (per micro-batch).
+      pack: rows may be empty, and micro-batches of empty rows are skipped.
       compute: how the learner computes.
       head_chunk: tokens per piece of the head.
     """
@@ -34,7 +36,9 @@ class UpdateSettings:
     horizon: int
     micro_batches: int = 1
     temperature: float = 1.0
+    entropy_bonus: float = 0.0
     load_balance: float = 0.0
+    pack: bool = False
     compute: Compute = Compute()
     head_chunk: int = 1024
 
@@ -43,7 +47,7 @@ class Report(NamedTuple):
     """What an update tells.
 
     Attributes:
-      trace: TokenTrace of [B, R] arrays, as the objective saw them.
+      trace: TokenTrace of [P, T] arrays, as the objective saw the response tokens; 0 elsewhere.
       metrics: name → float32 scalar: loss, gradient norm, router metrics.
       skipped: int32 scalar, non-finite updates in a row, this one included.
     """
@@ -53,20 +57,20 @@ class Report(NamedTuple):
     skipped: jax.Array
 
 
-def response_logp(model, batch, settings):
-    """TokenTrace of the response tokens, float32 [B, R], in micro-batches and without gradients."""
-    none = jnp.zeros_like(batch.behavior_logp)
-    pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, none))
-    trace = jax.lax.map(lambda piece: _micro_loss(model, *piece, settings)[1][0], pieces)
+def response_trace(model, batch, settings):
+    """TokenTrace [P, T] of the response tokens under `model`, without an objective or gradients."""
+    settings = dataclasses.replace(settings, objective=likelihood)
+    weight = (batch.mask > 0).astype(jnp.float32)
+    pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, weight))
+    trace = jax.lax.map(lambda piece: _micro_loss(model, *piece, 1.0, settings)[1][0], pieces)
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
 def update(state, batch, *, settings, optimizer):
     """One optimizer update on one mini-batch.
 
-    The weight of every token and the denominator are fixed on the whole mini-batch before it is cut
-    into micro-batches, so their number never changes the loss. A non-finite loss or gradient leaves
-    model and optimizer as they were and is counted in `state.skipped`.
+    A non-finite loss or gradient leaves model and optimizer as they were and is counted in
+    `state.skipped`.
 
     Args:
       state: TrainState (donate it).
@@ -77,27 +81,9 @@ def update(state, batch, *, settings, optimizer):
     Returns:
       (new state, Report).
     """
-    weight, denominator = token_weights(
-        settings.aggregation, batch.response_mask(), settings.horizon
-    )
-    n = settings.micro_batches
-    pieces = jax.tree.map(lambda a: _split(a, n), (batch, weight / denominator))
-
-    def micro_step(piece):
-        (_, (trace, loss, router)), grads = jax.value_and_grad(_micro_loss, has_aux=True)(
-            state.model, *piece, settings
-        )
-        return (grads, loss, router), trace
-
-    def accumulate(total, piece):
-        sums, trace = micro_step(piece)
-        return jax.tree.map(jnp.add, total, sums), trace
-
-    first = jax.tree.map(lambda a: a[0], pieces)
-    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(micro_step, first)[0])
-    (grads, loss, router), trace = jax.lax.scan(accumulate, zero, pieces)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    grads, trace, metrics = gradients(state.model, batch, settings=settings)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     changes, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, changes)
     model, opt_state = jax.tree.map(
@@ -106,42 +92,100 @@ def update(state, batch, *, settings, optimizer):
         (state.model, state.opt_state),
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    metrics = {"loss": loss, "grad_norm": grad_norm} | (router_metrics(router) if router else {})
     state = dataclasses.replace(
         state, model=model, opt_state=opt_state, updates=state.updates + finite, skipped=skipped
     )
-    return state, Report(jax.tree.map(lambda a: _merge(a, n), trace), metrics, skipped)
+    return state, Report(trace, metrics, skipped)
 
 
-def _micro_loss(model, batch, weight_BxR, settings):
-    """The micro-batch's share of what is minimised, and (trace [B, R], its share of the
+def gradients(model, batch, *, settings):
+    """The gradient of the loss of one mini-batch (what an optimizer descends).
+
+    The weight of every token and the denominator are fixed on the whole mini-batch before it is cut
+    into micro-batches, so their number never changes the loss.
+
+    Returns:
+      (grads like `model`, float32; TokenTrace [P, T]; metrics: loss and router metrics).
+    """
+    weight, denominator = token_weights(settings.aggregation, batch.mask, settings.horizon)
+    if "correction" in batch.data:
+        data = dict(batch.data)
+        weight *= data.pop("correction")
+        batch = dataclasses.replace(batch, data=data)
+    n = settings.micro_batches
+    pieces = jax.tree.map(lambda a: _split(a, n), (batch, weight / denominator))
+    filled = jnp.any(pieces[0].segment_ids > 0, axis=(1, 2))
+    share = 1 / jnp.maximum(jnp.sum(filled), 1)
+
+    def micro_step(piece):
+        (_, (trace, loss, router)), grads = jax.value_and_grad(_micro_loss, has_aux=True)(
+            model, *piece, share, settings
+        )
+        return (grads, loss, router), trace
+
+    def nothing(piece):
+        shapes = jax.eval_shape(micro_step, piece)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    def accumulate(total, step):
+        filled, piece = step
+        if settings.pack:
+            sums, trace = jax.lax.cond(filled, micro_step, nothing, piece)
+        else:
+            sums, trace = micro_step(piece)
+        return jax.tree.map(jnp.add, total, sums), trace
+
+    zero = nothing(jax.tree.map(lambda a: a[0], pieces))[0]
+    (grads, loss, router), trace = jax.lax.scan(accumulate, zero, (filled, pieces))
+    metrics = {"loss": loss} | (router_metrics(router) if router else {})
+    return grads, jax.tree.map(lambda a: _merge(a, n), trace), metrics
+
+
+def _micro_loss(model, batch, weight_PxT, share, settings):
+    """The micro-batch's share of what is minimised, and (trace [P, T], its share of the
     objective's loss alone, router sums)."""
-    out = model.hidden(batch.tokens, segment_ids=batch.segment_ids(), compute=settings.compute)
-    positions = batch.response_positions()
-    hidden_BxRxD = jnp.take_along_axis(out.hidden, positions[..., None] - 1, axis=1)
-    loss, trace = head_loss(
-        hidden_BxRxD.reshape(-1, hidden_BxRxD.shape[-1]),
-        model.head_weight(),
-        jnp.take_along_axis(batch.tokens, positions, axis=1).reshape(-1),
-        batch.behavior_logp.reshape(-1),
-        jnp.repeat(batch.advantage, positions.shape[1]),
-        weight_BxR.reshape(-1),
-        objective=settings.objective,
-        temperature=settings.temperature,
-        chunk=settings.head_chunk,
-    )
+    out = model.hidden(batch.tokens, batch.positions, batch.segment_ids, settings.compute)
+    inputs = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
+
+    def loss_of(objective, inputs, weight_PxT, data):
+        """Each token is predicted one place before it, so what belongs to it moves there."""
+        arrays = jax.tree.map(_before, (batch.tokens, weight_PxT, data))
+
+        def flat(a):
+            return a.reshape(weight_PxT.size, *a.shape[2:])
+
+        loss, trace = head_loss(
+            *inputs, *jax.tree.map(flat, arrays),
+            objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
+            entropy_bonus=settings.entropy_bonus,
+        )  # fmt: skip
+        trace = jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
+        return loss, jax.tree.map(lambda a: jnp.roll(a, 1, axis=1), trace)
+
+    objective, data = settings.objective, batch.data
+    if getattr(objective, "needs_sequences", False):
+        # c of a token depends on the whole response: one pass for the logprobs, one for the rest.
+        every = (batch.mask > 0).astype(jnp.float32)
+        _, first = loss_of(likelihood, jax.lax.stop_gradient(inputs), every, {})
+        J, c = objective(first.logp, **data, mask=batch.mask)
+        objective, data = given, {"J": J, "coefficient": c}
+    loss, trace = loss_of(objective, inputs, weight_PxT, data)
     total = loss
     if settings.load_balance:
         balance = router_metrics(out.router)["router/balance_loss"]
-        total += settings.load_balance * balance / settings.micro_batches
-    trace = jax.tree.map(lambda a: a.reshape(positions.shape), trace)
+        total += settings.load_balance * balance * share
     return total, (trace, loss, out.router)
 
 
+def _before(x):
+    """[P, T, …] → the same one place earlier in every row, zeros last."""
+    return jnp.pad(x[:, 1:], [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+
+
 def _split(x, n):
-    """[B, …] → [n, B / n, …], piece i holding the rows i, i + n, …"""
+    """[P, …] → [n, P / n, …], piece i holding the rows i, i + n, …"""
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
 def _merge(x, n):
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    return jnp.swapaxes(x, 0, 1).reshape(n * x.shape[1], *x.shape[2:])

@@ -5,15 +5,21 @@ tokens       what an equation sees of a token
 policy       the same objective under a custom_vjp that emits the coefficient
 advantages   rewards of grouped samples -> advantages
 aggregation  token objectives -> one loss, sums and denominators apart
+correction   importance weights for the mismatch of sampler and learner
+penalty      the KL to a reference policy, as a loss or in the reward
+sequences    sums over the tokens of a response
 diagnostics  what the log says about the weights
 """
 
 from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative
 from drpo_jax.objectives.aggregation import AGGREGATIONS, token_weights
-from drpo_jax.objectives.diagnostics import weight_summary
+from drpo_jax.objectives.correction import CORRECTIONS, LEVELS, mismatch_weight
+from drpo_jax.objectives.diagnostics import mismatch_summary, weight_summary, with_spread
+from drpo_jax.objectives.penalty import KL, kl_penalty, reward_penalty
 from drpo_jax.objectives.policy import policy_objective
 from drpo_jax.objectives.table import (
     OBJECTIVES,
+    THRESHOLDS,
     Objective,
     gradient_weight,
     resolve_hyper,
@@ -24,16 +30,25 @@ from drpo_jax.objectives.tokens import Token, beyond_clip
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
+    "CORRECTIONS",
+    "KL",
+    "LEVELS",
     "OBJECTIVES",
+    "THRESHOLDS",
     "Objective",
     "Token",
     "advantages",
     "beyond_clip",
     "gradient_weight",
     "informative",
+    "kl_penalty",
+    "mismatch_summary",
+    "mismatch_weight",
     "policy_objective",
     "resolve_hyper",
+    "reward_penalty",
     "token_objective",
     "token_weights",
     "weight_summary",
+    "with_spread",
 ]

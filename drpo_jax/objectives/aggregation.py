@@ -2,41 +2,32 @@
 
     loss = −sum(weight·J) / denominator
 
-A token's weight depends on its own row only, and the denominator is a plain sum over the rows.
-So compute both once, on the mask of the whole mini-batch; the rows of `weight` may then be cut
-into micro-batches, packed or sharded in any way, each part adding its sum(weight·J): the total,
-and its gradient, are those of the uncut batch. (An average of the micro-batches' own losses is
-not: it counts the tokens of a short micro-batch for more.)
+A token's weight depends on its own response only, and the denominator is a plain sum over the
+responses. So compute both once, on the mask of the whole mini-batch; `weight` may then be cut into
+micro-batches, packed or sharded in any way, each part adding its sum(weight·J): the total, and its
+gradient, are those of the uncut batch. (An average of the micro-batches' own losses is not: it
+counts the tokens of a short micro-batch for more.)
 """
 
 import jax
 import jax.numpy as jnp
 
 from drpo_jax.objectives.choice import unknown
+from drpo_jax.objectives.sequences import sequence_count, sequence_sum
 
-
-def _tokens(mask: jax.Array) -> jax.Array:
-    return mask.sum(axis=1, keepdims=True)
-
-
-def _sequences(mask: jax.Array) -> jax.Array:
-    """The number of rows that have a token: padding rows do not count."""
-    return (_tokens(mask) > 0).sum()
-
-
-# name -> (mask float32 [batch, time], horizon) -> (weight, denominator)
+# name -> (mask: [batch, time], horizon) -> (weight of each response token, denominator)
 AGGREGATIONS = {
     # Every token counts the same.
-    "token-mean": lambda mask, horizon: (mask, mask.sum()),
+    "token-mean": lambda mask, horizon: (1.0, (mask > 0).sum()),
     # Every sequence counts the same; GRPO.
     "seq-mean-token-mean": lambda mask, horizon: (
-        mask / jnp.maximum(_tokens(mask), 1),
-        _sequences(mask),
+        1 / jnp.maximum(sequence_sum(1.0, mask), 1),
+        sequence_count(mask),
     ),
     # The policy gradient itself: sum over time, mean over samples.
-    "seq-mean-token-sum": lambda mask, horizon: (mask, _sequences(mask)),
+    "seq-mean-token-sum": lambda mask, horizon: (1.0, sequence_count(mask)),
     # The same, in units of a fixed horizon; Dr. GRPO, and the setting of DRPO.
-    "seq-mean-token-sum-norm": lambda mask, horizon: (mask / horizon, _sequences(mask)),
+    "seq-mean-token-sum-norm": lambda mask, horizon: (1 / horizon, sequence_count(mask)),
 }
 
 
@@ -45,7 +36,8 @@ def token_weights(name: str, mask, horizon: int | None = None) -> tuple[jax.Arra
 
     Args:
       name: a key of `AGGREGATIONS`.
-      mask: [batch, time], bool or 0/1: the response tokens, one sequence per row.
+      mask: [batch, time], the response tokens: bool or 0/1 with one sequence per row, or the
+        numbers of the sequences that share a row (see `sequences`).
       horizon: tokens; the fixed length that `seq-mean-token-sum-norm` divides by (the maximal
         response length). The other names ignore it.
 
@@ -64,8 +56,8 @@ def token_weights(name: str, mask, horizon: int | None = None) -> tuple[jax.Arra
             f"The aggregation {name!r} needs a positive horizon, such as the maximal response "
             f"length, not {horizon!r}."
         )
-    mask = jnp.asarray(mask, jnp.float32)
+    mask = jnp.asarray(mask, jnp.int32)
     if mask.ndim != 2:
         raise ValueError(f"The mask must be [batch, time], not of shape {mask.shape}.")
     weight, denominator = AGGREGATIONS[name](mask, horizon)
-    return weight, jnp.maximum(denominator, 1).astype(jnp.float32)
+    return jnp.where(mask > 0, weight, 0.0), jnp.maximum(denominator, 1).astype(jnp.float32)

@@ -1,7 +1,5 @@
 """The policy objective with its gradient written down: the corrective weight made explicit."""
 
-from functools import partial
-
 import jax
 
 from drpo_jax.objectives import table
@@ -13,23 +11,26 @@ def policy_objective(name: str, logp, behavior_logp, advantage, **hyper) -> jax.
 
     Arguments and errors are those of `table.token_objective`, from which both J and c come. The
     forward pass computes c beside J and keeps nothing else; the backward pass is one
-    multiplication, cotangent·c. `behavior_logp` and `advantage` are data: their gradient is zero.
-    Reverse mode only.
+    multiplication, cotangent·c. Everything but `logp` is data: its gradient is zero. Reverse mode
+    only. For `gspo`, whose J depends on all tokens of the response, the product is the gradient
+    wherever the cotangent is constant within a response, as under every aggregation.
 
     Returns:
       J, of the broadcast shape of the three arrays, float32 (float64 if an input is).
     """
+    arrays, hyper = table.split_arrays(name, hyper)
 
     # Looked up in the module at call time: whatever replaces it there replaces both J and c.
-    forward = partial(table.token_objective, name, **hyper)  # -> (J, c): output, only residual
+    def forward(logp, behavior_logp, advantage, arrays):  # -> (J, c): output, only residual
+        return table.token_objective(name, logp, behavior_logp, advantage, **arrays, **hyper)
 
     @jax.custom_vjp
-    def objective(logp, behavior_logp, advantage):
-        return forward(logp, behavior_logp, advantage)[0]
+    def objective(*inputs):
+        return forward(*inputs)[0]
 
     def backward(c, cotangent):
-        return cotangent * c, None, None  # None: zero
+        return cotangent * c, None, None, None  # None: zero
 
     objective.defvjp(forward, backward)
     # Broadcast and cast outside, where autodiff sums and casts the cotangents back by itself.
-    return objective(*aligned(logp, behavior_logp, advantage))
+    return objective(*aligned(logp, behavior_logp, advantage), arrays)

@@ -24,16 +24,20 @@ outside:
 
     OBJECTIVES["drpo_cubic"] = Objective(drpo_cubic)      # in a notebook; here: add it to the list
 
+An argument without a default is an array that the equation needs of each token (`old_logp`, …).
+
 To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
 
 Numerics. Log-probabilities are clamped to at least −1e4, so that two of −inf make no NaN. log r is
 clipped to ±20; beyond the clip (`beyond_clip`) c and w are 0 for every objective. π − µ comes from
 the two exponentials, never from µ·(r − 1). w never comes from c / (r·Â): where Â = 0 it is 1 for
-every objective but `cispo` and `sapo`, whose w depends on r alone.
+every objective but those whose w says how the ratio is truncated or gated whatever the advantage:
+`cispo`, `minirl`, `sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
-(2503.14476) and the dual clip of 1912.09729; CISPO (2506.13585); SAPO (2511.20347).
+(2503.14476) and the dual clip of 1912.09729; CISPO (2506.13585); SAPO (2511.20347);
+GSPO (2507.18071); MiniRL (2512.01374).
 """
 
 import inspect
@@ -47,7 +51,8 @@ import jax
 import jax.numpy as jnp
 
 from drpo_jax.objectives.choice import unknown
-from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, Token, beyond_clip, token
+from drpo_jax.objectives.sequences import sequence_sum
+from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, Token, beyond_clip, clamped, token
 
 TINY_ADVANTAGE = 1e-6  # |Â| up to which the no-advantage forms report w = 1
 
@@ -77,6 +82,19 @@ def grpo(t: Token, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None) -> Terms:
     return J, t.r * t.A * w, w
 
 
+def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0) -> Terms:
+    """J = M·sg[min(r, cap)]·Â·logp: truncated ratio, clipped by the policy's own move π/π_old.
+
+    M = 0 where Â > 0 and π/π_old > 1+ε_high, or Â < 0 and π/π_old < 1−ε_low. The ratio r = π/µ
+    corrects for the sampler's numerics and for staleness; the clip looks at staleness alone, so it
+    needs `old_logp`: log π_old, the trainer's own score of the token before the first update.
+    """
+    moved = jnp.exp(jnp.clip(t.logp - clamped(old_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
+    stopped = ((t.A > 0) & (moved > 1 + epsilon_high)) | ((t.A < 0) & (moved < 1 - epsilon_low))
+    ratio = jax.lax.stop_gradient(jnp.where(stopped, 0.0, jnp.minimum(t.r, ratio_cap)))
+    return ratio * t.A * t.logp, ratio * t.A, ratio / t.r
+
+
 def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
     """J = sg[clip(r, 1−ε_low, 1+ε_high)]·Â·logp: the ratio is clipped, no gradient is dropped.
 
@@ -92,6 +110,25 @@ def sapo(t: Token, tau_positive=1.0, tau_negative=1.05) -> Terms:
     gate = jax.nn.sigmoid(tau * (t.r - 1))
     w = 4 * gate * jax.nn.sigmoid(-tau * (t.r - 1))
     return 4 / tau * gate * t.A, t.r * t.A * w, w
+
+
+def gspo(t: Token, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Terms:
+    """J = min(s·Â, clip(s, 1−ε_low, 1+ε_high)·Â), s = exp(mean of log r over the response).
+
+    Every token of a response has the response's J and c = s·Â·[unclipped]. c is the derivative of
+    the *sum* of J over the response (each of its T tokens moves s by s/T), so the aggregation
+    `seq-mean-token-mean` makes it GSPO: it divides by T, and nothing else does.
+
+    `mask`: [..., time], the tokens of a response along the last axis; bool, or the response's
+    number where several share a row (see `sequences`). Â is constant within a response.
+    """
+    count = jnp.maximum(sequence_sum(jnp.ones_like(t.r), mask), 1)
+    s = jnp.exp(sequence_sum(t.log_r, mask) / count)
+    low, high = 1 - epsilon_low, 1 + epsilon_high
+    J = jnp.minimum(s * t.A, jnp.clip(s, low, high) * t.A)
+    stopped = ((t.A > 0) & (s > high)) | ((t.A < 0) & (s < low))
+    s = jnp.where(stopped, 0.0, s)
+    return J, s * t.A, s / t.r
 
 
 # ------------------------------------------------------------------------ a χ²-type penalty
@@ -137,6 +174,28 @@ def dppo_kl(t: Token, delta=0.05, ratio_cap=None) -> Terms:
     """
     rest = (1 - t.mu) * jnp.log((1 - t.mu + 1e-8) / (1 - t.pi + 1e-8))
     kl = rest - t.mu * t.log_r
+    return _masked(t, (kl <= delta) | (t.drift <= 0), ratio_cap)
+
+
+def dppo_topk_tv(t: Token, topk_logp, behavior_topk_logp, delta=0.15, ratio_cap=None) -> Terms:
+    """J = M·r·Â, M = [TV ≤ δ or converging], TV over the behavior policy's top-k and the rest.
+
+    TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
+    `behavior_topk_logp`: [..., K], log π and log µ of the K tokens that were likeliest under µ.
+    """
+    pi, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
+    tv = (abs(pi - mu).sum(-1) + abs(rest_pi - rest_mu)) / 2
+    return _masked(t, (tv <= delta) | (t.drift <= 0), ratio_cap)
+
+
+def dppo_topk_kl(t: Token, topk_logp, behavior_topk_logp, delta=0.05, ratio_cap=None) -> Terms:
+    """J = M·r·Â, M = [KL ≤ δ or converging], KL(µ‖π) over µ's top-k and the rest, nats.
+
+    Arguments as for `dppo_topk_tv`.
+    """
+    _, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
+    log_ratio = clamped(topk_logp) - clamped(behavior_topk_logp)
+    kl = rest_mu * jnp.log((rest_mu + 1e-8) / (rest_pi + 1e-8)) - (mu * log_ratio).sum(-1)
     return _masked(t, (kl <= delta) | (t.drift <= 0), ratio_cap)
 
 
@@ -200,6 +259,12 @@ def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
     return jnp.where(kept, J, 0.0), jnp.where(kept, c, 0.0), jnp.where(kept, w, 0.0)
 
 
+def _topk(topk_logp, behavior_topk_logp):
+    """π and µ of the top-k tokens, and of the bin of all the others, without gradient."""
+    pi, mu = (jnp.exp(jax.lax.stop_gradient(x)) for x in (topk_logp, behavior_topk_logp))
+    return pi, mu, *(jnp.maximum(1 - x.sum(-1), 0) for x in (pi, mu))
+
+
 def _inverse(A: jax.Array) -> jax.Array:
     """1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
     tiny = abs(A) <= TINY_ADVANTAGE
@@ -223,16 +288,23 @@ class Objective:
     """One row of the table. Everything but the equation is read off the equation.
 
     Attributes:
-      equation: (Token, **hyperparameters) -> (J, c, w).
+      equation: (Token, arrays, **hyperparameters) -> (J, c, w).
     """
 
     equation: Callable[..., Terms]
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """What the equation needs of a token besides log π, log µ and Â: arrays by name."""
+        return tuple(p.name for p in self._parameters() if p.default is p.empty)
+
+    @property
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters by name, with their defaults."""
-        _, *hyper = inspect.signature(self.equation).parameters.values()
-        return {parameter.name: parameter.default for parameter in hyper}
+        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
+
+    def _parameters(self):
+        return list(inspect.signature(self.equation).parameters.values())[1:]
 
     @property
     def summary(self) -> str:
@@ -243,10 +315,24 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     equation.__name__: Objective(equation)
     for equation in (
-        surrogate, grpo, cispo, sapo, spo, spo_no_advantage, dppo_tv, dppo_kl,
+        surrogate, grpo, cispo, minirl, sapo, gspo, spo, spo_no_advantage,
+        dppo_tv, dppo_kl, dppo_topk_tv, dppo_topk_kl,
         drpo, drpo_no_advantage, drpo_no_correction, mask_drpo,
     )
 }  # fmt: skip
+
+# The readings of the papers' thresholds, by name: values of delta and of epsilon.
+THRESHOLDS = {
+    "delta": {
+        "boundary": 0.15,  # a probability: DPPO's boundary, shared by DRPO
+        "released": 12.5,  # DRPO's released code; |π − µ| ≤ 1 never reaches it
+        "scaled": 1 / 12.5,  # the reading under which 12.5 multiplies the penalty
+    },
+    "epsilon": {
+        "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5
+        "original": 0.2,  # the SPO paper's own scale
+    },
+}
 
 
 def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
@@ -258,7 +344,8 @@ def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
       behavior_logp: log µ of the same tokens, as the sampler recorded it.
       advantage: Â. The three arrays broadcast against each other.
       **hyper: the objective's hyperparameters (`OBJECTIVES[name].hyper` has the defaults). Numbers,
-        or arrays that broadcast; at least delta and epsilon must then be positive, unchecked.
+        or arrays that broadcast; at least delta and epsilon must then be positive, unchecked. And
+        the arrays that it needs besides (`OBJECTIVES[name].arrays`; its docstring says of what).
 
     Returns:
       (J, c), arrays of the broadcast shape, float32 (float64 if an input is): J to be maximised,
@@ -266,7 +353,7 @@ def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
       clip. Ascent on J raises the probability of a token with Â > 0.
 
     Raises:
-      ValueError: an unknown name or hyperparameter, or a value it cannot take.
+      ValueError: an unknown name or hyperparameter, a value it cannot take, or a missing array.
     """
     J, c, _ = _terms(name, logp, behavior_logp, advantage, hyper)
     return J, c
@@ -315,9 +402,30 @@ def _problem(key: str, value, default) -> str | None:
     return f"a number above {least}" + (" or None" if default is None else "")
 
 
-def _terms(name: str, logp, behavior_logp, advantage, hyper: Mapping[str, Any]) -> Terms:
+def split_arrays(name: str, given: Mapping[str, Any]) -> tuple[dict, dict]:
+    """(arrays, hyperparameters with defaults) among the keyword arguments of objective `name`.
+
+    Raises:
+      ValueError: as `token_objective`.
+    """
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    needed, hyper = OBJECTIVES[name].arrays, OBJECTIVES[name].hyper
+    for key in given:
+        if key not in (*needed, *hyper):
+            raise unknown(f"argument of the objective {name!r}", key, (*needed, *hyper))
+    hyper = resolve_hyper(name, {k: v for k, v in given.items() if k in hyper})
+    if missing := [array for array in needed if given.get(array) is None]:
+        raise ValueError(
+            f"The objective {name!r} needs the arrays {', '.join(needed)} besides logp, "
+            f"behavior_logp and advantage; missing: {', '.join(missing)}."
+        )
+    return {array: given[array] for array in needed}, hyper
+
+
+def _terms(name: str, logp, behavior_logp, advantage, given: Mapping[str, Any]) -> Terms:
     """(J, c, w) of objective `name`, with c and w set to 0 beyond the clip of log r."""
-    hyper = resolve_hyper(name, hyper)
-    J, c, w = OBJECTIVES[name].equation(token(logp, behavior_logp, advantage), **hyper)
+    arrays, hyper = split_arrays(name, given)
+    J, c, w = OBJECTIVES[name].equation(token(logp, behavior_logp, advantage), **arrays, **hyper)
     clipped = beyond_clip(logp, behavior_logp)
     return J, jnp.where(clipped, 0.0, c), jnp.where(clipped, 0.0, w)

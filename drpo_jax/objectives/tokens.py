@@ -44,7 +44,7 @@ def token(logp, behavior_logp, advantage) -> Token:
     """The tokens of three arrays that broadcast: log π, log µ (nats) and Â."""
     logp, behavior_logp, advantage = aligned(logp, behavior_logp, advantage)
     log_r = jnp.clip(_log_ratio(logp, behavior_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP)
-    logp, behavior_logp = _clamped(logp), _clamped(behavior_logp)
+    logp, behavior_logp = clamped(logp), clamped(behavior_logp)
     return Token(logp, log_r, jnp.exp(log_r), jnp.exp(logp), jnp.exp(behavior_logp), advantage)
 
 
@@ -54,10 +54,11 @@ def beyond_clip(logp, behavior_logp) -> jax.Array:
     return abs(_log_ratio(logp, behavior_logp)) > LOG_RATIO_CLIP
 
 
-def _clamped(logp: jax.Array) -> jax.Array:
+def clamped(logp) -> jax.Array:
+    """Log-probabilities, at least `LOGP_FLOOR`."""
     return jnp.maximum(logp, LOGP_FLOOR)
 
 
 def _log_ratio(logp: jax.Array, behavior_logp: jax.Array) -> jax.Array:
     """log π/µ of clamped log-probabilities, not clipped."""
-    return _clamped(logp) - _clamped(behavior_logp)
+    return clamped(logp) - clamped(behavior_logp)

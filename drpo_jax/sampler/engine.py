@@ -33,6 +33,8 @@ class Rollouts:
         (this is log µ); zeros behind the response.
       full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
       finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
+      top_ids, top_logp: int32 and float32 [N, R, K], the most likely tokens of the full
+        distribution at each step, K = SamplingParams.top_logprobs.
     """
 
     tokens: np.ndarray
@@ -41,15 +43,29 @@ class Rollouts:
     logp: np.ndarray
     full_logp: np.ndarray
     finished: np.ndarray
+    top_ids: np.ndarray
+    top_logp: np.ndarray
 
     def __len__(self):
         return len(self.tokens)
+
+    def mask(self):
+        """bool [N, R]: the response tokens."""
+        return np.arange(self.logp.shape[1]) < self.response_lengths[:, None]
 
     def response(self, row):
         """Token ids of one response, the stop token left out."""
         start = self.prompt_lengths[row]
         end = start + self.response_lengths[row] - self.finished[row]
         return self.tokens[row, start:end].tolist()
+
+    def pieces(self, tokenizer):
+        """unicode [N, R]: the text of each response token by itself, "" behind the response."""
+        pieces = np.full(self.logp.shape, "", dtype=object)
+        for row, column in np.argwhere(self.mask()):
+            token = self.tokens[row, self.prompt_lengths[row] + column]
+            pieces[row, column] = tokenizer.decode([token])
+        return pieces.astype(str)
 
     def texts(self, tokenizer):
         """The responses as text (derived: the token ids are the record)."""
@@ -68,6 +84,7 @@ class DecodeState:
       done: bool [B].
       prompt_lengths: int32 [B].
       keys: PRNG key per row.
+      top: (ids int32, logp float32) [B, R, K], or () where none are recorded.
       step: int32 scalar, tokens sampled by every row that is not done.
     """
 
@@ -79,6 +96,7 @@ class DecodeState:
     done: jax.Array
     prompt_lengths: jax.Array
     keys: jax.Array
+    top: tuple
     step: jax.Array
 
 
@@ -107,6 +125,7 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
     )(prompt_ids).reshape(-1)
     rows = keys.shape[0]
     empty = jnp.zeros((rows, params.max_tokens))
+    top = jnp.zeros((*empty.shape, params.top_logprobs))
     state = DecodeState(
         caches=tuple(layer_cache(k, v) for k, v in zip(*out.cache)),
         tokens=empty.astype(jnp.int32),
@@ -116,6 +135,7 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
         done=repeat(lengths == 0),
         prompt_lengths=repeat(lengths),
         keys=keys,
+        top=(top.astype(jnp.int32), top) if params.top_logprobs else (),
         step=jnp.zeros((), jnp.int32),
     )
     return _record(state, logits, params)
@@ -157,10 +177,11 @@ def decode(model, state, *, read, grow, params, compute):
 
 def _record(state, logits, params):
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    token, logp, full_logp = sample_token(logits, keys, params)
+    token, logp, full_logp, top = sample_token(logits, keys, params)
 
     def put(rows, new):
-        new = jnp.where(state.done, 0, new)[:, None]
+        done = state.done.reshape(-1, *[1] * (new.ndim - 1))
+        new = jnp.where(done, 0, new)[:, None]
         return jax.lax.dynamic_update_slice_in_dim(rows, new, state.step, 1)
 
     stopped = jnp.isin(token, jnp.array(params.stop, jnp.int32)) if params.stop else False
@@ -169,6 +190,7 @@ def _record(state, logits, params):
         tokens=put(state.tokens, token),
         logp=put(state.logp, logp),
         full_logp=put(state.full_logp, full_logp),
+        top=jax.tree.map(put, state.top, top),
         lengths=state.lengths + ~state.done,
         done=state.done | stopped,
         step=state.step + 1,
@@ -232,12 +254,14 @@ class Sampler:
             for i in range(0, len(prompts), per_batch)
         ]
         lengths = np.repeat([len(p) for p in prompts], params.samples).astype(np.int32)
-        tokens, logp, full_logp, response_lengths, done = map(np.concatenate, zip(*pieces))
+        tokens, logp, full_logp, response_lengths, done, *top = map(np.concatenate, zip(*pieces))
         rows = np.zeros((len(lengths), width + params.max_tokens), np.int32)
         for row, length in enumerate(lengths):
             rows[row, :length] = prompts[row // params.samples]
             rows[row, length : length + params.max_tokens] = tokens[row]
-        return Rollouts(rows, lengths, response_lengths, logp, full_logp, done)
+        if not top:
+            top = np.zeros((*logp.shape, 0), np.int32), np.zeros((*logp.shape, 0), np.float32)
+        return Rollouts(rows, lengths, response_lengths, logp, full_logp, done, *top)
 
     def _prompts_per_batch(self, params):
         mesh = jax.sharding.get_abstract_mesh()
@@ -277,5 +301,5 @@ class Sampler:
             if np.all(state.done):
                 break
         rows = len(prompts) * params.samples
-        out = (state.tokens, state.logp, state.full_logp, state.lengths, state.done)
+        out = (state.tokens, state.logp, state.full_logp, state.lengths, state.done, *state.top)
         return tuple(np.asarray(x)[:rows] for x in jax.device_get(out))

@@ -20,6 +20,7 @@ class SamplingParams:
       top_k: keep only the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of most likely tokens whose probabilities reach p; 1 keeps all.
       stop: token ids that end a response (and are part of it).
+      top_logprobs: most likely tokens whose ids and logprobs are recorded at every step; 0: none.
 
     Raises:
       ValueError: a value outside its range.
@@ -31,6 +32,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self):
         for name, ok, right in (
@@ -38,6 +40,7 @@ class SamplingParams:
             ("samples", self.samples >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_logprobs", self.top_logprobs >= 0, "at least 0 (0 records none)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
         ):
             if not ok:
@@ -70,19 +73,29 @@ def sample_token(logits_BxV, keys_B, params):
 
     Returns:
       token int32 [B]; logp float32 [B], its logprob under the distribution it was sampled from
-      (temperature and filters applied); full_logp float32 [B], the same without the filters. A greedy
-      token's logprobs are those of the unfiltered distribution at temperature 1.
+      (temperature and filters applied); full_logp float32 [B], the same without the filters; top,
+      the most likely tokens of the unfiltered distribution as (ids int32 [B, K], logp float32
+      [B, K]), or () where none are recorded. A greedy token's logprobs are those of the unfiltered
+      distribution at temperature 1.
     """
     logits = logits_BxV.astype(jnp.float32)
     if params.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         full_logp = token_logp(logits, token)
-        return token, full_logp, full_logp
+        return token, full_logp, full_logp, _top(logits, params.top_logprobs)
     logits = logits / params.temperature
     filtered = filter_logits(logits, params.top_k, params.top_p)
     token = jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
     full_logp = token_logp(logits, token)
-    return token, token_logp(filtered, token) if filtered is not logits else full_logp, full_logp
+    logp = token_logp(filtered, token) if filtered is not logits else full_logp
+    return token, logp, full_logp, _top(logits, params.top_logprobs)
+
+
+def _top(logits_BxV, count):
+    if not count:
+        return ()
+    top, ids = jax.lax.top_k(logits_BxV, count)
+    return ids, top - jax.nn.logsumexp(logits_BxV, axis=-1, keepdims=True)
 
 
 def token_logp(logits_BxV, token_B):

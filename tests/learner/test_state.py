@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from drpo_jax.config import default_config
-from drpo_jax.learner import Batch, make_optimizer
+from drpo_jax.learner import lay_out, make_batch, make_optimizer
 
 
 def optimizer_config(**fields):
@@ -64,14 +64,20 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_weights_decay():
     np.testing.assert_allclose(decay, [[-0.1 * 0.5 * 2.0]], rtol=1e-5)
 
 
-def test_masks_follow_from_the_lengths():
-    zeros = jnp.zeros((3, 4))
-    lengths = jnp.array([2, 3, 1]), jnp.array([4, 1, 0])
-    batch = Batch(jnp.zeros((3, 7), jnp.int32), *lengths, zeros, jnp.zeros(3))
-    assert batch.response_mask().astype(int).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [0] * 4]
-    assert batch.segment_ids().tolist() == [
+def test_a_batch_follows_from_the_lengths():
+    tokens = np.arange(1, 22, dtype=np.int32).reshape(3, 7)
+    layout = lay_out([2, 3, 1], [4, 1, 0], width=7)
+    logp = np.array([[1, 2, 3, 4], [5, 0, 0, 0], [0, 0, 0, 0]], np.float32)
+    topk = np.stack([logp, -logp], axis=-1)
+    batch = make_batch(layout, tokens, {"logp": logp, "advantage": np.arange(7, 10), "topk": topk})
+    assert batch.segment_ids.tolist() == [
         [1, 1, 1, 1, 1, 1, 0],
         [1, 1, 1, 1, 0, 0, 0],
         [1, 0, 0, 0, 0, 0, 0],
     ]
-    assert batch.response_positions().tolist() == [[2, 3, 4, 5], [3, 4, 5, 6], [1, 2, 3, 4]]
+    assert batch.mask.tolist() == [[0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0], [0] * 7]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0]
+    np.testing.assert_array_equal(batch.tokens, np.where(batch.segment_ids, tokens, 0))
+    assert batch.data["logp"].tolist() == [[0, 0, 1, 2, 3, 4, 0], [0, 0, 0, 5, 0, 0, 0], [0] * 7]
+    assert batch.data["advantage"].tolist() == [[0, 0, 7, 7, 7, 7, 0], [0] * 3 + [8] + [0] * 3, [0] * 7]
+    np.testing.assert_array_equal(batch.data["topk"][..., 1], -batch.data["logp"])

@@ -1,4 +1,7 @@
+"""The update: micro-batches, packing and the cut into rows change neither loss nor gradient."""
+
 import dataclasses
+import functools
 import math
 
 import jax
@@ -7,30 +10,51 @@ import numpy as np
 import optax
 import pytest
 
-from drpo_jax.learner import Batch, UpdateSettings, init_state, policy, response_logp, update
+from drpo_jax.learner import (
+    Batch,
+    UpdateSettings,
+    gradients,
+    init_state,
+    lay_out,
+    make_batch,
+    policy,
+    response_trace,
+    update,
+)
 from drpo_jax.models import ModelConfig, Transformer
+from drpo_jax.objectives import AGGREGATIONS, token_weights
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZES = dict(hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8, rope_theta=1e4)
 MOE = ModelConfig(vocab_size=64, **SIZES, experts=5, experts_per_token=2, expert_size=24)
-B, P, R = 8, 5, 6
+N, P, R = 8, 5, 6
 SETTINGS = UpdateSettings(policy("drpo"), "token-mean", horizon=R, temperature=0.9, head_chunk=16)
 SGD = optax.sgd(1.0)  # the change of a parameter is its gradient
+PROMPTS = np.array([3, 1, 5, 2, 2, 4, 1, 3], np.int32)
+RESPONSES = np.array([6, 1, 3, 6, 0, 2, 5, 4], np.int32)
 
 
 def new_model(config):
     return jax.jit(lambda key: Transformer(config, key))(jax.random.key(2))
 
 
+def new_batch(pack=False, micro_batches=1, extra=(), order=slice(None)):
+    """(Batch, Layout) of the same eight sequences, in `order`."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(64, size=(N, P + R)).astype(np.int32)
+    data = {
+        "behavior_logp": rng.normal(-4, 0.5, size=(N, R)).astype(np.float32),
+        "advantage": rng.normal(size=N).astype(np.float32),
+    }
+    for name in extra:
+        data[name] = rng.normal(-4, 0.5, size=(N, R)).astype(np.float32)
+    layout = lay_out(PROMPTS[order], RESPONSES[order], P + R, pack, micro_batches)
+    return make_batch(layout, tokens[order], {k: v[order] for k, v in data.items()}), layout
+
+
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(0)
-    return Batch(
-        rng.integers(64, size=(B, P + R)).astype(np.int32),
-        rng.integers(1, P + 1, size=B).astype(np.int32),
-        np.array([6, 1, 3, 6, 0, 2, 5, 4], np.int32),
-        rng.normal(-4, 0.5, size=(B, R)).astype(np.float32),
-        rng.normal(size=B).astype(np.float32),
-    )
+    return new_batch()[0]
 
 
 def run(state, batch, settings, optimizer=SGD):
@@ -55,41 +79,112 @@ def test_micro_batches_change_neither_loss_nor_update(state, batch, whole, micro
         np.testing.assert_allclose(
             report.metrics[name], whole[1].metrics[name], rtol=3e-6, err_msg=name
         )
-    mask = np.asarray(batch.response_mask())
     for ours, expected in zip(report.trace, whole[1].trace):
-        np.testing.assert_allclose(ours[mask], expected[mask], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     leaves = map(jax.tree.leaves, (state.model, whole[0].model, after.model))
     for before, one, many in zip(*leaves):
         change = np.linalg.norm(one - before)
         assert change > 0 and np.linalg.norm(one - many) <= 1e-5 * change + 1e-6
 
 
+def loss_of_definition(model, batch, settings):
+    """The loss from whole logits and autodiff, one row per sequence."""
+    mask = batch.mask > 0
+    logits = model(batch.tokens, segment_ids=batch.segment_ids) / settings.temperature
+    log_p = jnp.roll(jax.nn.log_softmax(logits), 1, axis=1)
+    logp = jnp.take_along_axis(log_p, batch.tokens[..., None], axis=-1)[..., 0]
+    sequences = {"mask": mask} if settings.objective.needs_sequences else {}
+    value, _ = settings.objective(logp, **batch.data, **sequences)
+    value -= settings.entropy_bonus * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    weight, denominator = token_weights(settings.aggregation, mask, settings.horizon)
+    return -jnp.sum(jnp.where(mask, weight * value, 0.0)) / denominator
+
+
+def assert_gradients(ours, expected, tolerance=3e-5):
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected))):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-8
+
+
 def test_loss_and_gradient_norm_are_those_of_the_definition(state, batch, whole):
-    mask = batch.response_mask()
-    positions = batch.response_positions()
-
-    def loss(model):
-        logits = model(batch.tokens, segment_ids=batch.segment_ids()) / SETTINGS.temperature
-        logp = jnp.take_along_axis(
-            jax.nn.log_softmax(logits[:, :-1]), batch.tokens[:, 1:, None], axis=-1
-        )[..., 0]
-        logp = jnp.take_along_axis(logp, positions - 1, axis=1)
-        value, _ = SETTINGS.objective(logp, batch.behavior_logp, batch.advantage[:, None])
-        return -jnp.sum(jnp.where(mask, value, 0.0)) / jnp.sum(mask)
-
-    expected, grads = jax.jit(jax.value_and_grad(loss))(state.model)
+    definition = functools.partial(loss_of_definition, settings=SETTINGS)
+    expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, batch)
     metrics = whole[1].metrics
     np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=2e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=2e-5)
     assert whole[0].updates == 1 and whole[0].skipped == 0
-    trace = jax.jit(lambda m, b: response_logp(m, b, SETTINGS))(state.model, batch)
+    trace = jax.jit(lambda m, b: response_trace(m, b, SETTINGS))(state.model, batch)
     np.testing.assert_allclose(trace.logp, whole[1].trace.logp, atol=1e-6)
+    assert not np.any(trace.logp[np.asarray(batch.mask) == 0])
+
+
+GSPO = dataclasses.replace(
+    SETTINGS, objective=policy("gspo", epsilon_high=0.1), aggregation="seq-mean-token-mean"
+)
+MIXED = dataclasses.replace(
+    SETTINGS,
+    objective=policy("minirl", kl="k3", kl_coefficient=0.3),
+    aggregation="seq-mean-token-sum-norm",
+    entropy_bonus=0.2,
+)
+
+
+@pytest.mark.parametrize(
+    "settings, extra", [(GSPO, ()), (MIXED, ("old_logp", "ref_logp"))], ids=["gspo", "mixed"]
+)
+def test_packing_and_micro_batches_change_nothing(state, settings, extra):
+    """Sequence-level and penalised objectives against the definition; cut and packed in any way."""
+    batch, layout = new_batch(extra=extra)
+    definition = functools.partial(loss_of_definition, settings=settings)
+    expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, batch)
+    assert abs(expected) > 1e-2
+    traces = []
+    for pack, micro_batches, order in (
+        (False, 2, slice(None)),
+        (True, 4, slice(None)),
+        (True, 2, np.arange(N)[::-1]),
+    ):
+        cut = dataclasses.replace(settings, pack=pack, micro_batches=micro_batches)
+        batch, layout = new_batch(pack, micro_batches, extra, order)
+        if pack:
+            assert len(np.unique(layout.rows)) == 6  # of eight
+        ours, trace, metrics = jax.jit(functools.partial(gradients, settings=cut))(
+            state.model, batch
+        )
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
+        assert_gradients(ours, grads)
+        traces.append(layout.take(trace.coefficient, R)[np.argsort(np.arange(N)[order])])
+    for trace in traces[1:]:
+        np.testing.assert_allclose(trace, traces[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packing_changes_no_aggregation(aggregation):
+    (apart, layout), (packed, places) = new_batch(), new_batch(pack=True)
+    weight, denominator = token_weights(aggregation, apart.mask, R)
+    packed_weight, packed_denominator = token_weights(aggregation, packed.mask, R)
+    assert denominator == packed_denominator
+    np.testing.assert_allclose(places.take(packed_weight, R), layout.take(weight, R), rtol=1e-6)
+
+
+def test_a_correction_scales_the_tokens(state, batch):
+    rng = np.random.default_rng(1)
+    correction = rng.uniform(0.5, 2, batch.mask.shape).astype(np.float32)
+    correction *= rng.random(batch.mask.shape) < 0.8
+    corrected = dataclasses.replace(batch, data=batch.data | {"correction": correction})
+    scaled = dict(batch.data)  # J and c of surrogate are linear in the advantage
+    scaled["advantage"] = scaled["advantage"] * correction
+    settings = dataclasses.replace(SETTINGS, objective=policy("surrogate"))
+    run = jax.jit(functools.partial(gradients, settings=settings))
+    ours, _, metrics = run(state.model, corrected)
+    expected, _, same = run(state.model, dataclasses.replace(batch, data=scaled))
+    np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-5)
+    assert_gradients(ours, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
-    advantage = np.r_[bad, batch.advantage[1:]].astype(np.float32)
-    poisoned = dataclasses.replace(batch, advantage=advantage)
+    advantage = np.where(np.arange(N)[:, None] == 0, np.float32(bad), batch.data["advantage"])
+    poisoned = dataclasses.replace(batch, data=batch.data | {"advantage": advantage})
     adam = optax.adam(1e-3)
     start = init_state(state.model, adam)
     step = jax.jit(lambda s, b: update(s, b, settings=SETTINGS, optimizer=adam))
@@ -110,17 +205,11 @@ def test_nothing_holds_the_logits_of_a_batch():
     vocab, rows, room = 4096, 16, 32
     config = ModelConfig(vocab_size=vocab, **SIZES, mlp_size=48)
     state = jax.eval_shape(lambda: init_state(Transformer(config, jax.random.key(0)), SGD))
-    ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    batch = Batch(
-        jax.ShapeDtypeStruct((rows, 8 + room), jnp.int32),
-        ints,
-        ints,
-        jax.ShapeDtypeStruct((rows, room), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
-    )
+    ints, floats = (jax.ShapeDtypeStruct((rows, 8 + room), t) for t in (jnp.int32, jnp.float32))
+    batch = Batch(ints, ints, ints, ints, {"behavior_logp": floats, "advantage": floats})
     for step in (
         lambda s, b: update(s, b, settings=SETTINGS, optimizer=SGD),
-        lambda s, b: response_logp(s.model, b, SETTINGS),
+        lambda s, b: response_trace(s.model, b, SETTINGS),
     ):
         shapes = set(all_shapes(jax.make_jaxpr(step)(state, batch).jaxpr))
         assert (SETTINGS.head_chunk, vocab) in shapes  # the search saw into the head

@@ -1,9 +1,10 @@
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax.learner import Batch, UpdateSettings, likelihood, response_logp
+from drpo_jax.learner import UpdateSettings, lay_out, likelihood, make_batch, response_trace
 from drpo_jax.models import ModelConfig, Transformer
 from drpo_jax.sampler import Sampler, SamplingParams
 from drpo_jax.sampler.engine import read_buckets
@@ -39,22 +40,15 @@ def rollouts(sampler):
 def learner_trace(model, rollouts, temperature):
     """The learner's own TokenTrace of sampled responses."""
     settings = UpdateSettings(likelihood, "token-mean", 1, temperature=temperature)
-    batch = Batch(
-        rollouts.tokens,
-        rollouts.prompt_lengths,
-        rollouts.response_lengths,
-        jnp.asarray(rollouts.logp),
-        jnp.zeros(len(rollouts)),
-    )
-    return jax.jit(lambda m, b: response_logp(m, b, settings))(model, batch)
-
-
-def response_mask(rollouts):
-    return np.arange(rollouts.logp.shape[1]) < rollouts.response_lengths[:, None]
+    lengths = rollouts.prompt_lengths, rollouts.response_lengths
+    layout = lay_out(*lengths, width=rollouts.tokens.shape[1])
+    batch = make_batch(layout, rollouts.tokens, {"topk_ids": rollouts.top_ids})
+    trace = jax.jit(lambda m, b: response_trace(m, b, settings))(model, batch)
+    return jax.tree.map(lambda a: layout.take(a, rollouts.logp.shape[1]), trace)
 
 
 def test_logprobs_equal_the_learners(model, rollouts):
-    mask = response_mask(rollouts)
+    mask = rollouts.mask()
     logp = np.asarray(learner_trace(model, rollouts, PARAMS.temperature).logp)
     assert mask.sum() > 40
     assert np.max(np.abs(rollouts.full_logp - logp)[mask]) <= 2e-5
@@ -62,6 +56,22 @@ def test_logprobs_equal_the_learners(model, rollouts):
     gap = (rollouts.logp - rollouts.full_logp)[mask]
     assert np.all(gap >= -1e-6) and np.max(gap) > 1e-3
     assert not np.any(rollouts.logp[~mask]) and not np.any(rollouts.full_logp[~mask])
+
+
+def test_top_logprobs_are_recorded(model, rollouts):
+    params = dataclasses.replace(PARAMS, top_logprobs=3)
+    more = Sampler(model, slots=6, decode_steps=5, prompt_length=8).generate(PROMPTS, params, KEY)
+    np.testing.assert_array_equal(more.tokens, rollouts.tokens)
+    assert rollouts.top_ids.shape == (*rollouts.logp.shape, 0)
+    mask = more.mask()
+    assert np.all(np.diff(more.top_logp[mask], axis=-1) <= 0) and not np.any(more.top_logp[~mask])
+    trace = learner_trace(model, more, params.temperature)
+    np.testing.assert_allclose(trace.topk_logp[mask], more.top_logp[mask], atol=2e-5)
+    rows = more.tokens[np.arange(len(more))[:, None], more.prompt_lengths[:, None] + np.arange(9)]
+    among = more.top_ids == rows[..., None]
+    sampled = np.where(among, more.top_logp, 0).sum(-1)[among.any(-1) & mask]
+    assert sampled.size > 10
+    np.testing.assert_allclose(sampled, more.full_logp[among.any(-1) & mask], atol=1e-6)
 
 
 def test_rows_are_prompt_then_response_in_the_order_of_the_prompts(rollouts):

@@ -36,7 +36,7 @@ def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters
 
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.tile(LOGITS[order], (DRAWS, 1))
-    token, logp, full_logp = jax.tree.map(
+    token, logp, full_logp, _ = jax.tree.map(
         np.asarray, jax.jit(sample_token, static_argnums=2)(logits, keys, params)
     )
     np.testing.assert_allclose(logp, np.log(filtered[token]), atol=2e-6)
@@ -55,18 +55,31 @@ def test_filters_keep_ties_at_the_border():
 
 
 def test_greedy_takes_the_most_likely_token():
-    params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2)
+    params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
-    token, logp, full_logp = sample_token(logits, jax.random.split(jax.random.key(0), 2), params)
+    token, logp, full_logp, top = sample_token(logits, jax.random.split(jax.random.key(0), 2), params)
     assert token.tolist() == [1, 0]
     expected = jax.nn.log_softmax(logits)[jnp.arange(2), token]
     np.testing.assert_allclose(logp, expected, atol=1e-6)
     np.testing.assert_allclose(full_logp, expected, atol=1e-6)
+    ids, top_logp = top
+    assert ids.tolist() == [[1, 2, 0], [0, 1, 2]]
+    np.testing.assert_allclose(np.exp(top_logp).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(top_logp[:, 0], expected, atol=1e-6)
+
+
+def test_top_logprobs_are_those_of_the_unfiltered_distribution():
+    params = SamplingParams(max_tokens=1, temperature=0.5, top_k=1, top_logprobs=2)
+    ids, logp = sample_token(LOGITS[None], jax.random.split(jax.random.key(0), 1), params)[3]
+    full = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+    np.testing.assert_allclose(logp[0], np.log(full[ids[0]]), atol=1e-6)
+    assert full[ids[0]].tolist() == sorted(full)[:-3:-1]
 
 
 @pytest.mark.parametrize(
     "field, value",
     [("max_tokens", 0), ("samples", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0)]
+    + [("top_logprobs", -1)]
     + [("top_p", 1.5)],
 )
 def test_params_out_of_range_are_named(field, value):

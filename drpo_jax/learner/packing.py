@@ -1,0 +1,92 @@
+"""Where the sequences of a batch lie: one per row, or several packed into a row.
+
+The learner sees tokens in rows [P, T]; what belongs to a response is recorded as [N, R], one response
+per row. A `Layout` carries arrays from the one shape to the other, on the host.
+
+Axis letters: N sequences, R response tokens, P rows, T tokens per row.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Places of N sequences in rows [P, T].
+
+    Attributes:
+      rows, starts: int32 [N], the row of a sequence and its first token's place there.
+      numbers: int32 [N], its number in the row, from 1.
+      prompt_lengths, response_lengths: int32 [N].
+      shape: (P, T).
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    shape: tuple[int, int]
+
+    def place(self, values, at="response"):
+        """[N, R, …] → [P, T, …]: each response's values at its tokens, zeros elsewhere.
+
+        Args:
+          values: the array; or [N], a value per sequence.
+          at: "response", or "sequence" for [N, T'] arrays of prompt and response.
+        """
+        values = np.asarray(values)
+        row, column, source = self._indices(at)
+        placed = np.zeros((*self.shape, *values.shape[2:]), values.dtype)
+        placed[row, column] = values[source[0]] if values.ndim == 1 else values[source]
+        return placed
+
+    def take(self, values, length):
+        """[P, T, …] → [N, length, …]: the inverse of `place`, zeros behind each response."""
+        values = np.asarray(values)
+        row, column, source = self._indices("response")
+        taken = np.zeros((len(self.rows), length, *values.shape[2:]), values.dtype)
+        taken[source] = values[row, column]
+        return taken
+
+    def _indices(self, at):
+        """Of every token: its row, its column, and (sequence, offset)."""
+        lengths, starts = self.response_lengths, self.starts + self.prompt_lengths
+        if at == "sequence":
+            lengths, starts = self.prompt_lengths + self.response_lengths, self.starts
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        offset = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self.rows[sequence], starts[sequence] + offset, (sequence, offset)
+
+
+def lay_out(prompt_lengths, response_lengths, width, pack=False, micro_batches=1) -> Layout:
+    """Places sequences into as many rows of `width` tokens, of which packing leaves the last empty.
+
+    Packing is first-fit decreasing. Row r belongs to micro-batch r mod `micro_batches` (the rows of
+    a micro-batch lie on all devices), so the rows are filled micro-batch by micro-batch: whole
+    micro-batches stay empty, and the update skips them.
+
+    Args:
+      prompt_lengths, response_lengths: int [N], tokens; their sums are at most `width`.
+      width: T.
+      pack: several sequences per row.
+      micro_batches: of the update; divides N.
+    """
+    prompt_lengths = np.asarray(prompt_lengths, np.int32)
+    response_lengths = np.asarray(response_lengths, np.int32)
+    count = len(prompt_lengths)
+    rows, starts = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
+    numbers = np.ones(count, np.int32)
+    if pack:
+        lengths = prompt_lengths + response_lengths
+        filled, held = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        for i in np.argsort(-lengths, kind="stable"):
+            row = int(np.argmax(filled + lengths[i] <= width))
+            rows[i], starts[i] = row, filled[row]
+            filled[row] += lengths[i]
+            held[row] += 1
+            numbers[i] = held[row]
+        per_batch = count // micro_batches
+        rows = (rows % per_batch) * micro_batches + rows // per_batch
+    return Layout(rows, starts, numbers, prompt_lengths, response_lengths, (count, width))

@@ -1,0 +1,231 @@
+"""Golden values: every objective against the papers' own formulas.
+
+NumPy in float64, written from π, µ and Â as the papers print them; nothing of the package is used.
+Both J and c are written out, so that neither is only compared with what the other implies.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective
+
+
+class Tokens(NamedTuple):
+    p: np.ndarray  # π
+    m: np.ndarray  # µ
+    A: np.ndarray  # Â
+    old: np.ndarray  # π of the trainer before the first update
+    sequence: np.ndarray  # [rows, time], the number of the token's response in its row; 0: none
+    top_p: np.ndarray  # [rows, time, K], π and µ of the likeliest tokens under µ
+    top_m: np.ndarray
+
+
+def surrogate(t):
+    return t.p / t.m * t.A, t.p / t.m * t.A
+
+
+def grpo(t, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None):
+    r = t.p / t.m
+    J = np.minimum(r * t.A, np.clip(r, 1 - epsilon_low, 1 + epsilon_high) * t.A)
+    passes = np.where(t.A > 0, r <= 1 + epsilon_high, r >= 1 - epsilon_low)
+    if dual_clip:
+        passes &= (t.A > 0) | (r <= dual_clip)
+        J = np.where(t.A < 0, np.maximum(J, dual_clip * t.A), J)
+    return J, passes * r * t.A
+
+
+def minirl(t, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0):
+    moved = t.p / t.old
+    M = np.where(t.A > 0, moved <= 1 + epsilon_high, moved >= 1 - epsilon_low)
+    c = M * np.minimum(t.p / t.m, ratio_cap) * t.A
+    return c * np.log(t.p), c
+
+
+def cispo(t, epsilon_low=0.2, epsilon_high=0.2):
+    c = np.clip(t.p / t.m, 1 - epsilon_low, 1 + epsilon_high) * t.A
+    return c * np.log(t.p), c
+
+
+def sapo(t, tau_positive=1.0, tau_negative=1.05):
+    r, tau = t.p / t.m, np.where(t.A > 0, tau_positive, tau_negative)
+    gate = 1 / (1 + np.exp(-tau * (r - 1)))
+    return 4 / tau * gate * t.A, 4 * gate * (1 - gate) * r * t.A
+
+
+def gspo(t, epsilon_low=3e-4, epsilon_high=4e-4):
+    """Per token: J of its response, and T times the derivative of J by log π of the token."""
+    J, c = np.full(t.p.shape, np.nan), np.full(t.p.shape, np.nan)
+    for row, numbers in enumerate(t.sequence):
+        for number in set(numbers) - {0}:
+            at = row, numbers == number
+            ratios, A = t.p[at] / t.m[at], t.A[at][0]
+            s = np.exp(np.log(ratios).sum() / len(ratios))
+            clipped = min(max(s, 1 - epsilon_low), 1 + epsilon_high)
+            J[at] = min(s * A, clipped * A)
+            c[at] = len(ratios) * (s / len(ratios)) * A if s * A <= clipped * A else 0
+    return J, c
+
+
+def spo(t, epsilon=12.5):
+    r = t.p / t.m
+    J = r * t.A - abs(t.A) / (2 * epsilon) * (r - 1) ** 2
+    return J, r * (t.A - abs(t.A) / epsilon * (r - 1))
+
+
+def spo_no_advantage(t, epsilon=12.5):
+    r = t.p / t.m
+    return r * t.A - (r - 1) ** 2 / (2 * epsilon), r * (t.A - (r - 1) / epsilon)
+
+
+def _dppo(t, divergence, delta, ratio_cap):
+    r = t.p / t.m
+    dropped = (divergence > delta) & np.where(t.A > 0, t.p > t.m, t.p < t.m)
+    if ratio_cap is None:
+        return ~dropped * r * t.A, ~dropped * r * t.A
+    # Above the cap the slope by log r stays at the cap.
+    beyond = np.where(r > ratio_cap, ratio_cap * np.log(r / ratio_cap), 0)
+    value = np.minimum(r, ratio_cap)
+    return ~dropped * (value + beyond) * t.A, ~dropped * value * t.A
+
+
+def dppo_tv(t, delta=0.15, ratio_cap=None):
+    return _dppo(t, abs(t.p - t.m), delta, ratio_cap)
+
+
+def dppo_kl(t, delta=0.05, ratio_cap=None):
+    kl = t.m * np.log(t.m / t.p) + (1 - t.m) * np.log((1 - t.m + 1e-8) / (1 - t.p + 1e-8))
+    return _dppo(t, kl, delta, ratio_cap)
+
+
+def dppo_topk_tv(t, delta=0.15, ratio_cap=None):
+    p, m = _with_remainder(t)
+    return _dppo(t, 0.5 * abs(p - m).sum(-1), delta, ratio_cap)
+
+
+def dppo_topk_kl(t, delta=0.05, ratio_cap=None):
+    p, m = _with_remainder(t)
+    return _dppo(t, (m * np.log(m / p)).sum(-1), delta, ratio_cap)
+
+
+def _with_remainder(t):
+    return (np.append(x, 1 - x.sum(-1, keepdims=True), axis=-1) for x in (t.top_p, t.top_m))
+
+
+def drpo(t, delta=0.15):
+    r = t.p / t.m
+    J = r * t.A - abs(t.A) / (2 * delta) * t.m * (r - 1) ** 2
+    return J, r * t.A * (1 - np.sign(t.A * (r - 1)) * abs(t.p - t.m) / delta)
+
+
+def drpo_no_advantage(t, delta=0.15):
+    r = t.p / t.m
+    return r * t.A - t.m * (r - 1) ** 2 / (2 * delta), r * (t.A - (t.p - t.m) / delta)
+
+
+def drpo_no_correction(t, delta=0.15):
+    """DRPO up to the boundary, where J stays at what it has there."""
+    bound = np.where(t.A > 0, np.minimum(t.p, t.m + delta), np.maximum(t.p, t.m - delta))
+    past = bound != t.p
+    J, c = drpo(t._replace(p=bound), delta)
+    return J, np.where(past, 0, c)
+
+
+def mask_drpo(t, delta=0.15, directional=False):
+    r, outside = t.p / t.m, abs(t.p - t.m) > delta
+    if directional:
+        outside &= t.A * (r - 1) > 0
+    penalty = abs(t.A) * ((t.p - t.m) ** 2 - delta**2) / (2 * delta * t.m)
+    return r * t.A - outside * penalty, np.where(outside, drpo(t, delta)[1], r * t.A)
+
+
+PAPERS = {name: globals()[name] for name in OBJECTIVES}
+
+
+def test_both_are_the_papers_equations(case, batch, in_float64):
+    name, hyper = case
+    arrays = batch.arrays
+    probabilities = map(np.exp, (batch.logp, batch.behavior_logp))
+    top = np.exp(arrays["topk_logp"]), np.exp(arrays["behavior_topk_logp"])
+    old = np.exp(arrays["old_logp"])
+    tokens = Tokens(*probabilities, batch.advantage, old, arrays["mask"], *top)
+    expected_J, expected_c = PAPERS[name](tokens, **hyper)
+
+    given = batch[:3], batch.needs(name) | hyper
+    J, c = in_float64(token_objective, name, *given[0], **given[1])
+    w = in_float64(gradient_weight, name, *given[0], **given[1])
+    where = ~np.isnan(expected_J)  # GSPO says nothing of tokens outside the responses
+    assert where.mean() > 0.8
+    np.testing.assert_allclose(J[where], expected_J[where], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(c[where], expected_c[where], rtol=1e-6, atol=1e-9)
+    ratio = tokens.p / tokens.m * tokens.A
+    np.testing.assert_allclose(w[where], (expected_c / ratio)[where], rtol=1e-5, atol=1e-6)
+
+
+# One token by hand, r = 3/2 and Â = 2: diverging, inside every boundary but the ratio clips.
+# π_old = 1/4, so that π/π_old = 1.2; of the two likeliest tokens and the others µ = .5, .2, .3 and
+# π = .4, .3, .3: TV = .1, KL = .0305. Binary KL = .0257. log .3 = −1.2039728.
+INSIDE = {
+    "surrogate": (3, 3),
+    "grpo": (1.2 * 2, 0),
+    "cispo": (1.2 * 2 * -1.2039728, 1.2 * 2),
+    "minirl": (1.5 * 2 * -1.2039728, 3),
+    "sapo": (4 * 0.62245933 * 2, 4 * 0.62245933 * 0.37754067 * 3),  # σ(½), σ(−½)
+    "gspo": (1.0004 * 2, 0),
+    "spo": (3 - 2 * 0.25 / 25, 3 * 0.96),
+    "spo_no_advantage": (3 - 0.25 / 25, 1.5 * (2 - 0.04)),
+    "dppo_tv": (3, 3),
+    "dppo_kl": (3, 3),
+    "dppo_topk_tv": (3, 3),
+    "dppo_topk_kl": (3, 3),
+    "drpo": (3 - 2 * 0.2 * 0.25 / 0.3, 3 * (1 - 0.1 / 0.15)),
+    "drpo_no_advantage": (3 - 0.2 * 0.25 / 0.3, 1.5 * (2 - 0.1 / 0.15)),
+    "drpo_no_correction": (3 - 2 * 0.2 * 0.25 / 0.3, 3 * (1 - 0.1 / 0.15)),
+    "mask_drpo": (3, 3),
+}
+# The mirror of it, past the boundaries: µ = .4, π = .1, r = ¼, Â = −2; π − µ = −.3 = −2δ. The top
+# tokens: µ = .4, .3, .3 and π = .1, .4, .5, TV = .3, KL = .3150; Binary KL = .3112. π_old = .2.
+# log .1 = −2.3025851.
+OUTSIDE = {
+    "surrogate": (-0.5, -0.5),
+    "grpo": (0.8 * -2, 0),
+    "cispo": (0.8 * -2 * -2.3025851, 0.8 * -2),
+    "minirl": (0, 0),  # π/π_old = ½
+    "sapo": (4 / 1.05 * 0.31270572 * -2, 4 * 0.31270572 * 0.68729428 * -0.5),  # σ(∓.7875)
+    "gspo": (0.9997 * -2, 0),
+    "spo": (-0.5 - 2 * 0.5625 / 25, -0.5 * (1 - 0.75 / 12.5)),
+    "spo_no_advantage": (-0.5 - 0.5625 / 25, 0.25 * (-2 + 0.75 / 12.5)),
+    "dppo_tv": (0, 0),
+    "dppo_kl": (0, 0),
+    "dppo_topk_tv": (0, 0),
+    "dppo_topk_kl": (0, 0),
+    "drpo": (-0.5 - 2 * 0.4 * 0.5625 / 0.3, -0.5 * (1 - 2)),
+    "drpo_no_advantage": (-0.5 - 0.4 * 0.5625 / 0.3, 0.25 * (-2 + 2)),
+    "drpo_no_correction": (-2 + 2 * 0.15 / 0.8, 0),
+    "mask_drpo": (-0.5 - 2 * (0.09 - 0.0225) / (0.3 * 0.4), -0.5 * (1 - 2)),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "by_hand, pi, mu, advantage, old, top_pi, top_mu",
+    [
+        (INSIDE, 0.3, 0.2, 2.0, 0.25, (0.4, 0.3), (0.5, 0.2)),
+        (OUTSIDE, 0.1, 0.4, -2.0, 0.2, (0.1, 0.4), (0.4, 0.3)),
+    ],
+    ids=["inside", "outside"],
+)
+def test_one_token_by_hand(name, by_hand, pi, mu, advantage, old, top_pi, top_mu):
+    arrays = {
+        "mask": np.ones(1, bool),
+        "old_logp": np.log([old]),
+        "topk_logp": np.log([top_pi]),
+        "behavior_topk_logp": np.log([top_mu]),
+    }
+    given = {key: arrays[key] for key in OBJECTIVES[name].arrays}
+    tokens = np.log([pi]), np.log([mu]), np.array([advantage])
+    J, c = token_objective(name, *tokens, **given)
+    w = gradient_weight(name, *tokens, **given)
+    np.testing.assert_allclose([J[0], c[0]], by_hand[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(w[0], by_hand[name][1] / (pi / mu * advantage), rtol=1e-5, atol=1e-6)

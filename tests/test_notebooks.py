@@ -1,0 +1,98 @@
+"""The notebooks run from top to bottom, and what is committed of them is small and of no one machine."""
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+from drpo_jax import config, loop
+from drpo_jax.cli import load_config
+from drpo_jax.parallel import make_mesh
+
+HERE = Path(__file__).parent
+NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS, "no notebooks beside tests/"
+
+LARGEST = 1_000_000  # bytes of a notebook with its outputs
+ABSOLUTE = re.compile(r"(?<![\w./\\<])(?:~/|/[\w.-]+/)[\w.-]")  # a path from the root or from home
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, compile_quickly):
+    """The directory of a tiny run, for the notebooks that look at one.
+
+    On one of the eight devices, which compiles for less long, and with a reward that a model
+    without skill gets as well: the saved rollouts have advantages of both signs.
+    """
+    directory = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setitem(loop.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2.0)
+        loop.train(config.resolve(load_config(str(HERE / "smallest.py"))), directory)
+    return directory
+
+
+@each
+def test_a_notebook_runs(path, request, tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # one device, as its readers have it
+        "IPYTHONDIR": str(tmp_path),
+    }
+    if "DRPO_WORKDIR" in path.read_text(encoding="utf-8"):
+        environment["DRPO_WORKDIR"] = str(request.getfixturevalue("workdir"))
+    # Without kernel directories, "python3" can only be the interpreter that runs the tests.
+    settings = Config(KernelSpecManager={"kernel_dirs": []})
+    client = NotebookClient(
+        nbformat.read(path, as_version=4),
+        kernel_name="python3",
+        timeout=120,  # seconds, each cell
+        resources={"metadata": {"path": str(path.parent)}},
+        config=settings,
+    )
+    client.execute(env=environment)
+
+
+@each
+def test_a_notebook_is_committed_with_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert path.stat().st_size <= LARGEST
+
+
+@each
+def test_a_notebook_holds_no_path_of_a_machine(path):
+    found = [
+        text[max(0, match.start() - 20) : match.end() + 40]
+        for text in strings(nbformat.read(path, as_version=4))
+        for match in ABSOLUTE.finditer(text)
+    ]
+    assert not found
+
+
+def strings(node):
+    """Every text in a notebook but its images."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if not key.startswith("image/"):
+                yield from strings(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from strings(value)

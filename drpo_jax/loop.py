@@ -277,9 +277,9 @@ def rl_step(run: Run, state, step: int):
     saved = _due(step, config.train.save_rollout_every)
     compared = saved or _due(step, config.log.mismatch_every)
     data, old_logp = learner_data(run, state.model, rollouts, used, step, rescore=compared)
-    state, learned, metrics = learn(run, state, rollouts, data, step)
+    state, fetch, metrics = learn(run, state, rollouts, data, step)
     if compared:
-        learned = learned()
+        learned = fetch()
         pairs, extremes = programs.mismatch(
             rollouts.full_logp,
             old_logp,
@@ -419,7 +419,7 @@ def learn(run: Run, state, rollouts, data, step: int):
     metrics["updates/skipped"] = sum(count > 0 for count in skipped)
     metrics["updates/skipped_in_a_row"] = max(skipped)
 
-    def learned():
+    def fetch():
         per_epoch = len(reports) // config.epochs
         names = {"logp": trace.logp, "coefficient": trace.coefficient, "entropy": trace.entropy}
         whole = jax.device_get(names | {"weight": weight})
@@ -430,7 +430,7 @@ def learn(run: Run, state, rollouts, data, step: int):
         ]
         return _by_response(pieces, order[:per_epoch], rollouts)
 
-    return state, learned, metrics
+    return state, fetch, metrics
 
 
 def mini_batches(config, step: int, epoch: int):

@@ -79,6 +79,14 @@ def test_checked_fields_exist():
         ({"data__digits": 9, "data__file": "x"}, "the longest demonstration has"),
         ({"evaluate__samples": 300}, "the samples of a prompt are decoded at once"),
         ({"objective__epsilon": 0.2}, "drpo does not take epsilon; taken by spo, spo_no_advantage"),
+        ({"objective__threshold": "originl"}, "did you mean 'original'?"),
+        ({"objective__threshold": "original"}, "this objective takes boundary, released, scaled"),
+        ({"objective__threshold": "released", "objective__name": "grpo"}, "takes none"),
+        ({"objective__threshold": "released", "objective__delta": 0.1}, "give one of the two"),
+        ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: both or none"),
+        ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
+        ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
+        ({"sampler__top_logprobs": 99}, "at most the vocabulary"),
         ({"precision__recipe": "none", "precision__sampler_weights": "codes"}, "without a recipe"),
     ],
 )
@@ -103,6 +111,11 @@ def test_a_boundary_that_no_token_reaches_is_warned_of(monkeypatch):
     assert not said
     C.resolve(changed(objective__delta=12.5))
     assert len(said) == 1 and "12.5: no token can reach this boundary" in said[0]
+    C.validate(changed(objective__threshold="boundary"))
+    C.validate(changed(objective__threshold="released", objective__name="spo"))
+    assert len(said) == 1
+    C.validate(changed(objective__threshold="released"))
+    assert len(said) == 2 and said[1] == said[0]
 
 
 def test_resolve_fills_in_and_freezes():
@@ -118,6 +131,20 @@ def test_objective_hyper_is_what_was_set():
     assert C.objective_hyper(load_config(TINY)) == {}
     config = changed(objective__delta=1, objective__directional=True, objective__name="mask_drpo")
     assert C.objective_hyper(C.resolve(config)) == {"delta": 1.0, "directional": True}
+    thresholds = {"boundary": 0.15, "released": 12.5, "scaled": 0.08}
+    for threshold, delta in thresholds.items():
+        config = changed(objective__threshold=threshold)
+        assert C.objective_hyper(config) == {"delta": delta}
+        assert C.boundary(config) == (delta if delta < 1 else 0.15)
+    config = changed(objective__threshold="original", objective__name="spo")
+    assert C.objective_hyper(config) == {"epsilon": 0.2} and C.boundary(config) == 0.15
+
+
+def test_top_logprobs_are_recorded_for_the_objectives_that_need_them():
+    assert C.resolve(load_config(TINY)).sampler.top_logprobs == 0
+    assert C.resolve(changed(objective__name="dppo_topk_kl")).sampler.top_logprobs == 20
+    config = changed(objective__name="dppo_topk_tv", sampler__top_logprobs=5)
+    assert C.resolve(config).sampler.top_logprobs == 5
 
 
 def test_json_round_trip():

@@ -183,6 +183,72 @@ def test_rescored_logprobs_are_the_learners(other, whole):
         assert same != rescored
 
 
+def test_everything_at_once_packed_or_not(whole, tmp_path):
+    """Top-k masks, rescored µ, masked correction, KL to the reference, entropy: through the loop."""
+    found = []
+    for pack in (False, True):
+        workdir = tmp_path / str(pack)
+        settings = config(
+            data__init_from=str(whole), train__steps=1, train__pack=pack, train__micro_batch=2,
+            train__epochs=2, objective__name="dppo_topk_tv", objective__behavior="rescored",
+            objective__correction="mis", objective__correction_floor=0.98,
+            objective__correction_cap=1.05, objective__kl="k3", objective__kl_coefficient=0.1,
+            objective__entropy_bonus=0.01, model__load_balance=0.0,
+        )  # fmt: skip
+        assert settings.sampler.top_logprobs == 20
+        loop.train(settings, workdir)
+        found.append((metrics(workdir)[1], load_rollout(rollout_path(workdir, 0))))
+    (ours, saved), (packed, repacked) = found
+    for name in ours:
+        if not name.startswith("router/"):  # of micro-batches that hold other rows
+            np.testing.assert_allclose(packed[name], ours[name], rtol=1e-3, atol=1e-6, err_msg=name)
+    for name in ("logp", "coefficient", "weight", "entropy", "rescored_logp"):
+        np.testing.assert_allclose(repacked[name], saved[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    mask = saved["response_mask"]
+    ratio = np.exp(saved["rescored_logp"] - saved["sampler_logp"])[mask]
+    kept = (ratio >= 0.98) & (ratio <= 1.05)
+    assert 0 < kept.mean() < 1
+    assert ours["correction/dropped"] == pytest.approx(1 - kept.mean())
+    assert ours["correction/mean"] == pytest.approx((ratio * kept).mean(), rel=1e-4)
+    assert ours["mismatch/ratio"] == pytest.approx(ratio.mean(), rel=1e-5)
+    assert 0 < ours["policy/kl_reference"] < 1  # the reference is the model it began with
+    assert not saved["coefficient"][mask][~kept].any() and saved["coefficient"][mask][kept].any()
+
+
+def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path):
+    settings = config(
+        data__init_from=str(whole), train__steps=1, sampler__top_p=0.9, objective__name="minirl",
+        objective__delta=None, objective__behavior="sampler_filtered", objective__kl="k1",
+        objective__kl_coefficient=0.5,
+    )  # fmt: skip
+    loop.train(settings, tmp_path)
+    saved = load_rollout(rollout_path(tmp_path, 0))
+    mask = saved["response_mask"]
+    np.testing.assert_array_equal(saved["behavior_logp"], saved["sampler_logp"])
+    log_ratio = np.where(mask, saved["behavior_logp"] - saved["rescored_logp"], 0)
+    assert log_ratio.sum() > 1  # the filter's mass
+    reward = saved["reward"] - 0.5 * log_ratio.sum(1)  # the reference is the first policy
+    expected = advantages("dr_grpo", reward, settings.train.samples)
+    np.testing.assert_allclose(saved["advantage"], expected, atol=1e-4)
+    # π/π_old is 1 in the first mini-batch, so nothing is clipped: c = min(π/µ, 5)·Â.
+    first = loop.mini_batches(settings, 0, 0)[0]
+    ratio = np.minimum(np.exp(-log_ratio), 5)[first][mask[first]]
+    advantage = np.broadcast_to(expected[:, None], mask.shape)[first][mask[first]]
+    found = saved["coefficient"][first][mask[first]]
+    np.testing.assert_allclose(found, ratio * advantage, rtol=1e-3, atol=1e-4)
+
+
+def test_the_mismatch_is_looked_at_when_it_is_due(whole):
+    assert ["mismatch/kl" in r for r in metrics(whole)] == [False, True, False, True, False]
+    saved = load_rollout(rollout_path(whole, 2))
+    mask = saved["response_mask"]
+    shift = abs(np.exp(saved["rescored_logp"]) - np.exp(saved["behavior_logp"]))[mask]
+    assert metrics(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
+    assert 0 < shift.mean() < 0.05  # FP8 weights in the sampler
+    assert (saved["piece"][~mask] == "").all()
+    assert ["".join(row) for row in saved["piece"]] == saved["response"].tolist()
+
+
 def test_shuffled_rewards_are_permuted_over_the_rollout(other):
     settings, moved = config(), False
     for step in (0, 1):

@@ -46,6 +46,9 @@ class Programs:
       supervised_update(state, batch), policy_update(state, batch): one optimizer update.
       restart(model): the TrainState of a policy run that begins with `model`.
       rescore(model, batch): TokenTrace of the response tokens, without an objective or gradients.
+      gradients(model, batch): (grads, TokenTrace [P, T], metrics) of one micro-batch whose `data` is
+        the score coefficient c of every token: of any objective, and of nothing else (no entropy
+        bonus, no load balancing).
       summarize(trace, batch): metric pairs and extremes over a rollout, and w [P, T].
       mismatch(sampler_logp, old_logp, logp, advantage, mask): pairs and extremes, [N, R] arrays.
       objective: the `Policy` that is trained with.
@@ -135,6 +138,18 @@ class Programs:
             out_shardings=(self.state_shardings, None),
         )
         self.rescore = jax.jit(partial(response_trace, settings=policy_settings))
+        looked_at = dataclasses.replace(
+            policy_settings,
+            objective=_by_coefficient,
+            micro_batches=1,
+            entropy_bonus=0.0,
+            load_balance=0.0,
+            pack=False,
+        )
+        self.gradients = jax.jit(
+            partial(gradients, settings=looked_at),
+            out_shardings=(self.state_shardings.model, None, None),
+        )
         self.summarize = jax.jit(partial(_summarize, objective=self.objective))
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
         codes = config.precision.sampler_weights == "codes"
@@ -197,12 +212,6 @@ class Programs:
             {name: values[rows] for name, values in data.items()},
             pack=True,
         )
-
-    def gradients(self, name, **hyper):
-        """The jitted (model, batch) → (grads, TokenTrace [P, T], metrics) of any objective, with all
-        else as the config has it: to look at gradients side by side."""
-        settings = dataclasses.replace(self._policy_settings, objective=policy(name, **hyper))
-        return jax.jit(partial(gradients, settings=settings))
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
@@ -284,6 +293,11 @@ def _with_shardings(tree, placed):
 
 def _is_param(leaf):
     return isinstance(leaf, nnx.Param)
+
+
+def _by_coefficient(logp, coefficient):
+    """(J, c) with c as it is given."""
+    return coefficient * logp, coefficient
 
 
 def _summarize(trace, batch, *, objective):

@@ -46,6 +46,7 @@ def test_a_notebook_runs(path, request, tmp_path):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",  # one device, as its readers have it
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # which compiles for less long
         "IPYTHONDIR": str(tmp_path),
     }
     if "DRPO_WORKDIR" in path.read_text(encoding="utf-8"):

@@ -10,8 +10,8 @@ backward pass of its own. Per chunk of tokens it computes the logits once and fr
 with p the softmax: three matmuls, and never more than [chunk, vocab] of logits. The backward pass of
 the `custom_vjp` multiplies what is already there by the incoming cotangent.
 
-Tokens of weight zero (prompts, padding) are sorted behind the others and cost nothing: the loop over
-chunks ends where they begin.
+Chunks are made of the tokens that count, in their order. Tokens of weight zero (prompts, padding) are
+never looked at and cost nothing.
 
 On a mesh it runs under `shard_map`: tokens stay on their devices, the vocabulary is split over
 `tensor` (the log-sum-exp is summed over it), and the weight's gradient is reduced once per call, after
@@ -168,8 +168,8 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
     sharded = mesh is not None and mesh.shape["tensor"] > 1
     first = jax.lax.axis_index("tensor") * vocab if sharded else 0
 
-    def over_vocab(x):
-        return jax.lax.psum(x, "tensor") if sharded else x
+    def over_vocab(x, reduce=jax.lax.psum):
+        return reduce(x, "tensor") if sharded else x
 
     def dot(a, b, contract):
         dims = ((contract[:1], contract[1:]), ((), ()))
@@ -182,56 +182,55 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
         """The logits [chunk, V] of ids [chunk, K], wherever they are."""
         local = ids - first
         mine = (local >= 0) & (local < vocab)
-        found = jnp.take_along_axis(logits, jnp.clip(local, 0, vocab - 1), axis=-1)
+        found = jnp.take_along_axis(logits, jnp.where(mine, local, 0), axis=-1)
         return over_vocab(jnp.where(mine, found, 0.0))
+
+    # The tokens that count; n, beyond the last one, fills the last chunk up: zeros, of weight 0.
+    counted = token_weight != 0
+    order = jnp.nonzero(counted, size=n + -n % chunk, fill_value=n)[0]
 
     def one_chunk(i, carry):
         loss, trace, gradients = carry
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         h, target, weight_t, data_t = jax.tree.map(
-            lambda a: a.at[rows].get(mode="fill", fill_value=0),
+            lambda a: jnp.take(a, rows, axis=0, mode="fill", fill_value=0),
             (hidden, targets, token_weight, data),
         )
         logits = dot(h, weight, (1, 0)) / temperature
-        top = jnp.max(logits, axis=-1)
-        top = jax.lax.pmax(top, "tensor") if sharded else top
-        exps = jnp.exp(logits - top[:, None])
-        total = over_vocab(jnp.sum(exps, axis=-1))
-        lse = top + jnp.log(total)
+        logits -= over_vocab(jnp.max(logits, axis=-1), jax.lax.pmax)[:, None]
+        exps = jnp.exp(logits)
+        # A gather of the target's logit would make the TPU copy the logits; a masked sum does not.
         hit = target[:, None] - first == jnp.arange(vocab)
-        logp = over_vocab(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)) - lse
-        entropy = lse - over_vocab(jnp.sum(exps * logits, axis=-1)) / total
-        topk_ids = data_t.pop("topk_ids", jnp.zeros((chunk, 0), jnp.int32))
-        topk_logp = at(logits, topk_ids) - lse[:, None]
-        J, c = objective(logp, **data_t, **({"topk_logp": topk_logp} if topk_ids.size else {}))
-        counts = weight_t != 0
-        loss -= jnp.sum(jnp.where(counts, weight_t * (J + entropy_bonus * entropy), 0.0))
+        total, moment, target_logit = over_vocab(
+            tuple(jnp.sum(x, axis=-1) for x in (exps, exps * logits, jnp.where(hit, logits, 0.0)))
+        )
+        lse = jnp.log(total)
+        logp, entropy = target_logit - lse, lse - moment / total
+        topk_logp = jnp.zeros((chunk, 0))
+        if "topk_ids" in data_t:
+            topk_logp = at(logits, data_t.pop("topk_ids")) - lse[:, None]
+            data_t["topk_logp"] = topk_logp
+        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(logp, **data_t))
+        loss -= jnp.sum(weight_t * (J + entropy_bonus * entropy))
         new = TokenTrace(logp, c, entropy, topk_logp)
-        new = jax.tree.map(lambda x: jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x, 0), new)
         trace = jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), trace, new)
         if gradient:
             d_hidden, d_weight = gradients
             p = exps / total[:, None]
             d_logits = c[:, None] * (hit - p)
             if entropy_bonus:
-                d_logits -= entropy_bonus * p * (logits - (lse - entropy)[:, None])
-            scale = -weight_t / temperature
-            d_logits = jnp.where(counts[:, None], scale[:, None] * d_logits, 0.0).astype(h.dtype)
-            back = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
-            gradients = (
-                d_hidden.at[rows].set(back, mode="drop"),
-                d_weight + dot(h, d_logits, (0, 0)),
-            )
+                d_logits -= entropy_bonus * p * (logits - lse[:, None] + entropy[:, None])
+            d_logits = (-weight_t[:, None] / temperature * d_logits).astype(h.dtype)
+            d_h = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
+            d_hidden = d_hidden.at[rows].set(d_h, mode="drop")
+            gradients = d_hidden, d_weight + dot(h, d_logits, (0, 0))
         return loss, trace, gradients
 
-    # Tokens that count first, in their order; n, beyond the last one, fills the last chunk up.
-    counted = token_weight != 0
-    order = jnp.pad(jnp.argsort(~counted, stable=True), (0, -n % chunk), constant_values=n)
-    pieces = (jnp.sum(counted) + chunk - 1) // chunk
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     topk = data["topk_ids"].shape[1] if "topk_ids" in data else 0
     trace = TokenTrace(zeros(n), zeros(n), zeros(n), zeros((n, topk)))
     gradients = (jnp.zeros_like(hidden), zeros(weight.shape)) if gradient else None
+    pieces = (jnp.sum(counted) + chunk - 1) // chunk
     loss, trace, gradients = jax.lax.fori_loop(0, pieces, one_chunk, (zeros(()), trace, gradients))
     if mesh is not None:
         loss = jax.lax.psum(loss, BATCH_AXES)

@@ -32,10 +32,21 @@ CASES = [(name, {}) for name in OBJECTIVES] + [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """The time of these tests is compilation."""
+
+
 @pytest.fixture(params=CASES, ids=lambda case: "-".join((case[0], *case[1])))
 def case(request):
     """(name, hyperparameters) of every objective, and of those that have more to say than one."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def cases():
+    """All of them."""
+    return CASES
 
 
 class Batch(NamedTuple):

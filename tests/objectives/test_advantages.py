@@ -25,15 +25,6 @@ def test_by_hand(name, expected):
     np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
-def test_rloo_is_the_reward_minus_the_mean_of_the_others():
-    reward = np.random.default_rng(0).normal(size=15)
-    groups = reward.reshape(3, 5)
-    others = (groups.sum(1, keepdims=True) - groups) / 4
-    np.testing.assert_allclose(
-        advantages("rloo", reward, 5), (groups - others).reshape(-1), rtol=1e-4, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_equal_rewards_give_exactly_zero(name):
     # The mean of three float32 0.1 is not 0.1: a division by the standard deviation would show it.
@@ -41,6 +32,26 @@ def test_equal_rewards_give_exactly_zero(name):
     result = advantages(name, reward, 3)
     assert not result[:3].any() and result[3:].all()
     assert not advantages(name, jnp.full(6, 0.1), 3).any()
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_the_definitions_on_random_groups(name):
+    """Against the formulas in NumPy; shifting all rewards of a group changes nothing."""
+    reward = np.random.default_rng(0).normal(size=(2, 4))
+    centred = reward - reward.mean(1, keepdims=True)
+    expected = {
+        "grpo": centred / np.sqrt((centred**2).sum(1, keepdims=True) / 3),
+        "dr_grpo": centred,
+        "rloo": reward - (reward.sum(1, keepdims=True) - reward) / 3,
+        "batch_norm": centred / np.sqrt((centred**2).sum() / 7),
+    }[name]
+    result = advantages(name, reward.reshape(-1), 4)
+    np.testing.assert_allclose(result, expected.reshape(-1), rtol=1e-4, atol=1e-6)
+    shifted = (reward + np.array([[3], [-5]])).reshape(-1)
+    np.testing.assert_allclose(advantages(name, shifted, 4), result, rtol=1e-4, atol=1e-5)
+    scaled = advantages(name, 8 * reward.reshape(-1), 4)
+    scale = 8 if name in ("dr_grpo", "rloo") else 1
+    np.testing.assert_allclose(scaled, scale * result, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_without_groups_is_reinforce_plus_plus():

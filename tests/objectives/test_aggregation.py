@@ -35,34 +35,51 @@ def test_by_hand(name, expected, dtype):
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-@pytest.mark.parametrize("cut", [[1, 2], [2], [1, 3, 4]])
-def test_micro_batches_add_up_to_the_whole(name, cut):
+def test_micro_batches_add_up_to_the_whole(name):
     rng = np.random.default_rng(0)
     mask = rng.random((5, 7)) < np.array([[0.9], [0.1], [0.5], [0.0], [0.7]])
     objective = rng.normal(size=mask.shape)
     weight, denominator = token_weights(name, mask, HORIZON)
-    whole = (weight * objective).sum()
-
-    parts = np.split(np.asarray(weight), cut), np.split(objective, cut)
-    np.testing.assert_allclose(
-        sum((weight * objective).sum() for weight, objective in zip(*parts, strict=True)),
-        whole, rtol=1e-5,
-    )  # fmt: skip
+    whole = (np.asarray(weight) * objective).sum()
     # Each row's weights and contribution to the denominator are its own.
-    alone = [token_weights(name, rows, HORIZON) for rows in np.split(mask, cut)]
-    np.testing.assert_allclose(np.concatenate([rows for rows, _ in alone]), weight)
-    filled = [part for part, rows in zip(alone, np.split(mask, cut), strict=True) if rows.any()]
-    np.testing.assert_allclose(sum(count for _, count in filled), denominator)
+    rows = [mask & (np.arange(5)[:, None] == row) for row in range(5)]
+    alone = [token_weights(name, row, HORIZON) for row in rows]
+    np.testing.assert_allclose(sum(weight for weight, _ in alone), weight)
+    filled = [part for (_, part), row in zip(alone, mask, strict=True) if row.any()]
+    np.testing.assert_allclose(sum(filled), denominator)
+    for cut in ([1, 2], [2], [1, 3, 4]):
+        parts = np.split(np.asarray(weight), cut), np.split(objective, cut)
+        total = sum((weight * objective).sum() for weight, objective in zip(*parts, strict=True))
+        np.testing.assert_allclose(total, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_packed_responses_weigh_what_they_weigh_in_rows_of_their_own(name):
+    # Lengths 4, 1, 2 and 3, packed into two rows among tokens of prompts and padding.
+    rows = np.array([[1, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0],
+                     [1, 0, 1, 0, 1, 0, 0], [0] * 7])  # fmt: skip
+    packed = np.array([[0, 1, 1, 1, 1, 0, 2], [1, 1, 0, 2, 2, 2, 0], [0] * 7, [0] * 7, [0] * 7])
+    order = [(0, 1), (0, 2), (1, 1), (1, 2)]  # row and number of each response
+    alone, denominator = token_weights(name, rows, HORIZON)
+    together, packed_denominator = token_weights(name, packed, HORIZON)
+    assert packed_denominator == denominator == (10 if name == "token-mean" else 4)
+    assert not np.asarray(together)[packed == 0].any()
+    for weight, mask, (row, number) in zip(np.asarray(alone), rows, order):
+        there = np.asarray(together)[row][packed[row] == number]
+        np.testing.assert_array_equal(there, weight[mask > 0])
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_padding_rows_do_not_count(name):
-    assert loss(name, MASK, J) == loss(name, MASK[:2], J[:2])
+    padded = MASK * [[1], [0], [0]]
+    per_sequence = {"seq-mean-token-mean": 2.5, "seq-mean-token-sum": 10, "token-mean": 2.5}
+    expected = -per_sequence.get(name, 10 / HORIZON)
+    assert loss(name, padded, J) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_an_empty_batch_has_zero_loss(name):
-    weight, denominator = token_weights(name, np.zeros((2, 3)), HORIZON)
+    weight, denominator = token_weights(name, 0 * MASK, HORIZON)
     assert denominator == 1 and not weight.any()
 
 

@@ -1,20 +1,36 @@
-"""The summary of a batch's weights, by hand and under micro-batching."""
+"""The summaries of a batch's weights and of the mismatch: by hand, and under micro-batching."""
 
+import jax
 import numpy as np
 import pytest
 
-from drpo_jax.objectives import gradient_weight, token_objective, weight_summary
+from drpo_jax.objectives import (
+    gradient_weight,
+    mismatch_summary,
+    token_objective,
+    weight_summary,
+    with_spread,
+)
+from drpo_jax.objectives.diagnostics import MU_BINS
 
 PI = np.array([[0.5, 0.9, 0.3, 0.55], [1e-30, 0.02, 0.7, 0.99]])
 MU = np.array([[0.5, 0.6, 0.6, 0.50], [0.5, 0.01, 0.1, 0.01]])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+BINS = [f"{low}-{high}" for low, high in zip(MU_BINS, MU_BINS[1:])]
+
+summarize = jax.jit(weight_summary)
 
 
-def summary(rows=slice(None), mask=MASK):
+def summary(mask=MASK):
     logp, behavior_logp = np.log(PI).astype("float32"), np.log(MU).astype("float32")
     _, c = token_objective("drpo", logp, behavior_logp, 1.0)
     w = gradient_weight("drpo", logp, behavior_logp, 1.0)
-    return weight_summary(w[rows], logp[rows], behavior_logp[rows], c[rows], mask[rows])
+    return summarize(w, logp, behavior_logp, c, mask)
+
+
+def divided(sums):
+    """As the log has them: floats, NaN where nothing was counted."""
+    return {k: float(a) / float(b) if b else float("nan") for k, (a, b) in sums.items()}
 
 
 def test_by_hand():
@@ -23,22 +39,38 @@ def test_by_hand():
     weight = 1 - (PI - MU)[counted] / 0.15
     weight[4] = 0  # beyond the clip
     ratio = (PI / MU)[counted]
+    size = abs(ratio * weight)
     ratio[4] = np.exp(-20)
     expected = {
         "weight/corrected": 1,  # 0.6 -> 0.9
         "weight/attenuated": 3,  # 0.5 -> 0.55, 0.01 -> 0.02, and the clipped one
         "weight/amplified": 1,  # 0.6 -> 0.3; on-policy (w = 1) is neither
         "weight/mean": weight.sum(),
+        "weight/square": ((weight - 1) ** 2).sum(),
+        "weight/coefficient_mean": size.sum(),
         "policy/shift": abs(PI - MU)[counted].sum(),
         "policy/ratio": ratio.sum(),
         "policy/kl": (ratio - 1 - np.log(ratio)).sum(),
         "policy/tail": 1,
         "policy/beyond_clip": 1,
+        # of the one token with µ ≤ 0.01
+        "weight/tail_mean": weight[5],
+        "weight/tail_square": (weight[5] - 1) ** 2,
+        "by_mu/1e-3-0.01/tokens": 1,
+        "by_mu/1e-3-0.01/gradient": size[5],
+        "by_mu/0.1-0.5/tokens": 3,  # the three of 0.5
+        "by_mu/0.1-0.5/gradient": size[[0, 3, 4]].sum(),
+        "by_mu/0.5-0.9/tokens": 2,
+        "by_mu/0.5-0.9/gradient": size[[1, 2]].sum(),
     }
-    assert sums.keys() == expected.keys()
+    empty = {name for name in sums if name.startswith("by_mu")} - expected.keys()
+    assert sums.keys() == expected.keys() | empty and len(empty) == 2 * 4
+    counts = {"weight/tail_mean": 1, "weight/tail_square": 1}
     for name, (total, count) in sums.items():
-        assert count == 6
-        assert total == pytest.approx(expected[name], rel=1e-5), name
+        assert total.dtype == count.dtype == np.float32
+        everything = size.sum() if name.endswith("/gradient") else 6
+        assert count == pytest.approx(counts.get(name, everything), rel=1e-5), name
+        assert total == pytest.approx(expected.get(name, 0), rel=1e-5), name
     assert extremes["weight/w_min"] == pytest.approx(-1, rel=1e-5)
     assert extremes["weight/w_max"] == pytest.approx(3, rel=1e-5)
     assert extremes["policy/shift_max"] == pytest.approx(0.5)
@@ -48,9 +80,100 @@ def test_by_hand():
 
 def test_micro_batches_add_up():
     whole, extremes = summary()
-    parts = [summary(slice(0, 1)), summary(slice(1, 2)), summary(mask=MASK * 0)]
+    rows = np.array([[1], [0]])
+    parts = [summary(MASK * rows), summary(MASK * (1 - rows)), summary(MASK * 0)]
     for name, pair in whole.items():
         np.testing.assert_allclose(np.sum([sums[name] for sums, _ in parts], axis=0), pair, 1e-6)
     for name, value in extremes.items():
         combine = min if name.endswith("_min") else max
         assert combine(extreme[name] for _, extreme in parts) == value
+
+
+def test_without_tokens_every_count_is_zero_and_the_extremes_are_neutral():
+    sums, extremes = summary(MASK * 0)
+    assert all(total == count == 0 for total, count in sums.values())
+    for name, value in extremes.items():
+        assert value == (np.inf if name.endswith("_min") else -np.inf), name
+    assert all(np.isnan(x) for x in with_spread(divided(sums)).values())
+
+
+def test_the_bins_of_mu_partition_the_tokens_and_the_gradient():
+    edges = np.array([0.0, *map(float, MU_BINS)], np.float32)
+    mu = np.concatenate([edges, np.nextafter(edges, 1), np.logspace(-30, 0, 200, dtype="float32")])
+    with np.errstate(divide="ignore"):
+        behavior_logp = np.log(mu)  # −inf: µ = 0 lies in the first
+    c = np.random.default_rng(0).normal(size=mu.size).astype("float32")
+    sums, _ = summarize(c, behavior_logp, behavior_logp, c, mu >= 0)
+    means = with_spread(divided(sums))
+    for share in ("tokens", "gradient"):
+        assert sum(means[f"by_mu/{name}/{share}"] for name in BINS) == pytest.approx(1, rel=1e-5)
+    assert [sums[f"by_mu/{name}/tokens"][0] > 0 for name in BINS] == [True] * 7
+    # An edge belongs to the bin below it. (exp(log µ) is not always µ: take edges for which it is.)
+    half = np.log(np.float32(0.5))
+    one = summarize(c[:1], *[np.array([half])] * 2, c[:1], np.ones(1))[0]
+    assert one["by_mu/0.1-0.5/tokens"][0] == one["by_mu/0.1-0.5/tokens"][1] == 1
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+def test_the_spread_is_that_of_numpy_even_where_it_is_small(spread):
+    """At δ = 12.5 all weights are within a few thousandths of 1."""
+    rng = np.random.default_rng(0)
+    weight = (1 - spread / 3 + spread * rng.normal(size=20_000)).astype("float32")
+    behavior_logp = np.log(rng.choice([0.001, 0.3], weight.size)).astype("float32")
+    sums, _ = summarize(weight, behavior_logp, behavior_logp, weight, weight > -np.inf)
+    means = with_spread(divided(sums))
+    wide, tail = np.float64(weight), behavior_logp < np.log(0.01)
+    assert means["weight/std"] == pytest.approx(wide.std(), rel=0.01)
+    assert means["weight/tail_mean"] == pytest.approx(wide[tail].mean(), rel=1e-5)
+    assert means["weight/tail_variance"] == pytest.approx(wide[tail].var(), rel=0.02)
+    assert "weight/square" not in means and "weight/tail_square" not in means
+
+
+def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
+    ones, logp = np.full(8, 0.7, "float32"), np.full(8, -1.0, "float32")
+    means = with_spread(divided(summarize(ones, logp, logp, ones, ones > 0)[0]))
+    assert means["weight/std"] == pytest.approx(0, abs=1e-3)
+    assert np.isnan(means["weight/tail_variance"])
+    means = {"weight/mean": 2.0, "weight/square": 1.0, "weight/tail_mean": 1.0}
+    means |= {"weight/tail_square": 0.25, "other": 3.0}
+    assert with_spread(means) == {
+        "weight/mean": 2.0, "weight/tail_mean": 1.0, "other": 3.0,
+        "weight/std": 0.0, "weight/tail_variance": 0.25,
+    }  # fmt: skip
+    assert means["weight/square"] == 1.0  # its argument is left alone
+
+
+def test_the_mismatch_by_hand():
+    sampler = np.array([0.30, 0.50, 0.20, 0.60, 0.9])
+    learner = np.array([0.36, 0.52, 0.20, 0.50, 0.1])
+    pi, mask = np.array([0.48, 0.60, 0.50, 0.40, 0.5]), np.array([1, 1, 1, 1, 0])
+    advantage = np.array([1.0, 1.0, 1.0, -1.0, 1.0])
+    # δ = .15. π − µ of the sampler: .18 (dropped), .10, .30 (dropped), −.20 (dropped);
+    # of the learner: .12 (kept), .08, .30 (dropped), −.10 (kept). Two of four flip.
+    change = [0.06 / 0.15, 0.02 / 0.15, 0, 0.1 / 0.15]
+    sums, extremes = jax.jit(mismatch_summary)(
+        np.log(sampler), np.log(learner), np.log(pi), advantage, mask, 0.15
+    )
+    ratio = (learner / sampler)[:4]
+    expected = {
+        "mismatch/shift": 0.06 + 0.02 + 0.1,
+        "mismatch/kl": (ratio - 1 - np.log(ratio)).sum(),
+        "mismatch/ratio": ratio.sum(),
+        "mismatch/mask_flips": 2,
+        "mismatch/weight_change": sum(change),
+    }
+    assert sums.keys() == expected.keys()
+    for name, (total, count) in sums.items():
+        assert count == 4 and total == pytest.approx(expected[name], rel=1e-4), name
+    assert extremes.keys() == {"mismatch/ratio_max"}
+    assert extremes["mismatch/ratio_max"] == pytest.approx(1.2, rel=1e-5)
+
+
+def test_without_a_mismatch_nothing_changes():
+    logp, behavior_logp = np.log(PI), np.log(MU)
+    sums, extremes = jax.jit(mismatch_summary)(
+        behavior_logp, behavior_logp, logp, np.ones_like(PI), MASK, 0.15
+    )
+    means = divided(sums)
+    assert means.pop("mismatch/ratio") == extremes["mismatch/ratio_max"] == 1
+    assert set(means.values()) == {0}

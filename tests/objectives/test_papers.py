@@ -217,15 +217,18 @@ OUTSIDE = {
     ids=["inside", "outside"],
 )
 def test_one_token_by_hand(name, by_hand, pi, mu, advantage, old, top_pi, top_mu):
+    def many(x):  # of a shape that other tests compile as well
+        return np.broadcast_to(np.float32(x), (40, 100, *np.shape(x)))
+
     arrays = {
-        "mask": np.ones(1, bool),
-        "old_logp": np.log([old]),
-        "topk_logp": np.log([top_pi]),
-        "behavior_topk_logp": np.log([top_mu]),
+        "mask": many(1).astype(bool),
+        "old_logp": np.log(many(old)),
+        "topk_logp": np.log(many(top_pi)),
+        "behavior_topk_logp": np.log(many(top_mu)),
     }
     given = {key: arrays[key] for key in OBJECTIVES[name].arrays}
-    tokens = np.log([pi]), np.log([mu]), np.array([advantage])
+    tokens = np.log(many(pi)), np.log(many(mu)), many(advantage)
     J, c = token_objective(name, *tokens, **given)
     w = gradient_weight(name, *tokens, **given)
-    np.testing.assert_allclose([J[0], c[0]], by_hand[name], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(w[0], by_hand[name][1] / (pi / mu * advantage), rtol=1e-5, atol=1e-6)
+    expected = *by_hand[name], by_hand[name][1] / (pi / mu * advantage)
+    np.testing.assert_allclose([J[0, 0], c[0, 0], w[0, 0]], expected, rtol=1e-5, atol=1e-6)

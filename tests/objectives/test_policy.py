@@ -5,28 +5,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax.objectives import OBJECTIVES, policy_objective, table, token_objective
+from drpo_jax.objectives import OBJECTIVES, policy_objective, table, token_objective, token_weights
 
 
-@pytest.fixture
-def batch():
-    rng = np.random.default_rng(0)
-    logp, behavior_logp = np.log(rng.uniform(0.01, 0.99, (2, 4, 6))).astype(np.float32)
-    return jnp.array(logp), jnp.array(behavior_logp), jnp.array(rng.normal(size=(4, 6)), "float32")
+@pytest.fixture(scope="module")
+def tokens(batch):
+    """(log π, log µ, Â), float32 of the shape that other tests compile as well."""
+    return tuple(map(jnp.asarray, batch.astype(np.float32)[:3]))
+
+
+@pytest.fixture(scope="module")
+def needs(batch):
+    """name -> the arrays of an objective, float32."""
+    small = batch.astype(np.float32)
+    return lambda name: jax.tree.map(jnp.asarray, small.needs(name))
+
+
+def test_the_gradient_is_exactly_the_coefficient(case, tokens, needs):
+    name, hyper = case
+    given = needs(name)
+    mask = {"mask": given.pop("mask")} if "mask" in given else {}  # integers have no gradient
+    J, c = token_objective(name, *tokens, **given, **mask, **hyper)
+    assert c.any()
+
+    def total(tokens, given):
+        J = policy_objective(name, *tokens, **given, **mask, **hyper)
+        return J.sum(), J
+
+    gradient, value = jax.grad(total, (0, 1), has_aux=True)(tokens, given)
+    np.testing.assert_array_equal(value, J)
+    np.testing.assert_array_equal(gradient[0][0], c)
+    for data in (*gradient[0][1:], *gradient[1].values()):
+        assert not data.any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_gradient_is_exactly_the_coefficient(name, batch):
-    J, c = token_objective(name, *batch)
-    np.testing.assert_array_equal(policy_objective(name, *batch), J)
-    gradient = jax.grad(lambda *batch: policy_objective(name, *batch).sum(), (0, 1, 2))(*batch)
-    np.testing.assert_array_equal(gradient[0], c)
-    assert c.any() and not gradient[1].any() and not gradient[2].any()
-
-
-def test_the_coefficient_is_the_only_residual_and_the_backward_one_multiplication(batch):
-    _, backward = jax.vjp(lambda *batch: policy_objective("drpo", *batch), *batch)
-    _, c = token_objective("drpo", *batch)
+def test_the_coefficient_is_the_only_residual_and_the_backward_one_multiplication(
+    name, tokens, needs
+):
+    given = needs(name)
+    _, backward = jax.vjp(lambda *tokens: policy_objective(name, *tokens, **given), *tokens)
+    _, c = token_objective(name, *tokens, **given)
     (residual,) = jax.tree.leaves(backward)
     np.testing.assert_array_equal(residual, c)
     program = jax.make_jaxpr(lambda cotangent: backward(cotangent)[0])(jnp.ones_like(c))
@@ -34,51 +53,117 @@ def test_the_coefficient_is_the_only_residual_and_the_backward_one_multiplicatio
     assert [primitive for primitive in used if primitive != "broadcast_in_dim"] == ["mul"]
 
 
-def test_cotangents_are_those_of_a_linear_map(batch):
-    _, backward = jax.vjp(lambda logp: policy_objective("drpo", logp, *batch[1:]), batch[0])
-    cotangent = jnp.arange(24.0).reshape(4, 6)
-    expected = cotangent * token_objective("drpo", *batch)[1]
+def test_cotangents_are_those_of_a_linear_map(tokens):
+    _, backward = jax.vjp(lambda logp: policy_objective("drpo", logp, *tokens[1:]), tokens[0])
+    cotangent = jnp.arange(4000.0).reshape(40, 100)
+    expected = cotangent * token_objective("drpo", *tokens)[1]
     np.testing.assert_array_equal(backward(cotangent)[0], expected)
 
 
-def test_gradients_have_the_shapes_and_dtypes_of_what_was_broadcast(batch):
-    logp, behavior_logp, advantage = batch
+def test_gspo_under_every_weight_that_is_constant_within_a_response(batch, in_float64):
+    """There the product is the derivative of the loss, and otherwise that of GSPO-token."""
+    mask = batch.arrays["mask"]
+    rng = np.random.default_rng(0)
+    of_response = np.take_along_axis(rng.uniform(size=(40, 9)), mask, axis=1)
+    for constant, weight in ((True, of_response), (False, rng.uniform(size=mask.shape))):
+        weight = np.where(mask > 0, weight, 0)
+
+        def explicit(logp, weight=weight):
+            return (weight * policy_objective("gspo", logp, *batch[1:3], mask=mask)).sum()
+
+        def by_autodiff(logp, weight=weight):
+            return (weight * token_objective("gspo", logp, *batch[1:3], mask=mask)[0]).sum()
+
+        emitted = in_float64(jax.grad(explicit), batch.logp)
+        derived = in_float64(jax.grad(by_autodiff), batch.logp)
+        if constant:
+            np.testing.assert_allclose(emitted, derived, rtol=1e-6, atol=1e-12)
+        else:
+            assert abs(emitted - derived).max() > 0.1
+            _, c = in_float64(token_objective, "gspo", *batch[:3], mask=mask)
+            np.testing.assert_allclose(emitted, weight * c, rtol=1e-6)
+
+
+def test_the_loss_of_an_aggregation_has_the_weighted_coefficients_as_gradient(tokens, needs):
+    mask = needs("gspo")["mask"]
+    weight, denominator = token_weights("seq-mean-token-sum-norm", mask, 100)
+
+    def loss(logp):
+        return -(weight * policy_objective("drpo", logp, *tokens[1:])).sum() / denominator
+
+    _, c = token_objective("drpo", *tokens)
+    np.testing.assert_allclose(jax.grad(loss)(tokens[0]), -weight * c / denominator, rtol=1e-5)
+
+
+def test_gradients_have_the_shapes_and_dtypes_of_what_was_broadcast(tokens):
+    logp, behavior_logp, advantage = tokens
     arguments = logp.astype(jnp.bfloat16), behavior_logp[:1], advantage[:, :1]
     gradient = jax.grad(lambda *args: policy_objective("drpo", *args).sum(), (0, 1, 2))(*arguments)
     for given, received in zip(arguments, gradient, strict=True):
         assert given.shape == received.shape and given.dtype == received.dtype
     gradient = jax.grad(lambda x: policy_objective("drpo", x, behavior_logp, advantage).sum())(-1.0)
-    np.testing.assert_allclose(
-        gradient, token_objective("drpo", -1.0, behavior_logp, advantage)[1].sum(), rtol=1e-6
-    )
+    expected = token_objective("drpo", -1.0, behavior_logp, advantage)[1].sum()
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
-def test_hyperparameters_reach_the_gradient_under_jit_and_remat(batch):
+def test_jit_vmap_and_remat_change_nothing(cases, tokens, needs):
+    """One program for all: rows mapped one by one, recomputed in the backward pass, compiled."""
+    arrays = [needs(name) for name, _ in cases]
+
+    def of_a_row(logp, behavior_logp, advantage, given):
+        @jax.checkpoint
+        def totals(logp):
+            of_all = zip(cases, given, strict=True)
+            token = logp, behavior_logp, advantage
+            return jnp.stack(
+                [policy_objective(name, *token, **g, **hyper).sum() for (name, hyper), g in of_all]
+            )
+
+        return jax.jacrev(totals)(logp)
+
+    compiled = jax.jit(jax.vmap(of_a_row, out_axes=1))(*tokens, arrays)
+    for (name, hyper), given, gradient in zip(cases, arrays, compiled, strict=True):
+        _, c = token_objective(name, *tokens, **given, **hyper)
+        close = dict(rtol=2e-4, atol=1e-5, err_msg=name)  # exp and the sums are compiled otherwise
+        np.testing.assert_allclose(gradient, c, **close)
+
+
+def test_hyperparameters_reach_the_gradient_and_may_be_traced(tokens):
+    _, c = token_objective("grpo", *tokens, epsilon_high=0.5, dual_clip=3.0)
+    gradient = jax.grad(
+        lambda x: policy_objective("grpo", x, *tokens[1:], epsilon_high=0.5, dual_clip=3.0).sum()
+    )(tokens[0])
+    np.testing.assert_array_equal(gradient, c)
+    assert (c != token_objective("grpo", *tokens)[1]).any()
+
     @jax.jit
-    @jax.grad
-    @jax.checkpoint
-    def gradient(logp):
-        return policy_objective("grpo", logp, *batch[1:], epsilon_high=0.5, dual_clip=3.0).sum()
+    def gradient_at(delta):
+        objective = lambda x: policy_objective("drpo", x, *tokens[1:], delta=delta).sum()  # noqa: E731
+        return jax.grad(objective)(tokens[0])
 
-    _, c = token_objective("grpo", *batch, epsilon_high=0.5, dual_clip=3.0)
-    np.testing.assert_allclose(gradient(batch[0]), c, rtol=1e-6)
-    assert (c != token_objective("grpo", *batch)[1]).any()
+    for delta in (0.15, 12.5):
+        _, c = token_objective("drpo", *tokens, delta=delta)
+        np.testing.assert_allclose(gradient_at(delta), c, rtol=1e-4, atol=1e-5)
 
 
-def test_the_coefficient_comes_from_the_table_alone(batch, monkeypatch):
-    gradient = jax.grad(lambda logp: policy_objective("drpo", logp, *batch[1:]).sum())
-    before, original = gradient(batch[0]), table.token_objective
+def test_the_coefficient_comes_from_the_table_alone(tokens, monkeypatch):
+    gradient = jax.grad(lambda logp: policy_objective("drpo", logp, *tokens[1:]).sum())
+    before, original = gradient(tokens[0]), table.token_objective
 
     def perturbed(*args, **hyper):
         J, c = original(*args, **hyper)
         return J, c + 7.0
 
     monkeypatch.setattr(table, "token_objective", perturbed)
-    np.testing.assert_array_equal(gradient(batch[0]), before + 7.0)
+    np.testing.assert_array_equal(gradient(tokens[0]), before + 7.0)
 
 
-def test_wrong_arguments_are_the_tables_errors(batch):
+def test_wrong_arguments_are_the_tables_errors(tokens):
     with pytest.raises(ValueError, match="Did you mean 'delta'"):
-        policy_objective("drpo", *batch, detla=0.1)
+        policy_objective("drpo", *tokens, detla=0.1)
     with pytest.raises(ValueError, match="Did you mean 'drpo'"):
-        policy_objective("drpoo", *batch)
+        policy_objective("drpoo", *tokens)
+    with pytest.raises(ValueError, match="missing: old_logp"):
+        policy_objective("minirl", *tokens)
+    with pytest.raises(ValueError, match="Did you mean 'topk_logp'"):
+        policy_objective("dppo_topk_tv", *tokens, topk_lgp=tokens[0])

@@ -37,7 +37,7 @@ def assert_coefficient_is_derivative(name, hyper, batch, in_float64):
         return derivative, c, gradient_weight(name, logp, *others, **keywords)
 
     counted = batch.arrays["mask"] > 0 if name == "gspo" else np.ones(batch.logp.shape, bool)
-    derivative, c, w = in_float64(jax.jit(terms), batch.logp)
+    derivative, c, w = in_float64(terms, batch.logp)
     assert derivative.dtype == c.dtype == w.dtype == np.float64
     np.testing.assert_allclose(c[counted], derivative[counted], rtol=1e-7, atol=1e-9)
     ratio = np.exp(batch.logp - batch.behavior_logp)
@@ -67,36 +67,34 @@ def test_tokens_reach_every_regime(batch, in_float64):
 
 def test_gspo_through_its_aggregation_is_the_mean_over_responses(batch, in_float64):
     """Packed or one per row, weight·c is the derivative of the paper's objective."""
-    mask = batch.arrays["mask"]
-    responses = [(row, mask[row] == n) for row in range(len(mask)) for n in range(1, 9)]
-    own_row = np.zeros((len(responses), mask.shape[1]))
-    unpacked = [own_row.copy() for _ in range(3)]
-    for i, at in enumerate(responses):
-        for target, source in zip(unpacked, batch[:3]):
+    five = np.arange(40)[:, None] < 5  # rows, of eight responses each
+    packed = [np.where(five, x, 0) for x in (*batch[:3], batch.arrays["mask"])]
+    places = [(row, packed[3][row] == number) for row in range(5) for number in range(1, 9)]
+    alone = [np.zeros_like(x) for x in packed]  # a response per row, at its start
+    for i, at in enumerate(places):
+        for target, source in zip(alone, packed, strict=True):
             target[i, : at[1].sum()] = source[at]
-    lengths = np.array([at[1].sum() for at in responses])
-    alone = np.arange(mask.shape[1]) < lengths[:, None]
+    mask = alone[3] > 0
+    lengths = mask.sum(1)
 
     def mean_of_clipped_ratios(logp):
-        log_r = jnp.where(alone, logp - unpacked[1], 0).sum(-1) / lengths
-        s, A = jnp.exp(log_r), unpacked[2][:, 0]
+        s = jnp.exp(jnp.where(mask, logp - alone[1], 0).sum(-1) / lengths)
+        A = alone[2][:, 0]
         return jnp.minimum(s * A, jnp.clip(s, 1 - 3e-4, 1 + 4e-4) * A).mean()
 
-    expected = in_float64(jax.jit(jax.grad(mean_of_clipped_ratios)), unpacked[0])
-    assert (expected != 0).any()
-
-    def step(tokens, mask):
+    def step(logp, behavior_logp, advantage, mask):
         weight, denominator = token_weights("seq-mean-token-mean", mask)
-        J, c = token_objective("gspo", *tokens, mask=mask)
+        J, c = token_objective("gspo", logp, behavior_logp, advantage, mask=mask)
         return (weight * J).sum() / denominator, weight * c / denominator
 
-    value, whole = in_float64(step, unpacked, alone)
-    np.testing.assert_allclose(value, in_float64(mean_of_clipped_ratios, unpacked[0]), rtol=1e-6)
-    np.testing.assert_allclose(whole, expected, rtol=1e-6, atol=1e-12)
-    value, packed = in_float64(step, batch[:3], mask)
-    np.testing.assert_allclose(value, in_float64(mean_of_clipped_ratios, unpacked[0]), rtol=1e-6)
-    for i, at in enumerate(responses):
-        np.testing.assert_allclose(packed[at], expected[i, : lengths[i]], rtol=1e-6, atol=1e-12)
+    value, slope = in_float64(jax.jit(jax.value_and_grad(mean_of_clipped_ratios)), alone[0])
+    assert (slope != 0).any() and (slope[mask] == 0).any()
+    for rows in (alone, [*alone[:3], mask], packed):
+        J, c = in_float64(step, *rows)
+        assert J == pytest.approx(value, rel=1e-6)
+        if rows is packed:
+            c = np.stack([np.pad(c[at], (0, 100 - at[1].sum())) for at in places])
+        np.testing.assert_allclose(c, slope, rtol=1e-6, atol=1e-12)
 
 
 def test_on_policy_every_objective_is_the_policy_gradient(case, batch):
@@ -110,25 +108,21 @@ def test_on_policy_every_objective_is_the_policy_gradient(case, batch):
     np.testing.assert_array_equal(w, 1.0)
 
 
-def arrays_of_one_token(name, logp):
-    """What an objective needs of the second of four tokens with log-probabilities [4]."""
-    arrays = {"mask": np.ones(1, bool), "old_logp": np.log([0.25])}
-    arrays |= {"topk_logp": logp[None, :2], "behavior_topk_logp": np.log([[0.25, 0.25]])}
-    return {key: arrays[key] for key in OBJECTIVES[name].arrays}
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_ascent_raises_a_token_with_positive_advantage_and_lowers_one_with_negative(name):
-    def objective(logits, advantage):
+def test_ascent_raises_a_token_with_positive_advantage_and_lowers_one_with_negative():
+    def objectives(logits, advantage):
         logp = jax.nn.log_softmax(logits)
-        given = arrays_of_one_token(name, logp)
-        return token_objective(name, logp[1:2], jnp.log(0.25), advantage, **given)[0].sum()
+        quarter = jnp.log(jnp.full(4, 0.25))
+        arrays = {"mask": jnp.ones(1, bool), "old_logp": quarter[1:2]}
+        arrays |= {"topk_logp": logp[None, :2], "behavior_topk_logp": quarter[None, :2]}
+        token = logp[1:2], quarter[1:2], advantage
+        given = {name: {key: arrays[key] for key in OBJECTIVES[name].arrays} for name in OBJECTIVES}
+        return [token_objective(name, *token, **given[name])[0].sum() for name in OBJECTIVES]
 
-    gradient = jax.jit(jax.vmap(jax.grad(objective), (None, 0)))
-    up, down = gradient(jnp.zeros(4), jnp.array([1.0, -1.0]))
-    others = jnp.array([0, 2, 3])
-    assert up[1] > 0 and (up[others] < 0).all()
-    assert down[1] < 0 and (down[others] > 0).all()
+    gradients = jax.jit(jax.vmap(jax.jacrev(objectives), (None, 0)))
+    for name, (up, down) in zip(OBJECTIVES, gradients(jnp.zeros(4), jnp.array([1.0, -1.0]))):
+        for gradient, sign in ((up, 1), (down, -1)):
+            np.testing.assert_allclose(gradient, sign * np.array([-0.25, 0.75, -0.25, -0.25]),
+                                       rtol=1e-5, err_msg=name)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- numerics
@@ -139,18 +133,23 @@ EXTREME = np.array([0.0, -1e-8, -1e-3, -1, -19.9, -20, -20.1, -50, -110, -1e4, -
 def test_extreme_inputs_stay_finite(case):
     name, hyper = case
     signs = np.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 100.0, -100.0])
-    grid = (x.astype(np.float32) for x in np.meshgrid(EXTREME, EXTREME, signs))
-    logp, behavior_logp, advantage = grid
-    arrays = {"mask": np.arange(8) // 3 * np.ones(logp.shape, int), "old_logp": logp[::-1]}
-    arrays["topk_logp"] = np.stack([logp, behavior_logp, logp[::-1]], -1)
-    arrays["behavior_topk_logp"] = np.stack([behavior_logp, logp, behavior_logp[:, ::-1]], -1)
-    given = {key: arrays[key] for key in OBJECTIVES[name].arrays} | hyper
-    J, c = token_objective(name, logp, behavior_logp, advantage, **given)
-    w = gradient_weight(name, logp, behavior_logp, advantage, **given)
-    assert J.dtype == c.dtype == w.dtype == np.float32
-    assert np.isfinite(J).all() and np.isfinite(c).all() and np.isfinite(w).all()
-    clipped = np.asarray(beyond_clip(logp, behavior_logp))
-    assert clipped.any() and not c[clipped].any() and not w[clipped].any()
+    grid = np.meshgrid(EXTREME, EXTREME, EXTREME[::2], signs)
+    # 6912 of them; of two shapes that other tests compile as well
+    logp, behavior_logp, old_logp, advantage = (
+        np.resize(x.astype(np.float32), (2, 40, 100)) for x in grid
+    )
+    topk = np.stack([logp, behavior_logp, old_logp, logp], -1)
+    arrays = {"mask": np.arange(4000).reshape(40, 100) % 7, "old_logp": old_logp}
+    arrays |= {"topk_logp": topk, "behavior_topk_logp": topk[..., ::-1]}
+    for half in range(2):
+        tokens = logp[half], behavior_logp[half], advantage[half]
+        given = {k: arrays[k] if k == "mask" else arrays[k][half] for k in OBJECTIVES[name].arrays}
+        J, c = token_objective(name, *tokens, **given, **hyper)
+        w = gradient_weight(name, *tokens, **given, **hyper)
+        assert J.dtype == c.dtype == w.dtype == np.float32
+        assert np.isfinite(J).all() and np.isfinite(c).all() and np.isfinite(w).all()
+        clipped = np.asarray(beyond_clip(*tokens[:2]))
+        assert clipped.any() and not c[clipped].any() and not w[clipped].any()
 
 
 def test_beyond_clip_is_beyond_twenty_nats():
@@ -161,23 +160,22 @@ def test_beyond_clip_is_beyond_twenty_nats():
     assert LOG_RATIO_CLIP == 20
 
 
-def test_weight_at_zero_advantage(case, batch):
+def test_weight_at_zero_advantage(case, batch, in_float64):
     name, hyper = case
-    logp, behavior_logp, _, _ = batch = batch.astype(np.float32)
-    given = batch.needs(name) | hyper
-    _, c = token_objective(name, logp, behavior_logp, 0.0, **given)
-    weight = gradient_weight(name, logp, behavior_logp, 0.0, **given)
-    ratio, shift = np.exp(logp - behavior_logp), np.exp(logp) - np.exp(behavior_logp)
+    tokens, given = (*batch[:2], np.zeros_like(batch.advantage)), batch.needs(name) | hyper
+    _, c = in_float64(token_objective, name, *tokens, **given)
+    weight = in_float64(gradient_weight, name, *tokens, **given)
     if name in ("cispo", "minirl", "sapo", "gspo") or "ratio_cap" in hyper:
         assert np.isfinite(weight).all() and (weight != 1).any()  # how the ratio is treated
     else:
         np.testing.assert_array_equal(weight, 1.0)
+    pi, mu = np.exp(batch.logp), np.exp(batch.behavior_logp)
     if name == "drpo_no_advantage":  # the pull back needs no advantage
-        expected = -ratio * shift / hyper.get("delta", DELTA)
-        np.testing.assert_allclose(c, expected, rtol=1e-5, atol=1e-9)
+        expected = -pi / mu * (pi - mu) / hyper.get("delta", DELTA)
+        np.testing.assert_allclose(c, expected, rtol=1e-7)
     elif name == "spo_no_advantage":
-        epsilon = hyper.get("epsilon", 12.5)
-        np.testing.assert_allclose(c, -ratio * (ratio - 1) / epsilon, rtol=1e-3, atol=1e-5)
+        expected = -pi / mu * (pi / mu - 1) / hyper.get("epsilon", 12.5)
+        np.testing.assert_allclose(c, expected, rtol=1e-7)
     else:
         assert not c.any()
 

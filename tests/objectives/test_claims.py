@@ -1,0 +1,175 @@
+"""The papers' claims about the weights, on tokens where they can be computed by hand."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from drpo_jax.objectives.table import gradient_weight, token_objective
+
+DELTA = 0.15
+
+
+@pytest.fixture(scope="module")
+def weight_at(in_float64):
+    """(name, π, µ, Â, …) -> w in float64, of the shape of the three."""
+
+    def weight(name, pi, mu, advantage, **keywords):
+        pi, mu, advantage = np.broadcast_arrays(pi, mu, advantage)
+        # one shape, that other tests compile as well
+        tokens = (np.resize(x, (40, 100)) for x in (np.log(pi), np.log(mu), advantage))
+        w = in_float64(gradient_weight, name, *tokens, **keywords)
+        return w.reshape(-1)[: pi.size].reshape(pi.shape)
+
+    return weight
+
+
+def test_drpo_is_spo_with_a_token_adaptive_bound(batch, in_float64):
+    bound = DELTA / np.exp(batch.behavior_logp)
+    drpo = in_float64(token_objective, "drpo", *batch[:3], delta=DELTA)
+    spo = in_float64(token_objective, "spo", *batch[:3], epsilon=bound)
+    np.testing.assert_allclose(drpo, spo, rtol=1e-7, atol=1e-9)
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    mu=st.floats(1e-4, 1 - 1e-4),
+    delta=st.floats(0.01, 0.9),
+    advantage=st.sampled_from([-2.0, -0.1, 0.3, 5.0]),
+)
+def test_the_boundary_attenuates_inside_stops_at_it_and_corrects_outside(
+    weight_at, mu, delta, advantage
+):
+    pi = mu + np.sign(advantage) * delta * np.array([0.0, 0.5, 0.999, 1.0, 1.001, 1.5, -0.5, -1.5])
+    reachable = (pi > 1e-9) & (pi < 1)
+    expected = np.array([1.0, 0.5, 0.001, 0.0, -0.001, -0.5, 1.5, 2.5])
+    pi = np.where(reachable, pi, mu)
+    weight = weight_at("drpo", pi, mu, advantage, delta=delta)
+    np.testing.assert_allclose(weight, np.where(reachable, expected, 1.0), atol=1e-9)
+    # DPPO: kept inside, dropped outside, kept where converging. Its boundary is the same one.
+    steps = np.array([1.0, 1.0, 1.0, np.nan, 0.0, 0.0, 1.0, 1.0])
+    kept = weight_at("dppo_tv", pi, mu, advantage, delta=delta)
+    checked = reachable & ~np.isnan(steps)
+    np.testing.assert_array_equal(kept[checked], steps[checked])
+    # The two ablations split DRPO's weight between them.
+    outside = np.where(reachable, np.array([0, 0, 0, 0, 1, 1, 0, 0]), 0) > 0
+    masked = weight_at("mask_drpo", pi, mu, advantage, delta=delta, directional=True)
+    np.testing.assert_allclose(masked[~outside & (steps == 1)], 1.0)
+    np.testing.assert_allclose(masked[outside], weight[outside], atol=1e-9)
+    cut = weight_at("drpo_no_correction", pi, mu, advantage, delta=delta)
+    np.testing.assert_allclose(cut, np.maximum(weight, 0), atol=1e-9)
+
+
+def test_mask_drpo_amplifies_converging_tokens_outside_unless_directional(weight_at):
+    pi, mu = 0.3, 0.6  # Â > 0: converging, |π − µ| = 2δ
+    assert weight_at("mask_drpo", pi, mu, 1.0) == pytest.approx(3.0)
+    assert weight_at("mask_drpo", pi, mu, 1.0, directional=True) == 1.0
+    assert weight_at("drpo", pi, mu, 1.0) == pytest.approx(3.0)
+    assert weight_at("dppo_tv", pi, mu, 1.0) == weight_at("dppo_kl", pi, mu, 1.0) == 1.0
+
+
+def test_weights_are_bounded_for_drpo_and_unbounded_for_spo_along_the_tail(weight_at):
+    mu = 10.0 ** -np.arange(1, 8)
+    drpo = weight_at("drpo", 0.3, mu, 1.0)
+    spo = weight_at("spo", 0.3, mu, 1.0)
+    np.testing.assert_allclose(drpo, 1 - (0.3 - mu) / DELTA)
+    assert (abs(drpo - 1) <= 1 / DELTA).all()
+    assert (np.diff(spo) < 0).all() and spo[-1] < -1e5
+
+
+def test_the_bound_of_the_weight_is_attained(weight_at):
+    # π − µ → ±1, with log r inside the clip: from µ = 3e-9 to π = 1.
+    for pi, mu in ((1 - 1e-9, 3e-9), (3e-9, 1 - 1e-9)):
+        for advantage in (-1.0, 1.0):
+            expected = 1 - np.sign(advantage * (pi - mu)) / DELTA
+            assert weight_at("drpo", pi, mu, advantage) == pytest.approx(expected, rel=1e-7)
+
+
+def test_at_the_boundary_drpo_is_continuous_and_the_masks_jump(weight_at):
+    mu, step = 0.4, 1e-9
+    diverging = mu + DELTA + np.array([-step, step])
+    converging = mu - DELTA - np.array([-step, step])
+    for name, up, back in (
+        ("drpo", [0, 0], [2, 2]),
+        ("drpo_no_correction", [0, 0], [2, 2]),
+        ("dppo_tv", [1, 0], [1, 1]),
+        ("mask_drpo", [1, 0], [1, 2]),
+    ):
+        np.testing.assert_allclose(weight_at(name, diverging, mu, 1.0), up, atol=1e-7)
+        np.testing.assert_allclose(weight_at(name, converging, mu, 1.0), back, atol=1e-7)
+    # DPPO drops a token at once, however little is left of its own boundary.
+    assert (weight_at("dppo_kl", [0.55, 0.57], mu, 1.0) == [1, 0]).all()
+
+
+def test_objectives_are_continuous_at_the_boundary_but_for_the_hard_masks(in_float64):
+    pi = np.resize(0.4 + DELTA + np.array([-1e-9, 1e-9]), (40, 100))
+    tokens = np.log(pi), np.log(np.full_like(pi, 0.4)), np.ones_like(pi)
+    for name in ("drpo", "drpo_no_correction", "mask_drpo"):
+        J = in_float64(token_objective, name, *tokens)[0]
+        assert abs(J[0, 0] - J[0, 1]) < 1e-7, name
+    J = in_float64(token_objective, "dppo_tv", *tokens)[0]
+    assert J[0, 0] > 1.3 and J[0, 1] == 0
+
+
+def test_the_boundary_is_reachable_only_for_some_tokens(weight_at):
+    mu = np.linspace(0.001, 0.999, 999)
+    down = weight_at("drpo", 3e-9, mu, -1.0)  # as far down as the clip of log r lets it go
+    np.testing.assert_array_equal(down[mu < DELTA - 1e-6] > 0, True)
+    np.testing.assert_array_equal(down[mu > DELTA + 1e-6] < 0, True)
+    up = weight_at("drpo", 1 - 1e-12, mu, 1.0)
+    np.testing.assert_array_equal(up[mu > 1 - DELTA + 1e-6] > 0, True)
+    np.testing.assert_array_equal(up[mu < 1 - DELTA - 1e-6] < 0, True)
+    released = weight_at("spo", 3e-9, mu, -1.0, epsilon=12.5)  # r < 1 has no boundary at all
+    assert (released > 0.9).all()
+
+
+def test_what_the_topk_keeps_the_binary_mask_keeps(batch, in_float64):
+    """Merging bins lowers a divergence: with the sampled token among the top k, the binary one is
+    the smaller, so the finer mask drops at least as much."""
+    topk = {key: batch.arrays[key] for key in ("topk_logp", "behavior_topk_logp")}
+    tokens = topk["topk_logp"][..., 1], topk["behavior_topk_logp"][..., 1], batch.advantage
+    for kind in ("tv", "kl"):
+        finer = in_float64(gradient_weight, f"dppo_topk_{kind}", *tokens, **topk) > 0
+        binary = in_float64(gradient_weight, f"dppo_{kind}", *tokens) > 0
+        assert binary[finer].all() and (binary & ~finer).any() and (~binary).any()
+
+
+def test_a_single_top_token_makes_the_topk_mask_the_binary_one(batch, in_float64):
+    tokens = batch.arrays["topk_logp"][..., 0], batch.arrays["behavior_topk_logp"][..., 0]
+    topk = {"topk_logp": tokens[0][..., None], "behavior_topk_logp": tokens[1][..., None]}
+    for kind in ("tv", "kl"):
+        one = in_float64(token_objective, f"dppo_topk_{kind}", *tokens, batch.advantage, **topk)
+        binary = in_float64(token_objective, f"dppo_{kind}", *tokens, batch.advantage)
+        np.testing.assert_array_equal(one, binary)
+
+
+@pytest.mark.parametrize(
+    "name", ["drpo", "spo", "mask_drpo", "drpo_no_correction", "dppo_tv", "grpo", "sapo", "cispo"]
+)
+def test_reward_scale_moves_no_boundary(name, batch, in_float64):
+    weight = in_float64(gradient_weight, name, *batch[:3])
+    scaled = in_float64(gradient_weight, name, *batch[:2], 10 * batch.advantage)
+    np.testing.assert_array_equal(weight, scaled)
+
+
+def test_without_the_absolute_advantage_the_boundary_is_proportional_to_it(weight_at):
+    for advantage in (-2.0, -1.0, 0.5, 1.0, 2.0):
+        mu = 0.5
+        pi = mu + DELTA * advantage  # where drpo_no_advantage stops
+        assert weight_at("drpo_no_advantage", pi, mu, advantage) == pytest.approx(0, abs=1e-12)
+        pi = mu * (1 + 0.2 * advantage)  # where spo_no_advantage stops
+        weight = weight_at("spo_no_advantage", pi, mu, advantage, epsilon=0.2)
+        assert weight == pytest.approx(0, abs=1e-12)
+
+
+def test_the_coefficient_is_unbounded_though_the_weight_is_not(in_float64):
+    def largest(name, mu):
+        pi = np.linspace(mu, 1, 4000).reshape(40, 100)
+        tokens = np.log(pi), np.full_like(pi, np.log(mu)), np.ones_like(pi)
+        return in_float64(token_objective, name, *tokens)[1].max()
+
+    for mu, expected in ((1e-2, 4.3), (1e-4, 375)):
+        peak = (DELTA + mu) ** 2 / (4 * DELTA * mu)
+        assert largest("drpo", mu) == pytest.approx(peak, rel=1e-3)
+        assert peak == pytest.approx(expected, rel=0.01)
+        assert largest("spo", mu) <= (12.5 + 1) ** 2 / (4 * 12.5) + 1e-6  # 3.65

@@ -1,0 +1,76 @@
+"""Tokens in colour: the shade of a weight, what the HTML says, which responses are chosen."""
+
+import re
+
+import numpy as np
+
+from drpo_jax.reporting.highlight import (
+    SHADES,
+    responses_html,
+    shade,
+    shade_key,
+    telling_rows,
+    token_spans,
+)
+
+
+def rollout(**arrays):
+    """Two prompts with two responses each; the second and the last are right."""
+    logp = np.log(np.full((4, 3), 0.5, np.float32))
+    return {
+        "piece": np.array([["1", "<", ""]] * 4),
+        "response_mask": np.ones((4, 3), bool),
+        "behavior_logp": logp,
+        "logp": logp + 0.1,
+        "weight": np.array([[1, 0.9, 1], [1, -2, 1], [1, 1.2, 1], [1, 1.3, 1]], np.float32),
+        "coefficient": np.ones((4, 3), np.float32),
+        "entropy": np.full((4, 3), 0.25, np.float32),
+        "advantage": np.array([-0.5, 0.5, -0.5, 0.5], np.float32),
+        "reward": np.array([0, 1, 0, 1], np.float32),
+        "prompt": np.array(["1<2", "1<2", "3+4=", "3+4="]),
+        "answer": np.array(["7"] * 4),
+    } | arrays
+
+
+def test_every_weight_has_its_shade():
+    begins = list(SHADES.values())
+    assert begins == sorted(begins) and begins[0] == -np.inf
+    for (colour, begin), end in zip(SHADES.items(), [*begins[1:], np.inf]):
+        for w in (max(begin, -5.0), min(end, 50.0) - 1e-6):
+            assert shade(w).startswith(f"background:{colour};")
+    assert [shade(w)[-4:] for w in (-2, -1e-9, 1, 3)] == ["#fff", "#fff", "2129", "#fff"]
+    assert shade_key().count("<span") == len(SHADES)
+    assert "corrected <span" in shade_key() and f'"{shade(-9)};' in shade_key().split("−1")[0]
+
+
+def test_a_token_tells_its_numbers():
+    spans = token_spans(rollout(), 1)
+    assert re.findall(r">([^<]*)</span>", spans) == ["1", "&lt;", "∎"]
+    told = re.findall(r'title="([^"]*)"', spans)[1].split("&#10;")
+    expected = ["µ 0.5", "π 0.5526", "r 1.105", "w -2", "c 1", "Â 0.5", "entropy 0.25 nats"]
+    assert told == expected
+    assert shade(-2) in spans.split("</span>")[1]
+
+
+def test_of_a_long_response_the_tokens_around_the_farthest_weight():
+    weight = np.ones((4, 3), np.float32)
+    weight[0, 2] = 3
+    spans = token_spans(rollout(weight=weight), 0, limit=1)
+    assert spans.count("<span") == 1 and "∎" in spans and "<u>2 tokens </u>" in spans
+    assert "<u> 2 tokens</u>" in token_spans(rollout(weight=2 - weight[:, ::-1]), 0, limit=1)
+    nothing = rollout(response_mask=np.zeros((4, 3), bool))
+    assert token_spans(nothing, 0) == ""
+
+
+def test_right_and_wrong_responses_of_different_prompts_the_farthest_first():
+    assert telling_rows(rollout()) == [1, 3, 2, 0]
+    assert telling_rows(rollout(), count=1) == [1, 2]
+    assert telling_rows(rollout(prompt=np.array(["1<2"] * 4))) == [1, 2]
+    assert telling_rows(rollout(advantage=np.array([0.0, 0, 1, 1]))) == [3, 2]
+    assert telling_rows(rollout(advantage=np.zeros(4))) == [1, 3, 2, 0]
+
+
+def test_responses_are_escaped():
+    page = responses_html(rollout(), [1, 2])
+    assert "1&lt;2<span" in page and "1<2" not in page
+    assert re.findall(r"<b>(\w+)</b>", page) == ["right", "wrong"]

@@ -261,8 +261,15 @@ def validate(config: Mapping[str, Any]) -> None:
     problems = problems or _range_problems(values) + _cross_problems(values)
     if problems:
         raise BadInput("the config has errors:\n  " + "\n  ".join(problems))
+    name, aggregation = values["objective.name"], values["objective.aggregation"]
+    if name == "gspo" and aggregation != "seq-mean-token-mean":
+        logging.warning(
+            "objective.aggregation = %r: gspo divides the objective of a response by its length only "
+            "under 'seq-mean-token-mean'; this one weights long responses more.",
+            aggregation,
+        )
     delta = _hyper(values).get("delta", 0)
-    if delta >= 1 and not values["objective.name"].endswith("_kl"):
+    if delta >= 1 and not name.endswith("_kl"):
         logging.warning(
             "objective.delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
             "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
@@ -356,6 +363,9 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     rescored = v["objective.behavior"] == "rescored" or v["objective.correction"] == "none"
     correction = "objective.correction objective.behavior"
     require(rescored, correction, "a correction needs objective.behavior = 'rescored'")
+    token_level = v["objective.correction"] != "none" and v["objective.correction_level"] == "token"
+    level = "objective.correction_level objective.name"
+    require(name != "gspo" or not token_level, level, "gspo takes sequence or geometric")
     recorded = "sampler.top_logprobs model.vocab_size"
     require(v["sampler.top_logprobs"] <= v["model.vocab_size"], recorded, "at most the vocabulary")
     fp8 = "precision.sampler_weights precision.recipe"

@@ -86,6 +86,7 @@ def test_checked_fields_exist():
         ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: both or none"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
+        ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),
         ({"sampler__top_logprobs": 99}, "at most the vocabulary"),
         ({"precision__recipe": "none", "precision__sampler_weights": "codes"}, "without a recipe"),
     ],
@@ -116,6 +117,15 @@ def test_a_boundary_that_no_token_reaches_is_warned_of(monkeypatch):
     assert len(said) == 1
     C.validate(changed(objective__threshold="released"))
     assert len(said) == 2 and said[1] == said[0]
+
+
+def test_an_aggregation_that_is_not_gspos_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    C.validate(changed(objective__name="gspo"))
+    assert len(said) == 1 and "gspo divides" in said[0]
+    C.validate(changed(objective__name="gspo", objective__aggregation="seq-mean-token-mean"))
+    assert len(said) == 1
 
 
 def test_resolve_fills_in_and_freezes():

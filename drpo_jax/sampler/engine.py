@@ -34,7 +34,7 @@ class Rollouts:
       full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
       finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
       top_ids, top_logp: int32 and float32 [N, R, K], the most likely tokens of the full
-        distribution at each step, K = SamplingParams.top_logprobs.
+        distribution at each step, the sampled one among them, K = SamplingParams.top_logprobs.
     """
 
     tokens: np.ndarray

@@ -20,7 +20,8 @@ class SamplingParams:
       top_k: keep only the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of most likely tokens whose probabilities reach p; 1 keeps all.
       stop: token ids that end a response (and are part of it).
-      top_logprobs: most likely tokens whose ids and logprobs are recorded at every step; 0: none.
+      top_logprobs: most likely tokens whose ids and logprobs are recorded at every step, the sampled
+        one in place of the last where it is not among them; 0: none.
 
     Raises:
       ValueError: a value outside its range.
@@ -74,28 +75,31 @@ def sample_token(logits_BxV, keys_B, params):
     Returns:
       token int32 [B]; logp float32 [B], its logprob under the distribution it was sampled from
       (temperature and filters applied); full_logp float32 [B], the same without the filters; top,
-      the most likely tokens of the unfiltered distribution as (ids int32 [B, K], logp float32
-      [B, K]), or () where none are recorded. A greedy token's logprobs are those of the unfiltered
-      distribution at temperature 1.
+      the most likely tokens of the unfiltered distribution and the sampled one as (ids int32
+      [B, K], logp float32 [B, K]), or () where none are recorded. A greedy token's logprobs are
+      those of the unfiltered distribution at temperature 1.
     """
     logits = logits_BxV.astype(jnp.float32)
     if params.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         full_logp = token_logp(logits, token)
-        return token, full_logp, full_logp, _top(logits, params.top_logprobs)
+        return token, full_logp, full_logp, _top(logits, token, full_logp, params.top_logprobs)
     logits = logits / params.temperature
     filtered = filter_logits(logits, params.top_k, params.top_p)
     token = jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
     full_logp = token_logp(logits, token)
     logp = token_logp(filtered, token) if filtered is not logits else full_logp
-    return token, logp, full_logp, _top(logits, params.top_logprobs)
+    return token, logp, full_logp, _top(logits, token, full_logp, params.top_logprobs)
 
 
-def _top(logits_BxV, count):
+def _top(logits_BxV, token_B, logp_B, count):
     if not count:
         return ()
     top, ids = jax.lax.top_k(logits_BxV, count)
-    return ids, top - jax.nn.logsumexp(logits_BxV, axis=-1, keepdims=True)
+    logp = top - jax.nn.logsumexp(logits_BxV, axis=-1, keepdims=True)
+    missing = ~jnp.any(ids == token_B[:, None], axis=-1)
+    ids = ids.at[:, -1].set(jnp.where(missing, token_B, ids[:, -1]))
+    return ids, logp.at[:, -1].set(jnp.where(missing, logp_B, logp[:, -1]))
 
 
 def token_logp(logits_BxV, token_B):

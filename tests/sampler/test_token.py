@@ -57,7 +57,9 @@ def test_filters_keep_ties_at_the_border():
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
-    token, logp, full_logp, top = sample_token(logits, jax.random.split(jax.random.key(0), 2), params)
+    token, logp, full_logp, top = sample_token(
+        logits, jax.random.split(jax.random.key(0), 2), params
+    )
     assert token.tolist() == [1, 0]
     expected = jax.nn.log_softmax(logits)[jnp.arange(2), token]
     np.testing.assert_allclose(logp, expected, atol=1e-6)

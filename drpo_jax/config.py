@@ -268,6 +268,12 @@ def validate(config: Mapping[str, Any]) -> None:
             "under 'seq-mean-token-mean'; this one weights long responses more.",
             aggregation,
         )
+    uncorrected = values["objective.correction"] == "none"
+    if name == "minirl" and values["objective.behavior"] == "rescored" and uncorrected:
+        logging.warning(
+            "minirl with objective.behavior = 'rescored': its ratio no longer corrects the sampler's "
+            "mismatch; 'sampler' does."
+        )
     delta = _hyper(values).get("delta", 0)
     if delta >= 1 and not name.endswith("_kl"):
         logging.warning(
@@ -363,6 +369,8 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     rescored = v["objective.behavior"] == "rescored" or v["objective.correction"] == "none"
     correction = "objective.correction objective.behavior"
     require(rescored, correction, "a correction needs objective.behavior = 'rescored'")
+    bounds = "objective.correction_floor objective.correction_cap"
+    require(v[bounds.split()[0]] < v[bounds.split()[1]], bounds, "the floor lies below the cap")
     token_level = v["objective.correction"] != "none" and v["objective.correction_level"] == "token"
     level = "objective.correction_level objective.name"
     require(name != "gspo" or not token_level, level, "gspo takes sequence or geometric")
@@ -437,10 +445,13 @@ def to_json(config: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote. Raises BadInput like `validate`, and for other text."""
+    """The config that `to_json` wrote; fields that were not there then are at their defaults.
+
+    Raises BadInput like `validate`, and for other text.
+    """
     values = _parse_json(text, "the config")
     validate(values)
-    return from_dict(flatten(values))
+    return from_dict(values)
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
@@ -458,7 +469,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     path, new = workdir / "config.json", flatten(config)
     claimed = path.exists()
     if claimed:
-        old = flatten(_parse_json(path.read_text(), str(path)))
+        old = _parse_json(path.read_text(), str(path))
         fixed = set() if new["optimizer.schedule"] == "constant" else {"train.steps"}
         differing = [
             f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
@@ -488,13 +499,14 @@ def from_dict(flat: Mapping[str, Any]) -> ConfigDict:
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:
+    """The flat fields of `to_json`, those that it lacks (an older version's) at their defaults."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{where} must be JSON: {error}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{where} must be a JSON object, not {type(values).__name__}")
-    return values
+    return flatten(default_config()) | flatten(values)
 
 
 def field_types() -> dict[str, type]:

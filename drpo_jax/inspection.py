@@ -207,7 +207,8 @@ def judge(rollout, name, **hyper):
 
 def select(rollout, rows):
     """Some sequences of a rollout; `rows` as NumPy indexes an axis."""
-    return {name: a[rows] if np.ndim(a) else a for name, a in rollout.items()}
+    whole = ("step", "piece_ids", "piece_texts")
+    return {name: a if name in whole else a[rows] for name, a in rollout.items()}
 
 
 def products(a, b):

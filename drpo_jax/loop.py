@@ -212,13 +212,13 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         step = checkpoints.latest_step()
-        if config.objective.kl != "none":
-            run.reference = initial_model(run)
         if step is None:
             state, step = programs.restart(initial_model(run)), 0
         else:
             state = checkpoints.restore(step, programs.abstract_state)
             print(f"resuming {workdir} after step {step}")
+        if config.objective.kl != "none":  # its own arrays: the updates donate the state's
+            run.reference = initial_model(run)
         log = stack.enter_context(MetricLogger(workdir, total, first_step=step + bool(step)))
         clock = CompileClock()
         if step == 0:
@@ -246,13 +246,15 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
 
 def initial_model(run: Run):
     """The model that RL starts from: another run's, the warm start's, or a random one."""
-    if run.config.data.init_from:
-        with bad_input(), run.warm_start() as checkpoints:
+    config = run.config
+    if not config.data.init_from and not config.sft.steps:
+        return run.programs.init(run.key(0, INIT)).model
+    with bad_input(), run.warm_start() as checkpoints:
+        step = checkpoints.latest_step()
+        if config.data.init_from or step == config.sft.steps:
             like = {"model": run.programs.abstract_sft_state.model}
-            return checkpoints.restore(checkpoints.latest_step(), like)["model"]
-    if run.config.sft.steps:
-        return supervised(run)
-    return run.programs.init(run.key(0, INIT)).model
+            return checkpoints.restore(step, like)["model"]
+    return supervised(run)
 
 
 def rl_step(run: Run, state, step: int):
@@ -277,9 +279,8 @@ def rl_step(run: Run, state, step: int):
     saved = _due(step, config.train.save_rollout_every)
     compared = saved or _due(step, config.log.mismatch_every)
     data, old_logp = learner_data(run, state.model, rollouts, used, step, rescore=compared)
-    state, fetch, metrics = learn(run, state, rollouts, data, step)
+    state, learned, metrics = learn(run, state, rollouts, data, step, keep=compared)
     if compared:
-        learned = fetch()
         pairs, extremes = programs.mismatch(
             rollouts.full_logp,
             old_logp,
@@ -288,22 +289,10 @@ def rl_step(run: Run, state, step: int):
             rollouts.mask(),
         )
         metrics |= reduce_pairs(pairs) | jax.device_get(extremes)
-    finished = time.monotonic()
-
-    metrics |= {
-        "reward/mean": reward.mean(),
-        "reward/informative_groups": np.mean(informative(reward, config.train.samples)),
-        "response/length": rollouts.response_lengths.mean(),
-        "response/length_max": rollouts.response_lengths.max(),
-        "response/truncated": 1 - rollouts.finished.mean(),
-        "tokens_per_second": rollouts.response_lengths.sum() / (finished - started),
-        "time/step": finished - started,
-        "time/sample": sampled - started,
-        "time/reward": rewarded - sampled,
-        "time/update": finished - rewarded,
-    }
+    learned_at = time.monotonic()
     if saved:
         rows = [problem for problem in problems for _ in range(config.train.samples)]
+        piece_ids, piece_texts = rollouts.pieces(run.tokenizer)
         save_rollout(
             run.workdir,
             step,
@@ -318,12 +307,27 @@ def rl_step(run: Run, state, step: int):
             advantage=data["advantage"],
             reward=reward,
             finished=rollouts.finished,
-            piece=rollouts.pieces(run.tokenizer),
+            piece_ids=piece_ids,
+            piece_texts=piece_texts,
             prompt=np.array([p.prompt for p in rows]),
             response=np.array(texts),
             answer=np.array([p.answer for p in rows]),
             kind=np.array([p.kind for p in rows]),
         )
+    finished = time.monotonic()
+
+    metrics |= {
+        "reward/mean": reward.mean(),
+        "reward/informative_groups": np.mean(informative(reward, config.train.samples)),
+        "response/length": rollouts.response_lengths.mean(),
+        "response/length_max": rollouts.response_lengths.max(),
+        "response/truncated": 1 - rollouts.finished.mean(),
+        "tokens_per_second": rollouts.response_lengths.sum() / (finished - started),
+        "time/step": finished - started,
+        "time/sample": sampled - started,
+        "time/reward": rewarded - sampled,
+        "time/update": learned_at - rewarded,
+    }
     return state, metrics
 
 
@@ -355,7 +359,8 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
     if config.kl != "none":
         reference = score(run, run.reference, rollouts, step, {}).logp
     if config.kl == "k1":
-        penalty = reward_penalty(data["behavior_logp"], reference, rollouts.mask())
+        start = old.logp if rescored else rollouts.full_logp  # never filtered: π_ref is not
+        penalty = reward_penalty(start, reference, rollouts.mask())
         reward = reward - config.kl_coefficient * np.asarray(penalty)
     elif config.kl != "none":
         data["ref_logp"] = reference
@@ -392,45 +397,40 @@ def _by_response(pieces, order, rollouts):
     return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
 
 
-def learn(run: Run, state, rollouts, data, step: int):
+def learn(run: Run, state, rollouts, data, step: int, keep: bool):
     """The updates on one rollout, all anchored on the same µ: the later ones are off-policy.
 
+    Args:
+      keep: fetch the learner's view of the rollout.
+
     Returns:
-      The new state; a function that fetches the learner's view of the rollout's tokens (logp,
-      coefficient, entropy, weight by name: [N, R], of the first epoch); the metrics over all updates.
+      The new state; if it is kept, the learner's view of the rollout's tokens (logp, coefficient,
+      entropy, weight by name: [N, R], of the first epoch), else {}; the metrics over all updates.
     """
     config, programs = run.config.train, run.programs
-    order, batches, layouts, reports = [], [], [], []
+    reports, kept, order = [], [], []
     for epoch in range(config.epochs):
         for rows in mini_batches(run.config, step, epoch):
             batch, layout = programs.rollout_batch(rollouts, rows, data)
             state, report = programs.policy_update(state, batch)
-            order.append(rows)
-            batches.append(batch)
-            layouts.append(layout)
-            reports.append(report)
-    trace = jax.tree.map(lambda *a: jnp.concatenate(a), *(r.trace for r in reports))
-    seen = jax.tree.map(lambda *a: jnp.concatenate(a), *batches)
-    pairs, extremes, weight = programs.summarize(trace, seen)
-    updates, skipped = jax.device_get(([r.metrics for r in reports], [r.skipped for r in reports]))
-    metrics = with_spread(reduce_pairs(pairs)) | jax.device_get(extremes)
+            pairs, extremes, weight = programs.summarize(report.trace, batch)
+            reports.append((pairs, extremes, report.metrics, report.skipped))
+            if keep and epoch == 0:
+                trace = report.trace
+                seen = (trace.logp, trace.coefficient, trace.entropy, weight)
+                kept.append((dict(zip(("logp", "coefficient", "entropy", "weight"), seen)), layout))
+                order.append(rows)
+    pairs, extremes, updates, skipped = zip(*jax.device_get(reports))
+    sums = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *pairs)
+    metrics = with_spread(reduce_pairs(sums))
+    for name in extremes[0]:
+        combine = min if name.endswith("_min") else max
+        metrics[name] = combine(e[name] for e in extremes)
     metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
     metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
     metrics["updates/skipped"] = sum(count > 0 for count in skipped)
     metrics["updates/skipped_in_a_row"] = max(skipped)
-
-    def fetch():
-        per_epoch = len(reports) // config.epochs
-        names = {"logp": trace.logp, "coefficient": trace.coefficient, "entropy": trace.entropy}
-        whole = jax.device_get(names | {"weight": weight})
-        rows = len(weight) // len(reports)
-        pieces = [
-            ({name: a[i * rows : (i + 1) * rows] for name, a in whole.items()}, layouts[i])
-            for i in range(per_epoch)
-        ]
-        return _by_response(pieces, order[:per_epoch], rollouts)
-
-    return state, fetch, metrics
+    return state, _by_response(kept, order, rollouts) if keep else {}, metrics
 
 
 def mini_batches(config, step: int, epoch: int):

@@ -304,8 +304,6 @@ def _summarize(trace, batch, *, objective):
     """(name → (sum, count), name → extreme, weight [P, T]) over the response tokens of a rollout."""
     data, mask = batch.data, batch.mask > 0
     mu, advantage = data["behavior_logp"], data["advantage"]
-    if "correction" in data:  # what it drops, the head has not looked at
-        mask &= data["correction"] > 0
     known = data | {"mask": batch.mask, "topk_logp": trace.topk_logp}
     arrays = {name: known[name] for name in objectives.OBJECTIVES[objective.name].arrays}
     weight = objectives.gradient_weight(
@@ -315,9 +313,8 @@ def _summarize(trace, batch, *, objective):
     count = jnp.sum(mask)
     pairs = pairs | {"entropy": (jnp.sum(trace.entropy * mask), count)}
     if "correction" in data:
-        kept = jnp.sum(batch.mask > 0)
-        pairs["correction/mean"] = jnp.sum(data["correction"]), kept
-        pairs["correction/dropped"] = kept - count, kept
+        pairs["correction/mean"] = jnp.sum(jnp.where(mask, data["correction"], 0.0)), count
+        pairs["correction/dropped"] = jnp.sum(mask & (data["correction"] == 0)), count
     if "ref_logp" in data:
         k, _ = objectives.kl_penalty("k3", trace.logp, mu, data["ref_logp"])
         pairs["policy/kl_reference"] = jnp.sum(jnp.where(mask, k, 0.0)), count

@@ -28,7 +28,7 @@ from drpo_jax.reporting.charts import (
     number,
     weight_map,
 )
-from drpo_jax.reporting.highlight import SHADES, shade, telling_rows, token_spans
+from drpo_jax.reporting.highlight import shade_key, telling_rows, token_spans
 from drpo_jax.reporting.runs import TOLD, Group, accuracy, group_runs, load_run
 
 TOKENS = 10_000  # in all samples of the page together
@@ -39,7 +39,7 @@ def samples(group: Group, limit: int) -> str:
     run, columns = group.runs[0], ""
     for step in sorted({*[*run.rollouts][:1], *[*run.rollouts][-1:]}):
         rollout = load_rollout(run.rollouts[step])
-        if "piece" not in rollout:
+        if "piece_ids" not in rollout:
             columns = note("Its rollouts were saved without the text of each token.")
             break
         columns += f"<div><h4>step {step:,}</h4>"
@@ -177,8 +177,6 @@ def page(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     last = max(1, *(run.records[-1]["step"] for run in runs))
     limit = max(min(400, TOKENS // (8 * len(groups))), 40)
-    begins = [number(w) for w in [*SHADES.values()][1:]]
-    ranges = [f"&lt; {begins[0]}", *map("{} … {}".format, begins, begins[1:]), f"≥ {begins[-1]}"]
     ramp = matplotlib.colormaps[SHARES](range(0, 256, 51))
     return PAGE.substitute(
         counts=f"{plural(len(runs), 'run')}, {plural(len(groups), 'group')}",
@@ -191,7 +189,7 @@ def page(groups: Sequence[Group]) -> str:
         maps=group_charts(weight_map, groups, "No saved rollout with Â ≠ 0"),
         by_mu=group_charts(mu_chart, groups, "by_mu/… is not logged"),
         mismatch=metric_charts("mismatch", groups, last),
-        key="".join(f'<i style="{shade(w)}">{t}</i>' for w, t in zip(SHADES.values(), ranges)),
+        key=shade_key(),
         samples="".join(samples(group, limit) for group in groups),
         metrics="".join(map(metrics_table, groups)),
     )
@@ -230,13 +228,11 @@ pre { margin: 3px 0 12px; padding: 8px 10px; overflow-wrap: anywhere; white-spac
   background: #fff; border: 1px solid #e3e5e9; border-radius: 6px;
   font: 13px/1.75 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
 pre > b { color: #6b7280; font-weight: 400 } pre u { color: #6b7280; text-decoration: none }
-i, pre span { padding: 2px 0; font-style: normal } pre span:hover { outline: 1.5px solid #1d2129 }
+pre span { padding: 2px 0 } pre span:hover { outline: 1.5px solid #1d2129 }
 .right { color: #00734f } .wrong { color: #b23c00 }
 .ramp { white-space: nowrap } .ramp s { display: inline-block; width: 130px; height: 11px;
   margin: 0 6px; background: linear-gradient(90deg, $ramp); vertical-align: -1px }
-.key { display: grid; grid-template-columns: repeat(14, 1fr); gap: 3px 2px; margin: 12px 0;
-  text-align: center; font-size: 11px } .key span:nth-child(1) { grid-column: span 2 }
-.key span:nth-child(2) { grid-column: span 5 } .key span:nth-child(4) { grid-column: span 6 }
+.key { margin: 10px 0 14px; font-size: 11.5px; line-height: 2 }
 </style></head><body>
 <h1>drpo_jax <span>$counts</span></h1>
 $header
@@ -274,8 +270,7 @@ $mismatch
 <p class="intro">From the first and the last rollout that the first run of a group saved: up to two
 right and two wrong responses to different prompts, those with the largest mean |w − 1| where Â ≠
 0. Colour: w. Hover over a token for its numbers. Grey: the prompt; ∎: a token without text.</p>
-<p class="key">
-<span>corrected</span><span>attenuated</span><span>near 1</span><span>amplified</span>$key</p>
+<p class="key">$key</p>
 $samples
 <h2>All metrics</h2>
 <p class="intro">Last value (mean over seeds); smallest and largest over steps and seeds.</p>

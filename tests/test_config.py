@@ -87,6 +87,7 @@ def test_checked_fields_exist():
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
         ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),
+        ({"objective__correction_floor": 2.0}, "the floor lies below the cap"),
         ({"sampler__top_logprobs": 99}, "at most the vocabulary"),
         ({"precision__recipe": "none", "precision__sampler_weights": "codes"}, "without a recipe"),
     ],
@@ -162,7 +163,15 @@ def test_json_round_trip():
     again = C.from_json(C.to_json(config))
     assert again.to_dict() == config.to_dict() and again.objective.epsilon is None
     assert type(C.from_json(C.to_json(changed(objective__delta=1))).objective.delta) is float
-    for text, right in (("{", "must be JSON"), ("[]", "not list"), ('{"seed": 0}', "missing")):
+    older = json.loads(C.to_json(config))
+    del older["objective"]["kl"], older["log"]
+    assert C.from_json(json.dumps(older)).to_dict() == config.to_dict()
+    unknown = json.dumps(older | {"sede": 1})
+    for text, right in (
+        ("{", "must be JSON"),
+        ("[]", "not list"),
+        (unknown, "sede is not a field"),
+    ):
         with pytest.raises(C.BadInput, match=right):
             C.from_json(text)
 
@@ -179,6 +188,11 @@ def test_workdir_belongs_to_one_config(tmp_path):
     longer = C.resolve(changed(train__steps=9, **watched, **constant))
     assert C.claim_workdir(workdir, longer) is True
     assert C.from_json((workdir / "config.json").read_text()).to_dict() == longer.to_dict()
+
+    older = json.loads((workdir / "config.json").read_text())
+    del older["train"]["pack"]  # written by a version that had no such field
+    (workdir / "config.json").write_text(json.dumps(older))
+    assert C.claim_workdir(workdir, longer) is True
 
     learning = dict(seed=1, evaluate__problems=8, objective__delta=0.2)
     other = C.resolve(changed(train__steps=5, **learning, **constant))

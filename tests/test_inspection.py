@@ -281,6 +281,6 @@ def test_what_is_not_there_is_named(run, model, seen, workdir, tmp_path):
         empty.model()
     with pytest.raises(BadInput, match=r"no rollout saved \(train.save_rollout_every\) yet"):
         empty.rollout()
-    path.write_text("{}")
-    with pytest.raises(BadInput, match=r"config.json: .*\n.*missing"):
+    path.write_text("[]")
+    with pytest.raises(BadInput, match="must be a JSON object"):
         Inspection(tmp_path)

@@ -135,7 +135,8 @@ def test_a_saved_rollout_is_what_its_documentation_says(whole):
     saved = load_rollout(rollout_path(whole, 0))
     settings = config()
     documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
-    sizes = {"N": 16, "R": 23, "T": 23 + 6}
+    saved_pieces = len(load_rollout(rollout_path(whole, 0))["piece_ids"])
+    sizes = {"N": 16, "R": 23, "T": 23 + 6, "U": saved_pieces}
     names = [(name, shape) for group, shape in documented for name in group.split(", ")]
     assert {name for name, _ in names} == set(saved)
     for name, shape in names:
@@ -206,6 +207,7 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
         np.testing.assert_allclose(repacked[name], saved[name], rtol=1e-3, atol=1e-4, err_msg=name)
     mask = saved["response_mask"]
     ratio = np.exp(saved["rescored_logp"] - saved["sampler_logp"])[mask]
+    assert (saved["logp"][mask] < 0).all()  # also of the tokens that the correction drops
     kept = (ratio >= 0.98) & (ratio <= 1.05)
     assert 0 < kept.mean() < 1
     assert ours["correction/dropped"] == pytest.approx(1 - kept.mean())
@@ -215,21 +217,32 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
     assert not saved["coefficient"][mask][~kept].any() and saved["coefficient"][mask][kept].any()
 
 
-def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path):
+def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypatch):
     settings = config(
         data__init_from=str(whole), train__steps=1, sampler__top_p=0.9, objective__name="minirl",
         objective__delta=None, objective__behavior="sampler_filtered", objective__kl="k1",
         objective__kl_coefficient=0.5,
     )  # fmt: skip
+    seen = []
+
+    def penalty(mu, reference, mask):
+        seen.append((mu, reference, loop_penalty(mu, reference, mask)))
+        return seen[0][2]
+
+    loop_penalty = loop.reward_penalty
+    monkeypatch.setattr(loop, "reward_penalty", penalty)
     loop.train(settings, tmp_path)
     saved = load_rollout(rollout_path(tmp_path, 0))
     mask = saved["response_mask"]
     np.testing.assert_array_equal(saved["behavior_logp"], saved["sampler_logp"])
     log_ratio = np.where(mask, saved["behavior_logp"] - saved["rescored_logp"], 0)
-    assert log_ratio.sum() > 1  # the filter's mass
-    reward = saved["reward"] - 0.5 * log_ratio.sum(1)  # the reference is the first policy
-    expected = advantages("dr_grpo", reward, settings.train.samples)
-    np.testing.assert_allclose(saved["advantage"], expected, atol=1e-4)
+    # k1 compares full softmaxes: what FP8 does is in it, the mass that the filter drops is not.
+    mu, reference, found = seen[0]
+    np.testing.assert_allclose(reference, saved["rescored_logp"], atol=1e-5)  # the first policy
+    assert (mu <= saved["sampler_logp"] + 1e-6).all()
+    assert abs(found.mean()) < 0.3 * log_ratio.sum(1).mean()
+    expected = advantages("dr_grpo", saved["reward"] - 0.5 * found, settings.train.samples)
+    np.testing.assert_allclose(saved["advantage"], expected, atol=1e-5)
     # π/π_old is 1 in the first mini-batch, so nothing is clipped: c = min(π/µ, 5)·Â.
     first = loop.mini_batches(settings, 0, 0)[0]
     ratio = np.minimum(np.exp(-log_ratio), 5)[first][mask[first]]
@@ -245,8 +258,8 @@ def test_the_mismatch_is_looked_at_when_it_is_due(whole):
     shift = abs(np.exp(saved["rescored_logp"]) - np.exp(saved["behavior_logp"]))[mask]
     assert metrics(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
     assert 0 < shift.mean() < 0.05  # FP8 weights in the sampler
-    assert (saved["piece"][~mask] == "").all()
-    assert ["".join(row) for row in saved["piece"]] == saved["response"].tolist()
+    for row, text in enumerate(saved["response"]):
+        assert "".join(record.pieces(saved, row)) == text
 
 
 def test_shuffled_rewards_are_permuted_over_the_rollout(other):

@@ -39,7 +39,7 @@ class TokenTrace(NamedTuple):
 
     Attributes:
       logp: log π at the sampling temperature, nats.
-      coefficient: c = ∂J/∂logp, of the objective and the KL penalty.
+      coefficient: c = ∂J/∂logp, of the objective and the KL penalty, correction included.
       entropy: of π, nats.
       topk_logp: float32 [N, K], log π of `topk_ids`; K = 0 without.
     """
@@ -52,7 +52,10 @@ class TokenTrace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """An objective of the table as the head takes it, with an optional KL penalty; see `policy`."""
+    """An objective of the table as the head takes it, with an optional KL penalty; see `policy`.
+
+    An array `correction` (the weights of `objectives.mismatch_weight`) multiplies J and c.
+    """
 
     name: str
     hyper: tuple
@@ -69,7 +72,7 @@ class Policy:
         """c depends on all tokens of the response."""
         return "mask" in self.arrays
 
-    def __call__(self, logp, behavior_logp, advantage, ref_logp=None, **arrays):
+    def __call__(self, logp, behavior_logp, advantage, ref_logp=None, correction=1.0, **arrays):
         # Looked up at call time: what replaces it there replaces it here and in policy_objective.
         J, c = table.token_objective(
             self.name, logp, behavior_logp, advantage, **dict(self.hyper), **arrays
@@ -77,7 +80,7 @@ class Policy:
         if self.kl != "none":
             k, slope = kl_penalty(self.kl, logp, behavior_logp, ref_logp)
             J, c = J - self.kl_coefficient * k, c - self.kl_coefficient * slope
-        return J, c
+        return J * correction, c * correction
 
 
 def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
@@ -187,11 +190,17 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
 
     # The tokens that count; n, beyond the last one, fills the last chunk up: zeros, of weight 0.
     counted = token_weight != 0
-    order = jnp.nonzero(counted, size=n + -n % chunk, fill_value=n)[0]
+    room = n + -n % chunk
+    order = jnp.nonzero(counted, size=room, fill_value=n)[0]
+    rank = jnp.cumsum(counted) - 1
 
     def one_chunk(i, carry):
         loss, trace, gradients = carry
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+
+        def put(a, b):
+            return jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0)
+
         h, target, weight_t, data_t = jax.tree.map(
             lambda a: jnp.take(a, rows, axis=0, mode="fill", fill_value=0),
             (hidden, targets, token_weight, data),
@@ -213,7 +222,7 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
         J, c = (jnp.where(rows < n, x, 0.0) for x in objective(logp, **data_t))
         loss -= jnp.sum(weight_t * (J + entropy_bonus * entropy))
         new = TokenTrace(logp, c, entropy, topk_logp)
-        trace = jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), trace, new)
+        trace = jax.tree.map(put, trace, new)
         if gradient:
             d_hidden, d_weight = gradients
             p = exps / total[:, None]
@@ -222,16 +231,25 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
                 d_logits -= entropy_bonus * p * (logits - lse[:, None] + entropy[:, None])
             d_logits = (-weight_t[:, None] / temperature * d_logits).astype(h.dtype)
             d_h = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
-            d_hidden = d_hidden.at[rows].set(d_h, mode="drop")
-            gradients = d_hidden, d_weight + dot(h, d_logits, (0, 0))
+            gradients = put(d_hidden, d_h), d_weight + dot(h, d_logits, (0, 0))
         return loss, trace, gradients
 
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     topk = data["topk_ids"].shape[1] if "topk_ids" in data else 0
-    trace = TokenTrace(zeros(n), zeros(n), zeros(n), zeros((n, topk)))
-    gradients = (jnp.zeros_like(hidden), zeros(weight.shape)) if gradient else None
+    trace = TokenTrace(zeros(room), zeros(room), zeros(room), zeros((room, topk)))
+    d_hidden = jnp.zeros((room, hidden.shape[1]), hidden.dtype)
+    gradients = (d_hidden, zeros(weight.shape)) if gradient else None
     pieces = (jnp.sum(counted) + chunk - 1) // chunk
+    if mesh is not None:  # one trip count everywhere: the loop has collectives inside
+        pieces = jax.lax.pmax(pieces, BATCH_AXES)
     loss, trace, gradients = jax.lax.fori_loop(0, pieces, one_chunk, (zeros(()), trace, gradients))
+
+    def back(a):  # by a gather: a scatter in the loop would not fuse with its matmul
+        return jnp.where(counted.reshape(-1, *[1] * (a.ndim - 1)), a[jnp.maximum(rank, 0)], 0)
+
+    trace = jax.tree.map(back, trace)
+    if gradient:
+        gradients = back(gradients[0]), gradients[1]
     if mesh is not None:
         loss = jax.lax.psum(loss, BATCH_AXES)
     if mesh is not None and gradient:

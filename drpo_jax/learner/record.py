@@ -11,13 +11,14 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     sampler_logp      float32 [N, R]  logprob under the filtered sampling distribution
     rescored_logp     float32 [N, R]  log π_old: as the learner scored it before its first update
     logp              float32 [N, R]  log π at the update that used the token (first epoch)
-    coefficient       float32 [N, R]  c = ∂J/∂logp
-    weight            float32 [N, R]  w = c / (r·Â)
+    coefficient       float32 [N, R]  c = ∂J/∂logp; with the KL penalty and the correction, if any
+    weight            float32 [N, R]  w = c / (r·Â), of the objective alone
     entropy           float32 [N, R]  of π at the token, nats
     advantage         float32 [N]
     reward            float32 [N]
     finished          bool [N]        ended with a stop token
-    piece             unicode [N, R]  text of each response token
+    piece_ids         int32 [U]       the distinct response tokens, ascending
+    piece_texts       unicode [U]     the text of each by itself (see `pieces`)
     prompt, response, answer, kind    unicode [N], derived from the token ids and the problem
     step              int             rollout step
 """
@@ -41,6 +42,13 @@ def save_rollout(workdir: Path, step: int, **arrays) -> Path:
         np.savez_compressed(file, step=step, **arrays)
     os.replace(temporary, path)
     return path
+
+
+def pieces(rollout, row) -> list[str]:
+    """The text of each token of a response by itself; part of a character becomes U+FFFD."""
+    start, length = rollout["prompt_lengths"][row], rollout["response_lengths"][row]
+    ids = rollout["tokens"][row, start : start + length]
+    return rollout["piece_texts"][np.searchsorted(rollout["piece_ids"], ids)].tolist()
 
 
 def load_rollout(path: Path) -> dict[str, np.ndarray]:

@@ -42,8 +42,7 @@ class Batch:
       positions: int32 [P, T], from 0 in every sequence.
       mask: int32 [P, T], the segment id on response tokens, 0 elsewhere.
       data: name → float32 [P, T, …] of the response tokens: behavior_logp, advantage, and what else
-        the objective takes by name (topk_ids int32 [P, T, K]); `correction`, where it is there,
-        multiplies the weight of a token.
+        the objective takes by name (topk_ids int32 [P, T, K], correction, …).
     """
 
     tokens: jax.Array

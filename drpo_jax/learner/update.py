@@ -4,6 +4,7 @@ Axis letters: P rows of the mini-batch, T tokens, D model width.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,8 @@ def response_trace(model, batch, settings):
     settings = dataclasses.replace(settings, objective=likelihood)
     weight = (batch.mask > 0).astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, weight))
-    trace = jax.lax.map(lambda piece: _micro_loss(model, *piece, 1.0, settings)[1][0], pieces)
+    step = _unless_empty(lambda piece: _micro_loss(model, *piece, 1.0, settings)[1][0], settings)
+    trace = jax.lax.map(step, pieces)
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
@@ -108,10 +110,6 @@ def gradients(model, batch, *, settings):
       (grads like `model`, float32; TokenTrace [P, T]; metrics: loss and router metrics).
     """
     weight, denominator = token_weights(settings.aggregation, batch.mask, settings.horizon)
-    if "correction" in batch.data:
-        data = dict(batch.data)
-        weight *= data.pop("correction")
-        batch = dataclasses.replace(batch, data=data)
     n = settings.micro_batches
     pieces = jax.tree.map(lambda a: _split(a, n), (batch, weight / denominator))
     filled = jnp.any(pieces[0].segment_ids > 0, axis=(1, 2))
@@ -123,20 +121,12 @@ def gradients(model, batch, *, settings):
         )
         return (grads, loss, router), trace
 
-    def nothing(piece):
-        shapes = jax.eval_shape(micro_step, piece)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-    def accumulate(total, step):
-        filled, piece = step
-        if settings.pack:
-            sums, trace = jax.lax.cond(filled, micro_step, nothing, piece)
-        else:
-            sums, trace = micro_step(piece)
+    def accumulate(total, piece):
+        sums, trace = _unless_empty(micro_step, settings)(piece)
         return jax.tree.map(jnp.add, total, sums), trace
 
-    zero = nothing(jax.tree.map(lambda a: a[0], pieces))[0]
-    (grads, loss, router), trace = jax.lax.scan(accumulate, zero, (filled, pieces))
+    zero = _zeros_of(micro_step, jax.tree.map(lambda a: a[0], pieces))[0]
+    (grads, loss, router), trace = jax.lax.scan(accumulate, zero, pieces)
     metrics = {"loss": loss} | (router_metrics(router) if router else {})
     return grads, jax.tree.map(lambda a: _merge(a, n), trace), metrics
 
@@ -175,6 +165,23 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         balance = router_metrics(out.router)["router/balance_loss"]
         total += settings.load_balance * balance * share
     return total, (trace, loss, out.router)
+
+
+def _unless_empty(step, settings):
+    """`step` of a piece (batch, …), or zeros where packing has left it without a sequence."""
+    if not settings.pack:
+        return step
+
+    def run(piece):
+        filled = jnp.any(piece[0].segment_ids > 0)
+        return jax.lax.cond(filled, step, partial(_zeros_of, step), piece)
+
+    return run
+
+
+def _zeros_of(step, piece):
+    shapes = jax.eval_shape(step, piece)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def _before(x):

@@ -52,6 +52,9 @@ mismatch/ratio; Engines: mean ratio; ; learner's µ / sampler's µ
 mismatch/ratio_max; Engines: largest ratio; ; of any token of the step
 mismatch/mask_flips; DPPO mask flips; %; tokens whose mask changes when µ is the learner's
 mismatch/weight_change; Change of DRPO's w; ; mean |Δw| when µ is the learner's
+policy/kl_reference; KL to the initial model; nats; k3 estimate, of the penalty
+correction/mean; Mean correction; ; importance weight ρ of the sampler's mismatch
+correction/dropped; Dropped by the correction; %; tokens with ρ = 0 (mis)
 # other
 weight/tail_mean; Mean w in the tail; ; over the tokens with µ ≤ 0.01
 grad_norm_max; Largest gradient norm; ; before clipping, of the step's updates

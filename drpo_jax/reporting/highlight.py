@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from drpo_jax.learner.record import pieces
+
 SHADES = dict(zip(  # of a token's w: colour -> where it begins; blue-orange, also for the colour-blind
     "#8c2d04 #d9500b #fe9929 #fdb45f #fec98a #fee0bd #fdf0df #f1f2f4 #e3eef8 #c6dbef #9ecae1 #6baed6 "
     "#3182bd #08519c".split(),
@@ -36,9 +38,10 @@ def telling_rows(rollout, count=2):
 def token_spans(rollout, row, limit=400):
     """HTML: the tokens of a response coloured by w, their numbers on hovering; of a long response,
     `limit` tokens around the one whose w is farthest from 1."""
-    names = ("piece", "behavior_logp", "logp", "weight", "coefficient", "entropy")
+    names = ("behavior_logp", "logp", "weight", "coefficient", "entropy")
     mask = rollout["response_mask"][row]
-    tokens = [*zip(*(rollout[name][row][mask].tolist() for name in names))]
+    numbers = (rollout[name][row][mask].tolist() for name in names)
+    tokens = [*zip(pieces(rollout, row), *numbers)]
     peak = max(range(len(tokens)), key=lambda i: abs(tokens[i][3] - 1), default=0)
     start = max(min(peak - limit // 2, len(tokens) - limit), 0)
     spans = [f"<u>{start:,} tokens </u>"] if start else []

@@ -60,12 +60,10 @@ class Rollouts:
         return self.tokens[row, start:end].tolist()
 
     def pieces(self, tokenizer):
-        """unicode [N, R]: the text of each response token by itself, "" behind the response."""
-        pieces = np.full(self.logp.shape, "", dtype=object)
-        for row, column in np.argwhere(self.mask()):
-            token = self.tokens[row, self.prompt_lengths[row] + column]
-            pieces[row, column] = tokenizer.decode([token])
-        return pieces.astype(str)
+        """(ids int32 [U], texts unicode [U]) of the distinct response tokens, ids ascending."""
+        rows, columns = np.nonzero(self.mask())
+        ids = np.unique(self.tokens[rows, self.prompt_lengths[rows] + columns])
+        return ids, np.array([tokenizer.decode([i]) for i in ids], dtype=str)
 
     def texts(self, tokenizer):
         """The responses as text (derived: the token ids are the record)."""

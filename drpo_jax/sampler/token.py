@@ -7,6 +7,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from drpo_jax.parallel import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SamplingParams:
 def filter_logits(logits_BxV, top_k, top_p):
     """Sets the logits outside the top-k and top-p sets to -inf (ties at the border are kept)."""
     if top_k and top_k < logits_BxV.shape[-1]:
-        border = jax.lax.top_k(logits_BxV, top_k)[0][:, -1:]
+        border = _largest(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
     if top_p < 1.0:
         descending = -jnp.sort(-logits_BxV, axis=-1)
@@ -95,11 +98,30 @@ def sample_token(logits_BxV, keys_B, params):
 def _top(logits_BxV, token_B, logp_B, count):
     if not count:
         return ()
-    top, ids = jax.lax.top_k(logits_BxV, count)
+    top, ids = _largest(logits_BxV, count)
     logp = top - jax.nn.logsumexp(logits_BxV, axis=-1, keepdims=True)
     missing = ~jnp.any(ids == token_B[:, None], axis=-1)
     ids = ids.at[:, -1].set(jnp.where(missing, token_B, ids[:, -1]))
     return ids, logp.at[:, -1].set(jnp.where(missing, logp_B, logp[:, -1]))
+
+
+def _largest(logits_BxV, count):
+    """`lax.top_k`, on a mesh without gathering the vocabulary: the largest of every shard's largest."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jax.lax.top_k(logits_BxV, count)
+
+    def local(logits):
+        top, ids = jax.lax.top_k(logits, min(count, logits.shape[1]))
+        ids += jax.lax.axis_index("tensor") * logits.shape[1]
+        top, ids = (jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (top, ids))
+        top, at = jax.lax.top_k(top, count)
+        return top, jnp.take_along_axis(ids, at, axis=1)
+
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        local, in_specs=PartitionSpec(BATCH_AXES, "tensor"), out_specs=(rows, rows), check_vma=False
+    )(logits_BxV)
 
 
 def token_logp(logits_BxV, token_B):

@@ -171,11 +171,13 @@ def test_a_correction_scales_the_tokens(state, batch):
     correction = rng.uniform(0.5, 2, batch.mask.shape).astype(np.float32)
     correction *= rng.random(batch.mask.shape) < 0.8
     corrected = dataclasses.replace(batch, data=batch.data | {"correction": correction})
+    assert np.any((correction == 0) & (batch.mask > 0))
     scaled = dict(batch.data)  # J and c of surrogate are linear in the advantage
     scaled["advantage"] = scaled["advantage"] * correction
     settings = dataclasses.replace(SETTINGS, objective=policy("surrogate"))
     run = jax.jit(functools.partial(gradients, settings=settings))
-    ours, _, metrics = run(state.model, corrected)
+    ours, trace, metrics = run(state.model, corrected)
+    assert np.all(trace.logp[batch.mask > 0] < 0)  # of dropped tokens as well
     expected, _, same = run(state.model, dataclasses.replace(batch, data=scaled))
     np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-5)
     assert_gradients(ours, expected)

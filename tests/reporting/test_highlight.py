@@ -18,7 +18,11 @@ def rollout(**arrays):
     """Two prompts with two responses each; the second and the last are right."""
     logp = np.log(np.full((4, 3), 0.5, np.float32))
     return {
-        "piece": np.array([["1", "<", ""]] * 4),
+        "tokens": np.array([[7, 2, 3, 9]] * 4),
+        "prompt_lengths": np.ones(4, int),
+        "response_lengths": np.full(4, 3),
+        "piece_ids": np.array([2, 3, 9]),
+        "piece_texts": np.array(["1", "<", ""]),
         "response_mask": np.ones((4, 3), bool),
         "behavior_logp": logp,
         "logp": logp + 0.1,
@@ -58,7 +62,7 @@ def test_of_a_long_response_the_tokens_around_the_farthest_weight():
     spans = token_spans(rollout(weight=weight), 0, limit=1)
     assert spans.count("<span") == 1 and "∎" in spans and "<u>2 tokens </u>" in spans
     assert "<u> 2 tokens</u>" in token_spans(rollout(weight=2 - weight[:, ::-1]), 0, limit=1)
-    nothing = rollout(response_mask=np.zeros((4, 3), bool))
+    nothing = rollout(response_mask=np.zeros((4, 3), bool), response_lengths=np.zeros(4, int))
     assert token_spans(nothing, 0) == ""
 
 

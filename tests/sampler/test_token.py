@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from drpo_jax.parallel import make_mesh
 from drpo_jax.sampler import SamplingParams
 from drpo_jax.sampler.token import filter_logits, sample_token
 
@@ -87,3 +89,16 @@ def test_top_logprobs_are_those_of_the_unfiltered_distribution():
 def test_params_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=rf"SamplingParams.{field} must be .*, got {value}"):
         SamplingParams(**{"max_tokens": 4, field: value})
+
+
+def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
+    logits = jax.random.normal(jax.random.key(1), (8, 24))
+    keys = jax.random.split(jax.random.key(2), 8)
+    params = SamplingParams(max_tokens=1, top_k=7, top_logprobs=9)  # more than a shard of 6 has
+    expected = jax.jit(sample_token, static_argnums=2)(logits, keys, params)
+    mesh = make_mesh(data=2, tensor=4)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("data", "tensor")))
+        ours = jax.jit(sample_token, static_argnums=2)(placed, keys, params)
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

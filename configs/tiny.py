@@ -58,7 +58,7 @@ def get_config(variant="fp8_rollout"):
     config.train.mini_batch_prompts = 8
     config.train.micro_batch = 64
     config.evaluate.every = 30
-    config.checkpoint.keep = 7  # all of them, for the notebook: 30 MB each
+    config.checkpoint.keep = 10  # all of them, for the notebook: 30 MB each
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "linear"
 

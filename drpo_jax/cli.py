@@ -53,6 +53,9 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
             _exit(error, 2)
         except TrainingStopped as error:
             _exit(error, 1)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
 
     app.run(run, flags_parser=parse)
 

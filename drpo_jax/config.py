@@ -277,7 +277,7 @@ def validate(config: Mapping[str, Any]) -> None:
     delta = _hyper(values).get("delta", 0)
     if delta >= 1 and not name.endswith("_kl"):
         logging.warning(
-            "objective.delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
+            "delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
             "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
             delta,
         )
@@ -298,7 +298,8 @@ def _range_problems(v: Mapping[str, Any]) -> list[str]:
         if v[field] not in choices:
             near = difflib.get_close_matches(v[field], choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"{field} = {v[field]!r}: must be one of {', '.join(choices)}{hint}")
+            named = ", ".join(choice or "'' (none)" for choice in choices)
+            problems.append(f"{field} = {v[field]!r}: must be one of {named}{hint}")
     problems += outside(POSITIVE, lambda x: x > 0, "positive")
     problems += outside(NOT_NEGATIVE, lambda x: x >= 0, "0 or more")
     problems += outside(SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -364,7 +365,9 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
         require(not field or v[f"objective.{field}"] is None, both, "give one of the two")
     kl = "objective.kl objective.kl_coefficient"
     require(
-        (v["objective.kl"] != "none") == (v["objective.kl_coefficient"] > 0), kl, "both or none"
+        (v["objective.kl"] != "none") == (v["objective.kl_coefficient"] > 0),
+        kl,
+        "give both, or neither",
     )
     rescored = v["objective.behavior"] == "rescored" or v["objective.correction"] == "none"
     correction = "objective.correction objective.behavior"
@@ -477,10 +480,17 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
             if old.get(f) != new.get(f) and (f in fixed or not MAY_CHANGE_ON_RESUME.fullmatch(f))
         ]
         if differing:
+            stretched = any(d.startswith("train.steps") for d in differing)
             raise BadInput(
                 f"{workdir} holds a run with another config (its value -> this run's value):\n  "
                 + "\n  ".join(differing)
                 + "\nTake another --workdir for a new run, or the old values to resume that one."
+                + (
+                    " (A learning rate that falls is stretched over train.steps; with "
+                    "optimizer.schedule = 'constant' a run can be made longer.)"
+                    if stretched
+                    else ""
+                )
             )
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".json.tmp")

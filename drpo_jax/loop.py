@@ -208,6 +208,8 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
     run = Run(config, workdir)
     claim_workdir(workdir, config)
     programs, total = run.programs, config.train.steps
+    devices = run.mesh.devices
+    print(f"{workdir}: seed {config.seed} on {devices.size} x {devices.flat[0].device_kind}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
@@ -278,8 +280,11 @@ def rl_step(run: Run, state, step: int):
 
     saved = _due(step, config.train.save_rollout_every)
     compared = saved or _due(step, config.log.mismatch_every)
-    data, old_logp = learner_data(run, state.model, rollouts, used, step, rescore=compared)
+    data, old_logp, penalties = learner_data(
+        run, state.model, rollouts, used, step, rescore=compared
+    )
     state, learned, metrics = learn(run, state, rollouts, data, step, keep=compared)
+    metrics |= penalties
     if compared:
         pairs, extremes = programs.mismatch(
             rollouts.full_logp,
@@ -339,8 +344,8 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
       rescore: also score the rollout with `model` where the objective does not need it.
 
     Returns:
-      The arrays of `learner.Batch.data`, [N] or [N, R, …] by name; and log π_old [N, R], the
-      rollout as `model` itself scores it, or None.
+      The arrays of `learner.Batch.data`, [N] or [N, R, …] by name; log π_old [N, R], the rollout as
+      `model` itself scores it, or None; metrics of what was taken from the reward.
     """
     config, programs = run.config.objective, run.programs
     rescored = config.behavior == "rescored"
@@ -358,10 +363,12 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
         data["old_logp"] = old.logp
     if config.kl != "none":
         reference = score(run, run.reference, rollouts, step, {}).logp
+    penalties = {}
     if config.kl == "k1":
         start = old.logp if rescored else rollouts.full_logp  # never filtered: π_ref is not
         penalty = reward_penalty(start, reference, rollouts.mask())
-        reward = reward - config.kl_coefficient * np.asarray(penalty)
+        penalty = config.kl_coefficient * np.asarray(penalty)
+        reward, penalties = reward - penalty, {"reward/kl_penalty": penalty.mean()}
     elif config.kl != "none":
         data["ref_logp"] = reference
     if config.correction != "none":
@@ -377,7 +384,7 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
             )
         )
     data["advantage"] = np.asarray(advantages(config.advantage, reward, run.config.train.samples))
-    return data, old.logp if old else None
+    return data, old.logp if old else None, penalties
 
 
 def score(run: Run, model, rollouts, step: int, data):

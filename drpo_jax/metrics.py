@@ -257,7 +257,7 @@ def plot_run(workdir: Path) -> Path:
             "share of tokens, %",
             (
                 ("weight/corrected", "corrected (w < 0)"),
-                ("weight/attenuated", "attenuated (0 ≤ w < 1)"),
+                ("weight/attenuated", "attenuated (0 < w < 1)"),
             ),
         ),
         ("entropy, nats per token", (("entropy", None),)),

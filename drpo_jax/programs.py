@@ -241,8 +241,8 @@ def model_config(config) -> ModelConfig:
 def sampler_weights(model, *, recipe, dtype, codes):
     """The model as the sampler runs it: projections quantized, embedding and head cast to `dtype`.
 
-    Router and norms stay float32. With `codes`, quantized weights are `Quantized` (float8 in memory,
-    expanded at every use); without, the values that the codes stand for.
+    Router, norms and a DeltaNet's decay stay float32. With `codes`, quantized weights are `Quantized`
+    (float8 in memory, expanded at every use); without, the values that the codes stand for.
     """
 
     def convert(path, weight):
@@ -250,7 +250,7 @@ def sampler_weights(model, *, recipe, dtype, codes):
         if name.endswith("_proj") and recipe.weight is not None:
             quantized = quantize_weight(value, recipe)
             return weight.replace(quantized if codes else dequantize(quantized, dtype))
-        keep = name.endswith("norm") or name == "router"
+        keep = name.endswith("norm") or name in ("router", "A_log", "dt_bias")
         return weight if keep else weight.replace(value.astype(dtype))
 
     return jax.tree_util.tree_map_with_path(convert, model, is_leaf=_is_param)

@@ -83,7 +83,7 @@ def test_checked_fields_exist():
         ({"objective__threshold": "original"}, "this objective takes boundary, released, scaled"),
         ({"objective__threshold": "released", "objective__name": "grpo"}, "takes none"),
         ({"objective__threshold": "released", "objective__delta": 0.1}, "give one of the two"),
-        ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: both or none"),
+        ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: give both, or neither"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
         ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),

@@ -1,15 +1,25 @@
-"""Grouped-query attention with rotary positions and q/k norm.
+"""Grouped-query attention with rotary positions; q/k norm, biases, output gate as the family has.
 
 Axis letters: B batch, T query time, S key time, D model width, N query heads, K key/value heads,
 G query heads per key/value head (N = K·G), H head width, C cache slots.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm, rotate
+from drpo_jax.models.layers import fan_in_normal, norm_scale, param, project, rms_norm, rotate
 from drpo_jax.precision import dot_precision
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer."""
+
+    keys: jax.Array
+    values: jax.Array
+
 
 MASKED = -1e30  # finite: a fully masked (padding) row gives a uniform softmax, never NaN
 
@@ -20,50 +30,72 @@ class Attention(nnx.Module):
     def __init__(self, config, key):
         d, h = config.hidden_size, config.head_dim
         n, k = config.heads * h, config.kv_heads * h
+        queries = 2 * n if config.attention_gate else n
         keys = jax.random.split(key, 4)
-        self.q_proj = param(fan_in_normal(keys[0], (d, n), d), ("embed", "heads"))
+        self.q_proj = param(fan_in_normal(keys[0], (d, queries), d), ("embed", "heads"))
         self.k_proj = param(fan_in_normal(keys[1], (d, k), d), ("embed", "kv_heads"))
         self.v_proj = param(fan_in_normal(keys[2], (d, k), d), ("embed", "kv_heads"))
         self.o_proj = param(fan_in_normal(keys[3], (n, d), n), ("heads", "embed"))
-        self.q_norm = param(jnp.ones((h,)), ("norm",))
-        self.k_norm = param(jnp.ones((h,)), ("norm",))
-        self.eps, self.head_dim = config.rms_eps, h
+        self.q_norm = norm_scale(config, h) if config.qk_norm else None
+        self.k_norm = norm_scale(config, h) if config.qk_norm else None
+        biased = config.attention_bias
+        self.q_bias = param(jnp.zeros((queries,)), ("heads",)) if biased else None
+        self.k_bias = param(jnp.zeros((k,)), ("kv_heads",)) if biased else None
+        self.v_bias = param(jnp.zeros((k,)), ("kv_heads",)) if biased else None
+        self.config = config
 
     def project(self, x, angles, compute):
-        """x [..., D] → q [..., N, H], k and v [..., K, H]; q and k normalised and rotated."""
+        """x [..., D] → q [..., N, H], k and v [..., K, H], and the output gate [..., N·H] or None.
 
-        def heads(w):
-            y = project(x, w, compute)
-            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+        q and k are normalised and rotated. With a gate, q_proj emits query and gate head by head.
+        """
+        config = self.config
 
-        q = rms_norm(heads(self.q_proj), self.q_norm[...], self.eps)
-        k = rms_norm(heads(self.k_proj), self.k_norm[...], self.eps)
-        return rotate(q, angles), rotate(k, angles), heads(self.v_proj)
+        def heads(w, bias, norm=None):
+            y = project(x, w, compute, bias)
+            y = y.reshape(*y.shape[:-1], -1, config.head_dim)
+            return y if norm is None else rms_norm(y, norm[...], config.rms_eps, config.norm_offset)
+
+        gate = None
+        if config.attention_gate:
+            q = project(x, self.q_proj, compute, self.q_bias)
+            q = q.reshape(*q.shape[:-1], -1, 2, config.head_dim)
+            q, gate = q[..., 0, :], q[..., 1, :].reshape(*x.shape[:-1], -1)
+            if config.qk_norm:
+                q = rms_norm(q, self.q_norm[...], config.rms_eps, config.norm_offset)
+        else:
+            q = heads(self.q_proj, self.q_bias, self.q_norm)
+        k = heads(self.k_proj, self.k_bias, self.k_norm)
+        return rotate(q, angles), rotate(k, angles), heads(self.v_proj, self.v_bias), gate
+
+    def output(self, out, gate, compute):
+        """Heads [..., N, H] → [..., D]."""
+        out = out.reshape(*out.shape[:-2], -1)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(out.dtype)
+        return project(out, self.o_proj, compute)
 
     def __call__(self, x_BxTxD, angles, mask_BxTxS, compute):
-        """Attention within the sequences; returns the output [B, T, D] and (k, v) [B, T, K, H]."""
-        q, k, v = self.project(x_BxTxD, angles, compute)
-        out = attend(q, k, v, mask_BxTxS)
-        out = project(out.reshape(*out.shape[:-2], -1), self.o_proj, compute)
-        return out, (k, v)
+        """Attention within the sequences; returns the output [B, T, D] and its KV, each [B, T, K, H]."""
+        q, k, v, gate = self.project(x_BxTxD, angles, compute)
+        return self.output(attend(q, k, v, mask_BxTxS), gate, compute), KV(k, v)
 
     def decode(self, x_BxD, angles, cache, index, mask_BxC, compute):
         """One token a row: writes its key and value at `index` of the cache, attends, returns both.
 
         Args:
-          cache: (keys [B, K, H, C], values [B, K, C, H]).
+          cache: KV of keys [B, K, H, C] and values [B, K, C, H].
           index: int32 scalar, the slot all rows write (a row's positions need not equal its slots).
           mask_BxC: bool, the slots each row may read.
         """
-        q, k, v = self.project(x_BxD, angles, compute)
+        q, k, v, gate = self.project(x_BxD, angles, compute)
         keys, values = cache
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None].astype(keys.dtype), index, 3)
         values = jax.lax.dynamic_update_slice_in_dim(
             values, v[:, :, None].astype(values.dtype), index, 2
         )
         out = attend_cache(q, keys, values, mask_BxC)
-        out = project(out.reshape(out.shape[0], -1), self.o_proj, compute)
-        return out, (keys, values)
+        return self.output(out, gate, compute), KV(keys, values)
 
 
 def causal_mask(segment_ids_BxT):

@@ -53,9 +53,10 @@ def value(weight):
     return weight.get_value()
 
 
-def project(x, weight, compute):
-    """x [..., k] @ weight [k, n], as the FP8 recipe wants it."""
-    return matmul(x, value(weight), compute.matmul)
+def project(x, weight, compute, bias=None):
+    """x [..., k] @ weight [k, n] (+ bias [n]), as the FP8 recipe wants it."""
+    y = matmul(x, value(weight), compute.matmul)
+    return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 def fan_in_normal(key, shape, fan_in):
@@ -63,24 +64,38 @@ def fan_in_normal(key, shape, fan_in):
     return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
 
 
-def rms_norm(x, scale, eps):
-    """RMS norm over the last axis, computed in float32, returned in x's dtype."""
+def norm_scale(config, width):
+    """The scale of an RMS norm that does nothing yet: ones, or zeros where norms are zero-centred."""
+    return param(jnp.full((width,), 1.0 - config.norm_offset), ("norm",))
+
+
+def rms_norm(x, scale, eps, offset=0.0):
+    """RMS norm over the last axis times (offset + scale), in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype)
+    return (x32 * (scale + offset if offset else scale)).astype(x.dtype)
 
 
-def rotary_angles(positions, head_dim, theta):
-    """(cos, sin), float32 [..., head_dim // 2], of the rotary embedding at integer `positions`."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary_angles(positions, width, theta):
+    """(cos, sin), float32 [..., width // 2], of the rotary embedding at integer `positions`.
+
+    Args:
+      width: channels of a head that are rotated.
+      theta: base of the frequencies.
+    """
+    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x, angles):
-    """Rotates the two halves of each head: x [..., heads, head_dim], angles [..., head_dim // 2]."""
+    """Rotates the two halves of the first channels of each head.
+
+    x [..., heads, head_dim], angles [..., rotated // 2]: channels from `rotated` on pass unchanged.
+    """
     cos, sin = (a[..., None, :] for a in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)

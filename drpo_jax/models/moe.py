@@ -1,4 +1,4 @@
-"""Mixture of experts: top-k routing and the grouped matmul over the experts' rows. Dropless.
+"""The MLPs: dense, and the mixture of experts (top-k routing, grouped matmul, dropless).
 
 Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout,
 D model width, F expert width, E experts.
@@ -17,13 +17,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.models.layers import fan_in_normal, param, value
+from drpo_jax.models.layers import fan_in_normal, param, project, value
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import Ops, Quantized, dequantize, dot_precision, matmul
 
 
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config, key, size=None):
+        d, f = config.hidden_size, size or config.mlp_size
+        keys = jax.random.split(key, 3)
+        self.gate_proj = param(fan_in_normal(keys[0], (d, f), d), ("embed", "mlp"))
+        self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"))
+        self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"))
+
+    def __call__(self, x, valid, compute):
+        y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
+        return project(y, self.down_proj, compute), {}
+
+
 class MoE(nnx.Module):
-    """Router and SwiGLU experts of one layer (Qwen3-MoE: softmax, top-k, renormalised gates)."""
+    """Router and SwiGLU experts of one layer (Qwen3-MoE: softmax, top-k, renormalised gates), and the
+    expert that every token visits where there is one (Qwen3.5-MoE): σ(x·g) · SwiGLU(x)."""
 
     def __init__(self, config, key):
         d, f, e = config.hidden_size, config.expert_size, config.experts
@@ -33,6 +49,11 @@ class MoE(nnx.Module):
         self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), ("experts", "embed", "mlp"))
         self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), ("experts", "mlp", "embed"))
         self.experts_per_token = config.experts_per_token
+        both = jax.random.split(jax.random.fold_in(key, 1))
+        size = config.shared_expert_size
+        self.shared = MLP(config, both[0], size) if size else None
+        gate = fan_in_normal(both[1], (d, 1), d)
+        self.shared_gate = param(gate, ("embed", None)) if size else None
 
     def __call__(self, x, valid, compute):
         """x [..., D] → (y [..., D], router statistics).
@@ -54,7 +75,13 @@ class MoE(nnx.Module):
             "load": jnp.sum(jax.nn.one_hot(experts_Nxk, e, dtype=jnp.float32), axis=(0, 1)),
             "probability": jnp.sum(jnp.where(valid_N[:, None], probs_NxE, 0.0), axis=0),
         }
-        return y.reshape(x.shape), statistics
+        y = y.reshape(x.shape)
+        if self.shared is not None:
+            weight = self.shared_gate[...].astype(x.dtype)
+            gate = jnp.dot(x, weight, precision=dot_precision(x.dtype))
+            gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype)
+            y += gate * self.shared(x, valid, compute)[0]
+        return y, statistics
 
 
 def route(x_NxD, router_DxE, k):

@@ -1,4 +1,4 @@
-"""The decoder: Qwen3, dense and mixture of experts, with its layers stacked and scanned.
+"""The decoder of all families (Qwen2, Llama, Qwen3, Qwen3-MoE, Qwen3.5-MoE), stacked and scanned.
 
 Axis letters: B batch, T time, D model width, V vocabulary, K key/value heads, H head width,
 C cache slots, L layers, E experts.
@@ -13,22 +13,37 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.attention import Attention, causal_mask
+from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
     fan_in_normal,
+    norm_scale,
     param,
-    project,
     rms_norm,
     rotary_angles,
 )
-from drpo_jax.models.moe import MoE, load_balance_loss
+from drpo_jax.models.moe import MLP, MoE, load_balance_loss
 from drpo_jax.parallel import constrain
 from drpo_jax.precision import dot_precision
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the model computes. Sizes are counts of scalars; `experts == 0` is a dense model."""
+    """What the model computes. Sizes are counts of scalars.
+
+    Attributes:
+      mlp_size: inner width of the dense MLP; unused where experts > 0.
+      experts, experts_per_token, expert_size: of the mixture; experts == 0 is a dense model.
+      rope_theta, rotary_fraction: base of the rotary frequencies; share of a head that is rotated.
+      rms_eps, norm_offset: RMS norms multiply by (norm_offset + scale); 1 where zero-centred (Qwen3.5).
+      tie_embeddings: the head is the embedding's transpose.
+      attention_bias: of q, k and v (Qwen2).
+      qk_norm: RMS norm of every query and key head (Qwen3).
+      attention_gate: q_proj also emits a gate σ(·) of the attention's output (Qwen3.5).
+      shared_expert_size: inner width of the expert that all tokens visit; 0: none.
+      full_attention_every: n: layers n, 2n, … attend, the others are gated DeltaNets; 1: all attend.
+      linear_*: sizes of the DeltaNets.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,40 +58,47 @@ class ModelConfig:
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
     tie_embeddings: bool = False
-
-
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config, key):
-        d, f = config.hidden_size, config.mlp_size
-        keys = jax.random.split(key, 3)
-        self.gate_proj = param(fan_in_normal(keys[0], (d, f), d), ("embed", "mlp"))
-        self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"))
-        self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"))
-
-    def __call__(self, x, valid, compute):
-        y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
-        return project(y, self.down_proj, compute), {}
+    attention_bias: bool = False
+    qk_norm: bool = True
+    attention_gate: bool = False
+    rotary_fraction: float = 1.0
+    norm_offset: float = 0.0
+    shared_expert_size: int = 0
+    full_attention_every: int = 1
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
+    linear_conv_kernel: int = 4
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + mix(norm(x)), then x + mlp(norm(x)); mix is attention or a gated DeltaNet."""
+
+    def __init__(self, config, key, linear=False):
+        keys = jax.random.split(key)
+        self.input_norm = norm_scale(config, config.hidden_size)
+        self.attention = (GatedDeltaNet if linear else Attention)(config, keys[0])
+        self.post_attention_norm = norm_scale(config, config.hidden_size)
+        self.mlp = (MoE if config.experts else MLP)(config, keys[1])
+        self.config = config
+
+    def __call__(self, x, valid, compute, mix):
+        """`mix(module, normed x) -> (output, cache)`: over sequences or one decode step."""
+        norm = partial(rms_norm, eps=self.config.rms_eps, offset=self.config.norm_offset)
+        out, cache = mix(self.attention, norm(x, self.input_norm[...]))
+        x = x + out
+        y, router = self.mlp(norm(x, self.post_attention_norm[...]), valid, compute)
+        return x + y, cache, router
+
+
+class Group(nnx.Module):
+    """Layers that repeat: n − 1 of gated DeltaNet, stacked, and one of full attention."""
 
     def __init__(self, config, key):
-        keys = jax.random.split(key)
-        self.input_norm = param(jnp.ones((config.hidden_size,)), ("norm",))
-        self.attention = Attention(config, keys[0])
-        self.post_attention_norm = param(jnp.ones((config.hidden_size,)), ("norm",))
-        self.mlp = (MoE if config.experts else MLP)(config, keys[1])
-        self.eps = config.rms_eps
-
-    def __call__(self, x, valid, compute, attention):
-        """`attention(module, normed x) -> (output, cache)`: over sequences or one decode step."""
-        out, cache = attention(self.attention, rms_norm(x, self.input_norm[...], self.eps))
-        x = x + out
-        y, router = self.mlp(rms_norm(x, self.post_attention_norm[...], self.eps), valid, compute)
-        return x + y, cache, router
+        *linear, full = jax.random.split(key, config.full_attention_every)
+        self.linear = jax.vmap(partial(Block, config, linear=True))(jnp.stack(linear))
+        self.full = Block(config, full)
 
 
 class Hidden(NamedTuple):
@@ -84,12 +106,13 @@ class Hidden(NamedTuple):
 
     Attributes:
       hidden: [B, T, D] in the compute dtype, after the final norm.
-      cache: (keys, values), each [L, B, T, K, H]; None unless asked for.
+      cache: one per layer, unstacked: KV, each [B, T, K, H], or a DeltaNet's state after the last
+        token; None unless asked for.
       router: {"load", "probability"} float32 [L, E] summed over valid tokens; {} for dense models.
     """
 
     hidden: jax.Array
-    cache: tuple | None
+    cache: list | None
     router: dict
 
 
@@ -106,8 +129,12 @@ class Transformer(nnx.Module):
         d, v = config.hidden_size, config.vocab_size
         self.config = config
         self.embed = param(fan_in_normal(keys[0], (v, d), d), ("vocab", "embed"))
-        self.blocks = jax.vmap(partial(Block, config))(jax.random.split(keys[1], config.layers))
-        self.final_norm = param(jnp.ones((d,)), ("norm",))
+        every = config.full_attention_every
+        unit = Block if every == 1 else Group
+        self.blocks = jax.vmap(partial(unit, config))(
+            jax.random.split(keys[1], config.layers // every)
+        )
+        self.final_norm = norm_scale(config, d)
         if not config.tie_embeddings:
             self.lm_head = param(fan_in_normal(keys[2], (d, v), d), ("embed", "vocab"))
 
@@ -140,15 +167,17 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         valid, mask = segment_ids > 0, causal_mask(segment_ids)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = self._angles(positions)
         keep_cache = cache
 
-        def layer(x, block):
-            def attention(module, normed):
-                return module(normed, angles, mask, compute)
+        def mix(module, normed):
+            if isinstance(module, GatedDeltaNet):
+                return module(normed, segment_ids, compute)
+            return module(normed, angles, mask, compute)
 
-            x, cache, router = block(x, valid, compute, attention)
-            return constrain(x, "batch", "length", "hidden"), (cache if keep_cache else (), router)
+        def layer(x, block):
+            x, cache, router = block(x, valid, compute, mix)
+            return constrain(x, "batch", "length", "hidden"), cache if keep_cache else (), router
 
         if compute.remat == "full":
             layer = jax.checkpoint(layer)
@@ -156,17 +185,34 @@ class Transformer(nnx.Module):
             # By name: the policies that look for dots do not see into a custom_vjp.
             policy = jax.checkpoint_policies.save_only_these_names("matmul")
             layer = jax.checkpoint(layer, policy=policy)
+
+        def unit(x, blocks):
+            caches, routers = [], []
+            for block in _blocks(blocks):
+                x, cache, router = layer(x, block)
+                caches.append(cache)
+                routers.append(router)
+            return x, (caches, jax.tree.map(lambda *a: jnp.stack(a), *routers))
+
         x = self._embed(tokens, compute)
-        x, (cache, router) = jax.lax.scan(layer, x, self.blocks, unroll=compute.unroll)
-        x = rms_norm(x, self.final_norm[...], self.config.rms_eps)
-        return Hidden(x, cache if keep_cache else None, router)
+        x, (cache, router) = jax.lax.scan(unit, x, self.blocks, unroll=compute.unroll)
+        router = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), router)
+        if keep_cache:
+            units = self.config.layers // len(cache)
+            cache = [_take(one, i) for i in range(units) for one in cache]
+        return Hidden(self._final(x), cache if keep_cache else None, router)
 
     def layers(self):
         """The layers one by one, as `decode` takes them."""
-        return [
-            jax.tree.map(lambda leaf: leaf[i], self.blocks)  # noqa: B023
-            for i in range(self.config.layers)
-        ]
+        units = self.config.layers // self.config.full_attention_every
+        return [block for i in range(units) for block in _blocks(_take(self.blocks, i))]
+
+    def _angles(self, positions):
+        width = int(self.config.head_dim * self.config.rotary_fraction)
+        return rotary_angles(positions, width, self.config.rope_theta)
+
+    def _final(self, x):
+        return rms_norm(x, self.final_norm[...], self.config.rms_eps, self.config.norm_offset)
 
     def decode(
         self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute(), layers=None
@@ -177,26 +223,41 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_B, positions_B: int32 [B].
-          caches: one (keys [B, K, H, C], values [B, K, C, H]) per layer.
+          caches: one per layer: KV of keys [B, K, H, C] and values [B, K, C, H], or a DeltaNet's state.
           index: int32 scalar, the cache slot that all rows write.
           mask_BxC: bool, the slots each row may read, the written one included.
           layers: `self.layers()`, when it is worth taking them apart outside a loop.
         """
-        angles = rotary_angles(positions_B, self.config.head_dim, self.config.rope_theta)
+        angles = self._angles(positions_B)
         valid = jnp.ones(tokens_B.shape, bool)
         x, updated = self._embed(tokens_B, compute), []
         for block, cache in zip(layers or self.layers(), caches):
 
-            def attention(module, normed):
+            def mix(module, normed):
+                if isinstance(module, GatedDeltaNet):
+                    return module.decode(normed, cache, compute)  # noqa: B023
                 return module.decode(normed, angles, cache, index, mask_BxC, compute)  # noqa: B023
 
-            x, cache, _ = block(x, valid, compute, attention)
+            x, cache, _ = block(x, valid, compute, mix)
             updated.append(cache)
-        return rms_norm(x, self.final_norm[...], self.config.rms_eps), tuple(updated)
+        return self._final(x), tuple(updated)
 
     def _embed(self, tokens, compute):
         x = self.embed[...][tokens].astype(compute.dtype)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
+
+
+def _blocks(unit):
+    """The blocks of one step of the scan in order: a Block, or those of a Group."""
+    if isinstance(unit, Block):
+        return [unit]
+    count = unit.linear.input_norm.shape[0]
+    return [*(_take(unit.linear, i) for i in range(count)), unit.full]
+
+
+def _take(tree, i):
+    """Element i of stacked layers or caches."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def router_metrics(router):

@@ -19,14 +19,16 @@ def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums
     Args:
       weight: the gradient weight w.
       logp, behavior_logp: log π and log µ, nats.
-      coefficient: the score coefficient c. Unlike w it is unbounded: a rare token that moves up
+      coefficient: the score coefficient c, with the KL penalty and the correction where there are.
+        Unlike w it is unbounded: a rare token that moves up
         has a large ratio.
       mask: bool or 0/1, the tokens that count.
 
     Returns:
       (sums, extremes). `sums` has name -> (sum, count), float32 scalars, to be added over
       micro-batches and divided once at the end:
-        weight/corrected, /attenuated, /amplified: shares of tokens with w < 0, 0 ≤ w < 1, w > 1;
+        weight/corrected, /masked, /attenuated, /amplified: shares of tokens with w < 0, w = 0,
+        0 < w < 1 and w > 1;
         weight/mean, /square: of w and (w − 1)²; weight/tail_mean, /tail_square: over the tail
         (µ ≤ 0.01);
         weight/coefficient_mean: of |c|;
@@ -45,7 +47,8 @@ def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums
 
     means = {
         "weight/corrected": weight < 0,
-        "weight/attenuated": (weight >= 0) & (weight < 1),
+        "weight/masked": weight == 0,
+        "weight/attenuated": (weight > 0) & (weight < 1),
         "weight/amplified": weight > 1,
         "weight/mean": weight,
         "weight/square": (weight - 1) ** 2,

@@ -92,7 +92,8 @@ def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0
     moved = jnp.exp(jnp.clip(t.logp - clamped(old_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
     stopped = ((t.A > 0) & (moved > 1 + epsilon_high)) | ((t.A < 0) & (moved < 1 - epsilon_low))
     ratio = jax.lax.stop_gradient(jnp.where(stopped, 0.0, jnp.minimum(t.r, ratio_cap)))
-    return ratio * t.A * t.logp, ratio * t.A, ratio / t.r
+    w = jnp.where(stopped, 0.0, jnp.where(t.r > ratio_cap, ratio_cap / t.r, 1.0))
+    return ratio * t.A * t.logp, ratio * t.A, w
 
 
 def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
@@ -101,7 +102,8 @@ def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
     ε_low ≥ 1 leaves the ratio without a lower bound, as in CISPO's own runs.
     """
     clipped = jax.lax.stop_gradient(jnp.clip(t.r, 1 - epsilon_low, 1 + epsilon_high))
-    return clipped * t.A * t.logp, clipped * t.A, clipped / t.r
+    w = jnp.where(clipped == t.r, 1.0, clipped / t.r)
+    return clipped * t.A * t.logp, clipped * t.A, w
 
 
 def sapo(t: Token, tau_positive=1.0, tau_negative=1.05) -> Terms:
@@ -256,7 +258,7 @@ def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
     if ratio_cap is not None:
         weighted = jnp.minimum(t.r, ratio_cap)
         value = weighted + ratio_cap * jnp.maximum(t.log_r - jnp.log(ratio_cap), 0)
-    J, c, w = value * t.A, weighted * t.A, weighted / t.r
+    J, c, w = value * t.A, weighted * t.A, jnp.where(weighted == t.r, 1.0, weighted / t.r)
     return jnp.where(kept, J, 0.0), jnp.where(kept, c, 0.0), jnp.where(kept, w, 0.0)
 
 

@@ -29,7 +29,8 @@ grad_norm; Gradient norm; ; L2, before clipping; mean over the step's updates
 tokens_per_second; Throughput; tokens/s; sampled tokens / wall time of the whole step
 # weights
 weight/corrected; Corrected tokens; %; w < 0: the surrogate's step is reversed
-weight/attenuated; Attenuated tokens; %; 0 ≤ w < 1: a smaller step than the surrogate's
+weight/masked; Masked tokens; %; w = 0: no step (a hard mask or clip, or beyond the log-ratio clip)
+weight/attenuated; Attenuated tokens; %; 0 < w < 1: a smaller step than the surrogate's
 weight/amplified; Amplified tokens; %; w > 1: a larger step than the surrogate's
 weight/mean; Mean w; ; w = c / (r·Â), 1 for the plain surrogate
 weight/std; Standard deviation of w; ; over the step's tokens
@@ -37,7 +38,7 @@ weight/tail_variance; Variance of w in the tail; ; over the tokens with µ ≤ 0
 weight/w_min; Smallest w; ; of any token of the step
 weight/w_max; Largest w; ; of any token of the step
 policy/tail; Tail tokens; %; sampled tokens to which µ gave at most 0.01
-weight/coefficient_mean; Mean |c|; ; c = ∂J/∂log π, what the backward pass emits
+weight/coefficient_mean; Mean |c|; ; c = ∂J/∂log π, as the backward pass emits it (with KL, correction)
 weight/coefficient_max; Largest |c|; ; of any token of the step; unbounded where µ is small
 policy/beyond_clip; Beyond the log-ratio clip; %; tokens with |log r| > 20: c = 0
 # mismatch
@@ -52,6 +53,7 @@ mismatch/ratio; Engines: mean ratio; ; learner's µ / sampler's µ
 mismatch/ratio_max; Engines: largest ratio; ; of any token of the step
 mismatch/mask_flips; DPPO mask flips; %; tokens whose mask changes when µ is the learner's
 mismatch/weight_change; Change of DRPO's w; ; mean |Δw| when µ is the learner's
+reward/kl_penalty; KL penalty of the reward; nats; k1 of a response, times β; mean
 policy/kl_reference; KL to the initial model; nats; k3 estimate, of the penalty
 correction/mean; Mean correction; ; importance weight ρ of the sampler's mismatch
 correction/dropped; Dropped by the correction; %; tokens with ρ = 0 (mis)
@@ -178,7 +180,9 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
     if metric.name.endswith(LOGARITHMIC) and high > 5 * low > 0:
         axes.set_yscale("log")
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5)))
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5), numticks=7)
+        )
         axes.yaxis.set_major_formatter("{x:g}")
     elif 0 <= low <= high / 2:
         axes.set_ylim(bottom=0)

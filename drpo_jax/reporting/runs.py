@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import BadInput, bad_input, flatten
+from drpo_jax.config import BadInput, bad_input, default_config, flatten
 from drpo_jax.metrics import Record, read_metrics, series
 
 TOLD = "objective model precision compute train optimizer data".split()  # sections of the config
@@ -91,9 +91,16 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         {f for c in configs for f in c if any(c.get(f) != d.get(f) for d in configs)},
         key=lambda f: (f != "objective.name", *(not f.startswith(f"{s}.") for s in TOLD), f),
     )
-    # What is unset is told only where it can matter: not among different objectives.
-    unset = None if "objective.name" in fields else "default"
-    told = [{f: v for f in fields if (v := c.get(f, unset)) is not None} for c in configs]
+    # Among different objectives only what is not at its default is told: much cannot matter.
+    several, plain = "objective.name" in fields, flatten(default_config())
+
+    def told_of(config):
+        values = {f: config.get(f, None if several else "default") for f in fields}
+        if several:
+            values = {f: v for f, v in values.items() if v != plain.get(f) or f == "objective.name"}
+        return {f: v for f, v in values.items() if v is not None}
+
+    told = [told_of(config) for config in configs]
     for count in range(sum(f.startswith("objective.") for f in fields), len(fields) + 1):
         labels = [", ".join(f"{f}={t[f]}" for f in fields[:count] if f in t) for t in told]
         if len(set(labels)) == len(labels):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drpo_jax.models import Compute
+from drpo_jax.models import KV, Compute
 from drpo_jax.parallel import batch_shards, constrain
 from drpo_jax.sampler.token import SamplingParams, sample_token
 
@@ -76,7 +76,8 @@ class DecodeState:
     """A batch in flight.
 
     Attributes:
-      caches: per layer (keys [B, K, H, C], values [B, K, C, H]); the decode loop lets them grow.
+      caches: per layer KV of keys [B, K, H, C] and values [B, K, C, H], which the decode loop lets
+        grow, or the state of a DeltaNet.
       tokens int32 [B, R], logp and full_logp float32 [B, R]: what was sampled so far.
       lengths: int32 [B], response tokens so far.
       done: bool [B].
@@ -112,9 +113,12 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
     repeat = partial(jnp.repeat, repeats=params.samples, axis=0)
     logits = repeat(model.logits(out.hidden[:, -1], compute))
 
-    def layer_cache(k_BxPxKxH, v_BxPxKxH):
-        keys, values = k_BxPxKxH.transpose(0, 2, 3, 1), v_BxPxKxH.transpose(0, 2, 1, 3)
-        return tuple(constrain(repeat(x), "batch", "kv_heads", None, None) for x in (keys, values))
+    def layer_cache(cache):
+        if not isinstance(cache, KV):  # the state of a DeltaNet
+            return jax.tree.map(repeat, cache)
+        k_BxPxKxH, v_BxPxKxH = cache
+        cache = KV(k_BxPxKxH.transpose(0, 2, 3, 1), v_BxPxKxH.transpose(0, 2, 1, 3))
+        return jax.tree.map(lambda x: constrain(repeat(x), "batch", "kv_heads", None, None), cache)
 
     keys = jax.vmap(
         lambda prompt: jax.vmap(
@@ -125,7 +129,7 @@ def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
     empty = jnp.zeros((rows, params.max_tokens))
     top = jnp.zeros((*empty.shape, params.top_logprobs))
     state = DecodeState(
-        caches=tuple(layer_cache(k, v) for k, v in zip(*out.cache)),
+        caches=tuple(layer_cache(cache) for cache in out.cache),
         tokens=empty.astype(jnp.int32),
         logp=empty,
         full_logp=empty,
@@ -149,10 +153,11 @@ def decode(model, state, *, read, grow, params, compute):
     def room(x, axis):
         return jnp.pad(x, [(0, grow if i == axis else 0) for i in range(4)])
 
-    state = dataclasses.replace(
-        state, caches=tuple((room(k, 3), room(v, 2)) for k, v in state.caches)
-    )
-    width = state.caches[0][0].shape[-1] - read
+    def grown(cache):
+        return KV(room(cache.keys, 3), room(cache.values, 2)) if isinstance(cache, KV) else cache
+
+    state = dataclasses.replace(state, caches=tuple(map(grown, state.caches)))
+    width = next(c for c in state.caches if isinstance(c, KV)).keys.shape[-1] - read
     # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
     # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
     layers = model.layers() if compute.on_cpu() else None

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax.models import Compute, ModelConfig, Transformer, router_metrics
+from drpo_jax.models import KV, Compute, ModelConfig, Transformer, router_metrics
 
 SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)
 CONFIGS = {
@@ -86,14 +86,13 @@ def test_decode_with_cache_equals_the_full_forward(model, tokens, defaults):
     full = forward(model, tokens, *defaults)
     start, slots = 5, 16
     out = jax.jit(lambda m: m.hidden(tokens[:, :start], cache=True))(model)
-    keys, values = out.cache
     room = ((0, 0),) * 3 + ((0, slots - start),)
     caches = tuple(
-        (
+        KV(
             jnp.pad(k.transpose(0, 2, 3, 1), room, constant_values=1e3),
             jnp.pad(v.transpose(0, 2, 1, 3), (*room[:2], room[3], room[0]), constant_values=1e3),
         )
-        for k, v in zip(keys, values)
+        for k, v in out.cache
     )
 
     @jax.jit

@@ -43,7 +43,8 @@ def test_by_hand():
     ratio[4] = np.exp(-20)
     expected = {
         "weight/corrected": 1,  # 0.6 -> 0.9
-        "weight/attenuated": 3,  # 0.5 -> 0.55, 0.01 -> 0.02, and the clipped one
+        "weight/masked": 1,  # the clipped one
+        "weight/attenuated": 2,  # 0.5 -> 0.55, 0.01 -> 0.02
         "weight/amplified": 1,  # 0.6 -> 0.3; on-policy (w = 1) is neither
         "weight/mean": weight.sum(),
         "weight/square": ((weight - 1) ** 2).sum(),

@@ -105,7 +105,7 @@ def given(logp, J, coefficient):
 
 def head_loss(
     hidden_NxD, weight_DxV, targets_N, token_weight_N, data: Mapping[str, jax.Array],
-    *, objective, temperature=1.0, chunk=1024, entropy_bonus=0.0,
+    *, objective, temperature=1.0, chunk=512, entropy_bonus=0.0,
 ):  # fmt: skip
     """−Σ token_weight · (J + entropy_bonus · H) over the tokens, and its trace.
 

@@ -41,7 +41,7 @@ class UpdateSettings:
     load_balance: float = 0.0
     pack: bool = False
     compute: Compute = Compute()
-    head_chunk: int = 1024
+    head_chunk: int = 512
 
 
 class Report(NamedTuple):

@@ -66,7 +66,7 @@ def fan_in_normal(key, shape, fan_in):
 
 def norm_scale(config, width):
     """The scale of an RMS norm that does nothing yet: ones, or zeros where norms are zero-centred."""
-    return param(jnp.full((width,), 1.0 - config.norm_offset), ("norm",))
+    return param(jnp.full((width,), 1.0 - config.norm_offset, jnp.float32), ("norm",))
 
 
 def rms_norm(x, scale, eps, offset=0.0):

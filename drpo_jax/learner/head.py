@@ -33,6 +33,8 @@ from drpo_jax.objectives import OBJECTIVES, kl_penalty, table
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
+LOGITS = 2**26  # of a chunk on a device, 256 MiB
+
 
 class TokenTrace(NamedTuple):
     """What the head saw of each token, float32 [N], without gradient; 0 where its weight is 0.
@@ -105,7 +107,7 @@ def given(logp, J, coefficient):
 
 def head_loss(
     hidden_NxD, weight_DxV, targets_N, token_weight_N, data: Mapping[str, jax.Array],
-    *, objective, temperature=1.0, chunk=512, entropy_bonus=0.0,
+    *, objective, temperature=1.0, chunk=None, entropy_bonus=0.0,
 ):  # fmt: skip
     """−Σ token_weight · (J + entropy_bonus · H) over the tokens, and its trace.
 
@@ -118,7 +120,8 @@ def head_loss(
         `topk_ids` int32 [N, K] the head makes the objective's `topk_logp`.
       objective: (logp, **data) → (J, c) elementwise, such as `policy(...)`, `likelihood`, `given`.
       temperature: of the sampling distribution.
-      chunk: tokens per piece; peak memory is a few times chunk · vocab floats.
+      chunk: tokens per piece; peak memory is a few times chunk · vocab floats. None: as many as make
+        `LOGITS`, but at least 512 (a small vocabulary is not worth a loop).
       entropy_bonus: β.
 
     Returns:
@@ -166,7 +169,7 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
     """One device's tokens and slice of the vocabulary; `mesh` is None without one."""
     objective, temperature, chunk, entropy_bonus = static
     n, vocab = hidden.shape[0], weight.shape[1]
-    chunk = min(chunk, n)
+    chunk = min(chunk or max(LOGITS // vocab, 512), n)
     weight = weight.astype(hidden.dtype)
     sharded = mesh is not None and mesh.shape["tensor"] > 1
     first = jax.lax.axis_index("tensor") * vocab if sharded else 0

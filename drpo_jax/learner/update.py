@@ -29,7 +29,7 @@ class UpdateSettings:
       load_balance: coefficient of the load-balancing loss (per micro-batch).
       pack: rows may be empty, and micro-batches of empty rows are skipped.
       compute: how the learner computes.
-      head_chunk: tokens per piece of the head.
+      head_chunk: tokens per piece of the head; None: by the size of the vocabulary.
     """
 
     objective: object
@@ -41,7 +41,7 @@ class UpdateSettings:
     load_balance: float = 0.0
     pack: bool = False
     compute: Compute = Compute()
-    head_chunk: int = 512
+    head_chunk: int | None = None
 
 
 class Report(NamedTuple):

@@ -42,7 +42,7 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
         try:
             return parse_flags(argv, flags.FLAGS)
         except BadInput as error:
-            _exit(error, 2)
+            exit_with(error, 2)
 
     def run(_: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
@@ -50,9 +50,9 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
         try:
             return main(resolve(config.value), Path(workdir.value).expanduser())
         except BadInput as error:
-            _exit(error, 2)
+            exit_with(error, 2)
         except TrainingStopped as error:
-            _exit(error, 1)
+            exit_with(error, 1)
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)
@@ -134,6 +134,7 @@ def load_config(spec: str) -> ConfigDict:
         raise BadInput(f"{where}: {type(error).__name__}: {cause}") from error
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
+def exit_with(error: Exception, code: int) -> NoReturn:
+    """Prints the error as one message and ends the process."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -423,9 +423,9 @@ def learn(run: Run, state, rollouts, data, step: int, keep: bool):
             pairs, extremes, weight = programs.summarize(report.trace, batch)
             reports.append((pairs, extremes, report.metrics, report.skipped))
             if keep and epoch == 0:
-                trace = report.trace
-                seen = (trace.logp, trace.coefficient, trace.entropy, weight)
-                kept.append((dict(zip(("logp", "coefficient", "entropy", "weight"), seen)), layout))
+                seen = report.trace._asdict() | {"weight": weight}
+                seen.pop("topk_logp")
+                kept.append((seen, layout))
                 order.append(rows)
     pairs, extremes, updates, skipped = zip(*jax.device_get(reports))
     sums = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *pairs)

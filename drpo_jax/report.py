@@ -8,7 +8,6 @@ save is left out, with a note in its place.
 import html
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from string import Template
@@ -16,6 +15,7 @@ from string import Template
 import matplotlib
 from absl import app, flags
 
+from drpo_jax.cli import exit_with
 from drpo_jax.config import BadInput, bad_input
 from drpo_jax.learner.record import load_rollout
 from drpo_jax.reporting.charts import (
@@ -311,8 +311,7 @@ def launch() -> None:
         try:
             return action(*arguments)
         except (BadInput, flags.Error) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            exit_with(error, 2)
 
     app.run(
         lambda rest: checked(main, workdirs.value, output.value, rest[1:]),

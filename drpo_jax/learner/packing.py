@@ -7,6 +7,7 @@ Axis letters: N sequences, R response tokens, P rows, T tokens per row.
 """
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Layout:
           at: "response", or "sequence" for [N, T'] arrays of prompt and response.
         """
         values = np.asarray(values)
-        row, column, source = self._indices(at)
+        row, column, source = self._responses if at == "response" else self._sequences
         placed = np.zeros((*self.shape, *values.shape[2:]), values.dtype)
         placed[row, column] = values[source[0]] if values.ndim == 1 else values[source]
         return placed
@@ -45,16 +46,21 @@ class Layout:
     def take(self, values, length):
         """[P, T, …] → [N, length, …]: the inverse of `place`, zeros behind each response."""
         values = np.asarray(values)
-        row, column, source = self._indices("response")
+        row, column, source = self._responses
         taken = np.zeros((len(self.rows), length, *values.shape[2:]), values.dtype)
         taken[source] = values[row, column]
         return taken
 
-    def _indices(self, at):
+    @cached_property
+    def _responses(self):
+        return self._indices(self.starts + self.prompt_lengths, self.response_lengths)
+
+    @cached_property
+    def _sequences(self):
+        return self._indices(self.starts, self.prompt_lengths + self.response_lengths)
+
+    def _indices(self, starts, lengths):
         """Of every token: its row, its column, and (sequence, offset)."""
-        lengths, starts = self.response_lengths, self.starts + self.prompt_lengths
-        if at == "sequence":
-            lengths, starts = self.prompt_lengths + self.response_lengths, self.starts
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         offset = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return self.rows[sequence], starts[sequence] + offset, (sequence, offset)

@@ -49,21 +49,17 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
     rules = model_rules(config, abstract, checkpoint.shapes)
     checkpoint.check(rules, config)
-    placed = shardings(abstract) if shardings else jax.tree.map(lambda _: None, abstract)
     leaves, tree = jax.tree.flatten(abstract)
-    places = jax.tree.leaves(placed) if shardings else [None] * len(leaves)
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = [
-        jax.make_array_from_callback(
-            leaf.shape,
-            place or local,
-            lambda index, rule=rule, shape=leaf.shape: rule.read(checkpoint, index, shape).astype(
-                dtype
-            ),
-        )
-        for leaf, place, rule in zip(leaves, places, rules.values())
-    ]
-    return jax.tree.unflatten(tree, arrays), config
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.leaves(shardings(abstract)) if shardings else [here] * len(leaves)
+
+    def load(leaf, place, rule):
+        def part(index):
+            return rule.read(checkpoint, index, leaf.shape).astype(dtype)
+
+        return jax.make_array_from_callback(leaf.shape, place, part)
+
+    return jax.tree.unflatten(tree, map(load, leaves, places, rules.values())), config
 
 
 def save_pretrained(model, config: ModelConfig, path, dtype=None) -> None:

@@ -10,6 +10,7 @@ field, its value and what would be right.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import math
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import create, placeholder
 
 from drpo_jax import data
+from drpo_jax.models import read_config
 from drpo_jax.objectives import (
     ADVANTAGES,
     AGGREGATIONS,
@@ -35,6 +37,7 @@ from drpo_jax.objectives import (
     resolve_hyper,
 )
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
+from drpo_jax.rewards import REWARDS
 
 
 class BadInput(ValueError):
@@ -61,6 +64,8 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the initial weights, the problems, the samples and the order of data
 
     config.model = create(
+        # A Hugging Face directory to start from, with its architecture: the fields below follow it.
+        path="",
         vocab_size=151936,  # rows of the embedding; at least the tokenizer's size
         hidden_size=1024,
         layers=28,
@@ -74,6 +79,18 @@ def default_config() -> ConfigDict:
         rope_theta=1e6,  # base of the rotary frequencies
         rms_eps=1e-6,
         tie_embeddings=False,  # the output head is the embedding's transpose
+        attention_bias=False,  # of q, k and v (Qwen2)
+        qk_norm=True,  # RMS norm of every query and key head (Qwen3)
+        attention_gate=False,  # of the attention's output (Qwen3.5)
+        rotary_fraction=1.0,  # share of a head's channels that is rotated
+        norm_offset=0.0,  # norms multiply by it plus their scale; 1: zero-centred (Qwen3.5)
+        shared_expert_size=0,  # inner width of the expert that all tokens visit; 0: none
+        full_attention_every=1,  # n: layers n, 2n, ... attend, the others are gated DeltaNets
+        linear_key_heads=0,  # of the DeltaNets
+        linear_value_heads=0,  # a multiple of linear_key_heads
+        linear_key_dim=0,
+        linear_value_dim=0,
+        linear_conv_kernel=4,  # tokens that their convolution sees
         load_balance=0.0,  # coefficient of the auxiliary load-balancing loss; 0: off
     )
     config.compute = create(
@@ -120,6 +137,11 @@ def default_config() -> ConfigDict:
         tau_negative=placeholder(float),  # and for negative ones
         directional=placeholder(bool),  # mask_drpo: weight 1 wherever dppo keeps the token
     )
+    config.reward = create(
+        name="",  # of the verifier, in drpo_jax.rewards.REWARDS; "": the task's own
+        format=0.0,  # added to the reward of a response that ends with one closed box
+        overlong_buffer=0,  # last tokens of max_response_length over which the reward falls by 1
+    )
     config.optimizer = create(  # AdamW
         learning_rate=1e-6,
         b1=0.9,
@@ -165,7 +187,8 @@ def default_config() -> ConfigDict:
     )
     config.evaluate = create(
         every=0,  # rollout steps between evaluations; 0: only before and after
-        problems=256,  # held-out problems
+        sets="",  # files or names of SETS, by commas; "": a part of the training problems, held out
+        problems=256,  # held-out problems, at most
         samples=4,  # per problem: the k of avg@k
         temperature=1.0,
         greedy=True,  # one greedy response per problem as well
@@ -176,10 +199,22 @@ def default_config() -> ConfigDict:
         best_metric="eval/avg",  # the highest is the best
     )
     config.data = create(
-        task="arithmetic",
-        digits=3,  # of the operands; of the first one in a product
+        task="arithmetic",  # arithmetic | chain_sum | countdown, from the seed | math
+        digits=3,  # of the operands (of the first one in a product); of chain_sum's terms, at most
         operations="+-*",
-        file="",  # JSONL with a prompt and an answer per line, instead of the task
+        terms=2,  # of chain_sum, or numbers of countdown, at most
+        problems="",  # instead: a file (JSONL, parquet), or one of drpo_jax.data.SETS such as gsm8k
+        # Which of them are dropped: none | clean, those that repeat or contradict others, that are
+        # too long, or whose answer is never rewarded | dapo, also those without integer answers
+        filter="none",
+        rollouts="",  # evaluate.jsonl: keep the problems whose pass rate in it lies between
+        pass_low=0.0,
+        pass_high=1.0,
+        tokenizer="",  # a Hugging Face directory; "": model.path, or single characters without one
+        instruction="{problem}",  # what the model is asked
+        chat=False,  # through the tokenizer's chat template
+        system="",  # message that opens the chat; "": what the template puts there
+        thinking=False,  # of templates that know it (Qwen3): an open thought, or an empty one
         init_from="",  # workdir of an sft run to start from; "": train does the warm start
     )
     config.log = create(
@@ -198,6 +233,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+TASK_REWARDS = {
+    "arithmetic": "arithmetic",
+    "chain_sum": "integer",
+    "countdown": "countdown",
+    "math": "math",
+}
 CHOICES = {
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "full", "dots"),
@@ -214,12 +255,14 @@ CHOICES = {
     "objective.kl": KL,
     "objective.threshold": ("", *dict.fromkeys(name for t in THRESHOLDS.values() for name in t)),
     "optimizer.schedule": ("constant", "linear", "cosine"),
-    "data.task": ("arithmetic",),
+    "data.task": tuple(TASK_REWARDS),
+    "data.filter": ("none", "clean", "dapo"),
+    "reward.name": ("", *REWARDS),
 }
 POSITIVE = """
     model.vocab_size model.hidden_size model.layers model.heads model.kv_heads model.head_dim
-    model.rope_theta model.rms_eps objective.delta objective.epsilon objective.epsilon_low compute.unroll
-    objective.correction_cap
+    model.rope_theta model.rms_eps model.full_attention_every model.linear_conv_kernel
+    objective.delta objective.epsilon objective.epsilon_low compute.unroll objective.correction_cap
     objective.epsilon_high objective.ratio_cap objective.tau_positive objective.tau_negative
     optimizer.learning_rate optimizer.eps optimizer.clip_norm sampler.max_prompt_length
     sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps train.steps
@@ -229,14 +272,20 @@ POSITIVE = """
 """.split()
 NOT_NEGATIVE = """
     seed model.mlp_size model.experts model.experts_per_token model.expert_size model.load_balance
+    model.shared_expert_size model.linear_key_heads model.linear_value_heads model.linear_key_dim
+    model.linear_value_dim model.norm_offset
     objective.horizon objective.correction_floor objective.kl_coefficient objective.entropy_bonus
     sampler.top_logprobs log.mismatch_every optimizer.weight_decay optimizer.warmup_steps sampler.top_k
-    train.save_rollout_every sft.steps sft.warmup_steps evaluate.every
+    reward.format reward.overlong_buffer train.save_rollout_every sft.steps sft.warmup_steps
+    evaluate.every
 """.split()
-SHARES = "sft.direct_share sft.direct_error sft.worked_error optimizer.final_fraction".split()
+SHARES = """
+    data.pass_low data.pass_high sft.direct_share sft.direct_error sft.worked_error
+    optimizer.final_fraction
+""".split()
 MAY_CHANGE_ON_RESUME = re.compile(
     r"train\.(steps|save_rollout_every|max_skipped)|checkpoint\.(every|keep)"
-    r"|evaluate\.(?!problems).*|(log|mesh)\..*"
+    r"|evaluate\.(?!problems|sets).*|(log|mesh)\..*|model\.path|data\.tokenizer"
 )
 
 TOP_LOGPROBS = 20  # of DPPO's top-k divergences
@@ -249,18 +298,9 @@ def validate(config: Mapping[str, Any]) -> None:
     (Values are looked at once all fields are there and have their types.) Warns of a delta that
     no token can reach.
     """
-    names, values = field_types(), flatten(config)
-    problems = [f"{f} is not a field: {suggest(f, names)}" for f in values if f not in names]
-    if missing := [f for f in names if f not in values]:
-        problems.append(f"missing (start from default_config()): {', '.join(missing)}")
-    problems += [
-        f"{f} = {v!r}: must be {type_name(names[f])}"
-        for f, v in values.items()
-        if f in names and not _has_type(v, names[f], optional=f in HYPER)
-    ]
-    problems = problems or _range_problems(values) + _cross_problems(values)
-    if problems:
-        raise BadInput("the config has errors:\n  " + "\n  ".join(problems))
+    values = flatten(config)
+    _raise(_field_problems(values))
+    _raise(_range_problems(values) + _cross_problems(values))
     name, aggregation = values["objective.name"], values["objective.aggregation"]
     if name == "gspo" and aggregation != "seq-mean-token-mean":
         logging.warning(
@@ -283,6 +323,24 @@ def validate(config: Mapping[str, Any]) -> None:
         )
 
 
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise BadInput("the config has errors:\n  " + "\n  ".join(problems))
+
+
+def _field_problems(values: Mapping[str, Any]) -> list[str]:
+    """Fields that are unknown, missing or of another type."""
+    names = field_types()
+    problems = [f"{f} is not a field: {suggest(f, names)}" for f in values if f not in names]
+    if missing := [f for f in names if f not in values]:
+        problems.append(f"missing (start from default_config()): {', '.join(missing)}")
+    return problems + [
+        f"{f} = {v!r}: must be {type_name(names[f])}"
+        for f, v in values.items()
+        if f in names and not _has_type(v, names[f], optional=f in HYPER)
+    ]
+
+
 def _range_problems(v: Mapping[str, Any]) -> list[str]:
     """Problems of one field at a time."""
 
@@ -303,15 +361,19 @@ def _range_problems(v: Mapping[str, Any]) -> list[str]:
     problems += outside(POSITIVE, lambda x: x > 0, "positive")
     problems += outside(NOT_NEGATIVE, lambda x: x >= 0, "0 or more")
     problems += outside(SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
-    problems += outside(["sampler.top_p"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    fractions = ["sampler.top_p", "model.rotary_fraction"]
+    problems += outside(fractions, lambda x: 0 < x <= 1, "above 0 and at most 1")
     problems += outside(["objective.dual_clip"], lambda x: x > 1, "above 1")
     problems += outside(["optimizer.b1", "optimizer.b2"], lambda x: 0 <= x < 1, "in [0, 1)")
     mesh = [f for f in v if f.startswith("mesh.")]
     problems += outside(mesh, lambda x: x >= 1 or x == -1, "positive, or -1 for the rest")
-    try:
-        data.ArithmeticTask(v["data.operations"], v["data.digits"])
-    except ValueError as error:
-        problems.append(f"data.{error}")
+    if v["data.task"] in data.TASKS:
+        try:
+            _task(v)
+        except ValueError as error:
+            problems.append(f"data.{error}")
+    if "{problem}" not in v["data.instruction"]:
+        problems.append("data.instruction: must have {problem}, where the problem's text goes")
     return problems
 
 
@@ -332,7 +394,20 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     divides("train.mini_batch_prompts", "train.prompts")
     divides("train.micro_batch", "train.mini_batch_prompts", factor=v["train.samples"])
     divides("sft.micro_batch", "sft.batch")
-    require(v["model.head_dim"] % 2 == 0, "model.head_dim", "must be even (rotary pairs)")
+    rotated = v["model.head_dim"] * v["model.rotary_fraction"]
+    both = "model.head_dim model.rotary_fraction"
+    require(rotated % 2 == 0, both, "the channels that are rotated must be even in number (pairs)")
+    divides("model.full_attention_every", "model.layers")
+    linear = [f"model.linear_{f}" for f in ("key_heads", "value_heads", "key_dim", "value_dim")]
+    fields = " ".join(["model.full_attention_every", *linear])
+    if v["model.full_attention_every"] > 1:
+        require(all(v[f] > 0 for f in linear), fields, "the layers between need their sizes")
+        divides("model.linear_key_heads", "model.linear_value_heads")
+        divides("mesh.tensor", "model.linear_key_heads")
+    else:
+        require(not any(v[f] for f in linear), fields, "without layers between, 0 in all")
+    shared = "model.shared_expert_size model.experts"
+    require(v["model.experts"] or not v["model.shared_expert_size"], shared, "without experts, 0")
 
     experts, per_token = v["model.experts"], v["model.experts_per_token"]
     sizes = "model.experts model.experts_per_token model.expert_size"
@@ -383,12 +458,34 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     codes = v["precision.sampler_weights"] == "codes"
     require(v["precision.recipe"] != "none" or not codes, fp8, "without a recipe, no codes to hold")
 
-    tokens = data.CharTokenizer.vocab_size
-    enough = v["model.vocab_size"] >= tokens
-    require(enough, "model.vocab_size", f"must be at least the tokenizer's {tokens}")
-    if not v["data.file"] or v["sft.steps"]:  # demonstrations are always the task's
+    if v["model.path"] or v["data.tokenizer"]:
+        require(not v["sft.steps"], "sft.steps", "demonstrations are made of single characters; 0")
+    else:
+        tokens = data.CharTokenizer.vocab_size
+        enough = v["model.vocab_size"] >= tokens
+        require(enough, "model.vocab_size", f"must be at least the tokenizer's {tokens}")
+        require(not v["data.chat"], "data.chat", "single characters have no chat template")
+        words = v["data.task"] != "arithmetic"
+        right = "problems in words need a data.tokenizer or a model.path"
+        require(not words or v["data.problems"], "data.task", right)
+    given = v["data.task"] in data.TASKS or v["data.problems"]
+    require(given, "data.task data.problems", "name a file of problems, or a data set")
+    passed = "data.rollouts data.filter"
+    require(not v["data.rollouts"] or v["data.filter"] != "none", passed, "a filter: clean or dapo")
+    within = "data.pass_low data.pass_high"
+    require(v["data.pass_low"] <= v["data.pass_high"], within, "the first is at most the second")
+    buffer = "reward.overlong_buffer sampler.max_response_length"
+    fits = v["reward.overlong_buffer"] <= v["sampler.max_response_length"]
+    require(fits, buffer, "the buffer lies within the response")
+    opened = v["data.chat"] or not (v["data.thinking"] or v["data.system"])
+    require(opened, "data.chat data.thinking data.system", "the last two belong to a chat")
+    arithmetic = v["data.task"] == "arithmetic" and not v["data.tokenizer"] + v["model.path"]
+    require(
+        arithmetic or not v["sft.steps"], "sft.steps data.task", "demonstrations are arithmetic"
+    )
+    if arithmetic and (not v["data.problems"] or v["sft.steps"]):
         with contextlib.suppress(ValueError):  # a task that is no task
-            task = data.ArithmeticTask(v["data.operations"], v["data.digits"])
+            task = _task(v)
             for field, longest, what in (
                 ("sampler.max_prompt_length", data.max_prompt_length(task), "prompt"),
                 ("sampler.max_response_length", data.max_response_length(task), "demonstration"),
@@ -407,14 +504,51 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
 
 def resolve(config: Mapping[str, Any]) -> FrozenConfigDict:
     """Returns a validated, frozen copy in which the fields that follow from others are filled in:
-    objective.horizon, sampler.top_logprobs."""
+    the architecture of model.path, reward.name, objective.horizon, sampler.top_logprobs."""
+    values = flatten(config)
+    _raise(_field_problems(values))
+    if values["model.path"]:
+        values |= _architecture(values)
+    config = from_dict(values)
     validate(config)
-    config = from_dict(flatten(config))
+    config.reward.name = config.reward.name or TASK_REWARDS[config.data.task]
     if not config.objective.horizon:
         config.objective.horizon = config.sampler.max_response_length
     if not config.sampler.top_logprobs and "topk_logp" in OBJECTIVES[config.objective.name].arrays:
         config.sampler.top_logprobs = min(TOP_LOGPROBS, config.model.vocab_size)
     return FrozenConfigDict(config)
+
+
+def _architecture(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `model` as the directory model.path has them.
+
+    Raises:
+      BadInput: it cannot be read, or the config asks for another one (fields at their default ask
+        for nothing).
+    """
+    path, default = values["model.path"], flatten(default_config())
+    try:
+        read = dataclasses.asdict(read_config(path))
+    except (ValueError, OSError) as error:
+        raise BadInput(f"model.path = {path!r}: {error}") from None
+    found = {f"model.{name}": value for name, value in read.items()}
+    differing = [
+        f"{f}: {values[f]!r} -> {found[f]!r}"
+        for f in found
+        if values[f] not in (default[f], found[f])
+    ]
+    if differing:
+        raise BadInput(
+            f"model.path = {path!r} holds another architecture than the config asks for (the "
+            "config's value -> its own):\n  " + "\n  ".join(differing)
+        )
+    return found
+
+
+def _task(values: Mapping[str, Any]):
+    """The procedural task that `data` describes. Raises ValueError that begins with the field."""
+    settings = {f.removeprefix("data."): v for f, v in values.items() if f.startswith("data.")}
+    return data.TASKS[settings["task"]](settings)
 
 
 def objective_hyper(config: Mapping[str, Any]) -> dict[str, float | bool]:

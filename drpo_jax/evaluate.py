@@ -63,11 +63,14 @@ def check_workdir(workdir, config):
         raise BadInput(f"{path}: {error}") from None
     ours = flatten(config)
     # With a file of problems, these fields decide which of them are held out.
-    split = ("seed", "evaluate.problems") if ours["data.file"] == theirs["data.file"] != "" else ()
+    same = ours["data.problems"] == theirs["data.problems"] != "" and not ours["evaluate.sets"]
+    split = ("seed", "evaluate.problems", "data.filter") if same else ()
     differing = [
         f"{field}: {theirs[field]!r} -> {ours[field]!r}"
         for field in ours
-        if (field.startswith("model.") or field in split) and ours[field] != theirs[field]
+        if (field.startswith("model.") or field in split)
+        and ours[field] != theirs[field]
+        and field != "model.path"
     ]
     if differing:
         raise BadInput(

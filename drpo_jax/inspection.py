@@ -21,10 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints, flatten
-from drpo_jax.config import BadInput, bad_input, from_json, resolve
+from drpo_jax.config import BadInput, bad_input, from_json
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
@@ -40,7 +41,7 @@ class Inspection:
 
     Attributes:
       config: the run's, resolved.
-      mesh, programs: as `train` would have them.
+      tokenizer, mesh, programs: as `train` would have them.
       checkpoints, rollouts: the steps that are saved, ascending. A checkpoint's step counts the
         rollout steps done: checkpoint 20 is the model that sampled rollout 20.
 
@@ -56,13 +57,13 @@ class Inspection:
                 f"{workdir} holds no run (there is no config.json); give the --workdir of one"
             )
         try:
-            self.config = resolve(from_json(path.read_text()))
+            self.config = FrozenConfigDict(from_json(path.read_text()))
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
         with bad_input():
             self.mesh = make_mesh(**(self.config.mesh if mesh is None else mesh))
-            stop = (data.CharTokenizer().eos_id,)
-            self.programs = Programs(self.config, self.mesh, stop)
+            self.tokenizer = data.make_tokenizer(self.config.data, self.config.model.path)
+            self.programs = Programs(self.config, self.mesh, self.tokenizer.stop_ids)
         self.checkpoints = _steps(self.workdir / "checkpoints", "*")
         self.rollouts = _steps(self.workdir / "rollouts", "step_*.npz")
 

@@ -7,17 +7,19 @@ again does what it would have done.
 import contextlib
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drpo_jax import data
+from drpo_jax import data, problems, rewards
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir, from_json
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
+from drpo_jax.models import from_pretrained
 from drpo_jax.objectives import (
     advantages,
     informative,
@@ -26,9 +28,8 @@ from drpo_jax.objectives import (
     with_spread,
 )
 from drpo_jax.parallel import make_mesh
-from drpo_jax.programs import Programs
-from drpo_jax.rewards import REWARDS
-from drpo_jax.sampler import SamplingParams
+from drpo_jax.programs import Programs, shardings
+from drpo_jax.sampler import Rollouts, SamplingParams
 
 # Streams of randomness: folded into the seed's key after the step.
 INIT, SAMPLE, EVALUATE, SHUFFLE = range(4)
@@ -47,44 +48,21 @@ class Run:
 
     def __init__(self, config, workdir: Path):
         self.config, self.workdir = config, workdir
-        self.tokenizer = data.CharTokenizer()
-        self.reward = REWARDS[config.data.task]
+        self.reward = rewards.REWARDS[config.reward.name]
         with bad_input():
-            self.train_problems, self.heldout = self._problems()
+            self.tokenizer = data.make_tokenizer(config.data, config.model.path)
+            if self.tokenizer.vocab_size > config.model.vocab_size:
+                raise BadInput(
+                    f"model.vocab_size = {config.model.vocab_size}: must be at least the "
+                    f"tokenizer's {self.tokenizer.vocab_size}"
+                )
+            found = problems.load(config, self.tokenizer)
+            self.train_problems = data.ProblemStream(found.train, config.seed)
+            self.heldout, self.report = found.heldout, found.report
             self._check_init_from()
             self.mesh = make_mesh(**config.mesh)
-            self.programs = Programs(config, self.mesh, stop=(self.tokenizer.eos_id,))
+            self.programs = Programs(config, self.mesh, stop=self.tokenizer.stop_ids)
         self.reference = None  # the model that a KL penalty holds the policy to
-
-    def _problems(self):
-        config = self.config
-        count = config.evaluate.problems
-        if config.data.file:
-            problems = data.load_problems(config.data.file)
-            where = config.data.file
-            if len(problems) < count + config.train.prompts:
-                raise BadInput(
-                    f"{where} has {len(problems)} problems; {count} for evaluation "
-                    f"(evaluate.problems) and {config.train.prompts} per rollout (train.prompts) "
-                    "are needed"
-                )
-            order = np.random.default_rng([config.seed, SHUFFLE]).permutation(len(problems))
-            heldout = [problems[i] for i in order[:count]]
-            train = [problems[i] for i in order[count:]]
-            checked = problems
-            for problem in problems:
-                if self.reward(problem.prompt, f"#{problem.answer}", problem.answer) != 1:
-                    raise BadInput(
-                        f"{where}, problem {problem.id!r}: the answer {problem.answer!r} could never "
-                        "be rewarded; the arithmetic reward compares integers"
-                    )
-        else:
-            where = f"data.task = {config.data.task!r}"
-            train = config.data
-            heldout = data.sample_problems(config.data, config.seed, 0, count, split="heldout")
-            checked = heldout
-        data.check_prompt_lengths(checked, self.tokenizer, config.sampler.max_prompt_length, where)
-        return data.ProblemStream(train, config.seed), heldout
 
     def _check_init_from(self):
         source = self.config.data.init_from
@@ -121,16 +99,24 @@ class Run:
         options = self.config.checkpoint
         return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
 
-    def encode(self, problems):
-        return [self.tokenizer.encode(problem.prompt) for problem in problems]
+    def sample(self, sampler, asked, params, key):
+        """Responses to the problems `asked`; they are verified while the next ones are sampled.
 
-    def rewards(self, problems, texts):
-        """float32 [N]; the responses to a problem are next to each other."""
-        samples = len(texts) // len(problems)
-        rows = [problem for problem in problems for _ in range(samples)]
-        return np.array(
-            [self.reward(p.prompt, text, p.answer) for p, text in zip(rows, texts)], np.float32
-        )
+        Returns:
+          Rollouts of N = problems · params.samples rows, their texts, and their rewards
+          (`rewards.Pending`: float32 [N] by `result()`).
+        """
+        prompts = problems.encode(self.config, self.tokenizer, asked)
+        rows = [problem for problem in asked for _ in range(params.samples)]
+        pieces, texts, found = [], [], []
+        for piece in sampler.batches(prompts, params, key):
+            new = piece.texts(self.tokenizer)
+            part = rows[len(texts) : len(texts) + len(new)]
+            question, answer = [p.prompt for p in part], [p.answer for p in part]
+            found += rewards.submit(self.reward, question, new, answer).found
+            pieces.append(piece)
+            texts += new
+        return Rollouts.concatenate(pieces), texts, rewards.Pending(found)
 
 
 # ------------------------------------------------------------------------------ the warm start
@@ -207,6 +193,9 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
     """
     run = Run(config, workdir)
     claim_workdir(workdir, config)
+    if run.report:
+        (workdir / "problems.txt").write_text(run.report)
+        print(f"{run.report.strip().splitlines()[-1]} ({workdir / 'problems.txt'})")
     programs, total = run.programs, config.train.steps
     devices = run.mesh.devices
     print(f"{workdir}: seed {config.seed} on {devices.size} x {devices.flat[0].device_kind}")
@@ -247,8 +236,12 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
 
 
 def initial_model(run: Run):
-    """The model that RL starts from: another run's, the warm start's, or a random one."""
+    """The model that RL starts from: a directory's, another run's, the warm start's, or a random one."""
     config = run.config
+    if config.model.path:
+        place = partial(shardings, run.mesh)
+        with bad_input():
+            return from_pretrained(config.model.path, shardings=place)[0]
     if not config.data.init_from and not config.sft.steps:
         return run.programs.init(run.key(0, INIT)).model
     with bad_input(), run.warm_start() as checkpoints:
@@ -264,18 +257,17 @@ def rl_step(run: Run, state, step: int):
     config, programs = run.config, run.programs
     started = time.monotonic()
     programs.sampler.model = programs.sync(state.model)
-    problems = run.train_problems.batch(step, config.train.prompts)
-    rollouts = programs.sampler.generate(
-        run.encode(problems), programs.sampling_params, run.key(step, SAMPLE)
+    asked = run.train_problems.batch(step, config.train.prompts)
+    rollouts, texts, verdicts = run.sample(
+        programs.sampler, asked, programs.sampling_params, run.key(step, SAMPLE)
     )
     programs.sampler.model = None  # its memory is the updates' now
     sampled = time.monotonic()
 
-    texts = rollouts.texts(run.tokenizer)
-    reward = run.rewards(problems, texts)
-    used = reward
+    reward = verdicts.result()
+    used = reward + shaping(config, texts, rollouts.response_lengths)
     if config.train.shuffle_rewards:
-        used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)
+        used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(used)
     rewarded = time.monotonic()
 
     saved = _due(step, config.train.save_rollout_every)
@@ -296,7 +288,7 @@ def rl_step(run: Run, state, step: int):
         metrics |= reduce_pairs(pairs) | jax.device_get(extremes)
     learned_at = time.monotonic()
     if saved:
-        rows = [problem for problem in problems for _ in range(config.train.samples)]
+        rows = [problem for problem in asked for _ in range(config.train.samples)]
         piece_ids, piece_texts = rollouts.pieces(run.tokenizer)
         save_rollout(
             run.workdir,
@@ -334,6 +326,16 @@ def rl_step(run: Run, state, step: int):
         "time/update": learned_at - rewarded,
     }
     return state, metrics
+
+
+def shaping(config, texts, lengths):
+    """What `config.reward` adds to the verdicts, float32 [N]."""
+    added = np.zeros(len(texts), np.float32)
+    if config.reward.format:
+        added += config.reward.format * rewards.format_reward(texts)
+    if buffer := config.reward.overlong_buffer:
+        added += rewards.overlong_penalty(lengths, config.sampler.max_response_length, buffer)
+    return added
 
 
 def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
@@ -460,16 +462,16 @@ def evaluate(run: Run, model, generations: list | None = None) -> dict:
     """
     config, sampler = run.config.evaluate, run.programs.exact_sampler
     sampler.model = run.programs.sync_exact(model)
-    base = dict(max_tokens=run.config.sampler.max_response_length, stop=(run.tokenizer.eos_id,))
+    base = dict(max_tokens=run.config.sampler.max_response_length, stop=run.tokenizer.stop_ids)
     modes = {"avg": SamplingParams(samples=config.samples, temperature=config.temperature, **base)}
     if config.greedy:
         modes["greedy"] = SamplingParams(temperature=0.0, **base)
     kinds = np.array([problem.kind for problem in run.heldout])
     metrics = {}
     for name, params in modes.items():
-        rollouts = sampler.generate(run.encode(run.heldout), params, run.key(0, EVALUATE))
-        texts = rollouts.texts(run.tokenizer)
-        right = run.rewards(run.heldout, texts).reshape(len(run.heldout), -1)
+        key = run.key(0, EVALUATE)
+        rollouts, texts, verdicts = run.sample(sampler, run.heldout, params, key)
+        right = verdicts.result().reshape(len(run.heldout), -1)
         metrics[f"eval/{name}"] = right.mean()
         if len(set(kinds)) > 1:
             metrics |= {f"eval/{name}/{k}": right[kinds == k].mean() for k in sorted(set(kinds))}
@@ -480,10 +482,10 @@ def evaluate(run: Run, model, generations: list | None = None) -> dict:
             generations += [
                 {"id": problem.id, "kind": problem.kind, "mode": name, "prompt": problem.prompt,
                  "response": text, "answer": problem.answer, "reward": float(reward)}
-                for problem, group, rewards in zip(
+                for problem, group, verdicts in zip(
                     run.heldout, np.reshape(texts, right.shape), right
                 )
-                for text, reward in zip(group.tolist(), rewards)
+                for text, reward in zip(group.tolist(), verdicts)
             ]  # fmt: skip
     sampler.model = None
     return {name: float(value) for name, value in metrics.items()}

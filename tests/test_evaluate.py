@@ -38,12 +38,12 @@ def test_which_checkpoints(tmp_path):
 
 def test_another_model_or_split_is_refused(tmp_path):
     C.claim_workdir(tmp_path / "task", config())
-    C.claim_workdir(tmp_path / "file", config(data__file="p.jsonl"))
+    C.claim_workdir(tmp_path / "file", config(data__problems="p.jsonl"))
     save(tmp_path / "task" / "checkpoints")
     save(tmp_path / "file" / "checkpoints")
     fine = dict(seed=3, evaluate__problems=5, data__digits=1, train__steps=9)
     assert evaluate.check_workdir(tmp_path / "task", config(**fine))
-    assert evaluate.check_workdir(tmp_path / "file", config(data__file="q.jsonl", seed=3))
+    assert evaluate.check_workdir(tmp_path / "file", config(data__problems="q.jsonl", seed=3))
     with pytest.raises(C.BadInput) as error:
         evaluate.check_workdir(tmp_path / "task", config(model__layers=3, model__hidden_size=64))
     lines = str(error.value).splitlines()[1:]
@@ -51,7 +51,7 @@ def test_another_model_or_split_is_refused(tmp_path):
     # Problems that this split holds out were trained on.
     with pytest.raises(C.BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
         evaluate.check_workdir(
-            tmp_path / "file", config(data__file="p.jsonl", seed=3, evaluate__problems=5)
+            tmp_path / "file", config(data__problems="p.jsonl", seed=3, evaluate__problems=5)
         )
 
 

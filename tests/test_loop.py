@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from drpo_jax import config as C
-from drpo_jax import loop
+from drpo_jax import loop, rewards
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
@@ -35,7 +35,7 @@ def quick_and_rewarding(compile_quickly):
         def reward(prompt, text, answer):
             return float(len(text) % 2 or text == f"#{answer}")
 
-        patch.setitem(loop.REWARDS, "arithmetic", reward)
+        patch.setitem(rewards.REWARDS, "arithmetic", reward)
         yield
 
 
@@ -94,7 +94,7 @@ def other(whole, tmp_path_factory):
     boundary that nothing reaches."""
     workdir = tmp_path_factory.mktemp("other")
     settings = config(
-        data__file=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
+        data__problems=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
         train__shuffle_rewards=True, objective__behavior="rescored", objective__delta=12.5,
         train__save_rollout_every=1,
     )  # fmt: skip
@@ -279,7 +279,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
 
 
 def test_problems_from_a_file(other):
-    heldout = loop.Run(config(data__file=str(other / "problems.jsonl")), other).heldout
+    heldout = loop.Run(config(data__problems=str(other / "problems.jsonl")), other).heldout
     trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
@@ -292,15 +292,15 @@ def test_bad_problem_files_cost_nothing(tmp_path):
     too_long = good.replace('"3+3="', '"3000+3="', 1)
     cases = {
         malformed: r"problems.jsonl, line 4: field 'answer' is 6, but must be a string",
-        too_long: r"problems.jsonl: 1 of 10 prompts .* max_prompt_length = 6 .* problem 4 \(id '3'\)",
-        good.partition("\n")[0] + "\n": r"has 1 problems; 6 for evaluation .* and 4 per rollout",
+        too_long: r"problems.jsonl: 1 of 10 prompts are longer than sampler.max_prompt_length = 6 tokens.* problem '3' with 7:",
+        good.partition("\n")[0] + "\n": r"has 1 problems; 4 per rollout .* and 6 for evaluation",
         "": r"problems.jsonl: the file is empty",
         None: r"No such file .*problems.jsonl",
     }
     for text, message in cases.items():
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(C.BadInput, match=message):
-            loop.train(config(data__file=str(path)), tmp_path / "run")
+            loop.train(config(data__problems=str(path)), tmp_path / "run")
         assert not (tmp_path / "run").exists()  # so that the mended config can take it
 
 

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from drpo_jax import config, loop
+from drpo_jax import config, loop, rewards
 from drpo_jax.cli import load_config
 from drpo_jax.parallel import make_mesh
 
@@ -35,7 +35,7 @@ def workdir(tmp_path_factory, compile_quickly):
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-        patch.setitem(loop.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2.0)
+        patch.setitem(rewards.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2.0)
         loop.train(config.resolve(load_config(str(HERE / "smallest.py"))), directory)
     return directory
 

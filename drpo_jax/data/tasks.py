@@ -57,6 +57,10 @@ class ArithmeticTask:
     def __post_init__(self):
         _check(self)
 
+    def sample(self, seed, index, count, split="train"):
+        """As `sample_problems`."""
+        return sample_problems(self, seed, index, count, split)
+
 
 def _check(task):
     operations, digits = tuple(task.operations), task.digits

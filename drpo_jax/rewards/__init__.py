@@ -1,4 +1,4 @@
-"""Rewards: plain callables `(prompt, response, answer) -> float`, texts in, by name.
+r"""Rewards: callables `(prompt, response, answer) -> float`, texts in, by name.
 
 To add one, write the function and name it in the dict:
 
@@ -9,11 +9,72 @@ To add one, write the function and name it in the dict:
     REWARDS = {..., "ends_with_answer": ends_with_answer}
 
 A response is whatever a model wrote: parse it, never evaluate it, raise nothing, and take time
-linear in its length.
+linear in its length. A function that cannot promise the last goes into worker processes, where a call
+ends after a second of CPU time with reward 0.0; it must be importable from there, without JAX:
+
+    REWARDS = {..., "ends_with_answer": Isolated(ends_with_answer)}
+
+    arithmetic   the integer after the last `#`
+    integer      the last integer of the response, or the one in its last box
+    countdown    an expression with given numbers and value
+    math         the last `\boxed{…}` against the answer, by math-verify
+
+`submit` starts the rewards of a batch, which workers compute while the caller does something else.
 """
 
-from drpo_jax.rewards.arithmetic import arithmetic_reward, expression_value
+from drpo_jax.rewards.arithmetic import (
+    arithmetic_reward,
+    countdown_reward,
+    expression_value,
+    integer_reward,
+)
+from drpo_jax.rewards.math import VERIFIER, last_box, math_reward
+from drpo_jax.rewards.pool import Isolated, Pending, Pool
+from drpo_jax.rewards.shaping import format_reward, overlong_penalty
 
-REWARDS = {"arithmetic": arithmetic_reward}
+REWARDS = {
+    "arithmetic": arithmetic_reward,
+    "integer": integer_reward,
+    "countdown": countdown_reward,
+    "math": VERIFIER,
+}
 
-__all__ = ["REWARDS", "arithmetic_reward", "expression_value"]
+# How a response gives an answer: the answers of a data set are checked with it. Of no others.
+GIVEN = {
+    "arithmetic": "#{answer}",
+    "integer": "{answer}",
+    "countdown": "{answer}",
+    "math": "\\boxed{{answer}}",
+}
+
+
+def submit(reward, prompts, responses, answers):
+    """Starts the rewards of a batch: `.result()` is float32 [N], in order.
+
+    A plain function is called at once, an `Isolated` one in its worker processes.
+
+    Args:
+      reward: a value of `REWARDS`.
+      prompts, responses, answers: N texts each.
+    """
+    if isinstance(reward, Isolated):
+        return reward.submit(prompts, responses, answers)
+    return Pending([reward(*texts) for texts in zip(prompts, responses, answers, strict=True)])
+
+
+__all__ = [
+    "GIVEN",
+    "REWARDS",
+    "Isolated",
+    "Pending",
+    "Pool",
+    "arithmetic_reward",
+    "countdown_reward",
+    "expression_value",
+    "format_reward",
+    "integer_reward",
+    "last_box",
+    "math_reward",
+    "overlong_penalty",
+    "submit",
+]

@@ -3,11 +3,17 @@
 import re
 from fractions import Fraction
 
+from drpo_jax.rewards.math import last_box
+
 MAX_EXPRESSION_LENGTH = 1000  # characters
 MAX_EXPRESSION_DEPTH = 50  # parentheses within parentheses
 
 _INTEGER = re.compile(r"0|[+-]?[1-9][0-9]*")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+# A sign that follows a number is an operation.
+_WORD = re.compile(r"(?<![\w)])[-+\N{MINUS SIGN}]?[\w.,/]+|[\w.,/]+")
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+")
+_OPERATORS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "×": "*", "·": "*", "÷": "/", "−": "-"}
 
 
 def _integer(text):
@@ -34,6 +40,67 @@ def arithmetic_reward(prompt, response, answer):
     _, mark, given = response.rpartition("#")
     given, expected = _integer(given), _integer(answer)
     return float(bool(mark) and given is not None and given == expected)
+
+
+def integer_reward(prompt, response, answer):
+    r"""1.0 if the response's last number is the integer `answer`, else 0.0.
+
+    That is what the last `\boxed{…}` has in it, or without a box the last word with a digit in it:
+    "12 + 7 = 19." is 19, but "19.5", "39/2" and "x19" are not. A plus sign and commas between groups
+    of three digits do not count; leading zeros make it wrong. Digits are compared as text, in time
+    linear in the length.
+
+    Args:
+      prompt: not used.
+      response: the decoded response, any text.
+      answer: the right integer, e.g. "632" or "-5".
+    """
+    del prompt
+    given = last_box(response)
+    if given is None:
+        for match in _WORD.finditer(response):
+            if any(c.isdigit() for c in match.group()):
+                given = match.group().rstrip(".,/")
+    given = (given or "").strip(" \t\r\n$").replace("\N{MINUS SIGN}", "-")
+    if _THOUSANDS.fullmatch(given):
+        given = given.replace(",", "")
+    given, expected = _integer(given), _integer(answer)
+    return float(given is not None and given == expected)
+
+
+def countdown_reward(prompt, response, answer):
+    r"""1.0 if the response's expression has the numbers and the value of `answer`, else 0.0.
+
+    The expression is the contents of the last `\boxed{…}`, or without a box what follows the last
+    `#`, or the last line that is not empty. "= value" may follow it if that is the value. It has the
+    numbers of `answer`, each as often, with + - * / (also as \times, \cdot, \div, ×, ·, ÷) and
+    parentheses.
+
+    Args:
+      prompt: not used.
+      response: the decoded response, any text.
+      answer: one solution, e.g. "(25 - 13) * 3".
+    """
+    del prompt
+    given = last_box(response)
+    if given is None:
+        given = response.rstrip()
+        given = given[max(given.rfind("#"), given.rfind("\n")) + 1 :]
+    if len(given) > MAX_EXPRESSION_LENGTH:
+        return 0.0
+    for sign, operator in _OPERATORS.items():
+        given = given.replace(sign, operator)
+    sides = [side.strip(" \t\r\n$.") for side in given.split("=")]
+    try:
+        target = expression_value(answer)
+        right = len(sides) <= 2 and all(expression_value(side) == target for side in sides)
+    except ValueError:
+        return 0.0
+    return float(right and _numbers(sides[0]) == _numbers(answer))
+
+
+def _numbers(expression):
+    return sorted(map(int, re.findall("[0-9]+", expression)))
 
 
 def expression_value(text):

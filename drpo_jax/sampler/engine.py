@@ -49,6 +49,12 @@ class Rollouts:
     def __len__(self):
         return len(self.tokens)
 
+    @classmethod
+    def concatenate(cls, parts):
+        """The rows of several Rollouts of the same shapes as one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
     def mask(self):
         """bool [N, R]: the response tokens."""
         return np.arange(self.logp.shape[1]) < self.response_lengths[:, None]
@@ -210,6 +216,18 @@ def read_buckets(max_tokens, decode_steps):
     return buckets
 
 
+def _rollouts(prompts, width, params, tokens, logp, full_logp, response_lengths, done, *top):
+    """Rollouts of what the decode loop recorded for `params.samples` responses to each prompt."""
+    lengths = np.repeat([len(p) for p in prompts], params.samples).astype(np.int32)
+    rows = np.zeros((len(lengths), width + params.max_tokens), np.int32)
+    for row, length in enumerate(lengths):
+        rows[row, :length] = prompts[row // params.samples]
+        rows[row, length : length + params.max_tokens] = tokens[row]
+    if not top:
+        top = np.zeros((*logp.shape, 0), np.int32), np.zeros((*logp.shape, 0), np.float32)
+    return Rollouts(rows, lengths, response_lengths, logp, full_logp, done, *top)
+
+
 class Sampler:
     """Generates responses with one model.
 
@@ -250,21 +268,19 @@ class Sampler:
           ValueError: an empty prompt, one longer than `prompt_length`, or a group that does not fit
             into the slots.
         """
+        return Rollouts.concatenate(list(self.batches(prompts, params, key)))
+
+    def batches(self, prompts, params: SamplingParams, key):
+        """`generate` batch by batch: yields the Rollouts of the first prompts, of the next, …
+
+        What the caller does with one batch need not wait for the others.
+        """
         width = self._check(prompts, params)
         per_batch = self._prompts_per_batch(params)
-        pieces = [
-            self._generate_batch(prompts[i : i + per_batch], i, per_batch, width, params, key)
-            for i in range(0, len(prompts), per_batch)
-        ]
-        lengths = np.repeat([len(p) for p in prompts], params.samples).astype(np.int32)
-        tokens, logp, full_logp, response_lengths, done, *top = map(np.concatenate, zip(*pieces))
-        rows = np.zeros((len(lengths), width + params.max_tokens), np.int32)
-        for row, length in enumerate(lengths):
-            rows[row, :length] = prompts[row // params.samples]
-            rows[row, length : length + params.max_tokens] = tokens[row]
-        if not top:
-            top = np.zeros((*logp.shape, 0), np.int32), np.zeros((*logp.shape, 0), np.float32)
-        return Rollouts(rows, lengths, response_lengths, logp, full_logp, done, *top)
+        for first in range(0, len(prompts), per_batch):
+            some = prompts[first : first + per_batch]
+            sampled = self._generate_batch(some, first, per_batch, width, params, key)
+            yield _rollouts(some, width, params, *sampled)
 
     def _prompts_per_batch(self, params):
         mesh = jax.sharding.get_abstract_mesh()

@@ -2,17 +2,24 @@
 
 import json
 import re
+import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from drpo_jax.data import (
+    TEMPLATES,
     ArithmeticTask,
+    ChainSum,
     CharTokenizer,
     Problem,
     ProblemStream,
     check_prompt_lengths,
     load_problems,
     sample_problems,
+    split_by_length,
+    strip_instruction,
+    with_instruction,
 )
 
 GOOD = b'{"prompt": "1+2=", "answer": "3"}\n'
@@ -26,14 +33,14 @@ def write(tmp_path, content):
 
 def test_load(tmp_path):
     lines = [
-        {"prompt": "1+2=", "answer": "3"},
-        {"prompt": "Wie groß ist π? 数", "answer": "3.14", "id": "pi", "level": 5},
+        {"prompt": "1+2=", "answer": "3", "reward_model": {}},
+        {"prompt": "Wie groß ist π? 数", "answer": "3.14", "id": "pi", "level": 5, "kind": "geo"},
         {"prompt": "4-2=", "answer": "2", "id": 7},
     ]
     content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     expected = [
         Problem("1+2=", "3", "", "problems.jsonl:1"),
-        Problem("Wie groß ist π? 数", "3.14", "", "pi"),
+        Problem("Wie groß ist π? 数", "3.14", "geo", "pi"),
         Problem("4-2=", "2", "", "7"),
     ]
     assert load_problems(write(tmp_path, content)) == expected
@@ -65,6 +72,8 @@ def test_load(tmp_path):
             "field 'id' is 1.5, but must be a string or",
         ),
         (b'{"prompt": "1+2=", "answer": "3", "id": true}', "field 'id' is true"),
+        (b'{"prompt": "1", "answer": "3", "kind": 7}', "field 'kind' is 7, but must be a string"),
+        (b'{"prompt": [], "answer": "3"}', "in the schema of DAPO-Math-17k, but the file's first"),
         (b'{"prompt": "a\\ud800", "answer": "3"}', "field 'prompt' holds half of a surrogate pair"),
         (
             '{"prompt": "groß", "answer": "3"}'.encode("latin-1"),
@@ -93,6 +102,148 @@ def test_empty_file(tmp_path):
         load_problems(tmp_path / "nowhere.jsonl")
 
 
+WRAPPED = (
+    "Solve the following math problem step by step. The last line of your response should be of the "
+    "form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    'What is $1+2$?\n\nRemember to put your answer on its own line after "Answer:".'
+)
+
+
+def dapo(text, answer="3", index="u1"):
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": text, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": index},
+    }
+
+
+def write_lines(tmp_path, records):
+    return write(tmp_path, "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
+DAPO_ROWS = [
+    dapo(WRAPPED),
+    dapo("What is $2+2$?", "4", 7),
+    dapo(WRAPPED),  # again
+    dapo(WRAPPED, index="u2"),  # the same problem under another index
+    dapo(WRAPPED, answer="4"),  # and with another answer
+    dapo("What is $2+2$?", "4", None),
+    dapo("No index", "5", None),
+]
+DAPO_PROBLEMS = [
+    Problem("What is $1+2$?", "3", "", "u1"),
+    Problem("What is $2+2$?", "4", "", "7"),
+    Problem("What is $1+2$?", "4", "", "u1#2"),
+]
+
+
+def test_dapo_schema(tmp_path):
+    path = write_lines(tmp_path, DAPO_ROWS * 3)
+    expected = [*DAPO_PROBLEMS, Problem("No index", "5", "", "problems.jsonl:7")]
+    assert load_problems(path) == expected
+    assert load_problems(path, keep_instruction=True)[0].prompt == WRAPPED
+    bare = {field: DAPO_ROWS[0][field] for field in ("prompt", "reward_model")}
+    expected = [Problem("What is $1+2$?", "3", "", "problems.jsonl:1")]
+    assert load_problems(write_lines(tmp_path, [bare])) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompt": "1+2="}, """field 'prompt' is "1.2=", but must be a chat of one message"""),
+        ({"prompt": []}, "field 'prompt' is .., but must be a chat"),
+        ({"prompt": ["1+2="]}, "field 'prompt' is .* but must be a chat"),
+        ({"prompt": DAPO_ROWS[0]["prompt"] * 2}, "field 'prompt' is .* but must be a chat"),
+        ({"prompt": [{"role": "system", "content": "x"}]}, r"field 'prompt\[0\].role' is .system."),
+        ({"prompt": [{"role": "user"}]}, r"field 'prompt\[0\].content' is missing"),
+        ({"prompt": [{"role": "user", "content": ""}]}, r"field 'prompt\[0\].content' is empty"),
+        ({"reward_model": None}, "field 'reward_model' is null, but must be an object"),
+        (
+            {"reward_model": {"style": "x"}},
+            r"field 'reward_model.ground_truth' is missing .*_model.st",
+        ),
+        (
+            {"reward_model": {"ground_truth": 3}},
+            "field 'reward_model.ground_truth' is 3, but must be",
+        ),
+        (
+            {"extra_info": {"index": [1]}},
+            r"field 'extra_info.index' is \[1\], but must be a string or",
+        ),
+        (
+            {"extra_info": {"index": "u1"}},
+            "'extra_info.index' is 'u1', which line 1 has .* another text",
+        ),
+    ],
+)
+def test_bad_dapo_line(tmp_path, changes, message):
+    path = write_lines(tmp_path, [DAPO_ROWS[0], {**dapo("Else", index="e"), **changes}])
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line 2: .*{message}"):
+        load_problems(path)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "problems.parquet"
+
+    def load(rows):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return load_problems(path)
+
+    rows = [row for row in DAPO_ROWS if isinstance(row["extra_info"]["index"], str)]
+    assert load(rows * 2) == [DAPO_PROBLEMS[0], DAPO_PROBLEMS[2]]
+    assert load([{"prompt": "1+2=", "answer": "3", "id": 5}]) == [Problem("1+2=", "3", "", "5")]
+    for wrong, message in (
+        ([{"prompt": "1", "answer": "3"}, {"prompt": "2"}], "row 2: field 'answer' is null"),
+        ([rows[0], {**rows[0], "reward_model": None}], "row 2: field 'reward_model' is null"),
+        ([{"question": "1"}], "field 'prompt' is missing .the columns are question"),
+        ([], "field 'prompt' is missing .the columns are none"),
+    ):
+        with pytest.raises(ValueError, match=f"problems.parquet.*{message}"):
+            load(wrong)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="problems.parquet: not a readable parquet file"):
+        load_problems(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="problems.parquet: reading parquet needs pyarrow"):
+        load_problems(tmp_path / "problems.parquet")
+
+
+def test_instructions():
+    bare = Problem("Is {problem} 5 % of $x$?", "3", "k", "i")
+    boxed = with_instruction(bare, "boxed")
+    assert boxed.prompt == bare.prompt + (
+        "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    assert (boxed.answer, boxed.kind, boxed.id) == ("3", "k", "i")
+    assert with_instruction(bare, "none") == bare
+    assert with_instruction(bare, "Q: {problem} {A}:").prompt == f"Q: {bare.prompt} {{A}}:"
+    plain = Problem("What is $1+2$?", "3", "", "i")
+    assert with_instruction(plain, "answer_line").prompt == WRAPPED
+    for wrong in ("bxed", "", "{problem} and {problem}"):
+        with pytest.raises(ValueError, match="must be one of none, boxed, answer_line, or a text"):
+            with_instruction(bare, wrong)
+
+
+def test_an_instruction_is_stripped_as_a_whole_or_not_at_all():
+    assert strip_instruction(WRAPPED) == "What is $1+2$?"
+    before, after = TEMPLATES["answer_line"].split("{problem}")
+    for text in ("1+2", before + "1+2", "1+2" + after, WRAPPED[1:], before + after, WRAPPED + " "):
+        assert strip_instruction(text) == text
+
+
+def test_split_by_length():
+    problems = [Problem("1" * n, "1", "", f"p{n}") for n in (3, 5, 4, 9)]
+    short, long = split_by_length(problems, CharTokenizer(), 4)
+    assert [p.id for p in short] == ["p3", "p4"] and [p.id for p in long] == ["p5", "p9"]
+
+
 def test_prompt_lengths():
     problems = [Problem("1" * n, "1", "", f"p{n}") for n in (3, 4, 9, 5)]
     check_prompt_lengths(problems, CharTokenizer(), 9, "a.jsonl")
@@ -110,10 +261,10 @@ def test_prompt_lengths():
         check_prompt_lengths(problems, CharTokenizer(), 9, "a.jsonl")
 
 
-def test_stream_of_a_task():
-    task = ArithmeticTask(digits=2)
+@pytest.mark.parametrize("task", [ArithmeticTask(digits=2), ChainSum()])
+def test_stream_of_a_task(task):
     stream = ProblemStream(task, seed=4)
-    assert stream.batch(11, 8) == sample_problems(task, 4, 11, 8, "train")
+    assert stream.batch(11, 8) == task.sample(4, 11, 8, "train")
     assert stream.batch(11, 8) == ProblemStream(task, seed=4).batch(11, 8)
     assert stream.batch(11, 8) != stream.batch(12, 8)
 
@@ -131,6 +282,34 @@ def test_stream_of_a_list_goes_through_shuffled_epochs(count):
     assert read != [p.id for n in range(steps) for p in ProblemStream(problems, 2).batch(n, count)]
 
 
+PROBLEMS = [Problem(f"{i}=", str(i), "", str(i)) for i in range(10)]
+
+
+@pytest.mark.parametrize("source", [PROBLEMS, ArithmeticTask(digits=2), ChainSum()])
+@pytest.mark.parametrize("count, processes", [(8, 1), (8, 4), (7, 3), (2, 5)])
+def test_the_shares_of_processes_are_the_batch(source, count, processes):
+    stream = ProblemStream(source, seed=2)
+    for step in (0, 5):
+        shares = [stream.batch(step, count, i, processes) for i in range(processes)]
+        assert sum(shares, []) == stream.batch(step, count)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_step_number_is_the_whole_position():
+    """A stream made anew, asked for its steps in any order, goes on as if nothing had happened."""
+    steps = [ProblemStream(PROBLEMS, seed=3).batch(n, 7) for n in range(6)]
+    stream = ProblemStream(PROBLEMS, seed=3)
+    assert [stream.batch(n, 7) for n in (5, 0, 3)] == [steps[5], steps[0], steps[3]]
+    # the same on every platform, whatever its NumPy
+    assert "".join(p.id for p in stream.batch(0, 20)) == "04971563820621374985"
+
+
+def test_stream_of_a_config_section():
+    fields = ConfigDict({"operations": "+", "digits": 2})
+    expected = sample_problems(ArithmeticTask(("+",), 2), 1, 4, 5)
+    assert ProblemStream(fields, seed=1).batch(4, 5) == expected
+
+
 def test_stream_errors():
     with pytest.raises(ValueError, match="the list is empty"):
         ProblemStream([], seed=0)
@@ -138,3 +317,6 @@ def test_stream_errors():
         ProblemStream(ArithmeticTask(), seed=-1)
     with pytest.raises(ValueError, match="step is -1"):
         ProblemStream([Problem("1", "1", "", "")], seed=0).batch(-1, 2)
+    for process in (-1, 2):
+        with pytest.raises(ValueError, match=f"process is {process}; it must be from 0 to 1"):
+            ProblemStream(PROBLEMS, seed=0).batch(0, 4, process, 2)

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from drpo_jax.rewards import REWARDS, arithmetic_reward, expression_value
+from drpo_jax.rewards import (
+    REWARDS,
+    arithmetic_reward,
+    countdown_reward,
+    expression_value,
+    integer_reward,
+)
 
 HOSTILE = [
     "",
@@ -197,3 +203,95 @@ def test_fuzz_expressions(text):
         assert isinstance(expression_value(text), Fraction)
     except ValueError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("19", "19"),
+        ("12 + 7 = 19.", "19"),
+        ("The answer is **19**.", "19"),
+        ("12 + 7 = 19\nI hope that this helps!", "19"),
+        (r"12 + 7 = 20, no: \boxed{19} 3", "19"),
+        (r"$\boxed{ -19 }$", "-19"),
+        ("12-31=-19", "-19"),
+        ("x = \N{MINUS SIGN}19", "-19"),
+        ("31-12", "12"),
+        ("(31)-12", "12"),
+        ("$1,234,567", "1234567"),
+        ("+19", "19"),
+        ("0", "0"),
+        ("-19.", "-19"),
+    ],
+)
+def test_last_integer(response, answer):
+    assert integer_reward("", response, answer) == 1.0
+    for wrong in (
+        "18",
+        "190",
+        "9",
+        answer.removeprefix("-") if "-" in answer else f"-{answer}",
+        "x",
+    ):
+        assert integer_reward("", response, wrong) == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["", "nineteen", "19.5", "39/19", "x19", "019", "1,9", "19 20", r"\boxed{19}\boxed{}", "١٩",
+     "19\N{ARABIC-INDIC DIGIT ONE}", "-0019", "1e19", "19th", r"\boxed{12+7}", r"\boxed{7} 12 or 19.0"],
+)  # fmt: skip
+def test_no_last_integer(response):
+    assert integer_reward("", response, "19") == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "(25 - 13) * 3",
+        "3*(25-13)",
+        "I try 25 + 3.\n3 * (25 - 13) = 36",
+        r"\boxed{3 \times (25 - 13)} was found",
+        "think # (25 − 13) × 3 = 36.",
+        "-(13-25)*3",
+        "3 * (25 - 13) = 72/2",
+        "$3(25-13)$\n#3*25-13*3/1*1+0\n(25-13)/(1/3)\n(25-13)*3\n\n",
+    ],
+)
+def test_countdown_right(response):
+    """The last one ends with a right line."""
+    assert countdown_reward("", response, "(25 - 13) * 3") == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "36",
+        "36 = (25 - 13) * 3",
+        "(25 - 13) * 3 = 35",
+        "(25 - 13) * 3 = 36 = 36",
+        "(25 - 13) * 3 =",
+        "25 + 13 - 3",
+        "25 + 13 - 3 + 1",
+        "(25 - 13) * 3 * 1",
+        "(25 - 13) * 3 + 25 - 25",
+        "3(25 - 13)",
+        "(25 - 13) * 3 # no",
+        "(25 - 13) ** 3",
+        "(25 - 13) * 3; __import__('os').abort()",
+        "(25 - 13) * 3 / (1 - 1)",
+        r"\boxed{(25 - 13) * 3} then \boxed{36}",
+        "(25 - 13) * 3" + " " * 1000 + "+ 0",
+        "(" * 1000 + "36",
+    ],
+)
+def test_countdown_wrong(response):
+    assert countdown_reward("", response, "(25 - 13) * 3") == 0.0
+
+
+def test_countdown_counts_equal_numbers():
+    assert countdown_reward("", "4+4-1", "(4 + 4) - 1") == 1.0
+    assert countdown_reward("", "4*1+4-1", "(4 + 4) - 1") == 0.0
+    assert countdown_reward("", "4+4-1", "4 + 4 + 1") == 0.0
+    assert [countdown_reward("", a, a) for a in ("1/0", "", "x")] == [0.0] * 3

@@ -1,0 +1,126 @@
+r"""Checks per second of the math verifier, beside math-verify in one process.
+
+    python -m benchmarks.verifier [--output=FILE.json]
+
+Responses are a few sentences that end in a box, about half of them with a wrong answer. Two sets,
+drawn from a seed:
+
+    GSM8K-like   integers, plain and with commas, units, dollar signs, decimals
+    MATH-like    fractions, roots, tuples, intervals, sets, polynomials, and a third integers
+
+    reward            what training calls: the quick stage, then workers
+    workers alone     every check by math-verify in the workers, nothing settled before
+    math-verify       its `parse` and `verify` on the boxed answer, one second each, in one process
+
+The workers are 2 processes, warm, without a cache of verdicts. Rounds are in turn and each figure is
+the median of them; ratios are formed round by round, so that they say something on a shared machine.
+"""
+
+import logging
+import time
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.common import machine, write_results
+from drpo_jax.rewards import Isolated, submit
+from drpo_jax.rewards.math import WARM, check, first_stage, last_box
+
+OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
+ROUNDS = 3
+COUNT = 250  # checks per round where math-verify makes all or most, else twenty times as many
+WORKERS = 2
+FILLER = (
+    "First we add what she has in the morning to what she buys, and then take away a third. " * 6
+)
+
+INTEGERS = ["{n}", "{n:,}", r"\${n}", r"{n}\text{{ apples}}", "{n}.00", r"{n}\%", " {n} "]
+EXPRESSIONS = [
+    (r"\frac{{{n}}}{{7}}", r"{n}/7"),
+    (r"{n}\sqrt{{2}}", r"\sqrt{{2}}\cdot {n}"),
+    ("({n}, {m})", r"\left({n},{m}\right)"),
+    (r"[-{n}, {m})", r"[-{n},{m})"),
+    (r"\{{{n}, {m}\}}", "{m}, {n}"),
+    ("x^2+{n}x-{m}", "{n}x+x^2-{m}"),
+    (r"\frac{{{n}\pi}}{{3}}", r"{n}\pi/3"),
+    ("{n}+{m}i", "{m}i+{n}"),
+]
+
+
+def integers(rng, count):
+    """(given, answer) pairs as in GSM8K."""
+    n = rng.integers(1, 100_000, count)
+    wrong = rng.integers(0, 2, count) * rng.integers(1, 50, count)
+    forms = rng.choice(INTEGERS, count)
+    return [(form.format(n=a + w), str(a)) for a, w, form in zip(n, wrong, forms)]
+
+
+def expressions(rng, count):
+    """(given, answer) pairs as in MATH."""
+    pairs = integers(rng, count)
+    for i in np.flatnonzero(rng.integers(0, 3, count)):
+        answer, given = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
+        n, m = rng.integers(1, 1000, 2)
+        pairs[i] = given.format(n=n + rng.integers(2), m=n + m), answer.format(n=n, m=n + m)
+    return pairs
+
+
+def by_reward(reward, pairs):
+    responses = [rf"{FILLER}The answer is $\boxed{{{given}}}$." for given, _ in pairs]
+    return submit(reward, [""] * len(pairs), responses, [answer for _, answer in pairs]).result()
+
+
+def by_math_verify(pairs):
+    from math_verify import parse, verify
+
+    found = []
+    for given, answer in pairs:
+        sides = [parse(rf"\boxed{{{side}}}", parsing_timeout=1) for side in (answer, given)]
+        found.append(float(verify(*sides, timeout_seconds=1)))
+    return np.array(found)
+
+
+def main(_):
+    print(machine())
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    quick = Isolated(check, quick=first_stage, warm=WARM, workers=WORKERS, cache=False)
+    slow = Isolated(
+        check, quick=lambda _, text, answer: (last_box(text), answer),
+        warm=WARM, workers=WORKERS, cache=False,
+    )  # fmt: skip
+    ways = {
+        "reward": (lambda pairs: by_reward(quick, pairs), 20 * COUNT),
+        "workers alone": (lambda pairs: by_reward(slow, pairs), COUNT),
+        "math-verify": (by_math_verify, COUNT),
+    }
+    figures, rng = {}, np.random.default_rng(0)
+    for name, draw in (("GSM8K-like", integers), ("MATH-like", expressions)):
+        rates = {way: [] for way in ways}
+        for round_ in range(ROUNDS + 1):
+            pairs = draw(rng, 20 * COUNT)
+            verdicts = {}
+            for way, (run, count) in ways.items():
+                if draw is expressions and way == "reward":
+                    count = COUNT
+                start = time.perf_counter()
+                verdicts[way] = run(pairs[:count])
+                if round_:  # the first one warms up
+                    rates[way].append(count / (time.perf_counter() - start))
+        agree = np.mean(verdicts["reward"][:COUNT] == verdicts["math-verify"][:COUNT])
+        print(f"\n{name}: checks per second ({agree:.1%} of verdicts are math-verify's)")
+        figures[name] = {"verdicts as math-verify's": round(float(agree), 4)}
+        for way, rate in rates.items():
+            ratio = np.median(np.divide(rate, rates["math-verify"]))
+            print(f"  {way:<16}{np.median(rate):>10,.0f}{ratio:>8.1f} x math-verify")
+            figures[name][way] = {
+                "checks/s": round(float(np.median(rate))),
+                "over math-verify": round(float(ratio), 2),
+            }
+    print()
+    print(machine())
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.verifier", figures)
+
+
+if __name__ == "__main__":
+    app.run(main)

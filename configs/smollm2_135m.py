@@ -1,0 +1,38 @@
+"""SmolLM2-135M-Instruct, a real language model, learns to add on two CPU cores.
+
+    bash launch/smollm2.sh
+
+fetches the weights, converts them and trains. The model is asked through its chat template, has at most
+12 tokens for its answer, and is rewarded where the last integer in it is the right one.
+"""
+
+import dataclasses
+
+from drpo_jax.config import default_config
+from drpo_jax.models import PRESETS
+
+
+def get_config():
+    config = default_config()
+    config.model.update(dataclasses.asdict(PRESETS["smollm2-135m"]))
+    config.data.update(
+        task="chain_sum",
+        digits=2,
+        terms=2,
+        operations="+",
+        chat=True,
+        system="Answer with a number only.",
+    )
+    config.sampler.update(max_prompt_length=32, max_response_length=12, slots=128, decode_steps=12)
+    config.optimizer.update(learning_rate=1e-5, warmup_steps=5, b2=0.99, weight_decay=0.0)
+    config.train.update(
+        steps=100,
+        prompts=16,
+        samples=8,
+        mini_batch_prompts=8,
+        micro_batch=32,
+        save_rollout_every=20,
+    )
+    config.evaluate.update(every=25, problems=128, samples=2)
+    config.checkpoint.update(every=25, keep=1)
+    return config

@@ -1,0 +1,180 @@
+"""GGUF files (llama.cpp) to Hugging Face directories: python -m drpo_jax.models.gguf FILE.gguf DIRECTORY
+
+Quantized tensors are written as the float32 values that their codes stand for. The tokenizer and its
+chat template come along: a GGUF file holds both.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, dequantize
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from drpo_jax.models.huggingface import write_config
+from drpo_jax.models.transformer import ModelConfig
+
+LAYER = {  # of blk.{i} -> below model.layers.{i}
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+FAMILIES = {  # general.architecture -> what its layers have
+    "llama": dict(qk_norm=False),
+    "qwen2": dict(qk_norm=False, attention_bias=True),
+    "qwen3": dict(qk_norm=True),
+}
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the byte-level BPE
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(Regex(QWEN2_PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+CONTROL, USER_DEFINED = 3, 4  # token types: special, and added but ordinary
+
+
+def convert(file, directory) -> ModelConfig:
+    """Writes the model and the tokenizer of a GGUF file as a Hugging Face directory.
+
+    Args:
+      file: a GGUF file of one of `FAMILIES`, with a byte-level BPE tokenizer of one of `SPLITS`.
+      directory: made if it is not there; files of the same names are replaced.
+
+    Raises:
+      ValueError: another architecture, tokenizer or tensor.
+    """
+    reader = GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = _config(fields, reader.tensors, file)
+    tokenizer = _tokenizer(fields, file)
+    tensors = {}
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if fields["general.architecture"] == "llama":
+            heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
+            if count := heads.get(tensor.name.split(".")[-2]):
+                values = _rotary_halves(values, count)
+        tensors[_name(tensor.name, file)] = np.ascontiguousarray(values)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    written = write_config(config) | {"dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    tokenizer.save_pretrained(directory)
+    return config
+
+
+def _config(fields, tensors, file):
+    family = fields["general.architecture"]
+    if family not in FAMILIES:
+        raise ValueError(f"{file}: architecture {family!r}; {', '.join(FAMILIES)} can be converted")
+    names = {tensor.name for tensor in tensors}
+    if "rope_freqs.weight" in names or fields.get(f"{family}.rope.scaling.type", "none") != "none":
+        raise ValueError(f"{file}: scaled rotary frequencies are not implemented")
+    heads = fields[f"{family}.attention.head_count"]
+    width = fields[f"{family}.embedding_length"]
+    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
+    eps = fields[f"{family}.attention.layer_norm_rms_epsilon"]
+    return ModelConfig(
+        vocab_size=shapes["token_embd.weight"][0],
+        hidden_size=width,
+        layers=fields[f"{family}.block_count"],
+        heads=heads,
+        kv_heads=fields.get(f"{family}.attention.head_count_kv", heads),
+        head_dim=fields.get(f"{family}.attention.key_length", width // heads),
+        mlp_size=fields[f"{family}.feed_forward_length"],
+        rope_theta=float(fields.get(f"{family}.rope.freq_base", 1e4)),
+        rms_eps=float(np.format_float_positional(np.float32(eps))),  # 1e-5, not 9.99…e-6
+        tie_embeddings="output.weight" not in names,
+        **FAMILIES[family],
+    )
+
+
+def _name(name, file):
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    inner, _, kind = name.rpartition(".")
+    if inner in OUTSIDE:
+        return f"{OUTSIDE[inner]}.{kind}"
+    block, _, rest = inner.partition(".")
+    number, _, rest = rest.partition(".")
+    if block != "blk" or rest not in LAYER:
+        raise ValueError(f"{file}: tensor {name!r} has no place in these architectures")
+    return f"model.layers.{number}.{LAYER[rest]}.{kind}"
+
+
+def _rotary_halves(values, heads):
+    """Rows of q or k with rotary pairs side by side (llama.cpp) -> pairs half a head apart."""
+    shape = (heads, values.shape[0] // heads // 2, 2, -1)
+    return values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
+
+
+def _tokenizer(fields, file):
+    kind, split = (fields.get(f"tokenizer.ggml.{k}") for k in ("model", "pre"))
+    if kind != "gpt2" or split not in SPLITS:
+        raise ValueError(
+            f"{file}: tokenizer {kind!r} with the split {split!r}; byte-level BPE (gpt2) with "
+            f"{', '.join(SPLITS)} can be converted"
+        )
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
+    tokenizer.decoder = decoders.ByteLevel()
+    added = {CONTROL: True, USER_DEFINED: False}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=added[kind], normalized=False)
+            for token, kind in zip(tokens, types)
+            if kind in added
+        ]
+    )
+    special = {
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
+        for name, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{theirs}_token_id" in fields
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=fields.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="a GGUF file")
+    parser.add_argument("directory", help="of the model, made if it is not there")
+    args = parser.parse_args()
+    try:
+        config = convert(args.file, args.directory)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.directory}: {config.layers} layers of width {config.hidden_size}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Tokenizers of Hugging Face directories, by the exact one of Qwen3."""
+
+import json
+
+import numpy as np
+import pytest
+
+from drpo_jax.data import CharTokenizer, TextTokenizer, make_tokenizer
+from tests.fixtures import qwen3_tokenizer
+
+IM_END, END_OF_TEXT = 151645, 151643
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    qwen3_tokenizer.write(path)
+    return path
+
+
+@pytest.fixture
+def base(directory, tmp_path):
+    """As the base models have it: the text ends with <|endoftext|>."""
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["eos_token"] = "<|endoftext|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").symlink_to(directory / "tokenizer.json")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return TextTokenizer(directory)
+
+
+def test_the_ids_are_qwen3s(tokenizer):
+    assert tokenizer.vocab_size == 151669
+    assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
+    assert tokenizer.encode("12+3") == [16, 17, 10, 18]  # digit by digit
+    assert tokenizer.encode("<|im_start|><think>") == [151644, 151667]
+
+
+@pytest.mark.parametrize("text", ["", " a  b\n\n", "∑ₖ x² — 中文 🙂", "\\frac{1}{2}", "don't , ."])
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == tokenizer.decode(np.array(ids, np.int32)) == text
+
+
+def test_special_tokens_are_left_out_and_unknown_ids_replaced(tokenizer):
+    (one,) = tokenizer.encode("1")
+    assert tokenizer.decode([one, IM_END, one, END_OF_TEXT]) == "11"
+    assert tokenizer.decode([one, 151669, 151935, -1, one]) == "1\ufffd\ufffd\ufffd1"
+    first, *_ = tokenizer.encode("𓀀")
+    assert tokenizer.decode([first]) == "\ufffd"  # a piece of a character
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_chat(directory, thinking):
+    tokenizer = TextTokenizer(directory, chat=True, thinking=thinking, system="Be brief.")
+    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+    asked += "<|im_start|>assistant\n" + ("" if thinking else "<think>\n\n</think>\n\n")
+    assert tokenizer.prompt("1+1?") == tokenizer.encode(asked)
+    assert tokenizer.stop_ids == (IM_END,)
+
+
+def test_a_base_model_stops_at_its_end_of_text_and_at_the_templates(base):
+    plain = TextTokenizer(base)
+    assert plain.stop_ids == (END_OF_TEXT,)
+    assert plain.prompt("1+1?") == plain.encode("1+1?")
+    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT, IM_END)
+
+
+def test_generation_config_adds_ends(base):
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END_OF_TEXT]}))
+    assert TextTokenizer(base).stop_ids == (7, END_OF_TEXT)
+
+
+def test_a_beginning_of_sequence_opens_a_plain_prompt(base):
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [151644], "tokens": ["<|im_start|>"]}
+        },
+    }  # fmt: skip
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    opened = TextTokenizer(base)
+    assert opened.prompt("5") == [151644, *opened.encode("5")]
+
+
+def test_errors(tmp_path, base):
+    with pytest.raises(ValueError, match="there is no tokenizer.json in it"):
+        TextTokenizer(tmp_path / "nothing")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": None}))
+    with pytest.raises(ValueError, match="no chat template; set data.chat = False"):
+        TextTokenizer(base, chat=True)
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(ValueError, match="names no eos_token"):
+        TextTokenizer(base)
+
+
+def test_which_one_a_config_asks_for(directory, base):
+    fields = dict(tokenizer="", chat=False, thinking=False, system="")
+    assert isinstance(make_tokenizer(fields), CharTokenizer)
+    assert make_tokenizer(fields, base).eos_id == END_OF_TEXT
+    assert make_tokenizer(fields | {"tokenizer": directory}, base).eos_id == IM_END

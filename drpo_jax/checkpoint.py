@@ -49,6 +49,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps that are saved, ascending."""
+        return sorted(self._manager.all_steps())
+
     def best_step(self) -> int | None:
         """The step with the highest `best_metric`; the latest where none was evaluated."""
         best = self._manager.best_step()

@@ -98,6 +98,7 @@ def default_config() -> ConfigDict:
         remat="none",  # what layers keep for backward: none all, dots the matmuls, full the inputs
         unroll=1,  # layers per step of the learner's scan; more: longer to compile, faster on CPU
         grouped_matmul="auto",  # of the experts: blocked | ragged_dot | auto (by device)
+        attention="auto",  # full | chunked | splash (TPU) | cudnn (GPU) | auto, by device and length
     )
     config.mesh = create(  # devices along each axis; -1 takes the remaining ones
         data=-1,
@@ -243,6 +244,7 @@ CHOICES = {
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "full", "dots"),
     "compute.grouped_matmul": ("auto", "blocked", "ragged_dot"),
+    "compute.attention": ("auto", "full", "chunked", "splash", "cudnn"),
     "precision.recipe": ("none", "rollout", "e2e"),
     "precision.scale": ("pow2", "float32"),
     "precision.sampler_weights": ("values", "codes"),
@@ -406,6 +408,9 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
         divides("mesh.tensor", "model.linear_key_heads")
     else:
         require(not any(v[f] for f in linear), fields, "without layers between, 0 in all")
+    low = v["compute.dtype"] == "bfloat16" or v["compute.attention"] not in ("splash", "cudnn")
+    kernel = "compute.attention compute.dtype"
+    require(low, kernel, "this kernel multiplies in bfloat16; auto and chunked take any")
     shared = "model.shared_expert_size model.experts"
     require(v["model.experts"] or not v["model.shared_expert_size"], shared, "without experts, 0")
 
@@ -464,9 +469,10 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
         tokens = data.CharTokenizer.vocab_size
         enough = v["model.vocab_size"] >= tokens
         require(enough, "model.vocab_size", f"must be at least the tokenizer's {tokens}")
-        require(not v["data.chat"], "data.chat", "single characters have no chat template")
+        missing = "a chat template needs a model.path, or a data.tokenizer"
+        require(not v["data.chat"], "data.chat", missing)
         words = v["data.task"] != "arithmetic"
-        right = "problems in words need a data.tokenizer or a model.path"
+        right = "problems in words need a model.path, or a data.tokenizer"
         require(not words or v["data.problems"], "data.task", right)
     given = v["data.task"] in data.TASKS or v["data.problems"]
     require(given, "data.task data.problems", "name a file of problems, or a data set")

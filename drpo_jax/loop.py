@@ -306,6 +306,7 @@ def rl_step(run: Run, state, step: int):
             finished=rollouts.finished,
             piece_ids=piece_ids,
             piece_texts=piece_texts,
+            id=np.array([p.id for p in rows]),
             prompt=np.array([p.prompt for p in rows]),
             response=np.array(texts),
             answer=np.array([p.answer for p in rows]),

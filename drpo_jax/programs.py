@@ -70,8 +70,11 @@ class Programs:
             unroll=config.compute.unroll,
             platform=mesh.devices.flat[0].platform,
             grouped_matmul=config.compute.grouped_matmul,
+            attention=config.compute.attention,
         )
-        learner = dataclasses.replace(compute, matmul=recipe.learner)
+        learner = dataclasses.replace(
+            compute, matmul=recipe.learner, one_segment=not config.train.pack
+        )
         train, sft = config.train, config.sft
         updates = train.steps * train.epochs * (train.prompts // train.mini_batch_prompts)
         self.optimizer = make_optimizer(config.optimizer, updates)

@@ -2,13 +2,33 @@
 
 The same command on the same workdir resumes. At the end: a table of held-out accuracy before and
 after, a plot in the terminal, and `learning.png`.
+
+With --explain_batch it makes one step of the run and prints how a problem of it came to the gradient.
 """
 
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict
+
 from drpo_jax import cli, loop
+from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import plot_run, read_metrics, summary_table, text_plot
+from drpo_jax.reporting.explain import explain
+
+EXPLAIN = flags.DEFINE_bool(
+    "explain_batch",
+    False,
+    "Make the first step, print a problem's way to the gradient, and leave the workdir as it is.",
+)
 
 
 def main(config, workdir):
+    if EXPLAIN.value:
+        print(explain_batch(config, workdir))
+        return
     before, after = loop.train(config, workdir)
     print("\n" + summary_table(before, after, config.evaluate.samples))
     records = read_metrics(workdir)
@@ -19,6 +39,21 @@ def main(config, workdir):
         last = compiled[-1]["step"]
         print(f"\n{count:.0f} programs compiled in {seconds:.0f} s, the last in step {last}")
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
+
+
+def explain_batch(config, workdir):
+    """`explain` of the first step that a run would make; where its warm start is not there yet, of a
+    model without one."""
+    config = ConfigDict(config)
+    config.train.save_rollout_every = 1
+    if not (workdir / "sft").exists():
+        config.sft.steps = 0
+    run = loop.Run(FrozenConfigDict(config), workdir)
+    with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
+        state = run.programs.restart(loop.initial_model(run))
+        run.workdir = Path(directory)
+        loop.rl_step(run, state, 0)
+        return explain(load_rollout(rollout_path(run.workdir, 0)), run.tokenizer, config)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ class CharTokenizer:
         known = range(self.vocab_size)
         return "".join(self._texts[i] if i in known else "\ufffd" for i in map(int, ids))
 
+    def piece(self, i):
+        """The text of one token for people: special tokens by their names."""
+        return {self.pad_id: "<pad>", self.eos_id: "<eos>"}.get(i) or self.decode([i])
+
 
 class TextTokenizer:
     """The tokenizer of a Hugging Face directory, with its chat template.
@@ -135,6 +139,10 @@ class TextTokenizer:
                 self._inner.decode(run, skip_special_tokens=True) if known else "\ufffd" * len(run)
             )
         return "".join(texts)
+
+    def piece(self, i):
+        """The text of one token for people: special tokens by their names."""
+        return self._inner.decode([i]) if 0 <= i < self.vocab_size else "\ufffd"
 
 
 def make_tokenizer(settings, path=""):

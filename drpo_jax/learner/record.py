@@ -14,12 +14,13 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     coefficient       float32 [N, R]  c = ∂J/∂logp; with the KL penalty and the correction, if any
     weight            float32 [N, R]  w = c / (r·Â), of the objective alone
     entropy           float32 [N, R]  of π at the token, nats
-    advantage         float32 [N]     Â, of the reward less a k1 penalty, if any
-    reward            float32 [N]
+    advantage         float32 [N]     Â, of the reward with what is added to it, if anything
+    reward            float32 [N]     the verifier's verdict
     finished          bool [N]        ended with a stop token
     piece_ids         int32 [U]       the distinct response tokens, ascending
     piece_texts       unicode [U]     the text of each by itself (see `pieces`)
-    prompt, response, answer, kind    unicode [N], derived from the token ids and the problem
+    id, prompt, answer, kind          unicode [N], of the problem
+    response          unicode [N]     derived from the token ids
     step              int             rollout step
 """
 

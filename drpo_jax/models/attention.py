@@ -4,13 +4,19 @@ Axis letters: B batch, T query time, S key time, D model width, N query heads, K
 G query heads per key/value head (N = K·G), H head width, C cache slots.
 """
 
+from functools import partial
+from math import lcm
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
+from drpo_jax.models.flash import MASKED, SPLASH_WIDTHS, chunked, cudnn, splash
 from drpo_jax.models.layers import fan_in_normal, norm_scale, param, project, rms_norm, rotate
+from drpo_jax.parallel import BATCH_AXES, batch_shards
 from drpo_jax.precision import dot_precision
 
 
@@ -19,9 +25,6 @@ class KV(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
-
-
-MASKED = -1e30  # finite: a fully masked (padding) row gives a uniform softmax, never NaN
 
 
 class Attention(nnx.Module):
@@ -75,10 +78,10 @@ class Attention(nnx.Module):
             out = out * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(out.dtype)
         return project(out, self.o_proj, compute)
 
-    def __call__(self, x_BxTxD, angles, mask_BxTxS, compute):
-        """Attention within the sequences; returns the output [B, T, D] and its KV, each [B, T, K, H]."""
+    def __call__(self, x_BxTxD, angles, segment_ids_BxT, compute):
+        """Attention within the segments; returns the output [B, T, D] and its KV, each [B, T, K, H]."""
         q, k, v, gate = self.project(x_BxTxD, angles, compute)
-        return self.output(attend(q, k, v, mask_BxTxS), gate, compute), KV(k, v)
+        return self.output(attend(q, k, v, segment_ids_BxT, compute), gate, compute), KV(k, v)
 
     def decode(self, x_BxD, angles, cache, index, mask_BxC, compute):
         """One token a row: writes its key and value at `index` of the cache, attends, returns both.
@@ -98,15 +101,96 @@ class Attention(nnx.Module):
         return self.output(out, gate, compute), KV(keys, values)
 
 
-def causal_mask(segment_ids_BxT):
-    """bool [B, T, S]: a token sees itself and the earlier tokens of its own segment."""
-    t = segment_ids_BxT.shape[-1]
-    same = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
-    return same & jnp.tril(jnp.ones((t, t), bool))
+def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, compute):
+    """softmax(q kᵀ / √H) v with grouped heads, over a token's own segment up to itself.
+
+    The order of tokens is that of the columns. Scores and softmax are float32. The kernel is the one
+    that `compute.attention` names: all but "full" take memory linear in T, and on a mesh they run
+    under `shard_map`, rows on the batch axes and heads on `tensor`, without communication (unless
+    key heads are fewer than `tensor`, then they are copied, or the batch axes do not divide the rows).
+
+    Args:
+      segment_ids_BxT: int32; 0 marks padding, which no other token sees and whose output is zero.
+      compute: its attention, one_segment and platform.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+
+    Raises:
+      ValueError: the kernel that is asked for by name does not take such heads, or the mesh's
+        `tensor` axis does not divide them.
+    """
+    _, t, _, h = q_BxTxNxH.shape
+    name = attention_kernel(compute, q_BxTxNxH.dtype, t, h)
+    if name == "full":
+        out = full(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+    else:
+        # Elsewhere than at home the kernels of TPU and GPU are simulated.
+        kernel = {
+            "chunked": partial(chunked, block=128 if compute.on_cpu() else 512),
+            "splash": partial(splash, interpret=compute.device() != "tpu"),
+            "cudnn": partial(cudnn, implementation="cudnn" if compute.device() == "gpu" else "xla"),
+        }[name]
+        out = _on_mesh(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+    return jnp.where((segment_ids_BxT > 0)[..., None, None], out, 0)
 
 
-def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
-    """softmax(q kᵀ / √H) v with grouped heads; scores and softmax in float32. → [B, T, N, H]"""
+def attention_kernel(compute, dtype, length, width):
+    """The kernel that `attend` runs for heads of that dtype and width: "full", "chunked", …
+
+    Raises:
+      ValueError: `compute.attention` is no kernel, or one that does not take such heads.
+    """
+    name, low = compute.attention, dtype == jnp.bfloat16
+    if name == "auto":
+        device = compute.device()
+        if length <= (128 if device == "cpu" else 512):
+            name = "full"
+        elif device == "tpu" and low and width in SPLASH_WIDTHS:
+            name = "splash"
+        elif device == "gpu" and low and width % 8 == 0 and width <= 128:  # some GPUs take wider
+            name = "cudnn"
+        else:
+            name = "chunked"
+    if name not in ("full", "chunked", "splash", "cudnn"):
+        raise ValueError(
+            f"attention = {name!r} is no kernel; known: auto, full, chunked, splash, cudnn"
+        )
+    if name in ("splash", "cudnn") and not low:
+        raise ValueError(
+            f"attention = {name!r} multiplies in bfloat16, and compute.dtype is {dtype}; 'auto' and "
+            "'chunked' take any"
+        )
+    if name == "splash" and width not in SPLASH_WIDTHS:
+        raise ValueError(
+            f"attention = 'splash' takes heads of width {SPLASH_WIDTHS}, not {width}; 'auto' and "
+            "'chunked' take any"
+        )
+    return "chunked" if name == "cudnn" and not compute.one_segment else name
+
+
+def _on_mesh(kernel, q, k, v, segment_ids):
+    """`kernel` on every device's rows and heads; all rows on all devices if they do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(q, k, v, segment_ids)
+    parts, n, kv = mesh.shape["tensor"], q.shape[2], k.shape[2]
+    split = lcm(parts, kv)
+    if n % split:
+        raise ValueError(
+            f"mesh.tensor = {parts} cannot split {n} query heads of {kv} key/value heads: their number "
+            f"would have to be a multiple of {split}"
+        )
+    k, v = (jnp.repeat(a, split // kv, axis=2) for a in (k, v))
+    axes = BATCH_AXES if q.shape[0] % batch_shards(mesh) == 0 else None
+    heads, rows = P(axes, None, "tensor"), P(axes)
+    return jax.shard_map(
+        kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )(q, k, v, segment_ids)
+
+
+def full(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_ids_BxT):
+    """`attend` with all scores at once: the least work for short rows, memory quadratic in T."""
     b, t, n, h = q_BxTxNxH.shape
     kv = k_BxSxKxH.shape[2]
     q = q_BxTxNxH.reshape(b, t, kv, n // kv, h)
@@ -116,12 +200,14 @@ def attend(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS):
         q,
         k_BxSxKxH,
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
     )
-    scores = jnp.where(mask_BxTxS[:, None, None], scores * h**-0.5, MASKED)
+    seen = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
+    seen &= jnp.tril(jnp.ones((t, t), bool))
+    scores = jnp.where(seen[:, None, None], scores * h**-0.5, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", probs, v_BxSxKxH, precision=precision)
-    return out.reshape(b, t, n, h)
+    return checkpoint_name(out.reshape(b, t, n, h), "matmul")
 
 
 def attend_cache(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC):

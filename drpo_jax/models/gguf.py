@@ -81,6 +81,8 @@ def convert(file, directory) -> ModelConfig:
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     written = write_config(config) | {"dtype": "float32"}
+    written["max_position_embeddings"] = fields[f"{fields['general.architecture']}.context_length"]
+    written |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     return config

@@ -10,6 +10,7 @@ Axis letters of parameters: L stacked layers (one axis, or two where layers repe
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,11 @@ from drpo_jax.models.delta_net import channel_order
 from drpo_jax.models.transformer import ModelConfig, Transformer
 
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")  # vision tower, multi-token prediction
+KEPT = {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}  # of config.json
+BESIDE = (  # the weights
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
 SHARD_BYTES = 4 * 2**30  # of a file that `save_pretrained` writes
 
 
@@ -62,7 +68,7 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
     return jax.tree.unflatten(tree, map(load, leaves, places, rules.values())), config
 
 
-def save_pretrained(model, config: ModelConfig, path, dtype=None) -> None:
+def save_pretrained(model, config: ModelConfig, path, dtype=None, like=None) -> None:
     """Writes a directory that `transformers` loads: config.json, safetensors and their index.
 
     Args:
@@ -70,6 +76,8 @@ def save_pretrained(model, config: ModelConfig, path, dtype=None) -> None:
       config: its ModelConfig.
       path: the directory, made if it is not there; files of the same names are replaced.
       dtype: of the tensors on disk; None: as they are.
+      like: the directory that the model came from, if any: its tokenizer comes along, and so does
+        what its config.json says besides the architecture (longest context, special tokens, …).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -99,6 +107,13 @@ def save_pretrained(model, config: ModelConfig, path, dtype=None) -> None:
     fields = write_config(config) | {
         "dtype": str(np.dtype(dtypes.pop())) if len(dtypes) == 1 else "float32"
     }
+    if like is not None:
+        theirs = json.loads((Path(like) / "config.json").read_text())
+        theirs = theirs.get("text_config", theirs)
+        fields = {k: theirs[k] for k in theirs.keys() & KEPT} | fields
+        for name in BESIDE:
+            if (Path(like) / name).exists():
+                shutil.copy(Path(like) / name, path / name)
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 

@@ -24,6 +24,12 @@ class Compute:
       grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", or "auto" (blocked on
         CPU, where `ragged_dot` computes every expert for every row; ragged_dot elsewhere, whose
         weight gradient XLA expands to a dense matmul over all local experts).
+      attention: kernel of the attention over whole sequences: "full" (all scores at once), or one
+        whose memory is linear in the length: "chunked" (anywhere), "splash" (TPU; bfloat16, heads of
+        64, 128 or 256), "cudnn" (GPU; bfloat16; chunked takes its place without one_segment); or
+        "auto": full up to 512 tokens (128 on CPU), then splash or cudnn where they can, else chunked.
+      one_segment: every row is one segment from its first column on, with padding behind it alone
+        (neither packed nor right-aligned). cudnn needs it, and is wrong where it is not so.
       platform: of the devices that compute: "cpu", "gpu", "tpu"; "" is JAX's default backend.
     """
 
@@ -32,10 +38,16 @@ class Compute:
     remat: str = "none"
     unroll: int = 1
     grouped_matmul: str = "auto"
+    attention: str = "auto"
+    one_segment: bool = False
     platform: str = ""
 
+    def device(self):
+        """The platform of the devices that compute."""
+        return self.platform or jax.default_backend()
+
     def on_cpu(self):
-        return (self.platform or jax.default_backend()) == "cpu"
+        return self.device() == "cpu"
 
     def grouped_kernel(self):
         if self.grouped_matmul != "auto":

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from drpo_jax.models.attention import Attention, causal_mask
+from drpo_jax.models.attention import Attention
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
@@ -166,14 +166,13 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        valid, mask = segment_ids > 0, causal_mask(segment_ids)
-        angles = self._angles(positions)
+        valid, angles = segment_ids > 0, self._angles(positions)
         keep_cache = cache
 
         def mix(module, normed):
             if isinstance(module, GatedDeltaNet):
                 return module(normed, segment_ids, compute)
-            return module(normed, angles, mask, compute)
+            return module(normed, angles, segment_ids, compute)
 
         def layer(x, block):
             x, cache, router = block(x, valid, compute, mix)

@@ -28,6 +28,7 @@ def write_gguf(path, fields, tensors, family, kinds={}, split="smollm"):  # noqa
     names = {theirs: ours for ours, theirs in (LAYER | OUTSIDE).items()}
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(fields["num_hidden_layers"])
+    writer.add_context_length(4096)
     writer.add_embedding_length(fields["hidden_size"])
     writer.add_feed_forward_length(fields["intermediate_size"])
     writer.add_head_count(fields["num_attention_heads"])
@@ -76,6 +77,8 @@ def test_weights_and_architecture(case, family, tmp_path):
     write_gguf(tmp_path / "a.gguf", fields, tensors, family)
     assert convert(tmp_path / "a.gguf", tmp_path / "out") == config
     assert read_config(tmp_path / "out") == config
+    rest = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (rest["max_position_embeddings"], rest["eos_token_id"]) == (4096, 0)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drpo_jax.models import Compute, ModelConfig, load_balance_loss
+from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
 from drpo_jax.models.moe import MoE, make_layout
+from drpo_jax.parallel import make_mesh, named_sharding
+from drpo_jax.programs import shardings
+from tests.fixtures import routes
 
 D, F = 8, 6
 WEIGHTS = ("router", "gate_proj", "up_proj", "down_proj")
@@ -129,3 +132,58 @@ def test_layout_gives_every_assignment_its_own_row(data):
     assert np.all(layout.source[unused] == m)
     counts = np.bincount(flat, minlength=e + 1)[:e]
     assert np.all(layout.group_sizes - counts < block)  # no more padding than it needs
+
+
+# Eight devices
+
+
+P, T = 16, 8
+MESHES = [dict(data=2, expert=4), dict(data=1, fsdp=2, expert=2, tensor=2)]
+
+
+def new_model():
+    """Two layers; two experts of the second are hard to tell apart."""
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, layers=2, heads=4, kv_heads=2, head_dim=4,
+        experts=8, experts_per_token=2, expert_size=F,
+    )  # fmt: skip
+    model = Transformer(config, jax.random.key(5))
+    router = model.blocks.mlp.router
+    router[...] = router[...].at[1, :, 1].set(router[1, :, 0] * (1 + 2e-7))
+    return model
+
+
+@jax.jit
+def compute(model, tokens, clear):
+    """Gradient of the NLL, told at the tokens that are `clear`; (logits, what the routers tell)."""
+
+    def loss(model):
+        out = model.hidden(tokens)
+        logits = model.logits(out.hidden)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        return -jnp.mean(jnp.where(clear[:, :-1], logp[..., 0], 0.0)), (logits, out.router)
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_eight_devices_equal_one_where_the_routers_calls_are_clear(monkeypatch):
+    routes.tell(monkeypatch)
+    model = new_model()
+    tokens = np.random.default_rng(3).integers(32, size=(P, T)).astype(np.int32)
+    margin = compute(model, tokens, np.ones((P, T), bool))[1][1]["margin"].reshape(2, P, T)
+    # What a token's close call may change, all after it in its sequence see.
+    clear = np.logical_and.accumulate(np.all(margin >= routes.MARGIN, axis=0), axis=1)
+    assert 0.4 < np.mean(clear) < 0.95
+    grads, (logits, router) = compute(model, tokens, clear)
+    for sizes in MESHES:
+        mesh = make_mesh(**sizes)
+        with jax.set_mesh(mesh):
+            inputs = jax.device_put((tokens, clear), named_sharding(mesh, ("batch",)))
+            sharded = jax.device_put(model, shardings(mesh, model))
+            ours, (ours_logits, ours_router) = jax.device_get(compute(sharded, *inputs))
+        chosen = [np.sort(r["experts"]).reshape(2, P, T, 2) for r in (ours_router, router)]
+        np.testing.assert_array_equal(*(c[:, clear] for c in chosen))
+        np.testing.assert_allclose(ours_logits[clear], logits[clear], atol=5e-6)
+        for a, b in zip(*map(jax.tree.leaves, (ours, grads))):
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

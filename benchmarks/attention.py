@@ -1,0 +1,164 @@
+"""Time and memory of the attention kernels against the length.
+
+    python -m benchmarks.attention [--output=FILE.json]
+
+    full       all scores at once
+    chunked    exact attention in blocks, plain JAX
+    packed     the same on rows of eight segments of equal length
+    splash     the TPU's kernel; on TPU, and for a TPU v5p's compiler where libtpu is installed
+    cudnn      the GPU's kernel; on GPU
+
+Memory is what the compiler says of the forward pass and the gradients for q, k and v together
+(`memory_analysis().temp_size_in_bytes`, MB = 1e6 bytes); arguments and results are not in it. The
+TPU's: one row, 32 query and 8 key heads of 128, bfloat16.
+
+Time: whole calls in turn, the median of their ratios round by round; beside seconds, which say little
+on a shared machine, the seconds of CPU time that they took. On the CPU one row, 4 query and 2 key heads
+of 64, float32 (bfloat16 is emulated there); elsewhere the TPU's sizes.
+"""
+
+import importlib.util
+import os
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+
+from benchmarks.common import machine, write_results
+from drpo_jax.models import Compute
+from drpo_jax.models.attention import attend
+
+OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
+LENGTHS = 512, 1024, 2048, 4096, 8192
+SMALL, LARGE = (4, 2, 64, "float32"), (32, 8, 128, "bfloat16")  # heads, key heads, width, dtype
+SEGMENTS = 8
+ROUNDS = 3  # after one that does not count
+KERNELS = {
+    "cpu": ("full", "chunked", "packed"),
+    "tpu": ("full", "chunked", "packed", "splash"),
+    "gpu": ("full", "chunked", "packed", "cudnn"),
+}
+
+
+def shapes(length, sizes):
+    """Of q, k, v and of the output's gradient."""
+    heads, kv_heads, width, dtype = sizes
+    return [
+        jax.ShapeDtypeStruct((1, length, n, width), dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def compiled(name, length, sizes, device, backward=True):
+    """The program of a kernel for `device`: (q, k, v, d_out, segment_ids) → output (and gradients)."""
+    kernel = "chunked" if name == "packed" else name
+    platform = "tpu" if "TPU" in device.device_kind else device.platform
+    compute = Compute(attention=kernel, one_segment=name != "packed", platform=platform)
+
+    def run(q, k, v, d_out, segment_ids):
+        out, pullback = jax.vjp(lambda *a: attend(*a, segment_ids, compute), q, k, v)
+        return (out, *pullback(d_out)) if backward else out
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arrays = [*shapes(length, sizes), jax.ShapeDtypeStruct((1, length), jnp.int32)]
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arrays]
+    return jax.jit(run).lower(*arrays).compile()
+
+
+def memory(device, sizes, kernels, lengths):
+    """Prints and returns {length: {kernel: MB}}; None where the device has not as much."""
+    print(f"\n{device.device_kind}, {sizes}: temporaries of forward and backward pass, MB")
+    print(f"{'tokens':<8}" + "".join(f"{name:>12}" for name in kernels))
+    figures = {}
+    for length in lengths:
+        row = {}
+        for name in kernels:
+            try:
+                analysis = compiled(name, length, sizes, device).memory_analysis()
+                row[name] = round(analysis.temp_size_in_bytes / 1e6, 1)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                row[name] = None
+        figures[length] = row
+        cells = ("does not fit" if mb is None else f"{mb:.1f}" for mb in row.values())
+        print(f"{length:<8}" + "".join(f"{cell:>13}"[-13:] for cell in cells), flush=True)
+    return figures
+
+
+def seconds(device, sizes, backward):
+    """Prints and returns {length: {kernel: median seconds, CPU seconds, full over it}}."""
+    kernels = KERNELS[device.platform]
+    what = "forward and backward" if backward else "forward"
+    print(f"\n{device.device_kind}, {sizes}: time, {what}")
+    print(f"{'tokens':<8}{'':<10}{'full/this':>11}{'of CPU time':>13}{'s':>9}{'CPU s':>9}")
+    figures = {}
+    for length in LENGTHS:
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in shapes(length, sizes)]
+        one = np.ones((1, length), np.int32)
+        eight = 1 + np.arange(length, dtype=np.int32)[None] * SEGMENTS // length
+        runs = {
+            name: partial(
+                compiled(name, length, sizes, device, backward),
+                *jax.device_put((*arrays, eight if name == "packed" else one), device),
+            )
+            for name in kernels
+        }
+        taken = {name: [] for name in kernels}
+        for _ in range(ROUNDS + 1):
+            for name, run in runs.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                jax.block_until_ready(run())
+                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        taken = {name: np.array(times[1:]) for name, times in taken.items()}
+        figures[length] = {}
+        for name, times in taken.items():
+            ratio, s = np.median(taken["full"] / times, axis=0), np.median(times, axis=0)
+            print(
+                f"{length:<8}{name:<10}{ratio[0]:>11.2f}{ratio[1]:>13.2f}{s[0]:>9.4f}{s[1]:>9.4f}",
+                flush=True,
+            )
+            keys = ("full/this", "full/this, CPU time", "seconds", "CPU seconds")
+            figures[length][name] = {key: round(float(x), 4) for key, x in zip(keys, (*ratio, *s))}
+    return figures
+
+
+def tpu():
+    """A TPU v5p to compile for, or None without libtpu."""
+    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        return None
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
+    )
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+
+
+def main(_):
+    # What comes out of the cache has no memory analysis.
+    jax.config.update("jax_enable_compilation_cache", False)
+    device = jax.devices()[0]
+    print(machine())
+    sizes = SMALL if device.platform == "cpu" else LARGE
+    kernels = [name for name in KERNELS[device.platform] if name != "packed"]
+    figures = {"memory": {device.device_kind: memory(device, sizes, kernels, LENGTHS)}}
+    if device.platform == "cpu" and (chip := tpu()):
+        figures["memory"][chip.device_kind] = memory(
+            chip, LARGE, ("full", "chunked", "splash"), (2048, 4096, 8192, 16384, 32768)
+        )
+    figures["time, forward"] = seconds(device, sizes, backward=False)
+    figures["time, forward and backward"] = seconds(device, sizes, backward=True)
+    print(machine())
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.attention", figures)
+
+
+if __name__ == "__main__":
+    app.run(main)

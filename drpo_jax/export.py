@@ -1,0 +1,60 @@
+"""A run's model as a Hugging Face directory: python -m drpo_jax.export --workdir=DIR --output=DIRECTORY
+
+Writes the last checkpoint of the run, or the one of --step, in bfloat16 (--dtype), with the tokenizer of
+model.path: for `transformers`, vLLM or SGLang, or for another run to start from.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.cli import exit_with
+from drpo_jax.config import BadInput, bad_input, from_json
+from drpo_jax.models import Transformer, save_pretrained
+from drpo_jax.programs import model_config
+
+
+def export(workdir, output, step=None, dtype="bfloat16"):
+    """Writes the directory, from host memory: no accelerator takes part. → the checkpoint's step.
+
+    Raises:
+      BadInput: no run, no such checkpoint, or a directory that cannot be written.
+    """
+    workdir = Path(workdir).expanduser()
+    if not (workdir / "config.json").exists():
+        raise BadInput(f"{workdir} holds no run (there is no config.json)")
+    config = from_json((workdir / "config.json").read_text())
+    architecture = model_config(config)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    abstract = jax.eval_shape(lambda: Transformer(architecture, jax.random.key(0)))
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host), abstract)
+    with bad_input(), Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step is None or step not in checkpoints.steps():
+            steps = ", ".join(map(str, checkpoints.steps())) or "none at all"
+            raise BadInput(f"{workdir}: no checkpoint of step {step}; there are {steps}")
+        model = checkpoints.restore(step, {"model": like})["model"]
+        source = config.model.path or None
+        save_pretrained(model, architecture, output, jnp.dtype(dtype), source)
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument("--output", type=Path, required=True, help="made if it is not there")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last one)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    try:
+        step = export(args.workdir, args.output, args.step, args.dtype)
+    except BadInput as error:
+        exit_with(error, 2)
+    print(f"{args.output}: step {step} of {args.workdir}, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 
     bash launch/smollm2.sh
 
-fetches the weights, converts them and trains. The model is asked through its chat template, has at most
-12 tokens for its answer, and is rewarded where the last integer in it is the right one.
+fetches the weights, converts them and trains. The model is asked "What is 68 + 56?" through its chat
+template, has at most 12 tokens for its answer, and is rewarded where the last integer in it is right.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ def get_config():
         terms=2,
         operations="+",
         chat=True,
-        system="Answer with a number only.",
+        system="Add.",  # instead of the template's own, which is four times as long
     )
-    config.sampler.update(max_prompt_length=32, max_response_length=12, slots=128, decode_steps=12)
+    config.sampler.update(max_prompt_length=28, max_response_length=12, slots=128, decode_steps=12)
     config.optimizer.update(learning_rate=1e-5, warmup_steps=5, b2=0.99, weight_decay=0.0)
     config.train.update(
         steps=100,

@@ -1,61 +1,187 @@
 """Held-out accuracy: python -m drpo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny
 
 Evaluates the last checkpoint of the run in the workdir (the warm start's, where RL has none yet),
-unquantized, on `config.evaluate`. The config may differ from the run's in all but the model, and the
-run is left as it is. Prints a table and writes into the workdir
+unquantized, on `config.evaluate`: a held-out part of the training problems, or `evaluate.sets`, such as
+aime24,aime25. Where the workdir holds no run, the model of --config.model.path itself. The config may
+differ from the run's in all but the model, and the run is left as it is. Writes into the workdir
 
-  evaluate.json   checkpoint, step, k, temperature, and `accuracy`: for "all" problems and for each
+  evaluate.json   checkpoint, step, k, temperature, …, and `accuracy`: for "all" problems and for each
                   kind their number and, by metric (avg@k, pass@j for j = 2, 4, … and k, maj@k,
                   greedy), {"mean", "low", "high"}: shares, with the 95 % bootstrap interval
-  evaluate.jsonl  one object per response: problem, mode (avg or greedy), text, reward
+  evaluate.jsonl  one object per response: problem, mode (avg or greedy), text, reward, tokens
+  evaluate.tsv    one line per problem
+
+and prints the first as a table. Stopped and started again with the same config, it goes on. Several
+machines share the work by --shard=1/4 to --shard=4/4; without it, the same command then joins them.
 """
 
+import hashlib
 import json
+import os
+import re
+import time
 
 import jax
 import numpy as np
+from absl import flags
 
 from drpo_jax import cli, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import BadInput, bad_input, flatten, from_json
-from drpo_jax.statistics import bootstrap_interval, last_answer, majority, pass_at_k
+from drpo_jax.rewards import ANSWER
+from drpo_jax.statistics import bootstrap_interval, majority, pass_at_k
+
+SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 
 
-def main(config, workdir):
+def main(config, workdir, shard="1/1"):
     directory = check_workdir(workdir, config)
     run = loop.Run(config, workdir)
+    places = share(shard, len(run.heldout))
+    whole = len(places) == len(run.heldout)
+    name = "evaluate" if whole else f"evaluate-{shard.replace('/', '-of-')}"
     with jax.set_mesh(run.mesh):
-        with Checkpoints(directory) as checkpoints:
-            step = checkpoints.latest_step()
-            with bad_input():
-                like = {"model": run.programs.abstract_state.model}
-                model = checkpoints.restore(step, like)["model"]
-        generations = []
-        loop.evaluate(run, model, generations)
-    result = {
-        "checkpoint": str(directory / str(step)),
-        "step": step,
-        "k": config.evaluate.samples,
-        "temperature": config.evaluate.temperature,
-        "accuracy": accuracy(generations),
-    }
+        if directory is None:
+            checkpoint, step, model = config.model.path, 0, loop.initial_model(run)
+        else:
+            with Checkpoints(directory) as checkpoints:
+                step = checkpoints.latest_step()
+                checkpoint = str(directory / str(step))
+                with bad_input():
+                    like = {"model": run.programs.abstract_state.model}
+                    model = checkpoints.restore(step, like)["model"]
+        settings = {
+            "checkpoint": checkpoint,
+            "step": step,
+            "k": config.evaluate.samples,
+            "temperature": config.evaluate.temperature,
+            "greedy": config.evaluate.greedy,
+            "max_response_length": config.sampler.max_response_length,
+            "reward": config.reward.name,
+            "seed": config.seed,
+            "prompts": fingerprint(config, run.heldout),
+        }
+        generations = resumed(workdir, settings)
+        progress = Progress(config, [run.heldout[i].id for i in places], generations)
+        with (workdir / f"{name}.jsonl").open("a") as file:
+
+            def keep(new):
+                file.writelines(json.dumps(g) + "\n" for g in new)
+                file.flush()
+                progress(new)
+
+            loop.evaluate(run, model, generations, keep, places)
+    if not whole:
+        print(f"shard {shard} is done; without --shard the same command joins the shards")
+        return
+    write_lines(workdir / "evaluate.jsonl", generations)
+    for joined in workdir.glob(SHARDS):
+        joined.unlink()
+    answer = ANSWER.get(config.reward.name, str.strip)
+    result = settings | {"accuracy": accuracy(generations, answer)}
     (workdir / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
-    (workdir / "evaluate.jsonl").write_text("".join(json.dumps(g) + "\n" for g in generations))
-    print(f"{result['checkpoint']}: held-out accuracy, % (95 % interval)\n")
+    (workdir / "evaluate.tsv").write_text(by_problem(generations, answer))
+    print(f"{checkpoint}: held-out accuracy, % (95 % interval)\n")
     print(table(result["accuracy"]))
+    print(f"\nby problem: {workdir / 'evaluate.tsv'}   responses: {workdir / 'evaluate.jsonl'}")
+
+
+def fingerprint(config, problems):
+    """Of what the model is asked."""
+    asked = [config.data.instruction, config.data.system, config.data.chat, config.data.thinking]
+    asked += [[problem.id, problem.prompt, problem.answer] for problem in problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def share(text, problems):
+    """The places of the problems that a shard "i/n" evaluates, a range.
+
+    Raises:
+      BadInput: another text.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise BadInput(f"--shard={text}: must be a part and their number, such as 1/4")
+    return range((i - 1) * problems // n, i * problems // n)
+
+
+SHARDS = "evaluate-*-of-*.jsonl"
+
+
+def resumed(workdir, settings):
+    """The responses that evaluations with these settings have left, those of whole problems; where
+    the last one had others, its files are removed."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "evaluate.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    files = [workdir / "evaluate.jsonl", *sorted(workdir.glob(SHARDS))]
+    files = [file for file in files if file.exists()]
+    if {name: old.get(name) for name in settings} != settings:
+        for file in files:
+            file.unlink()
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(temporary, path)
+        return []
+    generations, samples = [], {"avg": settings["k"], "greedy": 1}
+    for file in files:
+        groups = {}
+        for line in file.read_text().split("\n")[:-1]:  # the last one may be cut off
+            g = json.loads(line)
+            groups.setdefault((g["mode"], g["id"]), []).append(g)
+        kept = [group for (mode, _), group in groups.items() if len(group) == samples[mode]]
+        kept = [g for group in kept for g in group]
+        write_lines(file, kept)
+        generations += kept
+    return generations
+
+
+def write_lines(path, generations):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(g) + "\n" for g in generations))
+    os.replace(temporary, path)
+
+
+class Progress:
+    """A line per batch: problems done, accuracy so far, tokens per second, time that is left."""
+
+    def __init__(self, config, ids, generations):
+        ids = set(ids)
+        self.total = len(ids) * (config.evaluate.samples + config.evaluate.greedy)
+        self.done = sum(g["id"] in ids for g in generations)
+        self.right, self.tokens, self.new = 0.0, 0, 0
+        self.started = time.monotonic()
+        if self.done:
+            print(f"going on after {self.done} of {self.total} responses")
+
+    def __call__(self, new):
+        self.done += len(new)
+        self.new += len(new)
+        self.right += sum(g["reward"] for g in new)
+        self.tokens += sum(g["tokens"] for g in new)
+        seconds = time.monotonic() - self.started
+        left = seconds / self.new * (self.total - self.done)
+        print(
+            f"{self.done:>8}/{self.total} responses   right {100 * self.right / self.new:5.1f} %   "
+            f"{self.tokens / seconds:,.0f} tokens/s   {left / 60:.0f}m{left % 60:02.0f}s left"
+        )
 
 
 def check_workdir(workdir, config):
-    """The directory of the checkpoints to evaluate.
+    """The directory of the checkpoints to evaluate; None where the model of model.path is meant.
 
     Raises:
-      BadInput: the workdir holds no run, another model's, one without a checkpoint, or one that
-        trained on problems that this config holds out.
+      BadInput: the workdir holds no run and the config names no model, or holds another model's, one
+        without a checkpoint, or one that trained on problems that this config holds out.
     """
     path = workdir / "config.json"
     if not path.exists():
+        if config.model.path:
+            return None
         raise BadInput(
-            f"{workdir} holds no run (there is no config.json); give the --workdir of one"
+            f"{workdir} holds no run (there is no config.json); give the --workdir of one, or "
+            "--config.model.path"
         )
     try:
         theirs = flatten(from_json(path.read_text()))
@@ -84,17 +210,50 @@ def check_workdir(workdir, config):
     raise BadInput(f"{workdir} has no checkpoint yet")
 
 
-def accuracy(generations):
-    """The metrics of `evaluate.json` by kind of problem, from the generations of `loop.evaluate`."""
+def accuracy(generations, answer):
+    """The metrics of `evaluate.json` by kind of problem.
+
+    Args:
+      generations: of `loop.evaluate`.
+      answer: the answer that a response gives, None where it gives none: `rewards.ANSWER`.
+    """
+    problems = _problems(generations, answer)
+    groups = {"all": problems}
+    kinds = sorted({problem["kind"] for problem in problems})
+    for kind in kinds if len(kinds) > 1 else ():
+        groups[kind] = [problem for problem in problems if problem["kind"] == kind]
+    return {name: {"problems": len(group)} | _estimates(group) for name, group in groups.items()}
+
+
+def by_problem(generations, answer):
+    """A table with tabs: a line per problem, the hardest first."""
+    columns = "id kind avg maj most_frequent right greedy tokens cut_off".split()
+    lines = []
+    for p in _problems(generations, answer):
+        votes, rewards = zip(*p["avg"])
+        given = [vote for vote in votes if vote is not None]
+        often = max(given, key=given.count, default="")
+        greedy = f"{p['greedy'][0][1]:g}" if p["greedy"] else ""
+        cells = [
+            p["id"], p["kind"], f"{np.mean(rewards):.3f}", f"{majority(votes, rewards):g}", often,
+            p["answer"], greedy, f"{np.mean(p['tokens']):.0f}", f"{np.mean(p['cut']):.3f}",
+        ]  # fmt: skip
+        cells = [" ".join(cell.split())[:80] for cell in cells]
+        lines.append((np.mean(rewards), "\t".join(cells)))
+    lines.sort(key=lambda line: line[0])
+    return "\n".join(["\t".join(columns), *(line for _, line in lines)]) + "\n"
+
+
+def _problems(generations, answer):
     problems = {}
     for g in generations:
-        problem = problems.setdefault(g["id"], {"kind": g["kind"], "avg": [], "greedy": []})
-        problem[g["mode"]].append((last_answer(g["response"]), g["reward"]))
-    groups = {"all": list(problems.values())}
-    kinds = sorted({problem["kind"] for problem in problems.values()})
-    for kind in kinds if len(kinds) > 1 else ():
-        groups[kind] = [problem for problem in problems.values() if problem["kind"] == kind]
-    return {name: {"problems": len(group)} | _estimates(group) for name, group in groups.items()}
+        fresh = {"avg": [], "greedy": [], "tokens": [], "cut": []}
+        known = {name: g[name] for name in ("id", "kind", "answer")}
+        problem = problems.setdefault(g["id"], known | fresh)
+        problem[g["mode"]].append((answer(g["response"]), g["reward"]))
+        problem["tokens"].append(g["tokens"])
+        problem["cut"].append(not g["finished"])
+    return list(problems.values())
 
 
 def _estimates(problems):
@@ -116,14 +275,15 @@ def _estimates(problems):
 def table(accuracy):
     """The accuracies in percent as an aligned text table."""
     names = [name for name in accuracy["all"] if name != "problems"]
-    lines = [f"{'':<12}{'problems':>8}" + "".join(f" | {name:^19}" for name in names)]
-    lines.append("-" * 20 + ("-+-" + "-" * 19) * len(names))
+    width = max(map(len, accuracy)) + 2
+    lines = [f"{'':<{width}}{'problems':>8}" + "".join(f" | {name:^19}" for name in names)]
+    lines.append("-" * (width + 8) + ("-+-" + "-" * 19) * len(names))
     for group, metrics in accuracy.items():
         cells = [[100 * metrics[name][part] for part in ("mean", "low", "high")] for name in names]
         row = "".join(f" | {mean:>5.1f} ({low:>5.1f}–{high:>5.1f})" for mean, low, high in cells)
-        lines.append(f"{group:<12}{metrics['problems']:>8}{row}")
+        lines.append(f"{group:<{width}}{metrics['problems']:>8}{row}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(lambda config, workdir: main(config, workdir, SHARD.value))

@@ -5,6 +5,7 @@ again does what it would have done.
 """
 
 import contextlib
+import itertools
 import logging
 import time
 from functools import partial
@@ -99,24 +100,23 @@ class Run:
         options = self.config.checkpoint
         return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
 
-    def sample(self, sampler, asked, params, key):
-        """Responses to the problems `asked`; they are verified while the next ones are sampled.
+    def sample(self, sampler, asked, params, key, first=0):
+        """Responses to the problems `asked`, batch by batch; while the caller asks for the next one,
+        the last one is verified.
 
-        Returns:
-          Rollouts of N = problems · params.samples rows, their texts, and their rewards
-          (`rewards.Pending`: float32 [N] by `result()`).
+        Args:
+          first: place of `asked` in a longer list.
+
+        Yields:
+          (Rollouts, texts, rewards as `rewards.Pending`) of params.samples rows per problem.
         """
         prompts = problems.encode(self.config, self.tokenizer, asked)
-        rows = [problem for problem in asked for _ in range(params.samples)]
-        pieces, texts, found = [], [], []
-        for piece in sampler.batches(prompts, params, key):
-            new = piece.texts(self.tokenizer)
-            part = rows[len(texts) : len(texts) + len(new)]
+        rows = iter([problem for problem in asked for _ in range(params.samples)])
+        for piece in sampler.batches(prompts, params, key, first):
+            texts = piece.texts(self.tokenizer)
+            part = list(itertools.islice(rows, len(texts)))
             question, answer = [p.prompt for p in part], [p.answer for p in part]
-            found += rewards.submit(self.reward, question, new, answer).found
-            pieces.append(piece)
-            texts += new
-        return Rollouts.concatenate(pieces), texts, rewards.Pending(found)
+            yield piece, texts, rewards.submit(self.reward, question, texts, answer)
 
 
 # ------------------------------------------------------------------------------ the warm start
@@ -258,13 +258,15 @@ def rl_step(run: Run, state, step: int):
     started = time.monotonic()
     programs.sampler.model = programs.sync(state.model)
     asked = run.train_problems.batch(step, config.train.prompts)
-    rollouts, texts, verdicts = run.sample(
-        programs.sampler, asked, programs.sampling_params, run.key(step, SAMPLE)
+    key = run.key(step, SAMPLE)
+    pieces, texts, verdicts = zip(
+        *run.sample(programs.sampler, asked, programs.sampling_params, key)
     )
     programs.sampler.model = None  # its memory is the updates' now
+    rollouts, texts = Rollouts.concatenate(pieces), list(itertools.chain(*texts))
     sampled = time.monotonic()
 
-    reward = verdicts.result()
+    reward = np.concatenate([pending.result() for pending in verdicts])
     used = reward + shaping(config, texts, rollouts.response_lengths)
     if config.train.shuffle_rewards:
         used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(used)
@@ -451,11 +453,17 @@ def mini_batches(config, step: int, epoch: int):
     return np.split(rows, prompts // config.train.mini_batch_prompts)
 
 
-def evaluate(run: Run, model, generations: list | None = None) -> dict:
+def evaluate(
+    run: Run, model, generations: list | None = None, keep=lambda new: None, places=None
+) -> dict:
     """Held-out accuracy of the unquantized model, on a random stream of its own.
 
     Args:
-      generations: a list to which one dict per response is appended.
+      generations: dicts of an evaluation that was interrupted, which is gone on with (all responses to
+        a problem or none): a list, to which one dict per response is added (id, kind, mode, prompt,
+        response, answer, reward, tokens, finished), and which is put in order.
+      keep: called with the new ones of every batch.
+      places: of the problems to evaluate among the held-out ones; None: all.
 
     Returns:
       eval/avg, the mean over problems of the share of right answers among `evaluate.samples`
@@ -467,29 +475,51 @@ def evaluate(run: Run, model, generations: list | None = None) -> dict:
     modes = {"avg": SamplingParams(samples=config.samples, temperature=config.temperature, **base)}
     if config.greedy:
         modes["greedy"] = SamplingParams(temperature=0.0, **base)
-    kinds = np.array([problem.kind for problem in run.heldout])
-    metrics = {}
-    for name, params in modes.items():
-        key = run.key(0, EVALUATE)
-        rollouts, texts, verdicts = run.sample(sampler, run.heldout, params, key)
-        right = verdicts.result().reshape(len(run.heldout), -1)
-        metrics[f"eval/{name}"] = right.mean()
-        if len(set(kinds)) > 1:
-            metrics |= {f"eval/{name}/{k}": right[kinds == k].mean() for k in sorted(set(kinds))}
-        if name == "avg":
-            metrics["eval/length"] = rollouts.response_lengths.mean()
-            metrics["eval/truncated"] = 1 - rollouts.finished.mean()
-        if generations is not None:
-            generations += [
-                {"id": problem.id, "kind": problem.kind, "mode": name, "prompt": problem.prompt,
-                 "response": text, "answer": problem.answer, "reward": float(reward)}
-                for problem, group, verdicts in zip(
-                    run.heldout, np.reshape(texts, right.shape), right
-                )
-                for text, reward in zip(group.tolist(), verdicts)
-            ]  # fmt: skip
+    generations = [] if generations is None else generations
+    for mode, params in modes.items():
+        done = {g["id"] for g in generations if g["mode"] == mode}
+        places = range(len(run.heldout)) if places is None else places
+        missing = [i for i in places if run.heldout[i].id not in done]
+        for part in _consecutive(missing):
+            asked = [run.heldout[i] for i in part]
+            rows = iter([problem for problem in asked for _ in range(params.samples)])
+            waiting = []
+            batches = run.sample(sampler, asked, params, run.key(0, EVALUATE), part[0])
+            for batch in itertools.chain(batches, [None]):
+                for rollouts, texts, verdicts in waiting:
+                    new = [
+                        {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt,
+                         "response": text, "answer": p.answer, "reward": float(reward),
+                         "tokens": int(tokens), "finished": bool(finished)}
+                        for text, reward, tokens, finished, p in zip(
+                            texts, verdicts.result(), rollouts.response_lengths,
+                            rollouts.finished, rows,
+                        )
+                    ]  # fmt: skip
+                    keep(new)
+                    generations += new
+                waiting = [batch]  # verified while the next one is sampled
+    order = {problem.id: i for i, problem in enumerate(run.heldout)}
+    generations.sort(key=lambda g: (g["mode"], order[g["id"]]))
     sampler.model = None
+    metrics = {}
+    for mode in modes:
+        mine = [g for g in generations if g["mode"] == mode]
+        metrics[f"eval/{mode}"] = np.mean([g["reward"] for g in mine])
+        kinds = sorted({g["kind"] for g in mine})
+        for kind in kinds if len(kinds) > 1 else ():
+            rewards_of = [g["reward"] for g in mine if g["kind"] == kind]
+            metrics[f"eval/{mode}/{kind}"] = np.mean(rewards_of)
+        if mode == "avg":
+            metrics["eval/length"] = np.mean([g["tokens"] for g in mine])
+            metrics["eval/truncated"] = np.mean([not g["finished"] for g in mine])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _consecutive(numbers):
+    """[0, 1, 4, 5] -> [[0, 1], [4, 5]]"""
+    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    return [[number for _, number in run] for _, run in runs]
 
 
 def _announce(config, run):

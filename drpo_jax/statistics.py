@@ -44,12 +44,6 @@ def majority(answers, right):
     return float(np.mean([verdict[answer] for answer in winners])) if winners else 0.0
 
 
-def last_answer(response):
-    """The text after the last `#` without white space around it, or None."""
-    _, mark, answer = response.rpartition("#")
-    return (answer.strip() or None) if mark else None
-
-
 def bootstrap_interval(values_N, level=0.95, seed=0):
     """(low, high): the percentile bootstrap interval of the mean over problems.
 

@@ -25,8 +25,8 @@ EXPLAIN = flags.DEFINE_bool(
 )
 
 
-def main(config, workdir):
-    if EXPLAIN.value:
+def main(config, workdir, explained=False):
+    if explained:
         print(explain_batch(config, workdir))
         return
     before, after = loop.train(config, workdir)
@@ -57,4 +57,4 @@ def explain_batch(config, workdir):
 
 
 if __name__ == "__main__":
-    cli.launch(main)
+    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value))

@@ -1,15 +1,24 @@
 """Evaluation: whose checkpoint is evaluated, on which problems, and what is computed from responses."""
 
+import json
+from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from drpo_jax import config as C
-from drpo_jax import evaluate
+from drpo_jax import evaluate, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
+from drpo_jax.parallel import make_mesh
+from drpo_jax.rewards import after_hash
 
+FIELDS = dict(
+    sft__steps=0, evaluate__problems=10, evaluate__greedy=True, sampler__slots=8,
+    evaluate__samples=2,
+)  # fmt: skip
 SMALLEST = str(Path(__file__).parent / "smallest.py")
 
 
@@ -63,11 +72,12 @@ def test_accuracy_by_hand():
         ("b", "-", "greedy"): [("", 0)],
     }
     generations = [
-        {"id": i, "kind": kind, "mode": mode, "response": text, "reward": float(reward)}
+        {"id": i, "kind": kind, "mode": mode, "response": text, "reward": float(reward),
+         "answer": "5" if i == "a" else "1", "tokens": len(text), "finished": mode == "avg"}
         for (i, kind, mode), group in responses.items()
         for text, reward in group
-    ]
-    result = evaluate.accuracy(generations)
+    ]  # fmt: skip
+    result = evaluate.accuracy(generations, after_hash)
     means = {
         group: {name: value["mean"] for name, value in metrics.items() if name != "problems"}
         for group, metrics in result.items()
@@ -82,7 +92,72 @@ def test_accuracy_by_hand():
 
     lines = evaluate.table(result).splitlines()
     assert lines[0].split() == "problems | avg@3 | pass@2 | pass@3 | maj@3 | greedy".split()
-    assert lines[2].startswith("all                2 |  50.0 ( 33.3– 66.7)")
+    assert lines[2].startswith("all         2 |  50.0 ( 33.3– 66.7)")
     assert len({len(line) for line in lines}) == 1
     only = [g | {"kind": ""} for g in generations if g["mode"] == "avg"]
-    assert list(evaluate.accuracy(only)) == ["all"]
+    assert list(evaluate.accuracy(only, after_hash)) == ["all"]
+    header, first, second = evaluate.by_problem(generations, after_hash).splitlines()
+    assert header.split("\t")[:5] == ["id", "kind", "avg", "maj", "most_frequent"]
+    assert first.split("\t") == ["b", "-", "0.333", "0", "5", "1", "0", "2", "0.250"]
+    assert second.split("\t") == ["a", "+", "0.667", "1", "5", "5", "1", "2", "0.250"]
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickly):
+    """And gives what it would have given: every response depends on its problem's place alone."""
+    monkeypatch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    settings = config(**FIELDS)
+    run = loop.Run(settings, tmp_path)
+    with jax.set_mesh(run.mesh):
+        model = loop.initial_model(run)
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            checkpoints.save(3, {"model": model})
+    C.claim_workdir(tmp_path, settings)
+    evaluate.main(settings, tmp_path)
+    names = ("evaluate.json", "evaluate.jsonl", "evaluate.tsv")
+    whole = [(tmp_path / name).read_text() for name in names]
+    lines = whole[1].splitlines(keepends=True)
+    assert len(lines) == 10 * 2 + 10 and json.loads(whole[0])["step"] == 3
+
+    sampled = []
+    original = type(run.programs.sampler)._generate_batch
+
+    def counted(self, prompts, first, *rest):
+        sampled.append((first, len(prompts)))
+        return original(self, prompts, first, *rest)
+
+    monkeypatch.setattr(type(run.programs.sampler), "_generate_batch", counted)
+    for kept, expected in (
+        (30, []),
+        (23, [(3, 7)]),  # greedy ones, eight at a time
+        (7, [(3, 4), (7, 3), (0, 8), (8, 2)]),  # half a problem does not count
+        (0, [(0, 4), (4, 4), (8, 2), (0, 8), (8, 2)]),
+    ):
+        cut = "".join(lines[:kept]) + ('{"id": "ha' if kept < 30 else "")
+        (tmp_path / "evaluate.jsonl").write_text(cut)
+        sampled.clear()
+        evaluate.main(settings, tmp_path)
+        assert sampled == expected
+        assert [(tmp_path / name).read_text() for name in names] == whole
+    (tmp_path / "evaluate.jsonl").write_text("")
+    sampled.clear()
+    for part, expected in (("2/3", [(3, 3), (3, 3)]), ("3/3", [(6, 4), (6, 4)])):
+        evaluate.main(settings, tmp_path, part)
+        assert sampled == expected
+        sampled.clear()
+    evaluate.main(settings, tmp_path)
+    assert sampled == [(0, 3), (0, 3)]
+    assert [(tmp_path / name).read_text() for name in names] == whole
+    sampled.clear()
+    evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
+    assert sampled[0] == (0, 4) and len(sampled) == 5  # another evaluation begins anew
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3"])
+def test_wrong_shards(text):
+    with pytest.raises(C.BadInput, match=f"--shard={text}: must be .* such as 1/4"):
+        evaluate.share(text, 10)
+
+
+def test_a_model_without_a_run(tmp_path):
+    with pytest.raises(C.BadInput, match="--config.model.path"):
+        evaluate.check_workdir(tmp_path, config())

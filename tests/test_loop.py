@@ -292,7 +292,7 @@ def test_bad_problem_files_cost_nothing(tmp_path):
     too_long = good.replace('"3+3="', '"3000+3="', 1)
     cases = {
         malformed: r"problems.jsonl, line 4: field 'answer' is 6, but must be a string",
-        too_long: r"problems.jsonl: 1 of 10 prompts are longer than sampler.max_prompt_length = 6 tokens.* problem '3' with 7:",
+        too_long: r"problems.jsonl: 1 of 10 prompts .*max_prompt_length = 6 .* problem '3' with 7:",
         good.partition("\n")[0] + "\n": r"has 1 problems; 4 per rollout .* and 6 for evaluation",
         "": r"problems.jsonl: the file is empty",
         None: r"No such file .*problems.jsonl",

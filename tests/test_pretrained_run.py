@@ -1,4 +1,4 @@
-"""Runs that start from a Hugging Face directory: its architecture, weights, tokenizer; and the way back."""
+"""Runs that start from a Hugging Face directory, with its weights and tokenizer; and the way back."""
 
 import json
 import shutil

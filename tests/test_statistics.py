@@ -40,11 +40,6 @@ def test_majority(answers, right, expected):
     assert S.majority(answers, right) == pytest.approx(expected)
 
 
-def test_last_answer():
-    texts = ["7+5=12 #12", "#3 #4 ", "12", "#", "1# 5+"]
-    assert [S.last_answer(t) for t in texts] == ["12", "4", None, None, "5+"]
-
-
 def test_bootstrap_interval():
     values = np.repeat([0.0, 1.0], [60, 40])
     low, high = S.bootstrap_interval(values)

@@ -23,12 +23,14 @@ ends after a second of CPU time with reward 0.0; it must be importable from ther
 """
 
 from drpo_jax.rewards.arithmetic import (
+    after_hash,
     arithmetic_reward,
     countdown_reward,
     expression_value,
     integer_reward,
+    last_integer,
 )
-from drpo_jax.rewards.math import VERIFIER, last_box, math_reward
+from drpo_jax.rewards.math import VERIFIER, boxed_answer, last_box, math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
 
@@ -47,6 +49,9 @@ GIVEN = {
     "math": "\\boxed{{answer}}",
 }
 
+# The answer that a response gives, for the vote of a majority. Of the others it is the whole text.
+ANSWER = {"arithmetic": after_hash, "integer": last_integer, "math": boxed_answer}
+
 
 def submit(reward, prompts, responses, answers):
     """Starts the rewards of a batch: `.result()` is float32 [N], in order.
@@ -63,11 +68,13 @@ def submit(reward, prompts, responses, answers):
 
 
 __all__ = [
+    "ANSWER",
     "GIVEN",
     "REWARDS",
     "Isolated",
     "Pending",
     "Pool",
+    "after_hash",
     "arithmetic_reward",
     "countdown_reward",
     "expression_value",

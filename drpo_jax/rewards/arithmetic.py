@@ -56,6 +56,12 @@ def integer_reward(prompt, response, answer):
       answer: the right integer, e.g. "632" or "-5".
     """
     del prompt
+    given = last_integer(response)
+    return float(given is not None and given == _integer(answer))
+
+
+def last_integer(response):
+    """The integer that `integer_reward` reads, in its canonical text, or None."""
     given = last_box(response)
     if given is None:
         for match in _WORD.finditer(response):
@@ -64,8 +70,13 @@ def integer_reward(prompt, response, answer):
     given = (given or "").strip(" \t\r\n$").replace("\N{MINUS SIGN}", "-")
     if _THOUSANDS.fullmatch(given):
         given = given.replace(",", "")
-    given, expected = _integer(given), _integer(answer)
-    return float(given is not None and given == expected)
+    return _integer(given)
+
+
+def after_hash(response):
+    """What stands behind the last `#` without white space around it, or None."""
+    _, mark, answer = response.rpartition("#")
+    return (answer.strip() or None) if mark else None
 
 
 def countdown_reward(prompt, response, answer):

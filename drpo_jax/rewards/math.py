@@ -67,6 +67,12 @@ def last_box(text):
     return text[start : end - 1] if depth == 0 else None
 
 
+def boxed_answer(response):
+    """The contents of the last box, without what does not change their value, or None."""
+    box = last_box(response)
+    return plain(box) or None if box is not None else None
+
+
 def plain(text):
     """An answer without what does not change its value: spaces, dollar and degree signs, sizes."""
     text = text.strip().rstrip(".")

@@ -270,16 +270,19 @@ class Sampler:
         """
         return Rollouts.concatenate(list(self.batches(prompts, params, key)))
 
-    def batches(self, prompts, params: SamplingParams, key):
+    def batches(self, prompts, params: SamplingParams, key, first=0):
         """`generate` batch by batch: yields the Rollouts of the first prompts, of the next, …
 
         What the caller does with one batch need not wait for the others.
+
+        Args:
+          first: place of the first prompt in a longer list, of which these are a part.
         """
         width = self._check(prompts, params)
         per_batch = self._prompts_per_batch(params)
-        for first in range(0, len(prompts), per_batch):
-            some = prompts[first : first + per_batch]
-            sampled = self._generate_batch(some, first, per_batch, width, params, key)
+        for i in range(0, len(prompts), per_batch):
+            some = prompts[i : i + per_batch]
+            sampled = self._generate_batch(some, first + i, per_batch, width, params, key)
             yield _rollouts(some, width, params, *sampled)
 
     def _prompts_per_batch(self, params):

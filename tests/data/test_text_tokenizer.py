@@ -77,14 +77,15 @@ def test_generation_config_adds_ends(base):
 
 def test_a_beginning_of_sequence_opens_a_plain_prompt(base):
     tokenizer = json.loads((base / "tokenizer.json").read_text())
+    first, text = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, "Sequence"
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "single": [first, {text: {"id": "A", "type_id": 0}}],
+        "pair": [{text: {"id": "A", "type_id": 0}}, {text: {"id": "B", "type_id": 1}}],
         "special_tokens": {
             "<|im_start|>": {"id": "<|im_start|>", "ids": [151644], "tokens": ["<|im_start|>"]}
         },
-    }  # fmt: skip
+    }
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     opened = TextTokenizer(base)

@@ -17,8 +17,6 @@ on a shared machine, the seconds of CPU time that they took. On the CPU one row,
 of 64, float32 (bfloat16 is emulated there); elsewhere the TPU's sizes.
 """
 
-import importlib.util
-import os
 import time
 from functools import partial
 
@@ -26,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
 
-from benchmarks.common import machine, write_results
+from benchmarks.common import machine, tpu, write_results
 from drpo_jax.models import Compute
 from drpo_jax.models.attention import attend
 
@@ -126,19 +123,6 @@ def seconds(device, sizes, backward):
             keys = ("full/this", "full/this, CPU time", "seconds", "CPU seconds")
             figures[length][name] = {key: round(float(x), 4) for key, x in zip(keys, (*ratio, *s))}
     return figures
-
-
-def tpu():
-    """A TPU v5p to compile for, or None without libtpu."""
-    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        return None
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
-    )
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
 
 
 def main(_):

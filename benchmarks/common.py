@@ -1,5 +1,6 @@
-"""What every benchmark prints beside its figures: the machine, its load, the versions."""
+"""What benchmarks share: the machine, its load and the versions; a TPU to compile for."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from jax.experimental import topologies
 
 
 def machine() -> dict:
@@ -25,3 +27,16 @@ def write_results(path: str, command: str, figures: dict) -> None:
     content = {"command": command, "machine": machine(), "figures": figures}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def tpu():
+    """A TPU v5p to compile for, or None without libtpu."""
+    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        return None
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
+    )
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]

@@ -22,17 +22,14 @@ float32 (bfloat16 is emulated there), with the full width and vocabulary; elsewh
 bfloat16.
 """
 
-import importlib.util
-import os
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
 
-from benchmarks.common import machine, write_results
+from benchmarks.common import machine, tpu, write_results
 from drpo_jax.learner import head_loss, policy
 from drpo_jax.objectives import policy_objective
 from drpo_jax.precision import dot_precision
@@ -148,19 +145,6 @@ def seconds(device, tokens, dtype):
         keys = ("fused/this", "fused/this, CPU time", "seconds", "CPU seconds")
         figures[name] = dict(zip(keys, (round(float(x), 3) for x in (*ratio, *s))))
     return figures
-
-
-def tpu():
-    """A TPU v5p to compile for, or None without libtpu."""
-    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        return None
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
-    )
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
 
 
 def main(_):

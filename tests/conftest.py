@@ -11,6 +11,9 @@ import pytest
 COUNT = "--xla_force_host_platform_device_count"
 if COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
+EMITTERS = "--xla_cpu_use_fusion_emitters"  # XLA's slow way to compile small CPU programs
+if EMITTERS not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {EMITTERS}=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

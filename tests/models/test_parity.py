@@ -18,7 +18,6 @@ from tests.fixtures import make, routes
 from tests.fixtures.load import CASES, gradients, stored, write
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-QUICKLY = {"xla_cpu_use_fusion_emitters": False}  # a third of the time to compile
 ALONE = {  # length of an array with one sequence; where none is given, the packed rows must do
     "llama 3/1": 1, "qwen2 3/1 tied": 2, "qwen3 5/1 tied": 65, "qwen3_moe 4/1": 1,
     "qwen3_5_moe 1/2": 63, "qwen3_5_moe 2/2": 1,
@@ -30,7 +29,7 @@ def routes_are_told(monkeypatch):
     routes.tell(monkeypatch)
 
 
-@partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def compute(model, tokens, positions, segment_ids):
     """Gradient of the mean NLL of every sequence's tokens from its second on; (logits, router)."""
 

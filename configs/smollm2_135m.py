@@ -24,15 +24,11 @@ def get_config():
         system="Add.",  # instead of the template's own, which is four times as long
     )
     config.sampler.update(max_prompt_length=28, max_response_length=12, slots=128, decode_steps=12)
-    config.optimizer.update(learning_rate=1e-5, warmup_steps=5, b2=0.99, weight_decay=0.0)
-    config.train.update(
-        steps=100,
-        prompts=16,
-        samples=8,
-        mini_batch_prompts=8,
-        micro_batch=32,
-        save_rollout_every=20,
+    config.optimizer.update(
+        learning_rate=3e-5, warmup_steps=5, schedule="linear", b2=0.99, weight_decay=0.0
     )
+    config.train.update(steps=50, prompts=16, samples=8, mini_batch_prompts=8, micro_batch=32)
+    config.train.save_rollout_every = 10
     config.evaluate.update(every=25, problems=128, samples=2)
     config.checkpoint.update(every=25, keep=1)
     return config

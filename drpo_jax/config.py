@@ -139,7 +139,8 @@ def default_config() -> ConfigDict:
         directional=placeholder(bool),  # mask_drpo: weight 1 wherever dppo keeps the token
     )
     config.reward = create(
-        name="",  # of the verifier, in drpo_jax.rewards.REWARDS; "": the task's own
+        # Of the verifier, in drpo_jax.rewards.REWARDS; "": the task's own, or math for data.problems
+        name="",
         format=0.0,  # added to the reward of a response that ends with one closed box
         overlong_buffer=0,  # last tokens of max_response_length over which the reward falls by 1
     )
@@ -188,8 +189,8 @@ def default_config() -> ConfigDict:
     )
     config.evaluate = create(
         every=0,  # rollout steps between evaluations; 0: only before and after
-        sets="",  # files or names of SETS, by commas; "": a part of the training problems, held out
-        problems=256,  # held-out problems, at most
+        sets="",  # files or names of SETS, by commas; "": a part of the training problems
+        problems=256,  # of that part, which is held out
         samples=4,  # per problem: the k of avg@k
         temperature=1.0,
         greedy=True,  # one greedy response per problem as well
@@ -208,14 +209,14 @@ def default_config() -> ConfigDict:
         # Which of them are dropped: none | clean, those that repeat or contradict others, that are
         # too long, or whose answer is never rewarded | dapo, also those without integer answers
         filter="none",
-        rollouts="",  # evaluate.jsonl: keep the problems whose pass rate in it lies between
+        rollouts="",  # responses.jsonl of an evaluation: keep the problems with a pass rate between
         pass_low=0.0,
         pass_high=1.0,
         tokenizer="",  # a Hugging Face directory; "": model.path, or single characters without one
-        instruction="{problem}",  # what the model is asked
+        instruction="{problem}",  # what the model is asked: a text, or none | boxed | answer_line
         chat=False,  # through the tokenizer's chat template
         system="",  # message that opens the chat; "": what the template puts there
-        thinking=False,  # of templates that know it (Qwen3): an open thought, or an empty one
+        thinking="default",  # enable_thinking of the template: on | off (Qwen3: an empty thought)
         init_from="",  # workdir of an sft run to start from; "": train does the warm start
     )
     config.log = create(
@@ -259,6 +260,7 @@ CHOICES = {
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "data.task": tuple(TASK_REWARDS),
     "data.filter": ("none", "clean", "dapo"),
+    "data.thinking": ("default", "on", "off"),
     "reward.name": ("", *REWARDS),
 }
 POSITIVE = """
@@ -374,8 +376,12 @@ def _range_problems(v: Mapping[str, Any]) -> list[str]:
             _task(v)
         except ValueError as error:
             problems.append(f"data.{error}")
-    if "{problem}" not in v["data.instruction"]:
-        problems.append("data.instruction: must have {problem}, where the problem's text goes")
+    if (
+        v["data.instruction"] not in data.TEMPLATES
+        and v["data.instruction"].count("{problem}") != 1
+    ):
+        names = ", ".join(data.TEMPLATES)
+        problems.append(f"data.instruction: must be {names}, or have {{problem}} in it, once")
     return problems
 
 
@@ -483,7 +489,7 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     buffer = "reward.overlong_buffer sampler.max_response_length"
     fits = v["reward.overlong_buffer"] <= v["sampler.max_response_length"]
     require(fits, buffer, "the buffer lies within the response")
-    opened = v["data.chat"] or not (v["data.thinking"] or v["data.system"])
+    opened = v["data.chat"] or (v["data.thinking"] == "default" and not v["data.system"])
     require(opened, "data.chat data.thinking data.system", "the last two belong to a chat")
     arithmetic = v["data.task"] == "arithmetic" and not v["data.tokenizer"] + v["model.path"]
     require(
@@ -517,7 +523,9 @@ def resolve(config: Mapping[str, Any]) -> FrozenConfigDict:
         values |= _architecture(values)
     config = from_dict(values)
     validate(config)
-    config.reward.name = config.reward.name or TASK_REWARDS[config.data.task]
+    in_words = config.data.problems and (config.data.tokenizer or config.model.path)
+    own = "math" if in_words else TASK_REWARDS[config.data.task]
+    config.reward.name = config.reward.name or own
     if not config.objective.horizon:
         config.objective.horizon = config.sampler.max_response_length
     if not config.sampler.top_logprobs and "topk_logp" in OBJECTIVES[config.objective.name].arrays:

@@ -1,18 +1,19 @@
 """Held-out accuracy: python -m drpo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny
 
-Evaluates the last checkpoint of the run in the workdir (the warm start's, where RL has none yet),
-unquantized, on `config.evaluate`: a held-out part of the training problems, or `evaluate.sets`, such as
-aime24,aime25. Where the workdir holds no run, the model of --config.model.path itself. The config may
-differ from the run's in all but the model, and the run is left as it is. Writes into the workdir
+Evaluates the last checkpoint of the run in the workdir (the warm start's, where RL has none yet), or the
+one of --step, unquantized, on `config.evaluate`: a held-out part of the training problems, or
+`evaluate.sets`, such as aime24,aime25. Where the workdir holds no run, the model of --config.model.path
+itself. The config may differ from the run's in all but the model, and the run is left as it is. Writes
 
-  evaluate.json   checkpoint, step, k, temperature, …, and `accuracy`: for "all" problems and for each
-                  kind their number and, by metric (avg@k, pass@j for j = 2, 4, … and k, maj@k,
-                  greedy), {"mean", "low", "high"}: shares, with the 95 % bootstrap interval
-  evaluate.jsonl  one object per response: problem, mode (avg or greedy), text, reward, tokens
-  evaluate.tsv    one line per problem
+  evaluate.json     checkpoint, step, k, temperature, …, and `accuracy`: for "all" problems and for each
+                    kind their number and, by metric (avg@k, pass@j for j = 2, 4, … and k, maj@k,
+                    greedy), {"mean", "low", "high"}: shares, with the 95 % bootstrap interval
+  evaluations/…/    of each evaluation: result.json, the same; problems.tsv, a line per problem, the
+                    hardest first; responses.jsonl, one object per response (problem, mode avg or greedy,
+                    text, reward, tokens)
 
-and prints the first as a table. Stopped and started again with the same config, it goes on. Several
-machines share the work by --shard=1/4 to --shard=4/4; without it, the same command then joins them.
+and prints a table. Stopped and started again with the same config, it goes on. Several machines share
+the work by --shard=1/4 to --shard=4/4; without it, the same command then joins them.
 """
 
 import hashlib
@@ -28,42 +29,50 @@ from absl import flags
 from drpo_jax import cli, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import BadInput, bad_input, flatten, from_json
+from drpo_jax.problems import encode
 from drpo_jax.rewards import ANSWER
 from drpo_jax.statistics import bootstrap_interval, majority, pass_at_k
 
 SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 
 
-def main(config, workdir, shard="1/1"):
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; the last one if not given.")
+
+
+def main(config, workdir, shard="1/1", step=None):
     directory = check_workdir(workdir, config)
-    run = loop.Run(config, workdir)
+    run = loop.Run(config, workdir, train=False)
     places = share(shard, len(run.heldout))
     whole = len(places) == len(run.heldout)
-    name = "evaluate" if whole else f"evaluate-{shard.replace('/', '-of-')}"
     with jax.set_mesh(run.mesh):
         if directory is None:
             checkpoint, step, model = config.model.path, 0, loop.initial_model(run)
         else:
-            with Checkpoints(directory) as checkpoints:
-                step = checkpoints.latest_step()
+            with bad_input(), Checkpoints(directory) as checkpoints:
+                step = checkpoints.latest_step() if step is None else step
                 checkpoint = str(directory / str(step))
-                with bad_input():
-                    like = {"model": run.programs.abstract_state.model}
-                    model = checkpoints.restore(step, like)["model"]
+                if step not in checkpoints.steps():
+                    raise BadInput(f"--step={step}: there are {checkpoints.steps()}")
+                like = {"model": run.programs.abstract_state.model}
+                model = checkpoints.restore(step, like)["model"]
         settings = {
             "checkpoint": checkpoint,
             "step": step,
+            "sets": config.evaluate.sets or "held out",
             "k": config.evaluate.samples,
             "temperature": config.evaluate.temperature,
             "greedy": config.evaluate.greedy,
             "max_response_length": config.sampler.max_response_length,
             "reward": config.reward.name,
             "seed": config.seed,
-            "prompts": fingerprint(config, run.heldout),
+            "prompts": asked_hash(run),
         }
-        generations = resumed(workdir, settings)
+        folder = workdir / "evaluations" / folder_name(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"responses{'' if whole else '-' + shard.replace('/', '-of-')}.jsonl"
+        generations = resumed(folder, own, settings)
         progress = Progress(config, [run.heldout[i].id for i in places], generations)
-        with (workdir / f"{name}.jsonl").open("a") as file:
+        with own.open("a") as file:
 
             def keep(new):
                 file.writelines(json.dumps(g) + "\n" for g in new)
@@ -74,23 +83,30 @@ def main(config, workdir, shard="1/1"):
     if not whole:
         print(f"shard {shard} is done; without --shard the same command joins the shards")
         return
-    write_lines(workdir / "evaluate.jsonl", generations)
-    for joined in workdir.glob(SHARDS):
-        joined.unlink()
-    answer = ANSWER.get(config.reward.name, str.strip)
-    result = settings | {"accuracy": accuracy(generations, answer)}
-    (workdir / "evaluate.json").write_text(json.dumps(result, indent=2) + "\n")
-    (workdir / "evaluate.tsv").write_text(by_problem(generations, answer))
+    problems = by_problem(generations, ANSWER.get(config.reward.name, str.strip))
+    result = json.dumps(settings | {"accuracy": accuracy(problems)}, indent=2) + "\n"
+    (workdir / "evaluate.json").write_text(result)
+    (folder / "result.json").write_text(result)
+    (folder / "problems.tsv").write_text(problem_table(problems))
     print(f"{checkpoint}: held-out accuracy, % (95 % interval)\n")
-    print(table(result["accuracy"]))
-    print(f"\nby problem: {workdir / 'evaluate.tsv'}   responses: {workdir / 'evaluate.jsonl'}")
+    print(table(accuracy(problems)))
+    print(f"\nby problem, and every response: {folder}")
 
 
-def fingerprint(config, problems):
-    """Of what the model is asked."""
-    asked = [config.data.instruction, config.data.system, config.data.chat, config.data.thinking]
-    asked += [[problem.id, problem.prompt, problem.answer] for problem in problems]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+def asked_hash(run):
+    """Of all that decides about a response besides the weights: prompts as token ids, what ends it;
+    and of the answers."""
+    prompts = encode(run.config, run.tokenizer, run.heldout)
+    asked = [[p.id, p.answer, ids] for p, ids in zip(run.heldout, prompts)]
+    text = json.dumps([asked, run.tokenizer.stop_ids])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folder_name(settings):
+    """Such as step_000300-aime24_aime25-1a2b3c4d: other settings, another folder."""
+    sets = re.sub(r"[^a-zA-Z0-9]+", "_", settings["sets"])[-40:].strip("_")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"step_{settings['step']:06d}-{sets}-{digest}"
 
 
 def share(text, problems):
@@ -106,41 +122,25 @@ def share(text, problems):
     return range((i - 1) * problems // n, i * problems // n)
 
 
-SHARDS = "evaluate-*-of-*.jsonl"
+def resumed(folder, own, settings):
+    """The responses that this evaluation and its shards have left, those of whole problems.
 
-
-def resumed(workdir, settings):
-    """The responses that evaluations with these settings have left, those of whole problems; where
-    the last one had others, its files are removed."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "evaluate.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    files = [workdir / "evaluate.jsonl", *sorted(workdir.glob(SHARDS))]
-    files = [file for file in files if file.exists()]
-    if {name: old.get(name) for name in settings} != settings:
-        for file in files:
-            file.unlink()
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(temporary, path)
-        return []
-    generations, samples = [], {"avg": settings["k"], "greedy": 1}
-    for file in files:
-        groups = {}
-        for line in file.read_text().split("\n")[:-1]:  # the last one may be cut off
-            g = json.loads(line)
-            groups.setdefault((g["mode"], g["id"]), []).append(g)
-        kept = [group for (mode, _), group in groups.items() if len(group) == samples[mode]]
-        kept = [g for group in kept for g in group]
-        write_lines(file, kept)
-        generations += kept
-    return generations
-
-
-def write_lines(path, generations):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(g) + "\n" for g in generations))
-    os.replace(temporary, path)
+    The `own` file of this process is cut to them; what other processes write is read only.
+    """
+    samples, groups = {"avg": settings["k"], "greedy": 1}, {}
+    for file in {own, *folder.glob("responses*.jsonl")}:
+        found = {}
+        for line in file.read_text().split("\n")[:-1] if file.exists() else ():
+            g = json.loads(line)  # the last line, which may be cut off, is left out
+            found.setdefault((g["mode"], g["id"]), []).append(g)
+        found = {key: group for key, group in found.items() if len(group) == samples[key[0]]}
+        if file == own:
+            temporary = own.with_suffix(f".{os.getpid()}")
+            lines = [json.dumps(g) + "\n" for group in found.values() for g in group]
+            temporary.write_text("".join(lines))
+            os.replace(temporary, own)
+        groups |= found
+    return [g for group in groups.values() for g in group]
 
 
 class Progress:
@@ -190,7 +190,7 @@ def check_workdir(workdir, config):
     ours = flatten(config)
     # With a file of problems, these fields decide which of them are held out.
     same = ours["data.problems"] == theirs["data.problems"] != "" and not ours["evaluate.sets"]
-    split = ("seed", "evaluate.problems", "data.filter") if same else ()
+    split = ("seed", "evaluate.problems") if same else ()
     differing = [
         f"{field}: {theirs[field]!r} -> {ours[field]!r}"
         for field in ours
@@ -210,14 +210,27 @@ def check_workdir(workdir, config):
     raise BadInput(f"{workdir} has no checkpoint yet")
 
 
-def accuracy(generations, answer):
-    """The metrics of `evaluate.json` by kind of problem.
+def by_problem(generations, answer):
+    """One dict per problem: id, kind, answer; avg and greedy, lists of (answer given, reward); tokens
+    and cut, lists over its responses.
 
     Args:
       generations: of `loop.evaluate`.
       answer: the answer that a response gives, None where it gives none: `rewards.ANSWER`.
     """
-    problems = _problems(generations, answer)
+    problems = {}
+    for g in generations:
+        fresh = {"avg": [], "greedy": [], "tokens": [], "cut": []}
+        known = {name: g[name] for name in ("id", "kind", "answer")}
+        problem = problems.setdefault(g["id"], known | fresh)
+        problem[g["mode"]].append((answer(g["response"]), g["reward"]))
+        problem["tokens"].append(g["tokens"])
+        problem["cut"].append(not g["finished"])
+    return list(problems.values())
+
+
+def accuracy(problems):
+    """The metrics of `evaluate.json` by kind of problem, of `by_problem`."""
     groups = {"all": problems}
     kinds = sorted({problem["kind"] for problem in problems})
     for kind in kinds if len(kinds) > 1 else ():
@@ -225,11 +238,11 @@ def accuracy(generations, answer):
     return {name: {"problems": len(group)} | _estimates(group) for name, group in groups.items()}
 
 
-def by_problem(generations, answer):
+def problem_table(problems):
     """A table with tabs: a line per problem, the hardest first."""
     columns = "id kind avg maj most_frequent right greedy tokens cut_off".split()
     lines = []
-    for p in _problems(generations, answer):
+    for p in problems:
         votes, rewards = zip(*p["avg"])
         given = [vote for vote in votes if vote is not None]
         often = max(given, key=given.count, default="")
@@ -242,18 +255,6 @@ def by_problem(generations, answer):
         lines.append((np.mean(rewards), "\t".join(cells)))
     lines.sort(key=lambda line: line[0])
     return "\n".join(["\t".join(columns), *(line for _, line in lines)]) + "\n"
-
-
-def _problems(generations, answer):
-    problems = {}
-    for g in generations:
-        fresh = {"avg": [], "greedy": [], "tokens": [], "cut": []}
-        known = {name: g[name] for name in ("id", "kind", "answer")}
-        problem = problems.setdefault(g["id"], known | fresh)
-        problem[g["mode"]].append((answer(g["response"]), g["reward"]))
-        problem["tokens"].append(g["tokens"])
-        problem["cut"].append(not g["finished"])
-    return list(problems.values())
 
 
 def _estimates(problems):
@@ -286,4 +287,4 @@ def table(accuracy):
 
 
 if __name__ == "__main__":
-    cli.launch(lambda config, workdir: main(config, workdir, SHARD.value))
+    cli.launch(lambda config, workdir: main(config, workdir, SHARD.value, STEP.value))

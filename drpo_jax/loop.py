@@ -42,12 +42,13 @@ class Run:
     Args:
       config: a resolved config.
       workdir: of the run; nothing is written there yet.
+      train: False for an evaluation, which needs no training problems.
 
     Raises:
       BadInput: a problem with the data or the mesh, before anything is computed.
     """
 
-    def __init__(self, config, workdir: Path):
+    def __init__(self, config, workdir: Path, train: bool = True):
         self.config, self.workdir = config, workdir
         self.reward = rewards.REWARDS[config.reward.name]
         with bad_input():
@@ -57,8 +58,8 @@ class Run:
                     f"model.vocab_size = {config.model.vocab_size}: must be at least the "
                     f"tokenizer's {self.tokenizer.vocab_size}"
                 )
-            found = problems.load(config, self.tokenizer)
-            self.train_problems = data.ProblemStream(found.train, config.seed)
+            found = problems.load(config, self.tokenizer, train)
+            self.train_problems = data.ProblemStream(found.train, config.seed) if train else None
             self.heldout, self.report = found.heldout, found.report
             self._check_init_from()
             self.mesh = make_mesh(**config.mesh)
@@ -194,8 +195,7 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
     run = Run(config, workdir)
     claim_workdir(workdir, config)
     if run.report:
-        (workdir / "problems.txt").write_text(run.report)
-        print(f"{run.report.strip().splitlines()[-1]} ({workdir / 'problems.txt'})")
+        keep_report(run.report, workdir / "problems.txt")
     programs, total = run.programs, config.train.steps
     devices = run.mesh.devices
     print(f"{workdir}: seed {config.seed} on {devices.size} x {devices.flat[0].device_kind}")
@@ -235,6 +235,21 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
     return evaluations[0], evaluations[-1]
 
 
+def keep_report(report: str, path: Path):
+    """Writes what `problems.load` reports beside the run, once.
+
+    Raises:
+      BadInput: a run that is resumed began with other problems.
+    """
+    if path.exists() and path.read_text() != report:
+        raise BadInput(
+            f"the problems are no longer those that the run began with ({path} says which they were): "
+            "restore them, or take another --workdir"
+        )
+    path.write_text(report)
+    print(f"{report.strip().splitlines()[-1]} ({path})")
+
+
 def initial_model(run: Run):
     """The model that RL starts from: a directory's, another run's, the warm start's, or a random one."""
     config = run.config
@@ -267,7 +282,8 @@ def rl_step(run: Run, state, step: int):
     sampled = time.monotonic()
 
     reward = np.concatenate([pending.result() for pending in verdicts])
-    used = reward + shaping(config, texts, rollouts.response_lengths)
+    added = shaping(config, texts, rollouts.response_lengths)
+    used = reward + added
     if config.train.shuffle_rewards:
         used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(used)
     rewarded = time.monotonic()
@@ -318,6 +334,7 @@ def rl_step(run: Run, state, step: int):
 
     metrics |= {
         "reward/mean": reward.mean(),
+        "reward/added": added.mean(),
         "reward/informative_groups": np.mean(informative(reward, config.train.samples)),
         "response/length": rollouts.response_lengths.mean(),
         "response/length_max": rollouts.response_lengths.max(),

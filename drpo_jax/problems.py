@@ -1,23 +1,23 @@
 """The problems of a run: what it trains on, what it is judged on, and the checks before it starts."""
 
 import dataclasses
+import hashlib
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from drpo_jax import data, rewards
 
-SPLIT = 3  # stream of randomness: which problems of a file are held out
-
 
 class Problems(NamedTuple):
     """What `load` gives.
 
     Attributes:
-      train: a procedural task, or a list of `Problem`.
+      train: a procedural task, or a list of `Problem`; None where it was not asked for.
       heldout: list of `Problem`.
-      report: what was dropped and why, and what the training problems share with the held-out ones;
-        "" for a procedural task.
+      report: text: what was dropped and why, what the training problems share with the held-out ones,
+        and a hash of them all; "" for a procedural task.
     """
 
     train: object
@@ -25,98 +25,116 @@ class Problems(NamedTuple):
     report: str
 
 
-def load(config, tokenizer) -> Problems:
+def load(config, tokenizer, train=True) -> Problems:
     """The problems that `config.data` and `config.evaluate` name.
+
+    Args:
+      train: False where only the held-out problems are needed: with `evaluate.sets`, the training
+        problems are then not even read.
 
     Raises:
       ValueError: a bad file (with file, line and field), too few problems, a prompt that is too long
         or an answer that can never be rewarded (where `data.filter` does not drop such problems).
       OSError: a file that cannot be read.
     """
-    asked = config.evaluate.problems
-    heldout = _evaluation_sets(config)
+    asked, heldout = config.evaluate.problems, evaluation_sets(config)
+    for name, some in heldout.items():
+        _check(config, tokenizer, some, name, "mend it or remove it")
+    listed = [problem for some in heldout.values() for problem in some]
+    if heldout and not train:
+        return Problems(None, listed, "")
     if not config.data.problems:
-        train, report = data.TASKS[config.data.task](config.data), ""
-        heldout = heldout or train.sample(config.seed, 0, asked, "heldout")
-        _check(config, tokenizer, heldout, "the held-out problems")
-        return Problems(train, heldout, report)
+        task = data.TASKS[config.data.task](config.data)
+        if not heldout:
+            listed = task.sample(config.seed, 0, asked, "heldout")
+            _check(config, tokenizer, listed, "the held-out problems", "change the task")
+        return Problems(task, listed, "")
     where = config.data.problems
-    train = data.load_set(where)
-    report = f"{where}: {len(train):,} problems\n"
+    found = data.load_set(where)
+    report = f"{where}: {len(found):,} problems\n"
+    held_out = set() if heldout else _held_out(config, found)
     if config.data.filter == "none":
-        _check(config, tokenizer, train, where)
+        _check(config, tokenizer, found, where, "mend it, remove it, or let data.filter drop it")
+        kept = found
     else:
-        train, report = _filtered(config, tokenizer, train, report)
+        kept, dropped = _filtered(config, tokenizer, found)
+        report += dropped
     if heldout:
-        _check(config, tokenizer, heldout, config.evaluate.sets)
-        overlap = data.overlap_report(train, {config.evaluate.sets: heldout})
+        overlap = data.overlap_report(kept, heldout)
         report += f"\nn-grams of {overlap.n} words shared with the held-out problems\n"
         report += overlap.table() + "\n"
         if config.data.filter != "none":
             copied = overlap.train_ids()
-            train = [p for p in train if p.id not in copied]
+            kept = [p for p in kept if p.id not in copied]
             report += f"{len(copied)} training problems hold half of a held-out one: dropped\n"
-    needed = config.train.prompts + (0 if heldout else asked)
-    if len(train) < needed:
+    else:
+        listed = [p for p in kept if p.id in held_out]
+        kept = [p for p in kept if p.id not in held_out]
+    if len(kept) < config.train.prompts or not listed:
         raise ValueError(
-            f"{where} has {len(train)} problems"
-            + ("" if config.data.filter == "none" else f" after the filter {config.data.filter!r}")
-            + f"; {config.train.prompts} per rollout (train.prompts)"
-            + ("" if heldout else f" and {asked} for evaluation (evaluate.problems)")
-            + " are needed"
+            f"{where} has {len(found)} problems, of which {len(kept)} are left to train on and "
+            f"{len(listed)} to evaluate; {config.train.prompts} per rollout (train.prompts) and one or "
+            "more to evaluate (evaluate.problems are held out) are needed"
         )
-    if not heldout:
-        order = np.random.default_rng([config.seed, SPLIT]).permutation(len(train))
-        heldout = [train[i] for i in order[:asked]]
-        train = [train[i] for i in order[asked:]]
-    return Problems(train, heldout, report + f"\n{len(train):,} problems to train on\n")
+    text = repr([(p.id, p.prompt, p.answer) for p in [*kept, *listed]])
+    report += f"\nhash of the problems: {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
+    return Problems(
+        kept, listed, report + f"{len(kept):,} problems to train on, {len(listed):,} held out\n"
+    )
 
 
 def encode(config, tokenizer, problems):
     """Token ids of the prompts: what the model is asked."""
     instruction = config.data.instruction
-    texts = [instruction.replace("{problem}", problem.prompt) for problem in problems]
-    return [tokenizer.prompt(text) for text in texts]
+    return [tokenizer.prompt(data.with_instruction(p, instruction).prompt) for p in problems]
 
 
-def _evaluation_sets(config):
-    """The problems of `evaluate.sets`, `evaluate.problems` of them where there are more."""
+def evaluation_sets(config):
+    """{name: problems} of `evaluate.sets`. Of several sets, name and ids tell them apart."""
     names = [name.strip() for name in config.evaluate.sets.split(",") if name.strip()]
-    found = []
-    for name in names:
-        some = data.load_set(name)
-        if len(names) > 1:  # a table by set
-            some = [dataclasses.replace(problem, kind=name) for problem in some]
-        found += some
-    if len(found) > config.evaluate.problems:
-        rng = np.random.default_rng([config.seed, SPLIT])
-        chosen = rng.choice(len(found), config.evaluate.problems, replace=False)
-        found = [found[i] for i in sorted(chosen)]
-    return found
+    sets = {name: data.load_set(name) for name in names}
+    if len(sets) > 1:
+        sets = {
+            name: [dataclasses.replace(p, kind=name, id=f"{name}: {p.id}") for p in some]
+            for name, some in sets.items()
+        }
+    return sets
 
 
-def _filtered(config, tokenizer, problems, report):
-    """The problems that can be trained on, and the report with what was dropped."""
+def _held_out(config, problems):
+    """The ids of the problems that are held out: a hash of seed and prompt decides, so that no filter
+    and no other field moves a problem from one side to the other."""
+
+    def key(problem):
+        return hashlib.sha256(f"{config.seed} {problem.prompt}".encode()).digest()
+
+    return {p.id for p in sorted(problems, key=key)[: config.evaluate.problems]}
+
+
+def _filtered(config, tokenizer, problems):
+    """The problems that can be used, and a text: how many were dropped, for which reason."""
     dapo = config.data.filter == "dapo"
+
+    def asked(text):
+        return encode(config, tokenizer, [data.Problem(text, "", "", "")])[0]
+
     kept, rules = data.filter_problems(
         problems,
         integer_answers=dapo,
         chinese=not dapo,
         characters=(10, 2000) if dapo else (1, 10**9),
+        tokenizer=SimpleNamespace(encode=asked),
+        max_tokens=config.sampler.max_prompt_length,
         rollouts=config.data.rollouts or None,
         pass_rate=(config.data.pass_low, config.data.pass_high),
     )
-    report += rules.table() + "\n"
-    lengths = map(len, encode(config, tokenizer, kept))
-    limit = config.sampler.max_prompt_length
-    fits = np.array([length <= limit for length in lengths], bool)
     right = _rewardable(config, kept)
-    report += f"prompt over {limit} tokens (sampler.max_prompt_length): {sum(~fits)} dropped\n"
-    report += f"answer that {config.reward.name!r} never rewards: {sum(fits & ~right)} dropped\n"
-    return [p for p, ok in zip(kept, fits & right) if ok], report
+    report = rules.table() + "\n"
+    report += f"answer that {config.reward.name!r} never rewards: {sum(~right)} dropped\n"
+    return [p for p, ok in zip(kept, right) if ok], report
 
 
-def _check(config, tokenizer, problems, where):
+def _check(config, tokenizer, problems, where, advice):
     """Raises ValueError for a prompt that is too long or an answer that is never rewarded."""
     limit = config.sampler.max_prompt_length
     lengths = []
@@ -134,14 +152,13 @@ def _check(config, tokenizer, problems, where):
             f"{where}: {len(long)} of {len(problems)} prompts are longer than "
             f"sampler.max_prompt_length = {limit} tokens, the longest has {max(lengths)}. The first "
             f"is that of problem {problems[first].id!r} with {lengths[first]}: "
-            f"{problems[first].prompt[:60]!r}. Raise the limit, remove them, or let data.filter drop "
-            "them"
+            f"{problems[first].prompt[:60]!r}. Raise the limit, or {advice}"
         )
     for problem, right in zip(problems, _rewardable(config, problems)):
         if not right:
             raise ValueError(
                 f"{where}, problem {problem.id!r}: the answer {problem.answer!r} could never be "
-                f"rewarded by {config.reward.name!r}; mend it, remove it, or let data.filter drop it"
+                f"rewarded by {config.reward.name!r}; {advice}"
             )
 
 
@@ -150,13 +167,7 @@ def _rewardable(config, problems):
     given = rewards.GIVEN.get(config.reward.name)
     if given is None:  # a reward of the user's own
         return np.ones(len(problems), bool)
-    answers = [problem.answer for problem in problems]
-    return (
-        rewards.submit(
-            rewards.REWARDS[config.reward.name],
-            [problem.prompt for problem in problems],
-            [given.replace("{answer}", answer) for answer in answers],
-            answers,
-        ).result()
-        == 1
-    )
+    prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]
+    responses = [given.replace("{answer}", answer) for answer in answers]
+    reward = rewards.REWARDS[config.reward.name]
+    return rewards.submit(reward, prompts, responses, answers).result() == 1

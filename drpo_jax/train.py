@@ -42,12 +42,13 @@ def main(config, workdir, explained=False):
 
 
 def explain_batch(config, workdir):
-    """`explain` of the first step that a run would make; where its warm start is not there yet, of a
+    """`explain` of the first update that a run would make; where its warm start is not there, of a
     model without one."""
     config = ConfigDict(config)
-    config.train.save_rollout_every = 1
-    if not (workdir / "sft").exists():
-        config.sft.steps = 0
+    config.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
+    with loop.Run(FrozenConfigDict(config), workdir).warm_start() as checkpoints:
+        if checkpoints.latest_step() != config.sft.steps and not config.data.init_from:
+            config.sft.steps = 0
     run = loop.Run(FrozenConfigDict(config), workdir)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
         state = run.programs.restart(loop.initial_model(run))

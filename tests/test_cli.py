@@ -160,7 +160,8 @@ def test_sft_then_train_then_evaluate(entry):
     code, out, err = entry("evaluate", "run", *more)
     assert code == 0, err
     result = json.loads((run / "evaluate.json").read_text())
-    lines = [json.loads(line) for line in (run / "evaluate.jsonl").read_text().splitlines()]
+    (responses,) = run.glob("evaluations/*/responses.jsonl")
+    lines = [json.loads(line) for line in responses.read_text().splitlines()]
     assert result["step"] in (0, 2) and result["k"] == 3
     assert result["checkpoint"] == str(run / "checkpoints" / str(result["step"]))
     assert [g["mode"] for g in lines] == ["avg"] * 27 + ["greedy"] * 9

@@ -77,7 +77,7 @@ def test_accuracy_by_hand():
         for (i, kind, mode), group in responses.items()
         for text, reward in group
     ]  # fmt: skip
-    result = evaluate.accuracy(generations, after_hash)
+    result = evaluate.accuracy(evaluate.by_problem(generations, after_hash))
     means = {
         group: {name: value["mean"] for name, value in metrics.items() if name != "problems"}
         for group, metrics in result.items()
@@ -95,8 +95,10 @@ def test_accuracy_by_hand():
     assert lines[2].startswith("all         2 |  50.0 ( 33.3– 66.7)")
     assert len({len(line) for line in lines}) == 1
     only = [g | {"kind": ""} for g in generations if g["mode"] == "avg"]
-    assert list(evaluate.accuracy(only, after_hash)) == ["all"]
-    header, first, second = evaluate.by_problem(generations, after_hash).splitlines()
+    assert list(evaluate.accuracy(evaluate.by_problem(only, after_hash))) == ["all"]
+    header, first, second = evaluate.problem_table(
+        evaluate.by_problem(generations, after_hash)
+    ).splitlines()
     assert header.split("\t")[:5] == ["id", "kind", "avg", "maj", "most_frequent"]
     assert first.split("\t") == ["b", "-", "0.333", "0", "5", "1", "0", "2", "0.250"]
     assert second.split("\t") == ["a", "+", "0.667", "1", "5", "5", "1", "2", "0.250"]
@@ -113,9 +115,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
             checkpoints.save(3, {"model": model})
     C.claim_workdir(tmp_path, settings)
     evaluate.main(settings, tmp_path)
-    names = ("evaluate.json", "evaluate.jsonl", "evaluate.tsv")
-    whole = [(tmp_path / name).read_text() for name in names]
-    lines = whole[1].splitlines(keepends=True)
+    (folder,) = (tmp_path / "evaluations").iterdir()
+    assert folder.name.startswith("step_000003-held_out-")
+    results = [tmp_path / "evaluate.json", folder / "result.json", folder / "problems.tsv"]
+    whole = [path.read_text() for path in results]
+    responses = folder / "responses.jsonl"
+    lines = responses.read_text().splitlines(keepends=True)
     assert len(lines) == 10 * 2 + 10 and json.loads(whole[0])["step"] == 3
 
     sampled = []
@@ -133,23 +138,31 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
         (0, [(0, 4), (4, 4), (8, 2), (0, 8), (8, 2)]),
     ):
         cut = "".join(lines[:kept]) + ('{"id": "ha' if kept < 30 else "")
-        (tmp_path / "evaluate.jsonl").write_text(cut)
+        responses.write_text(cut)
         sampled.clear()
         evaluate.main(settings, tmp_path)
         assert sampled == expected
-        assert [(tmp_path / name).read_text() for name in names] == whole
-    (tmp_path / "evaluate.jsonl").write_text("")
+        assert [path.read_text() for path in results] == whole
+        assert sorted(responses.read_text().splitlines(keepends=True)) == sorted(lines)
+    responses.unlink()
     sampled.clear()
     for part, expected in (("2/3", [(3, 3), (3, 3)]), ("3/3", [(6, 4), (6, 4)])):
         evaluate.main(settings, tmp_path, part)
         assert sampled == expected
         sampled.clear()
+    assert sorted(p.name for p in folder.glob("responses*")) == [
+        "responses-2-of-3.jsonl",
+        "responses-3-of-3.jsonl",
+    ]
     evaluate.main(settings, tmp_path)
     assert sampled == [(0, 3), (0, 3)]
-    assert [(tmp_path / name).read_text() for name in names] == whole
+    assert [path.read_text() for path in results] == whole
     sampled.clear()
     evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
-    assert sampled[0] == (0, 4) and len(sampled) == 5  # another evaluation begins anew
+    assert sampled[0] == (0, 4) and len(sampled) == 5  # another evaluation begins anew, elsewhere
+    assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
+    with pytest.raises(C.BadInput, match=r"--step=4: there are \[3\]"):
+        evaluate.main(settings, tmp_path, step=4)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3"])

@@ -293,7 +293,7 @@ def test_bad_problem_files_cost_nothing(tmp_path):
     cases = {
         malformed: r"problems.jsonl, line 4: field 'answer' is 6, but must be a string",
         too_long: r"problems.jsonl: 1 of 10 prompts .*max_prompt_length = 6 .* problem '3' with 7:",
-        good.partition("\n")[0] + "\n": r"has 1 problems; 4 per rollout .* and 6 for evaluation",
+        good.partition("\n")[0] + "\n": r"has 1 problems, .* 4 per rollout .* are held out",
         "": r"problems.jsonl: the file is empty",
         None: r"No such file .*problems.jsonl",
     }
@@ -345,3 +345,13 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
         state = checkpoints.restore(2, run.programs.abstract_state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert int(state.updates) == 4
+
+
+def test_what_is_added_to_the_verdicts():
+    settings = config(
+        reward__format=0.5, reward__overlong_buffer=4, sampler__max_response_length=40
+    )
+    texts = [r"so \boxed{1}", "so 1", "so 1"]
+    added = loop.shaping(settings, texts, np.array([30, 38, 40]))
+    np.testing.assert_allclose(added, [0.5, -0.5, -1.0])
+    assert loop.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]

@@ -175,6 +175,9 @@ GOOD = [(f"Find {i} + {i}.", str(2 * i)) for i in range(8)]
 def test_held_out_problems_are_a_part_of_the_file_or_a_set(checkpoint, tmp_path):
     found = math(checkpoint, tmp_path, GOOD)
     assert len(found.heldout) == 2 and len(found.train) == 6
+    # A filter, or another problem, moves none from one side to the other.
+    more = math(checkpoint, tmp_path, [*GOOD, ("Find 9.", "9")], data__filter="clean")
+    assert len(more.heldout) == 2 and len({p.id for p in more.heldout + found.heldout}) <= 3
     assert {p.id for p in found.heldout}.isdisjoint(p.id for p in found.train)
     found = math(checkpoint, tmp_path, GOOD, [("Find 50.", "50"), ("Find a.", r"\frac{a}{2}")])
     assert [p.id for p in found.heldout] == ["test0", "test1"] and len(found.train) == 8
@@ -187,12 +190,12 @@ def test_a_filter_drops_what_cannot_be_learned_and_tells(checkpoint, tmp_path):
     found = math(checkpoint, tmp_path, GOOD + bad, data__filter="clean")
     kept = {p.id for p in found.train} | {p.id for p in found.heldout}
     assert kept == {f"train{i}" for i in (0, 2, 3, 4, 5, 6, 7)}
-    assert re_lines(found.report, "duplicates disagree") == 2
-    assert "prompt over 40 tokens (sampler.max_prompt_length): 1 dropped" in found.report
+    assert dropped(found.report, "duplicates disagree") == 2
+    assert dropped(found.report, "over 40 tokens") == 1
     assert "answer that 'math' never rewards: 1 dropped" in found.report
 
 
-def re_lines(report, reason):
+def dropped(report, reason):
     (line,) = [line for line in report.splitlines() if line.startswith(reason)]
     return int(line.removeprefix(reason).split()[0])
 
@@ -207,3 +210,36 @@ def test_training_problems_that_are_held_out_are_dropped(checkpoint, tmp_path):
 def test_an_answer_that_can_never_be_rewarded_is_an_error(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"problem 'train8': the answer '\{' could never be"):
         math(checkpoint, tmp_path, [*GOOD, ("Why?", "{")])
+
+
+def test_several_sets_keep_their_problems_apart(checkpoint, tmp_path):
+    """Both have a problem with the id 1."""
+    for name in ("a", "b"):
+        line = {"prompt": f"Find {name}.", "answer": "1", "id": 1}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+    sets = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    resolved = config(checkpoint[0], evaluate__sets=sets, reward__name="math")
+    tokenizer = make_tokenizer(resolved.data, resolved.model.path)
+    found = problems.load(resolved, tokenizer, train=False)
+    assert found.train is None and len({p.id for p in found.heldout}) == 2
+    assert {p.kind for p in found.heldout} == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
+
+
+def test_changed_problems_end_a_resume(tmp_path):
+    loop.keep_report("2 problems\n", tmp_path / "problems.txt")
+    loop.keep_report("2 problems\n", tmp_path / "problems.txt")
+    with pytest.raises(BadInput, match="no longer those that the run began with"):
+        loop.keep_report("3 problems\n", tmp_path / "problems.txt")
+
+
+def test_text_problems_are_verified_as_math(checkpoint):
+    asked = dict(data__task="arithmetic", data__problems="gsm8k")
+    assert config(checkpoint[0], **asked).reward.name == "math"
+
+
+def test_an_export_ends_as_training_did(checkpoint, run, tmp_path):
+    export.export(run, tmp_path)
+    ends = json.loads((tmp_path / "generation_config.json").read_text())
+    assert ends["eos_token_id"] == list(TextTokenizer(checkpoint[0], chat=True).stop_ids)
+    with pytest.raises(BadInput, match="is what the run began with: name another directory"):
+        export.export(run, json.loads((run / "config.json").read_text())["model"]["path"])

@@ -6,9 +6,7 @@ from drpo_jax.data.overlap import OverlapReport, overlap_report
 from drpo_jax.data.prompts import (
     TEMPLATES,
     ProblemStream,
-    check_prompt_lengths,
     load_problems,
-    split_by_length,
     strip_instruction,
     with_instruction,
 )
@@ -46,7 +44,6 @@ __all__ = [
     "Problem",
     "ProblemStream",
     "TextTokenizer",
-    "check_prompt_lengths",
     "demonstrations",
     "direct",
     "filter_problems",
@@ -58,7 +55,6 @@ __all__ = [
     "max_response_length",
     "overlap_report",
     "sample_problems",
-    "split_by_length",
     "strip_instruction",
     "with_instruction",
     "worked",

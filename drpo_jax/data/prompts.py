@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from drpo_jax.data.tasks import Problem, sample_problems
+from drpo_jax.data.tasks import Problem
 
 _EXAMPLE = '{"prompt": "12+34=", "answer": "46", "id": "p1"}'
 _DAPO_EXAMPLE = (
@@ -31,7 +31,7 @@ TEMPLATES = {  # of `with_instruction`
 # ------------------------------------------------------------------------------ problems from files
 
 
-def load_problems(path, keep_instruction=False):
+def load_problems(path):
     """Reads a file of problems: .parquet (needs pyarrow), or with any other name JSON lines.
 
     JSON lines are UTF-8, one object a line. The first line tells which of two schemas the file has:
@@ -44,7 +44,7 @@ def load_problems(path, keep_instruction=False):
       problem many times: rows with the same text and answer become one problem (the first row's id).
       A text with several answers stays as several problems (`filter_problems` drops them); where they
       share an index, the later ones get "#2", "#3", … after it. The instruction that DAPO-Math-17k
-      wraps around each problem is taken off, unless `keep_instruction`.
+      wraps around each problem is taken off.
 
     Other fields are ignored.
 
@@ -61,7 +61,7 @@ def load_problems(path, keep_instruction=False):
     for number, (where, record) in enumerate(records, start=1):
         dapo = _is_dapo(record) if dapo is None else dapo
         parse = _parse_dapo if dapo else _parse_ours
-        problem = parse(record, where, f"{path.name}:{number}", keep_instruction)
+        problem = parse(record, where, f"{path.name}:{number}")
         if dapo:
             if (problem.prompt, problem.answer) in seen:
                 continue
@@ -151,8 +151,7 @@ def _is_dapo(record):
     return lone_reward or isinstance(record.get("prompt"), list)
 
 
-def _parse_ours(record, where, default_id, keep_instruction):
-    del keep_instruction  # there is none
+def _parse_ours(record, where, default_id):
     if _is_dapo(record):
         raise ValueError(
             f"{where}: the line is in the schema of DAPO-Math-17k, but the file's first line is "
@@ -166,7 +165,7 @@ def _parse_ours(record, where, default_id, keep_instruction):
     )
 
 
-def _parse_dapo(record, where, default_id, keep_instruction):
+def _parse_dapo(record, where, default_id):
     chat, reward, extra = (record.get(f) for f in ("prompt", "reward_model", "extra_info"))
     if not isinstance(chat, list) or len(chat) != 1 or not isinstance(chat[0], dict):
         raise ValueError(
@@ -186,7 +185,7 @@ def _parse_dapo(record, where, default_id, keep_instruction):
     prompt = _text_field(chat[0], "content", where, _DAPO_EXAMPLE, "prompt[0].")
     index = extra.get("index") if isinstance(extra, dict) else None
     return Problem(
-        prompt=prompt if keep_instruction else strip_instruction(prompt),
+        prompt=strip_instruction(prompt),
         answer=_text_field(reward, "ground_truth", where, _DAPO_EXAMPLE, "reward_model."),
         kind="",
         id=_id_field(default_id if index is None else index, "extra_info.index", where),
@@ -264,50 +263,6 @@ def strip_instruction(prompt):
     return prompt[len(_DAPO_BEFORE) : -len(_DAPO_AFTER)].strip() or prompt
 
 
-# ----------------------------------------------------------------------------------------- lengths
-
-
-def split_by_length(problems, tokenizer, limit):
-    """(problems of at most `limit` prompt tokens, the others): two lists, each in its old order.
-
-    tokenizer: anything with `encode(text) -> list of ids`; what it adds, a chat template say, counts.
-    """
-    short, long = [], []
-    for problem in problems:
-        (short if len(tokenizer.encode(problem.prompt)) <= limit else long).append(problem)
-    return short, long
-
-
-def check_prompt_lengths(problems, tokenizer, max_prompt_length, where):
-    """Raises ValueError if a prompt cannot be encoded or has too many tokens.
-
-    Args:
-      problems: a list of `Problem`.
-      tokenizer: anything with `encode(text) -> list of ids`.
-      max_prompt_length: tokens that a prompt may have.
-      where: where the problems come from, for the message, e.g. the file's name.
-    """
-    lengths = []
-    for number, problem in enumerate(problems, start=1):
-        try:
-            lengths.append(len(tokenizer.encode(problem.prompt)))
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: the prompt of problem {number} (id {problem.id!r}) cannot be encoded: "
-                f"{error}"
-            ) from None
-    too_long = [i for i, length in enumerate(lengths) if length > max_prompt_length]
-    if too_long:
-        first = too_long[0]
-        raise ValueError(
-            f"{where}: {len(too_long)} of {len(problems)} prompts are longer than "
-            f"max_prompt_length = {max_prompt_length} tokens. The first is problem {first + 1} "
-            f"(id {problems[first].id!r}) with {lengths[first]} tokens: "
-            f"{problems[first].prompt[:60]!r}. Set max_prompt_length to {max(lengths)} or more, "
-            "or remove these problems."
-        )
-
-
 # ------------------------------------------------------------------------------------- the stream
 
 
@@ -319,11 +274,11 @@ class ProblemStream:
     other.
 
     Args:
-      source: a task (an object with a method `sample(seed, index, count, split)`, or with the fields
-        of `ArithmeticTask`), which gives fresh training problems at every step; or a list of
-        `Problem`, which is read in epochs, each shuffled in its own way, the next one following
-        without a gap. The order depends on seed, epoch and the list's length only: not on the
-        platform, nor on NumPy's version (it sorts raw draws of PCG64, a stream that NumPy keeps).
+      source: a task (an object with a method `sample(seed, index, count, split)`), which gives fresh
+        training problems at every step; or a list of `Problem`, which is read in epochs, each shuffled
+        in its own way, the next one following without a gap. The order depends on seed, epoch and the
+        list's length only: not on the platform, nor on NumPy's version (it sorts raw draws of PCG64, a
+        stream that NumPy keeps).
       seed: non-negative integer.
     """
 
@@ -351,18 +306,13 @@ class ProblemStream:
             raise ValueError(f"process is {process}; it must be from 0 to {processes - 1}.")
         share = slice(process * count // processes, (process + 1) * count // processes)
         if not self._is_list:
-            return self._sample(step, count)[share]
+            return self._source.sample(self._seed, step, count, "train")[share]
         positions = step * count + np.arange(share.start, share.stop)
         epochs, places = np.divmod(positions, len(self._source))
         order = {e: self._order(e) for e in np.unique(epochs).tolist()}
         return [
             self._source[order[e][i]] for e, i in zip(epochs.tolist(), places.tolist(), strict=True)
         ]
-
-    def _sample(self, step, count):
-        if hasattr(self._source, "sample"):
-            return self._source.sample(self._seed, step, count, "train")
-        return sample_problems(self._source, self._seed, step, count, "train")
 
     def _order(self, epoch):
         raw = np.random.PCG64([self._seed, epoch]).random_raw(len(self._source))

@@ -67,8 +67,8 @@ class TextTokenizer:
     Args:
       path: a directory with tokenizer.json and tokenizer_config.json.
       chat: problems are asked through the chat template, as the message of a user.
-      thinking: `enable_thinking` of templates that know it (Qwen3): False puts an empty thought
-        before the answer.
+      thinking: `enable_thinking` of templates that know it: "on", "off" (Qwen3: an empty thought
+        stands before the answer), or "default", which leaves it to the template.
       system: message that opens the chat; "" leaves it to the template.
 
     Attributes:
@@ -81,7 +81,7 @@ class TextTokenizer:
       ValueError: no tokenizer there, no end of sequence, or no chat template for a chat.
     """
 
-    def __init__(self, path, chat=False, thinking=False, system=""):
+    def __init__(self, path, chat=False, thinking="default", system=""):
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
         from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -95,7 +95,8 @@ class TextTokenizer:
             raise ValueError(f"{path}: the tokenizer has no chat template; set data.chat = False")
         self._inner, self._chat = inner, chat
         self._opening = [{"role": "system", "content": system}] if system else []
-        self._thinking = thinking
+        self._thinking = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
+        self._bos = [inner.bos_token_id] if inner.init_kwargs.get("add_bos_token") else []
         self.eos_id, self.vocab_size = inner.eos_token_id, max(inner.get_vocab().values()) + 1
         stop = {self.eos_id}
         if (path / "generation_config.json").exists():
@@ -115,7 +116,8 @@ class TextTokenizer:
         """Token ids of a problem (its text) as the model is asked it: through the chat template, or
         plainly, behind the beginning of sequence of tokenizers that have one."""
         if not self._chat:
-            return self._inner.encode(problem)
+            ids = self._inner.encode(problem)
+            return ids if ids[:1] == self._bos else self._bos + ids
         return self.encode(self._render([{"role": "user", "content": problem}], True))
 
     def _render(self, messages, prompt):
@@ -123,7 +125,7 @@ class TextTokenizer:
             self._opening + messages,
             tokenize=False,
             add_generation_prompt=prompt,
-            enable_thinking=self._thinking,
+            **self._thinking,
         )
 
     def decode(self, ids):

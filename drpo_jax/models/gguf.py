@@ -162,6 +162,7 @@ def _tokenizer(fields, file):
         tokenizer_object=tokenizer,
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
+        add_bos_token=bool(fields.get("tokenizer.ggml.add_bos_token")),
         **special,
     )
 

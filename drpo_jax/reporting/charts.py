@@ -53,6 +53,7 @@ mismatch/ratio; Engines: mean ratio; ; learner's µ / sampler's µ
 mismatch/ratio_max; Engines: largest ratio; ; of any token of the step
 mismatch/mask_flips; DPPO mask flips; %; tokens whose mask changes when µ is the learner's
 mismatch/weight_change; Change of DRPO's w; ; mean |Δw| when µ is the learner's
+reward/added; Added reward; ; of the format, and the overlong punishment (config.reward); mean
 reward/kl_penalty; KL penalty of the reward; nats; k1 of a response, times β; mean
 policy/kl_reference; KL to the initial model; nats; k3 estimate, of the penalty
 correction/mean; Mean correction; ; importance weight ρ of the sampler's mismatch

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from drpo_jax.config import BadInput, bad_input, default_config, flatten
 from drpo_jax.metrics import Record, read_metrics, series
 
-TOLD = "objective model precision compute train optimizer data".split()  # sections of the config
+TOLD = (
+    "objective model precision compute train optimizer data reward".split()
+)  # sections of the config
 NOT_COMPARED = re.compile(
     r"seed|(checkpoint|log|mesh)\..*|train\.(save_rollout_every|max_skipped)|evaluate\.every"
 )

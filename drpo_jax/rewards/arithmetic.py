@@ -65,7 +65,7 @@ def last_integer(response):
     given = last_box(response)
     if given is None:
         for match in _WORD.finditer(response):
-            if any(c.isdigit() for c in match.group()):
+            if any(c in "0123456789" for c in match.group()):
                 given = match.group().rstrip(".,/")
     given = (given or "").strip(" \t\r\n$").replace("\N{MINUS SIGN}", "-")
     if _THOUSANDS.fullmatch(given):

@@ -5,19 +5,14 @@ import re
 import sys
 
 import pytest
-from ml_collections import ConfigDict
 
 from drpo_jax.data import (
     TEMPLATES,
     ArithmeticTask,
     ChainSum,
-    CharTokenizer,
     Problem,
     ProblemStream,
-    check_prompt_lengths,
     load_problems,
-    sample_problems,
-    split_by_length,
     strip_instruction,
     with_instruction,
 )
@@ -143,7 +138,6 @@ def test_dapo_schema(tmp_path):
     path = write_lines(tmp_path, DAPO_ROWS * 3)
     expected = [*DAPO_PROBLEMS, Problem("No index", "5", "", "problems.jsonl:7")]
     assert load_problems(path) == expected
-    assert load_problems(path, keep_instruction=True)[0].prompt == WRAPPED
     bare = {field: DAPO_ROWS[0][field] for field in ("prompt", "reward_model")}
     expected = [Problem("What is $1+2$?", "3", "", "problems.jsonl:1")]
     assert load_problems(write_lines(tmp_path, [bare])) == expected
@@ -238,29 +232,6 @@ def test_an_instruction_is_stripped_as_a_whole_or_not_at_all():
         assert strip_instruction(text) == text
 
 
-def test_split_by_length():
-    problems = [Problem("1" * n, "1", "", f"p{n}") for n in (3, 5, 4, 9)]
-    short, long = split_by_length(problems, CharTokenizer(), 4)
-    assert [p.id for p in short] == ["p3", "p4"] and [p.id for p in long] == ["p5", "p9"]
-
-
-def test_prompt_lengths():
-    problems = [Problem("1" * n, "1", "", f"p{n}") for n in (3, 4, 9, 5)]
-    check_prompt_lengths(problems, CharTokenizer(), 9, "a.jsonl")
-    with pytest.raises(ValueError) as error:
-        check_prompt_lengths(problems, CharTokenizer(), 4, "a.jsonl")
-    for part in (
-        "a.jsonl: 2 of 4 prompts",
-        "= 4 tokens",
-        "problem 3 (id 'p9') with 9 tokens",
-        "Set max_prompt_length to 9 or more",
-    ):
-        assert part in str(error.value)
-    problems.append(Problem("2+b=", "1", "", "last"))
-    with pytest.raises(ValueError, match=r"a.jsonl: the prompt of problem 5 \(id 'last'\).*'b'"):
-        check_prompt_lengths(problems, CharTokenizer(), 9, "a.jsonl")
-
-
 @pytest.mark.parametrize("task", [ArithmeticTask(digits=2), ChainSum()])
 def test_stream_of_a_task(task):
     stream = ProblemStream(task, seed=4)
@@ -302,12 +273,6 @@ def test_the_step_number_is_the_whole_position():
     assert [stream.batch(n, 7) for n in (5, 0, 3)] == [steps[5], steps[0], steps[3]]
     # the same on every platform, whatever its NumPy
     assert "".join(p.id for p in stream.batch(0, 20)) == "04971563820621374985"
-
-
-def test_stream_of_a_config_section():
-    fields = ConfigDict({"operations": "+", "digits": 2})
-    expected = sample_problems(ArithmeticTask(("+",), 2), 1, 4, 5)
-    assert ProblemStream(fields, seed=1).batch(4, 5) == expected
 
 
 def test_stream_errors():

@@ -54,11 +54,11 @@ def test_special_tokens_are_left_out_and_unknown_ids_replaced(tokenizer):
     assert tokenizer.decode([first]) == "\ufffd"  # a piece of a character
 
 
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("thinking", ["default", "on", "off"])
 def test_chat(directory, thinking):
     tokenizer = TextTokenizer(directory, chat=True, thinking=thinking, system="Be brief.")
     asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
-    asked += "<|im_start|>assistant\n" + ("" if thinking else "<think>\n\n</think>\n\n")
+    asked += "<|im_start|>assistant\n" + ("<think>\n\n</think>\n\n" if thinking == "off" else "")
     assert tokenizer.prompt("1+1?") == tokenizer.encode(asked)
     assert tokenizer.stop_ids == (IM_END,)
 
@@ -105,7 +105,7 @@ def test_errors(tmp_path, base):
 
 
 def test_which_one_a_config_asks_for(directory, base):
-    fields = dict(tokenizer="", chat=False, thinking=False, system="")
+    fields = dict(tokenizer="", chat=False, thinking="default", system="")
     assert isinstance(make_tokenizer(fields), CharTokenizer)
     assert make_tokenizer(fields, base).eos_id == END_OF_TEXT
     assert make_tokenizer(fields | {"tokenizer": directory}, base).eos_id == IM_END

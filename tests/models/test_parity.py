@@ -4,8 +4,6 @@ files.
 Axis letters: P rows, T tokens, D model width, L layers, k experts per token.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np

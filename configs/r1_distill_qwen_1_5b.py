@@ -11,4 +11,6 @@ from drpo_jax.paper import paper_config, with_variants
 
 
 def get_config(variants=""):
-    return with_variants(paper_config("r1-distill-qwen-1.5b"), variants, {})
+    config = paper_config("r1-distill-qwen-1.5b")
+    config.mesh.tensor = 2  # it has two key heads
+    return with_variants(config, variants, {})

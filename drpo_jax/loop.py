@@ -326,7 +326,7 @@ def rl_step(run: Run, state, step: int):
             piece_texts=piece_texts,
             id=np.array([p.id for p in rows]),
             prompt=np.array([p.prompt for p in rows]),
-            response=np.array(texts),
+            response=texts,
             answer=np.array([p.answer for p in rows]),
             kind=np.array([p.kind for p in rows]),
         )
@@ -500,22 +500,18 @@ def evaluate(
         for part in _consecutive(missing):
             asked = [run.heldout[i] for i in part]
             rows = iter([problem for problem in asked for _ in range(params.samples)])
-            waiting = []
             batches = run.sample(sampler, asked, params, run.key(0, EVALUATE), part[0])
-            for batch in itertools.chain(batches, [None]):
-                for rollouts, texts, verdicts in waiting:
-                    new = [
-                        {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt,
-                         "response": text, "answer": p.answer, "reward": float(reward),
-                         "tokens": int(tokens), "finished": bool(finished)}
-                        for text, reward, tokens, finished, p in zip(
-                            texts, verdicts.result(), rollouts.response_lengths,
-                            rollouts.finished, rows,
-                        )
-                    ]  # fmt: skip
-                    keep(new)
-                    generations += new
-                waiting = [batch]  # verified while the next one is sampled
+            for rollouts, texts, rewarded in _verified(batches):
+                new = [
+                    {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt, "response": text,
+                     "answer": p.answer, "reward": float(reward), "tokens": int(tokens),
+                     "finished": bool(finished)}
+                    for text, reward, tokens, finished, p in zip(
+                        texts, rewarded, rollouts.response_lengths, rollouts.finished, rows
+                    )
+                ]  # fmt: skip
+                keep(new)
+                generations += new
     order = {problem.id: i for i, problem in enumerate(run.heldout)}
     generations.sort(key=lambda g: (g["mode"], order[g["id"]]))
     sampler.model = None
@@ -531,6 +527,12 @@ def evaluate(
             metrics["eval/length"] = np.mean([g["tokens"] for g in mine])
             metrics["eval/truncated"] = np.mean([not g["finished"] for g in mine])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _verified(batches):
+    """The batches of `Run.sample` with their rewards, each waited for when the next one is sampled."""
+    for (rollouts, texts, verdicts), _ in itertools.pairwise(itertools.chain(batches, [None])):
+        yield rollouts, texts, verdicts.result()
 
 
 def _consecutive(numbers):

@@ -30,14 +30,15 @@ def paper_config(preset):
 
     64 prompts of 8 responses, 4 updates per rollout, 8,192 tokens, DRPO at the released threshold,
     µ from the sampler, Â = reward − mean, AdamW at 1e-6, bfloat16 compute on float32 weights. Needs
-    model.path, the checkpoint; data.problems may name a file of DAPO-Math-17k. The batches are for 16
-    devices of 32 GB or more (v6e:4x4): each holds a bfloat16 copy of the model, its share of the rest,
-    and 8 sequences of cache, 11 GB for Qwen3-4B, half as much again while it grows.
+    model.path, the checkpoint; data.problems may name a file of DAPO-Math-17k. The mesh takes 4, 8 or
+    16 devices: with 16 of 32 GB (v6e:4x4) each holds a quarter of a bfloat16 copy of the model for
+    sampling, a sixteenth of the training state, and of the cache of 128 sequences, 11 GB for Qwen3-4B
+    (half as much again while it grows).
     """
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS[preset]))
     config.compute.update(dtype="bfloat16", remat="full")
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.update(data=1, fsdp=-1, tensor=4)
     config.objective.update(
         name="drpo",
         threshold="released",

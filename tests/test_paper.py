@@ -13,7 +13,7 @@ from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
 from drpo_jax.objectives import OBJECTIVES
 from drpo_jax.parallel import make_mesh
-from drpo_jax.programs import model_config
+from drpo_jax.programs import Programs, model_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SETTINGS = {
@@ -105,6 +105,15 @@ def test_every_objective_is_a_variant(name):
 def test_wrong_variants(variants, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         load("qwen3_30b_a3b", variants)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_mesh_divides_the_arrays_and_the_batches(name):
+    """On the eight devices of the tests; nothing is computed."""
+    config = complete(name)
+    mesh = make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        Programs(config, mesh, stop=(0,))
 
 
 @pytest.mark.parametrize("name, variant", SIX)

@@ -20,7 +20,8 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     piece_ids         int32 [U]       the distinct response tokens, ascending
     piece_texts       unicode [U]     the text of each by itself (see `pieces`)
     id, prompt, answer, kind          unicode [N], of the problem
-    response          unicode [N]     derived from the token ids
+    response          text [N], derived from the token ids; on disk as UTF-8 in one piece,
+                      `response_utf8` uint8, and where each ends, `response_ends` int64 [N]
     step              int             rollout step
 """
 
@@ -38,6 +39,11 @@ def save_rollout(workdir: Path, step: int, **arrays) -> Path:
     """Writes the arrays of the module's docstring; a file is whole or not there."""
     path = rollout_path(workdir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # An array of strings would give each the room of the longest.
+    if "response" in arrays:
+        texts = [text.encode("utf-8", "replace") for text in arrays.pop("response")]
+        arrays["response_utf8"] = np.frombuffer(b"".join(texts), np.uint8)
+        arrays["response_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez_compressed(file, step=step, **arrays)
@@ -55,4 +61,9 @@ def pieces(rollout, row) -> list[str]:
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a saved rollout by name."""
     with np.load(path) as archive:
-        return {name: archive[name] for name in archive.files}
+        arrays = {name: archive[name] for name in archive.files}
+    if "response_ends" in arrays:
+        utf8, ends = arrays.pop("response_utf8").tobytes(), arrays.pop("response_ends").tolist()
+        texts = [utf8[i:j].decode() for i, j in zip([0, *ends], ends)]
+        arrays["response"] = np.array(texts, dtype=object)
+    return arrays

@@ -11,6 +11,7 @@ def arrays():
         "response_mask": rng.uniform(size=(4, 5)) < 0.5,
         "logp": rng.normal(size=(4, 5)).astype(np.float32),
         "prompt": np.array(["1+1=", "2*3=", "", "7-9= −"]),
+        "response": np.array(["2", "", "∑ 🙂\0", "x" * 1000], dtype=object),
     }
 
 

@@ -482,6 +482,11 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
         require(not words or v["data.problems"], "data.task", right)
     given = v["data.task"] in data.TASKS or v["data.problems"]
     require(given, "data.task data.problems", "name a file of problems, or a data set")
+    procedural = v["evaluate.sets"] and not v["data.problems"] and not v["reward.name"]
+    judged = "evaluate.sets reward.name"
+    require(
+        not procedural, judged, "name the reward of problems that are not the task's, such as math"
+    )
     passed = "data.rollouts data.filter"
     require(not v["data.rollouts"] or v["data.filter"] != "none", passed, "a filter: clean or dapo")
     within = "data.pass_low data.pass_high"

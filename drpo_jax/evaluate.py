@@ -70,6 +70,11 @@ def main(config, workdir, shard="1/1", step=None):
         folder = workdir / "evaluations" / folder_name(settings)
         folder.mkdir(parents=True, exist_ok=True)
         own = folder / f"responses{'' if whole else '-' + shard.replace('/', '-of-')}.jsonl"
+        print(
+            f"{len(run.heldout)} problems ({settings['sets']}), {settings['k']} responses each at "
+            f"temperature {settings['temperature']}; reward {settings['reward']!r}, instruction "
+            f"{config.data.instruction!r}" + (f", system {config.data.system!r}" * config.data.chat)
+        )
         generations = resumed(folder, own, settings)
         progress = Progress(config, [run.heldout[i].id for i in places], generations)
         with own.open("a") as file:
@@ -84,13 +89,20 @@ def main(config, workdir, shard="1/1", step=None):
         print(f"shard {shard} is done; without --shard the same command joins the shards")
         return
     problems = by_problem(generations, ANSWER.get(config.reward.name, str.strip))
-    result = json.dumps(settings | {"accuracy": accuracy(problems)}, indent=2) + "\n"
+    lengths = {
+        "mean_tokens": float(np.mean([g["tokens"] for g in generations])),
+        "cut_off": float(np.mean([not g["finished"] for g in generations])),
+    }
+    result = json.dumps(settings | lengths | {"accuracy": accuracy(problems)}, indent=2) + "\n"
     (workdir / "evaluate.json").write_text(result)
     (folder / "result.json").write_text(result)
     (folder / "problems.tsv").write_text(problem_table(problems))
-    print(f"{checkpoint}: held-out accuracy, % (95 % interval)\n")
+    print(f"{checkpoint}: accuracy ({settings['sets']}), % (95 % interval)\n")
     print(table(accuracy(problems)))
-    print(f"\nby problem, and every response: {folder}")
+    print(
+        f"\n{lengths['mean_tokens']:.0f} tokens in the mean, {100 * lengths['cut_off']:.1f} % cut off "
+        f"at {settings['max_response_length']}; by problem, and every response: {folder}"
+    )
 
 
 def asked_hash(run):

@@ -28,7 +28,10 @@ def export(workdir, output, step=None, dtype="bfloat16"):
     workdir = Path(workdir).expanduser()
     if not (workdir / "config.json").exists():
         raise BadInput(f"{workdir} holds no run (there is no config.json)")
-    config = from_json((workdir / "config.json").read_text())
+    try:
+        config = from_json((workdir / "config.json").read_text())
+    except BadInput as error:
+        raise BadInput(f"{workdir / 'config.json'}: {error}") from None
     architecture = model_config(config)
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.eval_shape(lambda: Transformer(architecture, jax.random.key(0)))

@@ -4,7 +4,8 @@ A config takes variants by name, as in `configs/qwen3_30b_a3b.py:fp8_e2e,boundar
 
   bf16 fp8_rollout fp8_e2e   the precision, where the config has it
   grpo, spo, dppo_tv, …      every objective of the table, instead of drpo
-  boundary scaled original   another reading of the threshold than the released 12.5
+  boundary scaled original   another reading of the threshold than the released 12.5: the first two for
+                             drpo and its ablations, the third for spo
   smoke                      random weights, few layers, arithmetic in characters: the same programs,
                              in less than two minutes on a CPU
 """
@@ -22,7 +23,7 @@ PRECISION = {
     "fp8_rollout": {"precision.recipe": "rollout"},
     "fp8_e2e": {"precision.recipe": "e2e"},
 }
-READINGS = {name for readings in THRESHOLDS.values() for name in readings}
+READINGS = tuple(dict.fromkeys(name for readings in THRESHOLDS.values() for name in readings))
 
 
 def paper_config(preset):
@@ -77,7 +78,7 @@ def with_variants(config, names, variants):
     Raises:
       ValueError: a name that is no variant, or two that set one field to different values.
     """
-    known = _objectives(config.objective.name) | {r: {"objective.threshold": r} for r in READINGS}
+    known = _objectives() | {r: {"objective.threshold": r} for r in READINGS}
     known |= variants
     chosen = [name for name in names.split(",") if name]
     owner = {}
@@ -91,17 +92,17 @@ def with_variants(config, names, variants):
         for field, value in known.get(name, {}).items():
             other, theirs = owner.setdefault(field, (name, value))
             if theirs != value:
+                values = " and ".join(repr(v) if v else "none" for v in (theirs, value))
                 raise ValueError(
-                    f"the variants {other!r} and {name!r} contradict each other: {field} = "
-                    f"{theirs!r} and {value!r}"
+                    f"the variants {other!r} and {name!r} contradict each other: {field} is {values}"
                 )
     config.update_from_flattened_dict({field: value for field, (_, value) in owner.items()})
     return _smoke(config) if "smoke" in chosen else config
 
 
-def _objectives(default):
+def _objectives():
     """{objective: fields}. Without a threshold of its own an objective takes none."""
-    fields = {name: {"objective.name": name} for name in OBJECTIVES if name != default}
+    fields = {name: {"objective.name": name} for name in OBJECTIVES}
     for name in fields:
         readings = {"delta", "epsilon"} & set(OBJECTIVES[name].hyper)
         if not readings or name.startswith("dppo"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from drpo_jax import data, rewards
 
@@ -50,7 +51,7 @@ def load(config, tokenizer, train=True) -> Problems:
             _check(config, tokenizer, listed, "the held-out problems", "change the task")
         return Problems(task, listed, "")
     where = config.data.problems
-    found = data.load_set(where)
+    found = _load(where, "data.problems")
     report = f"{where}: {len(found):,} problems\n"
     held_out = set() if heldout else _held_out(config, found)
     if config.data.filter == "none":
@@ -67,6 +68,13 @@ def load(config, tokenizer, train=True) -> Problems:
             copied = overlap.train_ids()
             kept = [p for p in kept if p.id not in copied]
             report += f"{len(copied)} training problems hold half of a held-out one: dropped\n"
+        elif copied := overlap.train_ids():
+            logging.warning(
+                "%d of the %d training problems hold half of a held-out one or all of it; "
+                "data.filter = 'clean' drops them",
+                len(copied),
+                len(kept),
+            )
     else:
         listed = [p for p in kept if p.id in held_out]
         kept = [p for p in kept if p.id not in held_out]
@@ -92,13 +100,22 @@ def encode(config, tokenizer, problems):
 def evaluation_sets(config):
     """{name: problems} of `evaluate.sets`. Of several sets, name and ids tell them apart."""
     names = [name.strip() for name in config.evaluate.sets.split(",") if name.strip()]
-    sets = {name: data.load_set(name) for name in names}
+    sets = {name: _load(name, "evaluate.sets") for name in names}
     if len(sets) > 1:
         sets = {
             name: [dataclasses.replace(p, kind=name, id=f"{name}: {p.id}") for p in some]
             for name, some in sets.items()
         }
     return sets
+
+
+def _load(name, field):
+    try:
+        return data.load_set(name)
+    except FileNotFoundError:
+        raise ValueError(f"{field} = {name!r}: there is no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{field} = {name!r}: {error}") from None
 
 
 def _held_out(config, problems):
@@ -152,7 +169,7 @@ def _check(config, tokenizer, problems, where, advice):
             f"{where}: {len(long)} of {len(problems)} prompts are longer than "
             f"sampler.max_prompt_length = {limit} tokens, the longest has {max(lengths)}. The first "
             f"is that of problem {problems[first].id!r} with {lengths[first]}: "
-            f"{problems[first].prompt[:60]!r}. Raise the limit, or {advice}"
+            f"{problems[first].prompt[:60]!r}. Raise the limit to {max(lengths)}, or {advice}"
         )
     for problem, right in zip(problems, _rewardable(config, problems)):
         if not right:

@@ -50,6 +50,7 @@ def explain_batch(config, workdir):
         if checkpoints.latest_step() != config.sft.steps and not config.data.init_from:
             config.sft.steps = 0
     run = loop.Run(FrozenConfigDict(config), workdir)
+    print(run.report + "making one step: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
         state = run.programs.restart(loop.initial_model(run))
         run.workdir = Path(directory)

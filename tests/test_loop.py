@@ -295,7 +295,7 @@ def test_bad_problem_files_cost_nothing(tmp_path):
         too_long: r"problems.jsonl: 1 of 10 prompts .*max_prompt_length = 6 .* problem '3' with 7:",
         good.partition("\n")[0] + "\n": r"has 1 problems, .* 4 per rollout .* are held out",
         "": r"problems.jsonl: the file is empty",
-        None: r"No such file .*problems.jsonl",
+        None: r"data.problems = .*problems.jsonl': there is no such file",
     }
     for text, message in cases.items():
         path.unlink() if text is None else path.write_text(text)

@@ -36,7 +36,7 @@ def load_problems(path):
 
     JSON lines are UTF-8, one object a line. The first line tells which of two schemas the file has:
 
-    - Ours: `prompt` and `answer`, strings that are not empty; optionally `kind`, a string (default:
+    - Ours: `prompt` (or `question`, `problem`) and `answer`, strings that are not empty; optionally `kind`, a string (default:
       none), and `id`, a string or an integer, unique in the file (default: the file's name and the
       line).
     - DAPO's: `prompt` is a chat of one message by the user, `reward_model.ground_truth` the answer,
@@ -157,8 +157,9 @@ def _parse_ours(record, where, default_id):
             f"{where}: the line is in the schema of DAPO-Math-17k, but the file's first line is "
             f"not. All lines must look alike: {_EXAMPLE}."
         )
+    field = next((f for f in ("prompt", "question", "problem") if f in record), "prompt")
     return Problem(
-        prompt=_text_field(record, "prompt", where, _EXAMPLE),
+        prompt=_text_field(record, field, where, _EXAMPLE),
         answer=_text_field(record, "answer", where, _EXAMPLE),
         kind=_text_field(record, "kind", where, _EXAMPLE) if record.get("kind") else "",
         id=_id_field(record.get("id", default_id), "id", where),

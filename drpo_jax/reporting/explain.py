@@ -36,7 +36,12 @@ def explain(rollout, tokenizer, config, row=None) -> str:
         f"PROMPT, {start} tokens: the model reads them, none has a loss",
         _prompt_table(rollout["tokens"][row, :start], tokenizer),
         f"RESPONSES, {samples}: advantage {config.objective.advantage!r} of their rewards",
-        _group_table(rollout, group, row),
+        _group_table(rollout, group, row)
+        + (
+            ""
+            if rollout["advantage"][row]
+            else "\n\nNo problem had responses of different rewards: none has a gradient."
+        ),
         f"RESPONSE {row - group.start}, {length} tokens ("
         + ("ended by itself" if rollout["finished"][row] else "cut off")
         + f"): {config.objective.name}, weights by {config.objective.aggregation!r}",

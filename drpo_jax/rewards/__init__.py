@@ -64,7 +64,14 @@ def submit(reward, prompts, responses, answers):
     """
     if isinstance(reward, Isolated):
         return reward.submit(prompts, responses, answers)
-    return Pending([reward(*texts) for texts in zip(prompts, responses, answers, strict=True)])
+    found = []
+    for texts in zip(prompts, responses, answers, strict=True):
+        try:
+            found.append(reward(*texts))
+        except Exception as error:
+            name = getattr(reward, "__name__", reward)
+            raise RuntimeError(f"the reward {name} failed on the response {texts[1]!r}") from error
+    return Pending(found)
 
 
 __all__ = [

@@ -182,8 +182,12 @@ def math_reward(responses, answers):
       responses: N texts, whatever a model wrote.
       answers: N texts, LaTeX or plain, without a box.
     Returns: float32 [N], in order.
-    Raises: ValueError if the lists differ in length; RuntimeError if math-verify is not installed.
+    Raises: TypeError for what is no list of texts, ValueError if the lists differ in length;
+      RuntimeError if math-verify is not installed.
     """
+    for name, texts in (("responses", responses), ("answers", answers)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{name} is {str(texts)[:60]!r}; it must be a list of texts.")
     if len(responses) != len(answers):
         raise ValueError(
             f"there are {len(responses)} responses and {len(answers)} answers; each response needs "

@@ -220,3 +220,9 @@ def test_bad_input_marks_what_a_file_can_be_to_blame_for():
         open("missing.jsonl")
     with pytest.raises(KeyError), C.bad_input():
         raise KeyError("x")
+
+
+def test_sets_beside_a_procedural_task_need_a_reward_by_name():
+    fields = {"evaluate__sets": "aime24"}
+    assert any("name the reward" in p for p in problems(**fields))
+    C.validate(changed(**fields, reward__name="math"))

@@ -36,9 +36,9 @@ def load_problems(path):
 
     JSON lines are UTF-8, one object a line. The first line tells which of two schemas the file has:
 
-    - Ours: `prompt` (or `question`, `problem`) and `answer`, strings that are not empty; optionally `kind`, a string (default:
-      none), and `id`, a string or an integer, unique in the file (default: the file's name and the
-      line).
+    - Ours: `prompt` (or `question`, `problem`) and `answer`, strings that are not empty; optionally
+      `kind`, a string (default: none), and `id`, a string or an integer, unique in the file (default:
+      the file's name and the line).
     - DAPO's: `prompt` is a chat of one message by the user, `reward_model.ground_truth` the answer,
       `extra_info.index` the id, which may be missing; there is no `answer`. Such files repeat each
       problem many times: rows with the same text and answer become one problem (the first row's id).

@@ -285,3 +285,10 @@ def test_stream_errors():
     for process in (-1, 2):
         with pytest.raises(ValueError, match=f"process is {process}; it must be from 0 to 1"):
             ProblemStream(PROBLEMS, seed=0).batch(0, 4, process, 2)
+
+
+@pytest.mark.parametrize("name", ["prompt", "question", "problem"])
+def test_the_problem_goes_by_several_names(name, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({name: "What is 1+1?", "answer": "2"}))
+    assert load_problems(path)[0].prompt == "What is 1+1?"

@@ -161,7 +161,7 @@ def hanging(command, timeout, **_):
 
 def test_names_and_paths(tmp_path):
     with pytest.raises(
-        ValueError, match="no data set 'gsm'; there are dapo_math_17k, gsm8k, gsm8k_t"
+        ValueError, match="no data set 'gsm'; did you mean 'gsm8k'. There are dapo_math_17k, gsm8k"
     ):
         load_set("gsm", tmp_path)
     path = tmp_path / "mine.jsonl"

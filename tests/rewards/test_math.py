@@ -280,3 +280,11 @@ def test_gold_answers(name):
     rows = [(text, answer) for text, answer in rows if text != answer]
     reward = math_reward([boxed(text) for text, _ in rows], [answer for _, answer in rows])
     assert [row for row, r in zip(rows, reward) if r != 0] == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [(r"\boxed{1}", ["1"]), ([r"\boxed{1}"], "1"), ([r"\boxed{1}"], [1])]
+)
+def test_what_is_no_list_of_texts_is_refused(wrong):
+    with pytest.raises(TypeError, match="it must be a list of texts"):
+        math_reward(*wrong)

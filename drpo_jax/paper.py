@@ -115,7 +115,7 @@ def _smoke(config):
     """The config with every size small, on one device, without files; all else as it is."""
     model = config.model
     model.update(vocab_size=CharTokenizer.vocab_size, hidden_size=64, heads=4, kv_heads=2)
-    model.update(layers=2 * model.full_attention_every, head_dim=16, path="")
+    model.update(layers=max(2, model.full_attention_every), head_dim=16, path="")
     model.update({field: 64 for field in ("mlp_size", "expert_size") if model[field]})
     if model.experts:
         model.update(experts=8, experts_per_token=2)

@@ -156,7 +156,7 @@ def test_a_limit_leaves_the_warm_process(pool):
     """Only the child dies of a limit; the process that has the imports goes on."""
     before = {process.process.pid for process in pool._processes}
     assert pool.submit([("loop", "x"), ("loop", "y"), ("loop", "z")]).result().tolist() == [0] * 3
-    assert {process.process.pid for process in pool._processes} == before
+    assert before <= {process.process.pid for process in pool._processes}  # a second one may start
 
 
 def test_an_error_of_the_function_is_the_callers(pool):

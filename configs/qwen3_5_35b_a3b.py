@@ -7,13 +7,8 @@ Batches are those of Qwen3-30B-A3B-Base; the mesh is for 64 chips (v5p:4x4x4). V
 commas (drpo_jax/paper.py): bf16 (the default), fp8_rollout, fp8_e2e; objectives, boundary, smoke.
 """
 
-from drpo_jax.paper import PRECISION, paper_config, with_variants
+from drpo_jax.paper import PRECISION, large_config, with_variants
 
 
 def get_config(variants="bf16"):
-    config = paper_config("qwen3.5-35b-a3b")
-    config.mesh.update(expert=8, tensor=1)
-    config.sampler.max_prompt_length = 2048
-    config.sampler.slots = 1024
-    config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
-    return with_variants(config, variants, PRECISION)
+    return with_variants(large_config("qwen3.5-35b-a3b"), variants, PRECISION)

@@ -610,6 +610,22 @@ def from_json(text: str) -> ConfigDict:
     return from_dict(values)
 
 
+def run_config(workdir: Path) -> ConfigDict:
+    """The resolved config of the run in `workdir`.
+
+    Raises BadInput where it holds no run, or one with a config that this version does not take.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise BadInput(
+            f"{workdir} holds no run (there is no config.json); give the --workdir of one"
+        )
+    try:
+        return from_json(path.read_text())
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     """Binds `workdir` to `config` by writing `config.json` into it. True where it was bound before.
 

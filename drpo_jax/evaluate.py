@@ -28,7 +28,7 @@ from absl import flags
 
 from drpo_jax import cli, loop
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import BadInput, bad_input, flatten, from_json
+from drpo_jax.config import BadInput, bad_input, flatten, run_config
 from drpo_jax.problems import encode
 from drpo_jax.rewards import ANSWER
 from drpo_jax.statistics import bootstrap_interval, majority, pass_at_k
@@ -93,12 +93,13 @@ def main(config, workdir, shard="1/1", step=None):
         "mean_tokens": float(np.mean([g["tokens"] for g in generations])),
         "cut_off": float(np.mean([not g["finished"] for g in generations])),
     }
-    result = json.dumps(settings | lengths | {"accuracy": accuracy(problems)}, indent=2) + "\n"
+    found = accuracy(problems)
+    result = json.dumps(settings | lengths | {"accuracy": found}, indent=2) + "\n"
     (workdir / "evaluate.json").write_text(result)
     (folder / "result.json").write_text(result)
     (folder / "problems.tsv").write_text(problem_table(problems))
     print(f"{checkpoint}: accuracy ({settings['sets']}), % (95 % interval)\n")
-    print(table(accuracy(problems)))
+    print(table(found))
     print(
         f"\n{lengths['mean_tokens']:.0f} tokens in the mean, {100 * lengths['cut_off']:.1f} % cut off "
         f"at {settings['max_response_length']}; by problem, and every response: {folder}"
@@ -187,18 +188,14 @@ def check_workdir(workdir, config):
       BadInput: the workdir holds no run and the config names no model, or holds another model's, one
         without a checkpoint, or one that trained on problems that this config holds out.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         if config.model.path:
             return None
         raise BadInput(
             f"{workdir} holds no run (there is no config.json); give the --workdir of one, or "
             "--config.model.path"
         )
-    try:
-        theirs = flatten(from_json(path.read_text()))
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
+    theirs = flatten(run_config(workdir))
     ours = flatten(config)
     # With a file of problems, these fields decide which of them are held out.
     same = ours["data.problems"] == theirs["data.problems"] != "" and not ours["evaluate.sets"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import exit_with
-from drpo_jax.config import BadInput, bad_input, from_json
+from drpo_jax.config import BadInput, bad_input, run_config
 from drpo_jax.data import make_tokenizer
 from drpo_jax.models import Transformer, save_pretrained
 from drpo_jax.programs import model_config
@@ -26,12 +26,7 @@ def export(workdir, output, step=None, dtype="bfloat16"):
       BadInput: no run, no such checkpoint, or a directory that cannot be written.
     """
     workdir = Path(workdir).expanduser()
-    if not (workdir / "config.json").exists():
-        raise BadInput(f"{workdir} holds no run (there is no config.json)")
-    try:
-        config = from_json((workdir / "config.json").read_text())
-    except BadInput as error:
-        raise BadInput(f"{workdir / 'config.json'}: {error}") from None
+    config = run_config(workdir)
     architecture = model_config(config)
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = jax.eval_shape(lambda: Transformer(architecture, jax.random.key(0)))

@@ -25,7 +25,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints, flatten
-from drpo_jax.config import BadInput, bad_input, from_json
+from drpo_jax.config import BadInput, bad_input, run_config
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
@@ -51,15 +51,7 @@ class Inspection:
 
     def __init__(self, workdir, mesh=None):
         self.workdir = Path(workdir).expanduser()
-        path = self.workdir / "config.json"
-        if not path.exists():
-            raise BadInput(
-                f"{workdir} holds no run (there is no config.json); give the --workdir of one"
-            )
-        try:
-            self.config = FrozenConfigDict(from_json(path.read_text()))
-        except BadInput as error:
-            raise BadInput(f"{path}: {error}") from None
+        self.config = FrozenConfigDict(run_config(self.workdir))
         with bad_input():
             self.mesh = make_mesh(**(self.config.mesh if mesh is None else mesh))
             self.tokenizer = data.make_tokenizer(self.config.data, self.config.model.path)

@@ -68,6 +68,16 @@ def paper_config(preset):
     return config
 
 
+def large_config(preset):
+    """The setting of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips (v5p:4x4x4):
+    256 prompts of 16 responses, 8 updates per rollout; all else as in `paper_config`."""
+    config = paper_config(preset)
+    config.mesh.update(expert=8, tensor=1)
+    config.sampler.update(max_prompt_length=2048, slots=1024)
+    config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
+    return config
+
+
 def with_variants(config, names, variants):
     """The config with the variants that `names` lists, separated by commas.
 

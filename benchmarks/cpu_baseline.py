@@ -96,7 +96,7 @@ def main(_):
         advantage = rng.standard_normal(SEQUENCES).astype(np.float32)
 
         def sample():
-            sampler.model = programs.sync(state[0].model)
+            sampler.load(programs.sync(state[0].model))
             return sampler.generate(prompts, programs.sampling_params, jax.random.key(1))
 
         def update(rollouts):

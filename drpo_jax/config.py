@@ -162,8 +162,9 @@ def default_config() -> ConfigDict:
         top_k=0,  # sample among the k likeliest tokens; 0: off
         top_p=1.0,  # sample in the smallest set of this mass; 1: off
         top_logprobs=0,  # likeliest tokens recorded; 0: 20 for the objectives that need them
-        slots=128,  # sequences decoded at once
-        decode_steps=32,  # tokens per sequence between two looks of the host
+        slots=128,  # sequences decoded at once; one that ends makes room for the next
+        decode_steps=32,  # most tokens per sequence between two looks of the host
+        prefill_chunk=256,  # tokens of a prompt computed at once
     )
     config.train = create(
         steps=200,  # rollout steps
@@ -269,7 +270,8 @@ POSITIVE = """
     objective.delta objective.epsilon objective.epsilon_low compute.unroll objective.correction_cap
     objective.epsilon_high objective.ratio_cap objective.tau_positive objective.tau_negative
     optimizer.learning_rate optimizer.eps optimizer.clip_norm sampler.max_prompt_length
-    sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps train.steps
+    sampler.max_response_length sampler.temperature sampler.slots sampler.decode_steps
+    sampler.prefill_chunk train.steps
     train.prompts train.samples train.mini_batch_prompts train.micro_batch train.epochs
     train.max_skipped sft.batch sft.micro_batch sft.learning_rate evaluate.problems
     evaluate.samples evaluate.temperature checkpoint.every checkpoint.keep log.every
@@ -436,9 +438,6 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
     samples = "train.samples objective.advantage"
     needs_groups = v["objective.advantage"] in NEEDS_GROUPS
     require(v["train.samples"] >= 2 or not needs_groups, samples, "it compares 2 samples or more")
-    for group in ("train.samples", "evaluate.samples"):
-        fits = v[group] <= v["sampler.slots"]
-        require(fits, f"{group} sampler.slots", "the samples of a prompt are decoded at once")
     name, threshold = v["objective.name"], v["objective.threshold"]
     if name in OBJECTIVES and threshold:
         field = _thresholded(name)

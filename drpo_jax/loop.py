@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -101,23 +102,21 @@ class Run:
         options = self.config.checkpoint
         return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
 
-    def sample(self, sampler, asked, params, key, first=0):
-        """Responses to the problems `asked`, batch by batch; while the caller asks for the next one,
-        the last one is verified.
+    def sample(self, sampler, asked, params, key, places=None):
+        """Responses to the problems `asked`, each problem's as soon as they are complete; they are
+        verified while the others are sampled.
 
         Args:
-          first: place of `asked` in a longer list.
+          places: of the problems in a longer list, of which `asked` is a part.
 
         Yields:
-          (Rollouts, texts, rewards as `rewards.Pending`) of params.samples rows per problem.
+          (index into `asked`, Rollouts, texts, rewards as `rewards.Pending`) of params.samples rows.
         """
         prompts = problems.encode(self.config, self.tokenizer, asked)
-        rows = iter([problem for problem in asked for _ in range(params.samples)])
-        for piece in sampler.batches(prompts, params, key, first):
-            texts = piece.texts(self.tokenizer)
-            part = list(itertools.islice(rows, len(texts)))
-            question, answer = [p.prompt for p in part], [p.answer for p in part]
-            yield piece, texts, rewards.submit(self.reward, question, texts, answer)
+        for i, group in sampler.stream(prompts, params, key, places):
+            texts, problem = group.texts(self.tokenizer), asked[i]
+            question, answer = [problem.prompt] * len(texts), [problem.answer] * len(texts)
+            yield i, group, texts, rewards.submit(self.reward, question, texts, answer)
 
 
 # ------------------------------------------------------------------------------ the warm start
@@ -271,13 +270,12 @@ def rl_step(run: Run, state, step: int):
     """One rollout and its updates. → the new state and the metrics (host floats)."""
     config, programs = run.config, run.programs
     started = time.monotonic()
-    programs.sampler.model = programs.sync(state.model)
+    programs.sampler.load(programs.sync(state.model), version=step)
     asked = run.train_problems.batch(step, config.train.prompts)
     key = run.key(step, SAMPLE)
-    pieces, texts, verdicts = zip(
-        *run.sample(programs.sampler, asked, programs.sampling_params, key)
-    )
-    programs.sampler.model = None  # its memory is the updates' now
+    groups = run.sample(programs.sampler, asked, programs.sampling_params, key)
+    _, pieces, texts, verdicts = zip(*sorted(groups, key=lambda group: group[0]))
+    programs.sampler.load(None)  # its memory is the updates' now
     rollouts, texts = Rollouts.concatenate(pieces), list(itertools.chain(*texts))
     sampled = time.monotonic()
 
@@ -479,7 +477,7 @@ def evaluate(
       generations: dicts of an evaluation that was interrupted, which is gone on with (all responses to
         a problem or none): a list, to which one dict per response is added (id, kind, mode, prompt,
         response, answer, reward, tokens, finished), and which is put in order.
-      keep: called with the new ones of every batch.
+      keep: called with the new ones of every problem.
       places: of the problems to evaluate among the held-out ones; None: all.
 
     Returns:
@@ -487,7 +485,7 @@ def evaluate(
       sampled at `evaluate.temperature`, eval/greedy, and both per kind of problem.
     """
     config, sampler = run.config.evaluate, run.programs.exact_sampler
-    sampler.model = run.programs.sync_exact(model)
+    sampler.load(run.programs.sync_exact(model))
     base = dict(max_tokens=run.config.sampler.max_response_length, stop=run.tokenizer.stop_ids)
     modes = {"avg": SamplingParams(samples=config.samples, temperature=config.temperature, **base)}
     if config.greedy:
@@ -497,24 +495,23 @@ def evaluate(
         done = {g["id"] for g in generations if g["mode"] == mode}
         places = range(len(run.heldout)) if places is None else places
         missing = [i for i in places if run.heldout[i].id not in done]
-        for part in _consecutive(missing):
-            asked = [run.heldout[i] for i in part]
-            rows = iter([problem for problem in asked for _ in range(params.samples)])
-            batches = run.sample(sampler, asked, params, run.key(0, EVALUATE), part[0])
-            for rollouts, texts, rewarded in _verified(batches):
-                new = [
-                    {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt, "response": text,
-                     "answer": p.answer, "reward": float(reward), "tokens": int(tokens),
-                     "finished": bool(finished)}
-                    for text, reward, tokens, finished, p in zip(
-                        texts, rewarded, rollouts.response_lengths, rollouts.finished, rows
-                    )
-                ]  # fmt: skip
-                keep(new)
-                generations += new
+        asked = [run.heldout[i] for i in missing]
+        groups = run.sample(sampler, asked, params, run.key(0, EVALUATE), missing)
+        for i, rollouts, texts, rewarded in _verified(groups):
+            p = asked[i]
+            new = [
+                {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt, "response": text,
+                 "answer": p.answer, "reward": float(reward), "tokens": int(tokens),
+                 "finished": bool(finished)}
+                for text, reward, tokens, finished in zip(
+                    texts, rewarded, rollouts.response_lengths, rollouts.finished
+                )
+            ]  # fmt: skip
+            keep(new)
+            generations += new
     order = {problem.id: i for i, problem in enumerate(run.heldout)}
     generations.sort(key=lambda g: (g["mode"], order[g["id"]]))
-    sampler.model = None
+    sampler.load(None)
     metrics = {}
     for mode in modes:
         mine = [g for g in generations if g["mode"] == mode]
@@ -529,16 +526,13 @@ def evaluate(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _verified(batches):
-    """The batches of `Run.sample` with their rewards, each waited for when the next one is sampled."""
-    for (rollouts, texts, verdicts), _ in itertools.pairwise(itertools.chain(batches, [None])):
-        yield rollouts, texts, verdicts.result()
-
-
-def _consecutive(numbers):
-    """[0, 1, 4, 5] -> [[0, 1], [4, 5]]"""
-    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    return [[number for _, number in run] for _, run in runs]
+def _verified(groups, behind=32):
+    """The groups of `Run.sample` with their rewards; those of the last few are not waited for yet."""
+    pending = deque()
+    for group in itertools.chain(groups, [None] * behind):
+        pending.append(group)
+        if len(pending) > behind and (done := pending.popleft()):
+            yield *done[:-1], done[-1].result()
 
 
 def _announce(config, run):

@@ -164,6 +164,7 @@ class Programs:
             slots=config.sampler.slots,
             decode_steps=config.sampler.decode_steps,
             prompt_length=config.sampler.max_prompt_length,
+            prefill_chunk=config.sampler.prefill_chunk,
         )
         self.sampler, self.exact_sampler = new_sampler(compute=sampling), new_sampler(compute=exact)
         self.sampling_params = SamplingParams(
@@ -226,13 +227,6 @@ class Programs:
                     f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
                     f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
                 )
-        samples = max(self.config.train.samples, self.config.evaluate.samples)
-        if self.config.sampler.slots < samples * shards:
-            raise ValueError(
-                f"sampler.slots = {self.config.sampler.slots}: on each of the {shards} devices over "
-                f"which the mesh splits a batch, the {samples} samples of a prompt have to fit; at "
-                f"least {samples * shards}"
-            )
 
 
 def model_config(config) -> ModelConfig:

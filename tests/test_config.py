@@ -77,7 +77,6 @@ def test_checked_fields_exist():
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
         ({"data__digits": 9, "data__problems": "x"}, "the longest demonstration has"),
-        ({"evaluate__samples": 300}, "the samples of a prompt are decoded at once"),
         ({"objective__epsilon": 0.2}, "drpo does not take epsilon; taken by spo, spo_no_advantage"),
         ({"objective__threshold": "originl"}, "did you mean 'original'?"),
         ({"objective__threshold": "original"}, "this objective takes boundary, released, scaled"),

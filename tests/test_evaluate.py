@@ -124,18 +124,24 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
     assert len(lines) == 10 * 2 + 10 and json.loads(whole[0])["step"] == 3
 
     sampled = []
-    original = type(run.programs.sampler)._generate_batch
+    original = type(run.programs.sampler).stream
 
-    def counted(self, prompts, first, *rest):
-        sampled.append((first, len(prompts)))
-        return original(self, prompts, first, *rest)
+    def counted(self, prompts, params, key, places):
+        sampled.append(list(places))
+        return original(self, prompts, params, key, places)
 
-    monkeypatch.setattr(type(run.programs.sampler), "_generate_batch", counted)
+    monkeypatch.setattr(type(run.programs.sampler), "stream", counted)
+    order = [json.loads(line)["id"] for line in lines]  # in which the problems were completed
+    ids = [problem.id for problem in run.heldout]
+
+    def but(done):
+        return [i for i, problem in enumerate(ids) if problem not in done]
+
     for kept, expected in (
-        (30, []),
-        (23, [(3, 7)]),  # greedy ones, eight at a time
-        (7, [(3, 4), (7, 3), (0, 8), (8, 2)]),  # half a problem does not count
-        (0, [(0, 4), (4, 4), (8, 2), (0, 8), (8, 2)]),
+        (30, [[], []]),
+        (23, [[], but(order[20:23])]),  # some of the greedy ones
+        (7, [but(order[:6]), list(range(10))]),  # half a problem does not count
+        (0, [list(range(10))] * 2),
     ):
         cut = "".join(lines[:kept]) + ('{"id": "ha' if kept < 30 else "")
         responses.write_text(cut)
@@ -146,7 +152,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
         assert sorted(responses.read_text().splitlines(keepends=True)) == sorted(lines)
     responses.unlink()
     sampled.clear()
-    for part, expected in (("2/3", [(3, 3), (3, 3)]), ("3/3", [(6, 4), (6, 4)])):
+    for part, expected in (("2/3", [[3, 4, 5]] * 2), ("3/3", [[6, 7, 8, 9]] * 2)):
         evaluate.main(settings, tmp_path, part)
         assert sampled == expected
         sampled.clear()
@@ -155,11 +161,11 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
         "responses-3-of-3.jsonl",
     ]
     evaluate.main(settings, tmp_path)
-    assert sampled == [(0, 3), (0, 3)]
+    assert sampled == [[0, 1, 2]] * 2
     assert [path.read_text() for path in results] == whole
     sampled.clear()
     evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
-    assert sampled[0] == (0, 4) and len(sampled) == 5  # another evaluation begins anew, elsewhere
+    assert sampled == [list(range(10))] * 2  # another evaluation begins anew, elsewhere
     assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
     with pytest.raises(C.BadInput, match=r"--step=4: there are \[3\]"):
         evaluate.main(settings, tmp_path, step=4)

@@ -81,7 +81,7 @@ def numbers(fields, policy=False, **sizes):
     with jax.set_mesh(programs.mesh):
         state = programs.init(KEY)
         start = jax.device_get(state.model)
-        programs.exact_sampler.model = programs.sync_exact(state.model)
+        programs.exact_sampler.load(programs.sync_exact(state.model))
         prompts = [[2 + i] * (1 + i) for i in range(8)]
         rollouts = programs.exact_sampler.generate(prompts, GREEDY, KEY)
         batch, metrics = new_batch(programs), []
@@ -172,7 +172,7 @@ def test_codes_and_values_sample_alike(sizes):
         fields = MOE | {"precision.recipe": "rollout", "precision.sampler_weights": held}
         programs = new_programs(fields, **sizes)
         with jax.set_mesh(programs.mesh):
-            programs.sampler.model = programs.sync(programs.init(KEY).model)
+            programs.sampler.load(programs.sync(programs.init(KEY).model))
             kinds.append(programs.sampler.model.blocks.mlp.up_proj.get_value())
             prompts = [[2 + i] * (1 + i) for i in range(8)]
             found.append(programs.sampler.generate(prompts, GREEDY, KEY))

@@ -1,12 +1,11 @@
 """Grouped-query attention with rotary positions; q/k norm, biases, output gate as the family has.
 
 Axis letters: B batch, T query time, S key time, D model width, N query heads, K key/value heads,
-G query heads per key/value head (N = K·G), H head width, C cache slots.
+G query heads per key/value head (N = K·G), H head width, C columns of a cache.
 """
 
 from functools import partial
 from math import lcm
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from drpo_jax.models.cache import KV
 from drpo_jax.models.flash import MASKED, SPLASH_WIDTHS, chunked, cudnn, splash
 from drpo_jax.models.layers import fan_in_normal, norm_scale, param, project, rms_norm, rotate
 from drpo_jax.parallel import BATCH_AXES, batch_shards
 from drpo_jax.precision import dot_precision
-
-
-class KV(NamedTuple):
-    """Keys and values of one layer."""
-
-    keys: jax.Array
-    values: jax.Array
 
 
 class Attention(nnx.Module):
@@ -79,26 +72,40 @@ class Attention(nnx.Module):
         return project(out, self.o_proj, compute)
 
     def __call__(self, x_BxTxD, angles, segment_ids_BxT, compute):
-        """Attention within the segments; returns the output [B, T, D] and its KV, each [B, T, K, H]."""
+        """Attention within the segments. → [B, T, D]"""
         q, k, v, gate = self.project(x_BxTxD, angles, compute)
-        return self.output(attend(q, k, v, segment_ids_BxT, compute), gate, compute), KV(k, v)
+        return self.output(attend(q, k, v, segment_ids_BxT, compute), gate, compute)
 
-    def decode(self, x_BxD, angles, cache, index, mask_BxC, compute):
-        """One token a row: writes its key and value at `index` of the cache, attends, returns both.
+    def extend(self, x_BxTxD, angles, kv, start, valid_BxC, compute):
+        """Attention of tokens that continue others. → output [B, T, D], the KV with theirs.
 
         Args:
-          cache: KV of keys [B, K, H, C] and values [B, K, C, H].
-          index: int32 scalar, the slot all rows write (a row's positions need not equal its slots).
-          mask_BxC: bool, the slots each row may read.
+          kv: KV, each [B, C, K, H], of the tokens before; these are written from column `start` on.
+          valid_BxC: bool, False for padding.
+        """
+        q, k, v, gate = self.project(x_BxTxD, angles, compute)
+        kv = KV(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+                for old, new in zip(kv, (k, v))
+            )
+        )
+        columns = jnp.arange(valid_BxC.shape[1])
+        past = columns <= start + jnp.arange(x_BxTxD.shape[1])[:, None]
+        out = masked(q, *kv, past & valid_BxC[:, None])
+        return self.output(out, gate, compute), kv
+
+    def decode(self, x_BxD, angles, cache, column, mask_BxC, compute):
+        """One token a row: puts its key and value into the cache and attends. → [B, D], the cache.
+
+        Args:
+          cache: `cache.Ring`.
+          column: int32 scalar, the column all rows write (a row's positions are its own).
+          mask_BxC: bool, the columns each row may read, the written one included.
         """
         q, k, v, gate = self.project(x_BxD, angles, compute)
-        keys, values = cache
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None].astype(keys.dtype), index, 3)
-        values = jax.lax.dynamic_update_slice_in_dim(
-            values, v[:, :, None].astype(values.dtype), index, 2
-        )
-        out = attend_cache(q, keys, values, mask_BxC)
-        return self.output(out, gate, compute), KV(keys, values)
+        cache = cache.append(k, v, column)
+        return self.output(cache.attend(q, mask_BxC), gate, compute), cache
 
 
 def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, compute):
@@ -189,8 +196,15 @@ def _on_mesh(kernel, q, k, v, segment_ids):
     )(q, k, v, segment_ids)
 
 
-def full(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_ids_BxT):
+def full(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT):
     """`attend` with all scores at once: the least work for short rows, memory quadratic in T."""
+    t = q_BxTxNxH.shape[1]
+    seen = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
+    return masked(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, seen & jnp.tril(jnp.ones((t, t), bool)))
+
+
+def masked(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, seen_BxTxS):
+    """softmax(q kᵀ / √H) v over the keys that each query sees (bool), with all scores at once."""
     b, t, n, h = q_BxTxNxH.shape
     kv = k_BxSxKxH.shape[2]
     q = q_BxTxNxH.reshape(b, t, kv, n // kv, h)
@@ -202,24 +216,7 @@ def full(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, segment_ids_BxT):
         precision=precision,
         preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
     )
-    seen = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
-    seen &= jnp.tril(jnp.ones((t, t), bool))
-    scores = jnp.where(seen[:, None, None], scores * h**-0.5, MASKED)
+    scores = jnp.where(seen_BxTxS[:, None, None], scores * h**-0.5, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v_BxSxKxH.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", probs, v_BxSxKxH, precision=precision)
     return checkpoint_name(out.reshape(b, t, n, h), "matmul")
-
-
-def attend_cache(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC):
-    """`attend` for one query a row against the cache. → [B, N, H]
-
-    Written as multiply and reduce: a batched matmul with one query a row is memory-bound everywhere,
-    and XLA's CPU backend runs it as B·K tiny matrix products.
-    """
-    b, n, h = q_BxNxH.shape
-    kv = keys_BxKxHxC.shape[1]
-    q = q_BxNxH.reshape(b, kv, n // kv, h, 1).astype(jnp.float32) * h**-0.5
-    scores = jnp.sum(q * keys_BxKxHxC[:, :, None].astype(jnp.float32), axis=-2)
-    probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
-    out = jnp.sum(probs[..., None] * values_BxKxCxH[:, :, None].astype(jnp.float32), axis=-2)
-    return out.reshape(b, n, h).astype(q_BxNxH.dtype)

@@ -38,18 +38,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from drpo_jax.models.cache import DeltaState
 from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm
 from drpo_jax.precision import dot_precision
 
 CHUNK = 64
-STATE_AXES = (("batch", None, "heads"), ("batch", "heads", None, None))
 
 
 class GatedDeltaNet(nnx.Module):
-    """One layer's linear attention; `__call__` over whole sequences, `decode` one token at a time.
-
-    Its state is (window [B, W − 1, X] in the compute dtype, the convolution's last inputs, oldest
-    first; memory [B, N, H, V] float32), with the logical axes `STATE_AXES`; it begins as zeros.
+    """One layer's linear attention: `__call__` over whole sequences, `extend` over tokens that continue
+    others, `decode` one token at a time.
 
     Args:
       config: has hidden_size, rms_eps, linear_key_heads, linear_value_heads, linear_key_dim,
@@ -85,20 +83,39 @@ class GatedDeltaNet(nnx.Module):
         self.value_dim, self.eps = config.linear_value_dim, config.rms_eps
 
     def __call__(self, x_BxTxD, segment_ids_BxT, compute):
-        """Every segment from an empty state. → output [B, T, D], the state after each row's last token.
+        """Every segment from an empty state. → [B, T, D]
 
         Args:
           x_BxTxD: the normed input.
           segment_ids_BxT: int32; tokens see their own segment, 0 marks padding.
         """
+        return self.extend(x_BxTxD, segment_ids_BxT, None, compute)[0]
+
+    def extend(self, x_BxTxD, segment_ids_BxT, state, compute):
+        """Sequences that continue `state`. → output [B, T, D], the state after each row's last token.
+
+        Args:
+          state: `cache.DeltaState` that the first segment of a row continues (a row may begin with
+            padding if its state is empty); None: all begin empty.
+        """
         x = project(x_BxTxD, self.qkv_proj, compute)
-        mixed = jax.checkpoint(causal_convolution)(x, self.conv[...], segment_ids_BxT)
+        inputs, segments, lead = x, segment_ids_BxT, 0
+        if state is not None:
+            lead = state.window.shape[1]
+            inputs = jnp.concatenate([state.window.astype(x.dtype), x], axis=1)
+            segments = jnp.pad(segments, ((0, 0), (lead, 0)), constant_values=1)
+        mixed = jax.checkpoint(causal_convolution)(inputs, self.conv[...], segments)[:, lead:]
         q, k, v = self._heads(mixed)
         g, beta = self._gates(x_BxTxD)
-        o, memory = delta_rule(q, k, v, g, beta, segment_ids_BxT)
+        S = (
+            None
+            if state is None
+            else state.memory.reshape(*v.shape[:1], *v.shape[2:4], *state.memory.shape[2:])
+        )
+        o, memory = delta_rule(q, k, v, g, beta, segment_ids_BxT, S)
         out = self._output(o, x_BxTxD, compute)
-        window = last_inputs(x, segment_ids_BxT, self.conv.shape[0] - 1)
-        return out, (window, memory.reshape(memory.shape[0], -1, *memory.shape[3:]))
+        window = last_inputs(inputs, segments, self.conv.shape[0] - 1)
+        return out, DeltaState(window, memory.reshape(memory.shape[0], -1, *memory.shape[3:]))
 
     def decode(self, x_BxD, state, compute):
         """One token a row after `state`. → output [B, D], the state after it."""
@@ -111,7 +128,8 @@ class GatedDeltaNet(nnx.Module):
         g, beta = self._gates(x_BxD)
         grouped = memory.reshape(*v.shape[:-1], *memory.shape[2:])
         o, updated = delta_step(q, k, v, g, beta, grouped)
-        return self._output(o, x_BxD, compute), (inputs[:, 1:], updated.reshape(memory.shape))
+        state = DeltaState(inputs[:, 1:], updated.reshape(memory.shape))
+        return self._output(o, x_BxD, compute), state
 
     def _heads(self, mixed):
         """[..., X] → q and k [..., K, H], v [..., K, R, V]."""
@@ -196,7 +214,14 @@ def delta_step(q_BxKxH, k_BxKxH, v_BxKxRxV, g_BxKxR, beta_BxKxR, S_BxKxRxHxV):
 
 
 def delta_rule(
-    q_BxTxKxH, k_BxTxKxH, v_BxTxKxRxV, g_BxTxKxR, beta_BxTxKxR, segment_ids_BxT, chunk=CHUNK
+    q_BxTxKxH,
+    k_BxTxKxH,
+    v_BxTxKxRxV,
+    g_BxTxKxR,
+    beta_BxTxKxR,
+    segment_ids_BxT,
+    S_BxKxRxHxV=None,
+    chunk=CHUNK,
 ):
     """The recurrence over whole sequences, in a scan over chunks.
 
@@ -209,6 +234,7 @@ def delta_rule(
       g_BxTxKxR: log decay, at most 0.
       beta_BxTxKxR: in [0, 1].
       segment_ids_BxT: int32, 0 marks padding.
+      S_BxKxRxHxV: the state that the first segment of every row continues; None: empty.
 
     Returns:
       o [B, T, K, R, V] in v's dtype, and the state after each row's last token, [B, K, R, H, V].
@@ -229,9 +255,11 @@ def delta_rule(
     runs = jnp.pad(_runs(segment_ids_BxT), ((0, 0), (0, -t % size)), mode="edge")
     runs = jnp.moveaxis(runs.reshape(runs.shape[0], -1, size), 1, 0)
     _, b, kv, r, _, width = v.shape
-    S = jnp.zeros((b, kv, r, q.shape[-1], width), g.dtype)
+    S, run = S_BxKxRxHxV, jnp.ones((b,), runs.dtype)
+    if S is None:
+        S, run = jnp.zeros((b, kv, r, q.shape[-1], width), g.dtype), run * 0
     step = jax.checkpoint(_chunk, prevent_cse=False)
-    (S, _), o = jax.lax.scan(step, (S, jnp.zeros((b,), runs.dtype)), (q, k, v, g, beta, runs))
+    (S, _), o = jax.lax.scan(step, (S, run), (q, k, v, g, beta, runs))
     o = jnp.moveaxis(o, (0, -2), (1, 2)).reshape(b, -1, kv, r, width)
     return o[:, :t], S
 

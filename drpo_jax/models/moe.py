@@ -32,7 +32,7 @@ class MLP(nnx.Module):
         self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"))
         self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"))
 
-    def __call__(self, x, valid, compute):
+    def __call__(self, x, valid, compute, routes=None):
         y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
         return project(y, self.down_proj, compute), {}
 
@@ -55,26 +55,45 @@ class MoE(nnx.Module):
         gate = fan_in_normal(both[1], (d, 1), d)
         self.shared_gate = param(gate, ("embed", None)) if size else None
 
-    def __call__(self, x, valid, compute):
-        """x [..., D] → (y [..., D], router statistics).
+    def __call__(self, x, valid, compute, routes=None):
+        """x [..., D] → (y [..., D], what the router did).
 
         Args:
           valid: bool [...], False for padding tokens: they reach no expert and no statistic.
+          routes: int [..., k], the experts that each token visits instead of the router's choice
+            (rollout routing replay); −1 leaves the choice to it. The gates are the router's own
+            probabilities of them, renormalised, so its gradient flows as ever.
 
         Returns:
           y, and {"load": float32 [E], assignments per expert; "probability": float32 [E], summed
-          router probabilities}.
+          router probabilities; "experts": int16 [..., k], the experts visited; with `routes` also
+          "replayed": float32 scalar, how many were prescribed, and "changed", how many of those the
+          router would not have chosen}.
         """
         x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
-        gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], self.experts_per_token)
-        e = probs_NxE.shape[-1]
+        k = self.experts_per_token
+        gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], k)
+        replay = {}
+        if routes is not None:
+            routes_Nxk = jnp.where(valid_N[:, None], routes.reshape(-1, k), -1)
+            given = routes_Nxk >= 0
+            own = jnp.any(routes_Nxk[:, :, None] == experts_Nxk[:, None], axis=-1)
+            replay = {
+                "replayed": jnp.sum(given, dtype=jnp.float32),
+                "changed": jnp.sum(given & ~own, dtype=jnp.float32),
+            }
+            experts_Nxk = jnp.where(given, routes_Nxk, experts_Nxk)
+            gates_Nxk = jnp.take_along_axis(probs_NxE, experts_Nxk, axis=-1)
+            gates_Nxk /= jnp.sum(gates_Nxk, axis=-1, keepdims=True)
+        visited, e = experts_Nxk, probs_NxE.shape[-1]
         experts_Nxk = jnp.where(valid_N[:, None], experts_Nxk, e)
         weights = tuple(value(w) for w in (self.gate_proj, self.up_proj, self.down_proj))
         y = _sharded_experts(x_NxD, gates_Nxk, experts_Nxk, weights, e, compute)
         statistics = {
             "load": jnp.sum(jax.nn.one_hot(experts_Nxk, e, dtype=jnp.float32), axis=(0, 1)),
             "probability": jnp.sum(jnp.where(valid_N[:, None], probs_NxE, 0.0), axis=0),
-        }
+            "experts": visited.astype(jnp.int16).reshape(*valid.shape, k),
+        } | replay
         y = y.reshape(x.shape)
         if self.shared is not None:
             weight = self.shared_gate[...].astype(x.dtype)

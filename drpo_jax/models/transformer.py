@@ -1,7 +1,7 @@
 """The decoder of all families (Qwen2, Llama, Qwen3, Qwen3-MoE, Qwen3.5-MoE), stacked and scanned.
 
 Axis letters: B batch, T time, D model width, V vocabulary, K key/value heads, H head width,
-C cache slots, L layers, E experts.
+C columns of a cache, L layers, E experts, k experts per token.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.attention import Attention
+from drpo_jax.models.cache import KV, DeltaState, Ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
@@ -83,12 +84,12 @@ class Block(nnx.Module):
         self.mlp = (MoE if config.experts else MLP)(config, keys[1])
         self.config = config
 
-    def __call__(self, x, valid, compute, mix):
+    def __call__(self, x, valid, compute, mix, routes=None):
         """`mix(module, normed x) -> (output, cache)`: over sequences or one decode step."""
         norm = partial(rms_norm, eps=self.config.rms_eps, offset=self.config.norm_offset)
         out, cache = mix(self.attention, norm(x, self.input_norm[...]))
         x = x + out
-        y, router = self.mlp(norm(x, self.post_attention_norm[...]), valid, compute)
+        y, router = self.mlp(norm(x, self.post_attention_norm[...]), valid, compute, routes)
         return x + y, cache, router
 
 
@@ -101,19 +102,35 @@ class Group(nnx.Module):
         self.full = Block(config, full)
 
 
+class Prefix(NamedTuple):
+    """What tokens continue: rows of C columns, right-aligned, filled column by column.
+
+    Attributes:
+      caches: as `Transformer.empty_prefix` makes them; arrays lead with the steps of the scan.
+      start: int32 scalar, the column of the first new token.
+      valid: bool [B, C], False for padding, of all columns.
+    """
+
+    caches: list
+    start: jax.Array
+    valid: jax.Array
+
+
 class Hidden(NamedTuple):
-    """What a forward pass over sequences gives before the head.
+    """What a forward pass gives before the head.
 
     Attributes:
       hidden: [B, T, D] in the compute dtype, after the final norm.
-      cache: one per layer, unstacked: KV, each [B, T, K, H], or a DeltaNet's state after the last
-        token; None unless asked for.
-      router: {"load", "probability"} float32 [L, E] summed over valid tokens; {} for dense models.
+      router: {"load", "probability"} float32 [L, E] summed over valid tokens, with routes also
+        {"replayed", "changed"} [L] (see `MoE`); {} for dense models.
+      caches: those of the Prefix, filled further; None without one.
+      experts: int16 [L, B, T, k], the experts visited; None unless recorded.
     """
 
     hidden: jax.Array
-    cache: list | None
     router: dict
+    caches: list | None = None
+    experts: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -152,31 +169,47 @@ class Transformer(nnx.Module):
         """int32 tokens [B, T] → float32 logits [B, T, V]."""
         return self.logits(self.hidden(tokens, positions, segment_ids, compute).hidden)
 
-    def hidden(self, tokens, positions=None, segment_ids=None, compute=Compute(), cache=False):
-        """Forward pass over whole sequences, without the head.
+    def hidden(
+        self,
+        tokens,
+        positions=None,
+        segment_ids=None,
+        compute=Compute(),
+        prefix=None,
+        routes=None,
+        record=False,
+    ):
+        """Forward pass over whole sequences, or over tokens that continue others, without the head.
 
         Args:
           tokens: int32 [B, T].
           positions: int32 [B, T], rotary positions; default 0, 1, 2, …
           segment_ids: int32 [B, T]; tokens attend within their segment, 0 marks padding; default 1.
           compute: how to compute.
-          cache: also return the keys and values.
+          prefix: the Prefix that the tokens continue.
+          routes: int [B, T, L, k], experts to visit, see `MoE`.
+          record: also return the experts visited.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         valid, angles = segment_ids > 0, self._angles(positions)
-        keep_cache = cache
 
-        def mix(module, normed):
-            if isinstance(module, GatedDeltaNet):
-                return module(normed, segment_ids, compute)
-            return module(normed, angles, segment_ids, compute)
+        def layer(x, block, cache, routes):
+            def mix(module, normed):
+                linear = isinstance(module, GatedDeltaNet)
+                if prefix is None:
+                    where = (segment_ids,) if linear else (angles, segment_ids)
+                    return module(normed, *where, compute), ()
+                if linear:
+                    return module.extend(normed, segment_ids, cache, compute)
+                return module.extend(normed, angles, cache, prefix.start, prefix.valid, compute)
 
-        def layer(x, block):
-            x, cache, router = block(x, valid, compute, mix)
-            return constrain(x, "batch", "length", "hidden"), cache if keep_cache else (), router
+            x, cache, router = block(x, valid, compute, mix, routes)
+            experts = router.pop("experts", None)
+            x = constrain(x, "batch", "length", "hidden")
+            return x, cache, router, experts if record else None
 
         if compute.remat == "full":
             layer = jax.checkpoint(layer)
@@ -185,21 +218,52 @@ class Transformer(nnx.Module):
             policy = jax.checkpoint_policies.save_only_these_names("matmul")
             layer = jax.checkpoint(layer, policy=policy)
 
-        def unit(x, blocks):
-            caches, routers = [], []
-            for block in _blocks(blocks):
-                x, cache, router = layer(x, block)
-                caches.append(cache)
-                routers.append(router)
-            return x, (caches, jax.tree.map(lambda *a: jnp.stack(a), *routers))
+        every = self.config.full_attention_every
 
+        def unit(x, inputs):
+            blocks, caches, routes = inputs
+            filled, told = [], []
+            for i, block in enumerate(_blocks(blocks)):
+                cache = None if caches is None else caches[i]
+                x, cache, *seen = layer(x, block, cache, None if routes is None else routes[i])
+                filled.append(cache)
+                told.append(seen)
+            return x, (filled, jax.tree.map(lambda *a: jnp.stack(a), *told))
+
+        if routes is not None:
+            routes = jnp.moveaxis(routes, 2, 0)
+            routes = routes.reshape(-1, every, *routes.shape[1:])
+        inputs = self.blocks, prefix.caches if prefix else None, routes
         x = self._embed(tokens, compute)
-        x, (cache, router) = jax.lax.scan(unit, x, self.blocks, unroll=compute.unroll)
-        router = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), router)
-        if keep_cache:
-            units = self.config.layers // len(cache)
-            cache = [_take(one, i) for i in range(units) for one in cache]
-        return Hidden(self._final(x), cache if keep_cache else None, router)
+        x, (caches, told) = jax.lax.scan(unit, x, inputs, unroll=compute.unroll)
+        router, experts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), told)
+        return Hidden(self._final(x), router, caches if prefix else None, experts)
+
+    def empty_prefix(self, rows, columns, dtype):
+        """The caches of a Prefix before its first token: one per layer of a step of the scan, a KV of
+        [steps, rows, columns, K, H] or a DeltaState."""
+        config, every = self.config, self.config.full_attention_every
+        steps = config.layers // every
+        kv = jnp.zeros((steps, rows, columns, config.kv_heads, config.head_dim), dtype)
+        state = [jnp.zeros((steps, *x.shape), x.dtype) for x in self._empty_state(rows, dtype)]
+        return [DeltaState(*state)] * (every - 1) + [KV(kv, kv)]
+
+    def empty_caches(self, rows, columns, dtype):
+        """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState."""
+        config, every = self.config, self.config.full_attention_every
+        keys = jnp.zeros((rows, config.kv_heads, config.head_dim, columns), dtype)
+        ring, state = Ring(keys, keys.swapaxes(2, 3)), self._empty_state(rows, dtype)
+        return [state if (i + 1) % every else ring for i in range(config.layers)]
+
+    def _empty_state(self, rows, dtype):
+        config = self.config
+        values = config.linear_value_heads * config.linear_value_dim
+        channels = 2 * config.linear_key_heads * config.linear_key_dim + values
+        shape = rows, config.linear_value_heads, config.linear_key_dim, config.linear_value_dim
+        return DeltaState(
+            jnp.zeros((rows, config.linear_conv_kernel - 1, channels), dtype),
+            jnp.zeros(shape, jnp.float32),
+        )
 
     def layers(self):
         """The layers one by one, as `decode` takes them."""
@@ -214,32 +278,46 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.config.rms_eps, self.config.norm_offset)
 
     def decode(
-        self, tokens_B, positions_B, caches, index, mask_BxC, compute=Compute(), layers=None
+        self,
+        tokens_B,
+        positions_B,
+        caches,
+        column,
+        mask_BxC,
+        valid_B=None,
+        compute=Compute(),
+        layers=None,
     ):
-        """One token a row against the cache. → hidden [B, D] after the final norm, updated caches.
+        """One token a row against the caches.
 
         The layers are unrolled (indexed statically): with the cache inside a scan, XLA copies it.
 
         Args:
           tokens_B, positions_B: int32 [B].
-          caches: one per layer: KV of keys [B, K, H, C] and values [B, K, C, H], or a DeltaNet's state.
-          index: int32 scalar, the cache slot that all rows write.
-          mask_BxC: bool, the slots each row may read, the written one included.
+          caches: one per layer, as `empty_caches` makes them.
+          column: int32 scalar, the column of the rings that all rows write.
+          mask_BxC: bool, the columns each row may read, the written one included.
+          valid_B: bool, False for rows whose output nobody reads: they visit no expert; default True.
           layers: `self.layers()`, when it is worth taking them apart outside a loop.
+
+        Returns:
+          hidden [B, D] after the final norm; the updated caches; the experts visited, int16
+          [B, L, k], k = 0 for dense models.
         """
         angles = self._angles(positions_B)
-        valid = jnp.ones(tokens_B.shape, bool)
-        x, updated = self._embed(tokens_B, compute), []
+        valid = jnp.ones(tokens_B.shape, bool) if valid_B is None else valid_B
+        x, updated, experts = self._embed(tokens_B, compute), [], []
         for block, cache in zip(layers or self.layers(), caches):
 
             def mix(module, normed):
                 if isinstance(module, GatedDeltaNet):
                     return module.decode(normed, cache, compute)  # noqa: B023
-                return module.decode(normed, angles, cache, index, mask_BxC, compute)  # noqa: B023
+                return module.decode(normed, angles, cache, column, mask_BxC, compute)  # noqa: B023
 
-            x, cache, _ = block(x, valid, compute, mix)
+            x, cache, router = block(x, valid, compute, mix)
             updated.append(cache)
-        return self._final(x), tuple(updated)
+            experts.append(router.get("experts", jnp.zeros((*tokens_B.shape, 0), jnp.int16)))
+        return self._final(x), updated, jnp.stack(experts, axis=1)
 
     def _embed(self, tokens, compute):
         x = self.embed[...][tokens].astype(compute.dtype)

@@ -1,256 +1,111 @@
-"""Generation: jitted prefill and decode over a KV cache, in batches of a fixed number of slots.
+"""Continuous batching: a queue of requests on their way through a fixed number of slots.
 
-Prompts lie right-aligned in the cache, so that all rows write the same slot at a decode step: a row's
-rotary position is its own count, its slot the shared one. Each prompt is prefilled once and its cache
-repeated for the samples of its group. The decode loop runs `decode_steps` tokens on the device per
-host round trip; the cache grows between them, so that it is never read beyond a length bucket.
+A request is one sample of one prompt. Whenever slots are free and requests wait, the slots are handed
+out, prompts being prefilled a few at a time and once for all samples of their group; then a round of
+decoding runs on the device, until `decode_steps` tokens a row are sampled or, while requests wait, an
+eighth of the slots is free again. The rings that hold keys and values have as many columns as the
+longest sequence in flight needs, up to the next of a few sizes.
 
-Axis letters: B rows (slots), P prompt slots, R response tokens, C cache slots in use (P and a bucket
-of R), K key/value heads, H head width, L layers.
+What a request samples depends on the weights, its prompt, and a key of (call, prompt, sample): not on
+the slots, its neighbours, or when it was begun. Floating point adds a reservation: a sum over a ring is
+taken in another order when the ring has another size or the row another place in it, so logprobs differ
+in the last bits, and where a draw falls between two tokens within them, so does the token.
 """
 
 import dataclasses
+from collections import deque
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drpo_jax.models import KV, Compute
-from drpo_jax.parallel import batch_shards, constrain
-from drpo_jax.sampler.token import SamplingParams, sample_token
+from drpo_jax.models import Compute, Ring
+from drpo_jax.parallel import batch_shards
+from drpo_jax.sampler.rollouts import Rollouts
+from drpo_jax.sampler.slots import (
+    Arrivals,
+    admit,
+    decode,
+    empty_prompts,
+    empty_slots,
+    prefill,
+    resize,
+)
+from drpo_jax.sampler.token import SamplingParams
 
-
-@dataclasses.dataclass(frozen=True)
-class Rollouts:
-    """Sampled responses; N = prompts · samples rows, the samples of a prompt next to each other.
-
-    Attributes:
-      tokens: int32 [N, P + R], prompt and response without a gap, zeros behind.
-      prompt_lengths, response_lengths: int32 [N]; the stop token counts. Masks come from these, never
-        from token ids.
-      logp: float32 [N, R], logprob of each response token under the distribution it was sampled from
-        (this is log µ); zeros behind the response.
-      full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
-      finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
-      top_ids, top_logp: int32 and float32 [N, R, K], the most likely tokens of the full
-        distribution at each step, the sampled one among them, K = SamplingParams.top_logprobs.
-    """
-
-    tokens: np.ndarray
-    prompt_lengths: np.ndarray
-    response_lengths: np.ndarray
-    logp: np.ndarray
-    full_logp: np.ndarray
-    finished: np.ndarray
-    top_ids: np.ndarray
-    top_logp: np.ndarray
-
-    def __len__(self):
-        return len(self.tokens)
-
-    @classmethod
-    def concatenate(cls, parts):
-        """The rows of several Rollouts of the same shapes as one."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-    def mask(self):
-        """bool [N, R]: the response tokens."""
-        return np.arange(self.logp.shape[1]) < self.response_lengths[:, None]
-
-    def response(self, row):
-        """Token ids of one response, the stop token left out."""
-        start = self.prompt_lengths[row]
-        end = start + self.response_lengths[row] - self.finished[row]
-        return self.tokens[row, start:end].tolist()
-
-    def pieces(self, tokenizer):
-        """(ids int32 [U], texts unicode [U]) of the distinct response tokens, ids ascending."""
-        rows, columns = np.nonzero(self.mask())
-        ids = np.unique(self.tokens[rows, self.prompt_lengths[rows] + columns])
-        return ids, np.array([tokenizer.decode([i]) for i in ids], dtype=str)
-
-    def texts(self, tokenizer):
-        """The responses as text (derived: the token ids are the record)."""
-        return [tokenizer.decode(self.response(row)) for row in range(len(self))]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """A batch in flight.
-
-    Attributes:
-      caches: per layer KV of keys [B, K, H, C] and values [B, K, C, H], which the decode loop lets
-        grow, or the state of a DeltaNet.
-      tokens int32 [B, R], logp and full_logp float32 [B, R]: what was sampled so far.
-      lengths: int32 [B], response tokens so far.
-      done: bool [B].
-      prompt_lengths: int32 [B].
-      keys: PRNG key per row.
-      top: (ids int32, logp float32) [B, R, K], or () where none are recorded.
-      step: int32 scalar, tokens sampled by every row that is not done.
-    """
-
-    caches: tuple
-    tokens: jax.Array
-    logp: jax.Array
-    full_logp: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    prompt_lengths: jax.Array
-    keys: jax.Array
-    top: tuple
-    step: jax.Array
-
-
-def prefill(model, tokens_PxT, lengths, key, prompt_ids, *, params, compute):
-    """Runs the prompts (right-aligned int32 [prompts, P]) and samples every row's first token.
-
-    Row `prompt · samples + j` draws from the key folded with (prompt_ids[prompt], j), so its response
-    depends neither on the number of slots nor on its neighbours.
-    """
-    width = tokens_PxT.shape[1]
-    slots = jnp.arange(width)
-    valid = slots >= width - lengths[:, None]
-    positions = jnp.maximum(slots - (width - lengths[:, None]), 0)
-    out = model.hidden(tokens_PxT, positions, valid.astype(jnp.int32), compute, cache=True)
-    repeat = partial(jnp.repeat, repeats=params.samples, axis=0)
-    logits = repeat(model.logits(out.hidden[:, -1], compute))
-
-    def layer_cache(cache):
-        if not isinstance(cache, KV):  # the state of a DeltaNet
-            return jax.tree.map(repeat, cache)
-        k_BxPxKxH, v_BxPxKxH = cache
-        cache = KV(k_BxPxKxH.transpose(0, 2, 3, 1), v_BxPxKxH.transpose(0, 2, 1, 3))
-        return jax.tree.map(lambda x: constrain(repeat(x), "batch", "kv_heads", None, None), cache)
-
-    keys = jax.vmap(
-        lambda prompt: jax.vmap(
-            lambda sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
-        )(jnp.arange(params.samples))
-    )(prompt_ids).reshape(-1)
-    rows = keys.shape[0]
-    empty = jnp.zeros((rows, params.max_tokens))
-    top = jnp.zeros((*empty.shape, params.top_logprobs))
-    state = DecodeState(
-        caches=tuple(layer_cache(cache) for cache in out.cache),
-        tokens=empty.astype(jnp.int32),
-        logp=empty,
-        full_logp=empty,
-        lengths=jnp.zeros((rows,), jnp.int32),
-        done=repeat(lengths == 0),
-        prompt_lengths=repeat(lengths),
-        keys=keys,
-        top=(top.astype(jnp.int32), top) if params.top_logprobs else (),
-        step=jnp.zeros((), jnp.int32),
-    )
-    return _record(state, logits, params)
-
-
-def decode(model, state, *, read, grow, params, compute):
-    """Samples until `read` response tokens, or until all rows are done.
-
-    Args:
-      grow: slots by which the cache grows first; P + read then are in it.
-    """
-
-    def room(x, axis):
-        return jnp.pad(x, [(0, grow if i == axis else 0) for i in range(4)])
-
-    def grown(cache):
-        return KV(room(cache.keys, 3), room(cache.values, 2)) if isinstance(cache, KV) else cache
-
-    state = dataclasses.replace(state, caches=tuple(map(grown, state.caches)))
-    width = next(c for c in state.caches if isinstance(c, KV)).keys.shape[-1] - read
-    # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
-    # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
-    layers = model.layers() if compute.on_cpu() else None
-
-    def step(state):
-        index = width + state.step - 1
-        slots = jnp.arange(width + read)
-        mask = (slots >= width - state.prompt_lengths[:, None]) & (slots <= index)
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, 1, keepdims=False)
-        positions = state.prompt_lengths + state.step - 1
-        hidden, caches = model.decode(last, positions, state.caches, index, mask, compute, layers)
-        state = dataclasses.replace(state, caches=caches)
-        return _record(state, model.logits(hidden, compute), params)
-
-    def going(state):
-        return (state.step < read) & ~jnp.all(state.done)
-
-    return jax.lax.while_loop(going, step, state)
-
-
-def _record(state, logits, params):
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    token, logp, full_logp, top = sample_token(logits, keys, params)
-
-    def put(rows, new):
-        done = state.done.reshape(-1, *[1] * (new.ndim - 1))
-        new = jnp.where(done, 0, new)[:, None]
-        return jax.lax.dynamic_update_slice_in_dim(rows, new, state.step, 1)
-
-    stopped = jnp.isin(token, jnp.array(params.stop, jnp.int32)) if params.stop else False
-    return dataclasses.replace(
-        state,
-        tokens=put(state.tokens, token),
-        logp=put(state.logp, logp),
-        full_logp=put(state.full_logp, full_logp),
-        top=jax.tree.map(put, state.top, top),
-        lengths=state.lengths + ~state.done,
-        done=state.done | stopped,
-        step=state.step + 1,
-    )
-
-
-def read_buckets(max_tokens, decode_steps):
-    """Response lengths at which the cache grows (and the decode loop returns to the host), each a
-    compilation: multiples of `decode_steps` up to eight, then doubling."""
-    buckets = [min(decode_steps, max_tokens)]
-    while buckets[-1] < max_tokens:
-        grow = decode_steps if buckets[-1] < 8 * decode_steps else buckets[-1]
-        buckets.append(min(buckets[-1] + grow, max_tokens))
-    return buckets
-
-
-def _rollouts(prompts, width, params, tokens, logp, full_logp, response_lengths, done, *top):
-    """Rollouts of what the decode loop recorded for `params.samples` responses to each prompt."""
-    lengths = np.repeat([len(p) for p in prompts], params.samples).astype(np.int32)
-    rows = np.zeros((len(lengths), width + params.max_tokens), np.int32)
-    for row, length in enumerate(lengths):
-        rows[row, :length] = prompts[row // params.samples]
-        rows[row, length : length + params.max_tokens] = tokens[row]
-    if not top:
-        top = np.zeros((*logp.shape, 0), np.int32), np.zeros((*logp.shape, 0), np.float32)
-    return Rollouts(rows, lengths, response_lengths, logp, full_logp, done, *top)
+MOST_PROMPTS = 16  # prefilled together (a multiple of the devices, at least one on each)
 
 
 class Sampler:
     """Generates responses with one model.
 
     Args:
-      model: a `Transformer`; assign `sampler.model` to sample with new weights of the same shapes.
-      slots: rows decoded at once.
-      decode_steps: tokens per row between host round trips.
-      prompt_length: slots for the prompt; a longer prompt is an error. Default: the longest prompt
+      model: a `Transformer`; `load` replaces it.
+      slots: sequences decoded at once.
+      decode_steps: most tokens per sequence between two looks of the host.
+      prompt_length: most tokens of a prompt; a longer one is an error. Default: the longest prompt
         of a call, rounded up to 16 (which compiles anew when it grows).
+      prefill_chunk: tokens of a prompt that are prefilled at once.
       compute: how to compute.
+
+    Attributes:
+      version: of the weights, recorded with every response.
+      statistics: sums over what was sampled so far, by name; see `new_statistics`.
     """
 
-    def __init__(self, model, slots=64, decode_steps=16, prompt_length=None, compute=Compute()):
+    def __init__(
+        self,
+        model,
+        slots=64,
+        decode_steps=16,
+        prompt_length=None,
+        prefill_chunk=256,
+        compute=Compute(),
+    ):
+        self.slots, self.decode_steps = slots, decode_steps
+        self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
+        self.compute, self.statistics, self._loads = compute, new_statistics(), 0
+        self.load(model, version=0)
+        static = ("params",)
+        self.programs = {
+            "empty_slots": jax.jit(empty_slots, static_argnums=(1, 2, 3)),
+            "empty_prompts": jax.jit(empty_prompts, static_argnums=(1, 2, 3)),
+            "prefill": jax.jit(
+                partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
+            ),
+            "admit": jax.jit(admit, donate_argnums=0),
+            "resize": jax.jit(resize, static_argnames=("columns",)),
+            "decode": jax.jit(
+                partial(decode, room=decode_steps, compute=compute),
+                static_argnames=static,
+                donate_argnums=1,
+            ),
+        }
+
+    def load(self, model, version=None):
+        """Samples with `model` from now on.
+
+        What its predecessor has filled caches for cannot be gone on with: a call that is under way
+        ends with a RuntimeError. None gives the memory of the weights back.
+
+        Args:
+          version: what `Rollouts.version` says of these weights; default: one more than before.
+        """
         self.model = model
-        self.slots, self.decode_steps, self.prompt_length = slots, decode_steps, prompt_length
-        self._prefill = jax.jit(partial(prefill, compute=compute), static_argnames=("params",))
-        self._decode = jax.jit(
-            partial(decode, compute=compute), static_argnames=("params", "read", "grow")
-        )
+        self.version = self.version + 1 if version is None else version
+        self._loads += 1
 
     def compilations(self):
-        """Programs compiled so far (bounded by 1 + the number of read buckets, per SamplingParams)."""
-        return self._prefill._cache_size() + self._decode._cache_size()
+        """Programs compiled so far: for one SamplingParams and prompt length at most
+        `most_compilations`."""
+        return sum(program._cache_size() for program in self.programs.values())
+
+    def most_compilations(self, params):
+        """The bound of `compilations`, for prompts of at most prompt_length tokens."""
+        sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
+        # empty_prompts and prefill; empty_slots, admit and decode by size; resize to the next ones
+        return 2 + 3 * sizes + 2 * (sizes - 1)
 
     def generate(self, prompts, params: SamplingParams, key):
         """Samples `params.samples` responses to each prompt.
@@ -258,70 +113,344 @@ class Sampler:
         Args:
           prompts: non-empty lists of token ids.
           params: SamplingParams.
-          key: PRNG key; a prompt's responses depend on it, on the prompt's place in the list and on
-            the sample's number, not on slots or batching.
+          key: PRNG key; a response depends on it, on the prompt's place in the list and on the
+            sample's number.
 
         Returns:
           Rollouts, prompt-major.
 
         Raises:
-          ValueError: an empty prompt, one longer than `prompt_length`, or a group that does not fit
-            into the slots.
+          ValueError: no prompts, or some that are empty or longer than `prompt_length`.
         """
-        return Rollouts.concatenate(list(self.batches(prompts, params, key)))
-
-    def batches(self, prompts, params: SamplingParams, key, first=0):
-        """`generate` batch by batch: yields the Rollouts of the first prompts, of the next, …
-
-        What the caller does with one batch need not wait for the others.
-
-        Args:
-          first: place of the first prompt in a longer list, of which these are a part.
-        """
-        width = self._check(prompts, params)
-        per_batch = self._prompts_per_batch(params)
-        for i in range(0, len(prompts), per_batch):
-            some = prompts[i : i + per_batch]
-            sampled = self._generate_batch(some, first + i, per_batch, width, params, key)
-            yield _rollouts(some, width, params, *sampled)
-
-    def _prompts_per_batch(self, params):
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else batch_shards(mesh)
-        prompts = self.slots // params.samples // shards * shards
-        if not prompts:
-            where = f" on each of {shards} devices" if shards > 1 else ""
-            raise ValueError(
-                f"{params.samples} samples of a prompt{where} do not fit into "
-                f"{self.slots} slots; raise the sampler's slots or lower the samples"
-            )
-        return prompts
-
-    def _check(self, prompts, params):
         if not prompts:
             raise ValueError("no prompts to sample from")
+        groups = dict(self.stream(prompts, params, key))
+        return Rollouts.concatenate([groups[i] for i in range(len(prompts))])
+
+    def stream(self, prompts, params: SamplingParams, key, places=None):
+        """`generate` as an iterator of (index of a prompt, Rollouts of its samples), each given as
+        soon as its last sample has ended.
+
+        The iterator may be left at any time; what it gave stays valid.
+
+        Args:
+          places: int per prompt, its place in a longer list, of which these are a part: what a
+            response depends on; default 0, 1, 2, …
+
+        Raises:
+          ValueError: see `generate`; before anything is sampled.
+          RuntimeError: other weights were loaded while responses were under way.
+        """
+        limit = self._check(prompts)
+        places = range(len(prompts)) if places is None else places
+        return _Flight(self, prompts, params, key, np.asarray(places, np.int32), limit).run()
+
+    def _check(self, prompts):
+        """The most tokens that a prompt may have."""
         lengths = [len(p) for p in prompts]
-        limit = self.prompt_length or -(-max(lengths) // 16) * 16
-        for i, length in enumerate(lengths):
-            if not 0 < length <= limit:
-                raise ValueError(
-                    f"prompt {i} has {length} tokens; it must have between 1 and {limit} "
-                    "(the sampler's prompt length)"
-                )
+        limit = self.prompt_length or -(-max(lengths, default=1) // 16) * 16
+        bad = [i for i, length in enumerate(lengths) if not 0 < length <= limit]
+        if bad:
+            named = ", ".join(f"prompt {i} has {lengths[i]} tokens" for i in bad[:5])
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise ValueError(
+                f"{named}{more}; it must have between 1 and {limit} (the sampler's prompt length). "
+                "Nothing was sampled"
+            )
         return limit
 
-    def _generate_batch(self, prompts, first, per_batch, width, params, key):
-        tokens = np.zeros((per_batch, width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt) :] = prompt
-        lengths = np.array([len(p) for p in prompts] + [0] * (per_batch - len(prompts)), np.int32)
-        ids = first + np.arange(per_batch, dtype=np.int32)
-        state = self._prefill(self.model, tokens, lengths, key, ids, params=params)
-        buckets = read_buckets(params.max_tokens, self.decode_steps)
-        for filled, read in zip([0, *buckets], buckets):
-            state = self._decode(self.model, state, read=read, grow=read - filled, params=params)
-            if np.all(state.done):
-                break
-        rows = len(prompts) * params.samples
-        out = (state.tokens, state.logp, state.full_logp, state.lengths, state.done, *state.top)
-        return tuple(np.asarray(x)[:rows] for x in jax.device_get(out))
+
+def new_statistics():
+    """What a sampler counts: steps of decoding; rows that were live in them; rounds; prompt tokens
+    prefilled; response tokens; and steps and live rows while requests were waiting."""
+    return dict.fromkeys(
+        ("steps", "live_rows", "rounds", "prompt_tokens", "response_tokens")
+        + ("busy_steps", "busy_live_rows"),
+        0,
+    )
+
+
+def ring_sizes(longest, decode_steps):
+    """Columns that the rings may have, each a compilation: multiples of `decode_steps` up to eight,
+    then doubling, up to the `longest` sequence."""
+    sizes = [min(decode_steps, longest)]
+    while sizes[-1] < longest:
+        grow = decode_steps if sizes[-1] < 8 * decode_steps else sizes[-1]
+        sizes.append(min(sizes[-1] + grow, longest))
+    return sizes
+
+
+@dataclasses.dataclass
+class _Request:
+    """A sample that waits for a slot, its first token known."""
+
+    prompt: int  # place in the list
+    sample: int
+    row: int  # of the prefilled prompts
+    first: dict  # name → what was recorded of the first token
+
+
+class _Flight:
+    """The host's side of one call of `Sampler.stream`."""
+
+    def __init__(self, sampler, prompts, params, key, places, limit):
+        self.sampler, self.prompts, self.params = sampler, prompts, params
+        self.key, self.places, self.loads = key, places, sampler._loads
+        self.config = sampler.model.config
+        self.chunk = min(sampler.prefill_chunk, limit)
+        self.width = -(-limit // self.chunk) * self.chunk  # columns of a prompt's row
+        self.limit = limit
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else batch_shards(mesh)
+        fill = min(-(-sampler.slots // params.samples), max(MOST_PROMPTS, shards))
+        self.together = -(-fill // shards) * shards  # prompts prefilled together
+        self.sizes = ring_sizes(limit + params.max_tokens, sampler.decode_steps)
+
+        slots = sampler.slots
+        self.device, self.rows = None, None  # Slots, caches of the prefilled prompts
+        self.waiting, self.next_prompt = deque(), 0
+        self.request = [None] * slots
+        self.lengths, self.counts = np.zeros((2, slots), np.int32)
+        self.record = self._empty_record(slots)
+        self.groups = {}  # prompt → its samples that have ended
+        self.prompt_routes = {}
+
+    def run(self):
+        while True:
+            yield from self._fill()
+            if not any(self.request):
+                return
+            yield from self._round()
+
+    # ------------------------------------------------------------------------------- admission
+
+    def _fill(self):
+        """Hands out the free slots as long as requests wait."""
+        free = [slot for slot, request in enumerate(self.request) if request is None]
+        while free and (self.waiting or self.next_prompt < len(self.prompts)):
+            if not self.waiting:
+                self._prefill()
+            arrivals = Arrivals(*np.zeros((5, len(self.request)), np.int32))
+            arrivals.source[:] = -1
+            while free and self.waiting:
+                request = self.waiting.popleft()
+                slot = free.pop()
+                self.request[slot] = request
+                self.lengths[slot] = len(self.prompts[request.prompt])
+                self.counts[slot] = 1
+                for name, value in request.first.items():
+                    self.record[name][slot, 0] = value
+                if self._ended(slot):
+                    free.append(slot)
+                    yield from self._land(slot)
+                    continue
+                for name, value in (
+                    ("source", request.row),
+                    ("last", request.first["tokens"]),
+                    ("lengths", self.lengths[slot]),
+                    ("prompt", self.places[request.prompt]),
+                    ("sample", request.sample),
+                ):
+                    getattr(arrivals, name)[slot] = value
+            if np.any(arrivals.source >= 0):
+                self._fit()
+                self.device = self._call("admit", self.device, self.rows, arrivals)
+
+    def _prefill(self):
+        """Prefills the next prompts and queues their samples."""
+        params, start = self.params, self.next_prompt
+        some = self.prompts[start : start + self.together]
+        self.next_prompt += len(some)
+        tokens = np.zeros((self.together, self.width), np.int32)
+        lengths = np.zeros(self.together, np.int32)
+        for row, prompt in enumerate(some):
+            tokens[row, self.width - len(prompt) :] = prompt
+            lengths[row] = len(prompt)
+        ids = np.resize(self.places[start : start + len(some)], self.together)
+        self.rows = None
+        self.rows = self._call(
+            "empty_prompts", self._model(), self.together, self.width, self.sampler.compute.dtype
+        )
+        begin = (self.width - lengths.max()) // self.chunk * self.chunk
+        experts = []
+        for at in range(begin, self.width, self.chunk):
+            self.rows, first, seen = self._call(
+                "prefill",
+                self._model(),
+                self.rows,
+                tokens[:, at : at + self.chunk],
+                np.int32(at),
+                lengths,
+                self.key,
+                ids,
+                params=params,
+            )
+            experts.append(seen)
+        first, experts = jax.device_get((first, experts))
+        if params.routes:
+            experts = np.concatenate(experts, axis=1)
+            for row, prompt in enumerate(some):
+                self.prompt_routes[start + row] = experts[row, experts.shape[1] - len(prompt) :]
+        first = _by_name(first)
+        for row in range(len(some)):
+            for sample in range(params.samples):
+                at = row * params.samples + sample
+                one = {name: values[at] for name, values in first.items()}
+                self.waiting.append(_Request(start + row, sample, row, one))
+        self.sampler.statistics["prompt_tokens"] += int(lengths.sum())
+
+    def _fit(self):
+        """Gives the rings room for the next round: of the sizes, the first that is large enough,
+        a smaller one than now only where it is half as large."""
+        live = [slot for slot, request in enumerate(self.request) if request]
+        left = self.params.max_tokens - self.counts[live]
+        need = np.max(self.lengths[live] + np.minimum(self.sampler.decode_steps, left))
+        size = next(i for i, size in enumerate(self.sizes) if size >= need)
+        if self.device is None:
+            dtype = self.sampler.compute.dtype
+            self.device = self._call(
+                "empty_slots", self._model(), len(self.request), self.sizes[size], dtype
+            )
+            return
+        now = self.sizes.index(self._columns())
+        while now < size or (now > size and 2 * self.sizes[size] <= self.sizes[now]):
+            now += 1 if now < size else -1
+            self._resize(self.sizes[now])
+
+    def _columns(self):
+        return next(c for c in self.device.caches if isinstance(c, Ring)).keys.shape[-1]
+
+    def _resize(self, columns):
+        """Layer by layer, so that one layer at a time is in memory twice."""
+        old, clock, caches = self._columns(), self.device.clock, list(self.device.caches)
+        self.device = dataclasses.replace(self.device, caches=None)
+        for i, cache in enumerate(caches):
+            if isinstance(cache, Ring):
+                caches[i] = self._call("resize", cache, clock, columns=columns)
+        clock = jnp.full_like(clock, min(old, columns) % columns)
+        self.device = dataclasses.replace(self.device, caches=caches, clock=clock)
+
+    # ------------------------------------------------------------------------------- decoding
+
+    def _round(self):
+        """Decodes for a while and gives the groups that it completes."""
+        slots = len(self.request)
+        busy = bool(self.waiting) or self.next_prompt < len(self.prompts)
+        self._fit()
+        live = np.array([request is not None for request in self.request])
+        left = self.params.max_tokens - self.counts[live].min()
+        steps = np.int32(min(self.sampler.decode_steps, left))
+        floor = np.int32(slots - max(1, slots // 8) if busy else 0)
+        self.device, told = self._call(
+            "decode", self._model(), self.device, self.key, steps, floor, params=self.params
+        )
+        told = jax.device_get(told)
+        step, slot = np.nonzero(told.live)
+        place = self.counts[slot] + step
+        for name, values in _by_name(told.sampled).items():
+            self.record[name][slot, place] = values[step, slot]
+        if self.params.routes:  # of the token that the step has read
+            self.record["routes"][slot, place - 1] = told.experts[step, slot]
+        taken = told.live.sum(axis=0)
+        self.lengths += taken
+        self.counts += taken
+        self._count(told.live, busy)
+        for slot in np.flatnonzero(live):
+            if self._ended(slot):
+                yield from self._land(slot)
+
+    def _count(self, live, busy):
+        steps, rows = int(live.any(axis=1).sum()), int(live.sum())
+        statistics = self.sampler.statistics
+        statistics["rounds"] += 1
+        statistics["steps"] += steps
+        statistics["live_rows"] += rows
+        if busy:
+            statistics["busy_steps"] += steps
+            statistics["busy_live_rows"] += rows
+
+    def _ended(self, slot):
+        count = self.counts[slot]
+        return (
+            count == self.params.max_tokens
+            or self.record["tokens"][slot, count - 1] in self.params.stop
+        )
+
+    # ------------------------------------------------------------------------------- responses
+
+    def _land(self, slot):
+        """Takes an ended sequence out of its slot; gives its group if it was the last of it."""
+        request, count = self.request[slot], self.counts[slot]
+        self.request[slot] = None
+        if request.prompt not in self.groups:
+            samples = self.params.samples
+            lengths = {"response_lengths": np.zeros(samples, np.int32)}
+            self.groups[request.prompt] = self._empty_record(samples) | lengths
+        group = self.groups[request.prompt]
+        for name, values in self.record.items():
+            group[name][request.sample, :count] = values[slot, :count]
+        group["routes"][request.sample, count - 1] = -1  # nothing has read it
+        group["response_lengths"][request.sample] = count
+        self.sampler.statistics["response_tokens"] += int(count)
+        if np.all(group["response_lengths"]):
+            yield request.prompt, self._rollouts(request.prompt, self.groups.pop(request.prompt))
+
+    def _rollouts(self, prompt, group):
+        tokens, params = self.prompts[prompt], self.params
+        samples, start = params.samples, len(tokens)
+        longest = self.limit + params.max_tokens
+        rows = np.zeros((samples, longest), np.int32)
+        rows[:, :start] = tokens
+        rows[:, start : start + params.max_tokens] = group["tokens"]
+        routes = np.full((samples, longest, *group["routes"].shape[2:]), -1, np.int16)
+        if params.routes:
+            routes[:, :start] = self.prompt_routes.pop(prompt)
+            routes[:, start : start + params.max_tokens] = group["routes"]
+        lengths = group["response_lengths"]
+        ends = group["tokens"][np.arange(samples), lengths - 1]
+        return Rollouts(
+            tokens=rows,
+            prompt_lengths=np.full(samples, start, np.int32),
+            response_lengths=lengths,
+            logp=group["logp"],
+            full_logp=group["full_logp"],
+            entropy=group["entropy"],
+            finished=np.isin(ends, params.stop),
+            top_ids=group["top_ids"],
+            top_logp=group["top_logp"],
+            routes=routes,
+            version=np.full(samples, self.sampler.version, np.int32),
+        )
+
+    def _empty_record(self, rows):
+        """What is recorded of `rows` responses, by name, zeros (experts: −1) [rows, R, …]."""
+        params, config = self.params, self.config
+        empty = np.zeros((rows, params.max_tokens), np.float32)
+        top = np.zeros((*empty.shape, params.top_logprobs), np.float32)
+        experts = config.experts_per_token if params.routes else 0
+        return {
+            "tokens": empty.astype(np.int32),
+            "logp": empty,
+            "full_logp": empty.copy(),
+            "entropy": empty.copy(),
+            "top_ids": top.astype(np.int32),
+            "top_logp": top,
+            "routes": np.full((*empty.shape, config.layers, experts), -1, np.int16),
+        }
+
+    def _model(self):
+        if self.sampler._loads != self.loads:
+            raise RuntimeError(
+                "the sampler's weights were replaced while responses were under way: their caches "
+                "were filled by the old ones. Begin anew, or take all responses before loading"
+            )
+        return self.sampler.model
+
+    def _call(self, name, *args, **kwargs):
+        return self.sampler.programs[name](*args, **kwargs)
+
+
+def _by_name(sampled):
+    """`Sampled` as the arrays of a record."""
+    named = sampled._asdict()
+    return {"tokens": named.pop("token")} | named

@@ -4,6 +4,7 @@ Axis letters: B rows, V vocabulary.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ class SamplingParams:
       stop: token ids that end a response (and are part of it).
       top_logprobs: most likely tokens whose ids and logprobs are recorded at every step, the sampled
         one in place of the last where it is not among them; 0: none.
+      routes: record the experts that every token visits in every layer.
 
     Raises:
       ValueError: a value outside its range.
@@ -37,6 +39,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
     top_logprobs: int = 0
+    routes: bool = False
 
     def __post_init__(self):
         for name, ok, right in (
@@ -67,8 +70,29 @@ def filter_logits(logits_BxV, top_k, top_p):
     return logits_BxV
 
 
+class Sampled(NamedTuple):
+    """One sampled token a row, and what is recorded of it.
+
+    Attributes:
+      token: int32 [B].
+      logp: float32 [B], its logprob under the distribution it was sampled from (temperature and
+        filters applied): log µ.
+      full_logp: float32 [B], the same without the filters.
+      entropy: float32 [B], of the distribution without the filters, in nats.
+      top_ids, top_logp: int32 and float32 [B, K], the most likely tokens of the distribution without
+        the filters, the sampled one among them, K = SamplingParams.top_logprobs.
+    """
+
+    token: jax.Array
+    logp: jax.Array
+    full_logp: jax.Array
+    entropy: jax.Array
+    top_ids: jax.Array
+    top_logp: jax.Array
+
+
 def sample_token(logits_BxV, keys_B, params):
-    """Samples one token a row.
+    """Samples one token a row: the first whose cumulative probability exceeds a uniform draw.
 
     Args:
       logits_BxV: float32.
@@ -76,33 +100,79 @@ def sample_token(logits_BxV, keys_B, params):
       params: SamplingParams.
 
     Returns:
-      token int32 [B]; logp float32 [B], its logprob under the distribution it was sampled from
-      (temperature and filters applied); full_logp float32 [B], the same without the filters; top,
-      the most likely tokens of the unfiltered distribution and the sampled one as (ids int32
-      [B, K], logp float32 [B, K]), or () where none are recorded. A greedy token's logprobs are
-      those of the unfiltered distribution at temperature 1.
+      `Sampled`. A greedy token's logprobs are those of the unfiltered distribution at temperature 1.
     """
     logits = logits_BxV.astype(jnp.float32)
     if params.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        full_logp = token_logp(logits, token)
-        return token, full_logp, full_logp, _top(logits, token, full_logp, params.top_logprobs)
-    logits = logits / params.temperature
-    filtered = filter_logits(logits, params.top_k, params.top_p)
-    token = jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
-    full_logp = token_logp(logits, token)
+        filtered = logits
+    else:
+        logits = logits / params.temperature
+        filtered = filter_logits(logits, params.top_k, params.top_p)
+        largest = jnp.max(filtered, axis=-1, keepdims=True)
+        token = _draw(jnp.exp(filtered - largest), jax.vmap(jax.random.uniform)(keys_B))
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    mass = jnp.exp(logits - largest)
+    total = jnp.sum(mass, axis=-1)
+    log_total = largest[:, 0] + jnp.log(total)
+    full_logp = _at(logits, token) - log_total
+    entropy = log_total - jnp.sum(mass * logits, axis=-1) / total
     logp = token_logp(filtered, token) if filtered is not logits else full_logp
-    return token, logp, full_logp, _top(logits, token, full_logp, params.top_logprobs)
+    ids, top = _top(logits, token, params.top_logprobs)
+    return Sampled(token, logp, full_logp, entropy, ids, top - log_total[:, None])
 
 
-def _top(logits_BxV, token_B, logp_B, count):
+BLOCK = 256  # tokens whose probabilities are summed before the one is searched among them
+
+
+def _draw(mass_BxV, uniform_B):
+    """The first token of each row at which the cumulated mass exceeds uniform · total. int32 [B]
+
+    Two levels, blocks and the tokens of one, so that the row is read once; on a mesh with a third
+    above them, the shards of the vocabulary. A token of no mass is never drawn.
+    """
+
+    def search(mass_BxN, target_B):
+        """(index of the first entry at which the sum exceeds the target, what is left of it)."""
+        total = jnp.cumsum(mass_BxN, axis=-1)
+        positive = mass_BxN > 0
+        beyond = positive & (total > target_B[:, None])
+        last = mass_BxN.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+        found = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
+        return found, target_B - (_at(total, found) - _at(mass_BxN, found))
+
+    def local(mass, target):
+        blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % BLOCK)))
+        blocks = blocks.reshape(len(mass), -1, BLOCK)
+        block, rest = search(jnp.sum(blocks, axis=-1), target)
+        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        return (block * BLOCK + search(inside, rest)[0]).astype(jnp.int32)
+
+    def sharded(mass, uniform):
+        shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), "tensor", axis=1)
+        shard, rest = search(shards, uniform * jnp.sum(shards, axis=-1))
+        me = jax.lax.axis_index("tensor")
+        token = local(mass, rest) + me * mass.shape[1]
+        return jax.lax.psum(jnp.where(shard == me, token, 0), "tensor")
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1:
+        return local(mass_BxV, uniform_B * jnp.sum(mass_BxV, axis=-1))
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, "tensor")
+    return jax.shard_map(sharded, in_specs=(whole, rows), out_specs=rows, check_vma=False)(
+        mass_BxV, uniform_B
+    )
+
+
+def _top(logits_BxV, token_B, count):
+    """(ids, logits) [B, count] of the most likely tokens, the last place given to token_B if it is
+    not among them."""
     if not count:
-        return ()
+        return jnp.zeros((len(token_B), 0), jnp.int32), jnp.zeros((len(token_B), 0), jnp.float32)
     top, ids = _largest(logits_BxV, count)
-    logp = top - jax.nn.logsumexp(logits_BxV, axis=-1, keepdims=True)
     missing = ~jnp.any(ids == token_B[:, None], axis=-1)
     ids = ids.at[:, -1].set(jnp.where(missing, token_B, ids[:, -1]))
-    return ids, logp.at[:, -1].set(jnp.where(missing, logp_B, logp[:, -1]))
+    return ids, top.at[:, -1].set(jnp.where(missing, _at(logits_BxV, token_B), top[:, -1]))
 
 
 def _largest(logits_BxV, count):
@@ -126,5 +196,8 @@ def _largest(logits_BxV, count):
 
 def token_logp(logits_BxV, token_B):
     """Log-softmax of the logits at one token a row."""
-    chosen = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)
+    return _at(logits_BxV, token_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
+
+
+def _at(values_BxV, index_B):
+    return jnp.take_along_axis(values_BxV, index_B[:, None], axis=-1)[:, 0]

@@ -18,9 +18,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drpo_jax.models import Compute
+from drpo_jax.models import Compute, DeltaState
 from drpo_jax.models.delta_net import (
-    STATE_AXES,
     GatedDeltaNet,
     channel_order,
     delta_rule,
@@ -239,7 +238,7 @@ def test_no_array_grows_with_the_square_of_the_length():
     length, chunk = 4096, 64
     shape = lambda *s: jax.ShapeDtypeStruct((1, length, *s), jnp.float32)  # noqa: E731
     arrays = shape(K, H), shape(K, H), shape(K, R, V), shape(K, R), shape(K, R)
-    loss = lambda *a: jnp.sum(delta_rule(*a[:5], a[5], chunk)[0] ** 2)  # noqa: E731
+    loss = lambda *a: jnp.sum(delta_rule(*a[:5], a[5], chunk=chunk)[0] ** 2)  # noqa: E731
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*arrays, segments))
     sizes = {np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"f32\[([\d,]+)\]", text)}
@@ -272,7 +271,7 @@ def x():
 
 @partial(jax.jit, static_argnums=3)
 def run(layer, x, segments, compute=Compute()):
-    return layer(x, segments, compute)
+    return layer.extend(x, segments, None, compute)
 
 
 @partial(jax.jit, static_argnums=3)
@@ -287,7 +286,7 @@ def decode(layer, x_BxTxD, state, compute=Compute()):
 
 def empty(layer, dtype=jnp.float32):
     width, channels = layer.conv.shape
-    return jnp.zeros((B, width - 1, channels), dtype), jnp.zeros((B, K * R, H, V))
+    return DeltaState(jnp.zeros((B, width - 1, channels), dtype), jnp.zeros((B, K * R, H, V)))
 
 
 def test_decoding_equals_the_whole_sequence(layer, x):
@@ -327,6 +326,23 @@ def test_packed_segments_run_as_if_alone(layer, x):
     together, _ = run(layer, x, np.stack([segment([sum(lengths)], left=4)] * B))
     for place in (7, 8, 9, 71, 73):  # the first tokens of a segment: convolution and state
         assert np.max(np.abs(packed[:, place] - together[:, place])) > 1e-3
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 64, 100])
+def test_a_sequence_may_be_continued_anywhere(layer, x, cut):
+    """Right-aligned rows, as in prefill: one is all there, one begins later, in either part."""
+    valid = np.arange(T) >= np.array([[0], [cut - 1 if cut > 3 else cut + 1]])
+    whole, after = run(layer, x, valid.astype(np.int32))
+    first, state = run(layer, x[:, :cut], valid[:, :cut].astype(np.int32))
+    rest, end = continued(layer, x[:, cut:], valid[:, cut:].astype(np.int32), state)
+    assert_close(np.concatenate([first, rest], axis=1)[valid], np.asarray(whole)[valid])
+    for ours, theirs in zip(end, after):
+        assert_close(ours, np.asarray(theirs))
+
+
+@jax.jit
+def continued(layer, x, segments, state):
+    return layer.extend(x, segments, state, Compute())
 
 
 def test_bfloat16_keeps_a_float32_state(layer, x):
@@ -384,7 +400,7 @@ def test_stacked_layers_on_eight_devices_equal_one():
 
     def loss(stack, x, segments):
         def body(x, layer):
-            out, state = layer(x, segments, Compute())
+            out, state = layer.extend(x, segments, None, Compute())
             return x + out, state
 
         y, states = jax.lax.scan(body, x, stack)
@@ -407,7 +423,7 @@ def test_stacked_layers_on_eight_devices_equal_one():
         many = compiled(placed, *inputs)
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert_close(a, np.asarray(b), 5e-6)
-    for state, axes in zip(many[3], STATE_AXES):
+    for state, axes in zip(many[3], DeltaState.AXES):
         assert state.sharding.is_equivalent_to(named_sharding(mesh, ("layers", *axes)), state.ndim)
     # Heads never leave their device: only sums over heads (out_proj and the gradient for x) and over
     # rows (the weights' gradients) travel.

@@ -69,7 +69,7 @@ def differences(model, config, record):
     equal = True
     if config.experts:  # every call between experts is clear: nothing is left out
         assert np.min(record["margins"][:, real]) >= routes.MARGIN
-        experts = np.sort(router["experts"]).reshape(record["routes"].shape)
+        experts = np.sort(router["chosen"]).reshape(record["routes"].shape)
         equal = np.array_equal(experts[:, real], record["routes"][:, real])
     return np.max(np.abs(logits - record["logits"])[real]), relative, equal
 

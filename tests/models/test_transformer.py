@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax.models import KV, Compute, ModelConfig, Transformer, router_metrics
+from drpo_jax.models import Compute, ModelConfig, Prefix, Transformer, router_metrics
 
 SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)
 CONFIGS = {
@@ -82,28 +82,45 @@ def test_padding_reaches_no_router_statistic(tokens):
     assert 0.9 < metrics["router/balance_loss"] < 5 and 1 <= metrics["router/max_load"] <= 2.5
 
 
-def test_decode_with_cache_equals_the_full_forward(model, tokens, defaults):
-    full = forward(model, tokens, *defaults)
-    start, slots = 5, 16
-    out = jax.jit(lambda m: m.hidden(tokens[:, :start], cache=True))(model)
-    room = ((0, 0),) * 3 + ((0, slots - start),)
-    caches = tuple(
-        KV(
-            jnp.pad(k.transpose(0, 2, 3, 1), room, constant_values=1e3),
-            jnp.pad(v.transpose(0, 2, 1, 3), (*room[:2], room[3], room[0]), constant_values=1e3),
-        )
-        for k, v in out.cache
+def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults):
+    """Two chunks of right-aligned rows, one of them shorter; then a ring that begins anywhere."""
+    full, chunk, columns, clock = forward(model, tokens, *defaults), 3, 11, 7
+    lengths = np.array([6, 4])
+    rows = np.stack([tokens[0][:6], [0, 0, *tokens[1][:4]]])
+    valid = np.arange(6) >= 6 - lengths[:, None]
+    positions = np.maximum(np.arange(6) - (6 - lengths[:, None]), 0)
+    caches = model.empty_prefix(B, 6, jnp.float32)
+    extend = jax.jit(lambda m, t, p, s, prefix: m.hidden(t, p, s, prefix=prefix))
+    for start in (0, chunk):
+        part = slice(start, start + chunk)
+        prefix = Prefix(caches, jnp.int32(start), valid)
+        segments = valid[:, part].astype(np.int32)
+        out = extend(model, rows[:, part], positions[:, part], segments, prefix)
+        caches = out.caches
+    np.testing.assert_allclose(
+        model.logits(out.hidden[:, -1]), full[np.arange(B), lengths - 1], atol=1e-5
     )
+    rings = model.empty_caches(B, columns, jnp.float32)
+    rings = jax.tree.map(lambda x: x + 1e3, rings)  # nobody may read what was not written
+    for slot in range(B):
+        of_slot = lambda layer: jax.tree.map(lambda x: x[layer, slot], caches[0])  # noqa: E731, B023
+        rings = [ring.put(slot, of_slot(i), clock) for i, ring in enumerate(rings)]
 
     @jax.jit
     def decode(*args):
-        hidden, caches = model.decode(*args)
+        hidden, caches, _ = model.decode(*args)
         return model.logits(hidden), caches
 
-    for t in range(start, T):
-        mask = np.tile(np.arange(slots) <= t, (B, 1))
-        logits, caches = decode(tokens[:, t], np.full(B, t, np.int32), caches, t, mask)
-        np.testing.assert_allclose(logits, full[:, t], atol=1e-5)
+    for _ in range(5):
+        age = (clock - np.arange(columns)) % columns
+        token = tokens[np.arange(B), lengths]
+        args = token, lengths.astype(np.int32), rings, clock, age <= lengths[:, None]
+        logits, rings = decode(*args)
+        np.testing.assert_allclose(logits, full[np.arange(B), lengths], atol=1e-5)
+        clock, lengths = (clock + 1) % columns, lengths + 1
+        if lengths[0] == 8:  # in the middle, to another size
+            rings, clock = [ring.resized(clock, 13) for ring in rings], min(columns, 13) % 13
+            columns = 13
 
 
 @pytest.mark.parametrize(

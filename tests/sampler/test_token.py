@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from drpo_jax.parallel import make_mesh
 from drpo_jax.sampler import SamplingParams
-from drpo_jax.sampler.token import filter_logits, sample_token
+from drpo_jax.sampler.token import _draw, filter_logits, sample_token
 
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
@@ -38,9 +38,9 @@ def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters
 
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.tile(LOGITS[order], (DRAWS, 1))
-    token, logp, full_logp, _ = jax.tree.map(
-        np.asarray, jax.jit(sample_token, static_argnums=2)(logits, keys, params)
-    )
+    sampled = jax.jit(sample_token, static_argnums=2)(logits, keys, params)
+    token, logp, full_logp, entropy = map(np.asarray, sampled[:4])
+    np.testing.assert_allclose(entropy, -np.sum(full * np.log(full)), rtol=1e-5)
     np.testing.assert_allclose(logp, np.log(filtered[token]), atol=2e-6)
     np.testing.assert_allclose(full_logp, np.log(full[token]), atol=2e-6)
     counts, expected = np.bincount(token, minlength=6), DRAWS * filtered
@@ -59,14 +59,13 @@ def test_filters_keep_ties_at_the_border():
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
-    token, logp, full_logp, top = sample_token(
+    token, logp, full_logp, _, ids, top_logp = sample_token(
         logits, jax.random.split(jax.random.key(0), 2), params
     )
     assert token.tolist() == [1, 0]
     expected = jax.nn.log_softmax(logits)[jnp.arange(2), token]
     np.testing.assert_allclose(logp, expected, atol=1e-6)
     np.testing.assert_allclose(full_logp, expected, atol=1e-6)
-    ids, top_logp = top
     assert ids.tolist() == [[1, 2, 0], [0, 1, 2]]
     np.testing.assert_allclose(np.exp(top_logp).sum(-1), 1, rtol=1e-6)
     np.testing.assert_allclose(top_logp[:, 0], expected, atol=1e-6)
@@ -74,7 +73,7 @@ def test_greedy_takes_the_most_likely_token():
 
 def test_top_logprobs_are_those_of_the_unfiltered_distribution():
     params = SamplingParams(max_tokens=1, temperature=0.5, top_k=1, top_logprobs=2)
-    ids, logp = sample_token(LOGITS[None], jax.random.split(jax.random.key(0), 1), params)[3]
+    ids, logp = sample_token(LOGITS[None], jax.random.split(jax.random.key(0), 1), params)[4:]
     full = PROBABILITIES**2 / (PROBABILITIES**2).sum()
     np.testing.assert_allclose(logp[0], np.log(full[ids[0]]), atol=1e-6)
     assert full[ids[0]].tolist() == sorted(full)[:-3:-1]
@@ -102,3 +101,27 @@ def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
         ours = jax.jit(sample_token, static_argnums=2)(placed, keys, params)
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_draws_find_the_token_in_a_large_vocabulary():
+    """One in thousands, in the blocks and on the shards of a mesh; those without mass never."""
+    vocabulary, rows = 4 * 700, 8
+    rng = np.random.default_rng(0)
+    mass = rng.exponential(size=(rows, vocabulary)).astype(np.float32)
+    mass[rng.random(mass.shape) < 0.7] = 0
+    mass[0, :2000] = 0  # whole blocks and shards of nothing
+    mass[1] = np.eye(vocabulary)[2799]
+    mesh = make_mesh(data=2, tensor=4)
+    total = np.cumsum(mass.astype(np.float64), axis=1)
+    for uniform in (0.0, 1e-7, 0.3, 0.77777, 1 - 2**-23):
+        draw = np.full(rows, uniform, np.float32)
+        found = np.asarray(jax.jit(_draw)(mass, draw))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(mass, NamedSharding(mesh, PartitionSpec("data", "tensor")))
+            np.testing.assert_array_equal(jax.jit(_draw)(placed, draw), found)
+        picked = np.arange(rows), found
+        assert np.all(mass[picked] > 0)
+        target = uniform * total[:, -1]
+        slack = 3e-7 * total[:, -1]
+        assert np.all(total[picked] >= target - slack)
+        assert np.all(total[picked] - mass[picked] <= target + slack)

@@ -1,0 +1,244 @@
+"""The sampler's programs on the device: prefill, admission to a slot, resizing, decoding.
+
+A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into rows of
+their own; a slot that has become free is handed a prompt's row (all samples of a group are handed the
+same one) and decodes on. See `models.cache` for how rows of different lengths share a clock.
+
+Axis letters: B slots, P prompts prefilled together, T tokens of a chunk, S steps of a round, C columns
+of a ring, L layers, k experts per token.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drpo_jax.models import Prefix, Ring
+from drpo_jax.parallel import constrain, partition_spec
+from drpo_jax.sampler.token import Sampled, sample_token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The sequences in flight.
+
+    Attributes:
+      caches: one per layer, `Ring` or `DeltaState`.
+      clock: int32 scalar, the column that the next step writes.
+      last: int32 [B], the latest token, which is not in the caches yet.
+      lengths, counts: int32 [B], tokens of a row in the caches; response tokens sampled.
+      live: bool [B].
+      prompt, sample: int32 [B], whose response it is: its random numbers follow from them.
+    """
+
+    caches: list
+    clock: jax.Array
+    last: jax.Array
+    lengths: jax.Array
+    counts: jax.Array
+    live: jax.Array
+    prompt: jax.Array
+    sample: jax.Array
+
+
+class Arrivals(NamedTuple):
+    """Sequences to begin, int32 [B]: which prompt row a slot gets (−1: none), and its state."""
+
+    source: jax.Array
+    last: jax.Array
+    lengths: jax.Array
+    prompt: jax.Array
+    sample: jax.Array
+
+
+class Round(NamedTuple):
+    """What a round of decoding sampled.
+
+    Attributes:
+      live: bool [S, B], the row sampled a token at the step.
+      sampled: `Sampled` of [S, B, …] arrays.
+      experts: int16 [S, B, L, k], those that the token before visited; k = 0 unless recorded.
+    """
+
+    live: jax.Array
+    sampled: Sampled
+    experts: jax.Array
+
+
+def empty_slots(model, slots, columns, dtype):
+    """Slots without sequences."""
+    none = jnp.zeros((slots,), jnp.int32)
+    caches = [_placed(c, c.AXES) for c in model.empty_caches(slots, columns, dtype)]
+    clock = jnp.zeros((), jnp.int32)
+    return Slots(caches, clock, none, none, none, none > 0, none, none)
+
+
+def empty_prompts(model, prompts, columns, dtype):
+    """Rows for prompts, of `columns` tokens."""
+    return [_placed(c, _prompt_axes(c)) for c in model.empty_prefix(prompts, columns, dtype)]
+
+
+def prefill(model, caches, tokens_PxT, start, lengths_P, key, ids_P, *, params, compute):
+    """One chunk of the prompts, and as if it were the last one: every sample's first token.
+
+    Args:
+      caches: of the chunks before, from `empty_prompts`.
+      tokens_PxT: int32, the chunk's tokens; prompts are right-aligned in the row of all chunks.
+      start: int32 scalar, the column of the chunk.
+      lengths_P: int32, tokens of the prompts.
+      ids_P: int32, numbers of the prompts, for the random numbers.
+
+    Returns:
+      (caches, `Sampled` [P · samples], prompt-major, experts int16 [P, T, L, k] or None).
+    """
+    width, chunk = caches[-1].keys.shape[2], tokens_PxT.shape[1]
+    begin = width - lengths_P[:, None]
+    valid = jnp.arange(width) >= begin
+    columns = start + jnp.arange(chunk)
+    positions = jnp.maximum(columns - begin, 0)
+    segments = (columns >= begin).astype(jnp.int32)
+    prefix = Prefix(caches, start, valid)
+    out = model.hidden(
+        tokens_PxT, positions, segments, compute, prefix=prefix, record=params.routes
+    )
+    logits = model.logits(out.hidden[:, -1], compute)
+    samples = jnp.tile(jnp.arange(params.samples), len(ids_P))
+    keys = _keys(key, jnp.repeat(ids_P, params.samples), samples)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    first = sample_token(jnp.repeat(logits, params.samples, axis=0), keys, params)
+    experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
+    caches = [_placed(c, _prompt_axes(c)) for c in out.caches]
+    return caches, _replicated(first), _replicated(experts)
+
+
+def admit(slots, prompts, arrivals):
+    """Hands slots to new sequences.
+
+    Args:
+      slots: Slots (donate them).
+      prompts: caches of `prefill`.
+      arrivals: Arrivals.
+    """
+    new = arrivals.source >= 0
+    steps = prompts[-1].keys.shape[0]
+
+    def local(caches, prompts, source_B, clock):
+        """On one device: a loop over the slots that get a row."""
+        chosen = source_B >= 0
+        order = jnp.nonzero(chosen, size=len(source_B), fill_value=0)[0]
+
+        def put(i, caches):
+            slot = order[i]
+            rows = [
+                jax.tree.map(lambda x: x[step, source_B[slot]], one)  # noqa: B023
+                for step in range(steps)
+                for one in prompts
+            ]
+            return [cache.put(slot, row, clock) for cache, row in zip(caches, rows)]
+
+        return jax.lax.fori_loop(0, jnp.sum(chosen), put, caches)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        ours = [type(c)(*map(partition_spec, c.AXES)) for c in slots.caches]
+        theirs = [type(c)(*map(partition_spec, _prompt_axes(c))) for c in prompts]
+        in_specs = (ours, theirs, partition_spec(("batch",)), partition_spec(()))
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=ours, check_vma=False)
+    caches = local(slots.caches, prompts, arrivals.source, slots.clock)
+    fields = {
+        name: jnp.where(new, getattr(arrivals, name), getattr(slots, name))
+        for name in ("last", "lengths", "prompt", "sample")
+    }
+    counts = jnp.where(new, 1, slots.counts)
+    return dataclasses.replace(slots, caches=caches, counts=counts, live=slots.live | new, **fields)
+
+
+def resize(cache, clock, *, columns):
+    """A layer's cache with rings of another size, whose clock is then at min(old, new) % new."""
+    return _placed(cache.resized(clock, columns), cache.AXES)
+
+
+def decode(model, slots, key, steps, floor, *, room, params, compute):
+    """Samples until `steps` tokens a row, or until no more than `floor` rows are live.
+
+    Args:
+      slots: Slots (donate them); every row has room in its rings for the tokens.
+      key: PRNG key of the call.
+      steps, floor: int32 scalars; steps is at most room.
+      room: S of what is recorded.
+
+    Returns:
+      (Slots, Round).
+    """
+    columns = next(c for c in slots.caches if isinstance(c, Ring)).keys.shape[-1]
+    # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
+    # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
+    layers = model.layers() if compute.on_cpu() else None
+    keys = _keys(key, slots.prompt, slots.sample)
+
+    def step(slots):
+        age = (slots.clock - jnp.arange(columns)) % columns
+        hidden, caches, experts = model.decode(
+            slots.last,
+            slots.lengths,
+            slots.caches,
+            slots.clock,
+            age <= slots.lengths[:, None],
+            slots.live,
+            compute,
+            layers,
+        )
+        logits = model.logits(hidden, compute)
+        sampled = sample_token(logits, jax.vmap(jax.random.fold_in)(keys, slots.counts), params)
+        record = Round(slots.live, sampled, experts if params.routes else experts[..., :0])
+        live, counts = slots.live, slots.counts + slots.live
+        stop = jnp.array(params.stop, jnp.int32)
+        ended = jnp.isin(sampled.token, stop) | (counts >= params.max_tokens)
+        slots = dataclasses.replace(
+            slots,
+            caches=caches,
+            clock=(slots.clock + 1) % columns,
+            last=jnp.where(live, sampled.token, slots.last),
+            lengths=slots.lengths + live,
+            counts=counts,
+            live=live & ~ended,
+        )
+        return slots, record
+
+    def body(carry):
+        i, slots, record = carry
+        slots, new = step(slots)
+        return i + 1, slots, jax.tree.map(lambda all, one: all.at[i].set(one), record, new)
+
+    def going(carry):
+        i, slots, _ = carry
+        return (i < steps) & (jnp.sum(slots.live) > floor)
+
+    record = jax.eval_shape(step, slots)[1]
+    record = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), record)
+    start = jnp.zeros((), jnp.int32), slots, record
+    _, slots, record = jax.lax.while_loop(going, body, start)
+    return slots, _replicated(record)
+
+
+def _placed(cache, axes):
+    """A cache with its arrays sharded by the logical axes."""
+    return type(cache)(*(constrain(x, *a) for x, a in zip(cache, axes)))
+
+
+def _prompt_axes(cache):
+    """The logical axes of a prompt's caches, which lead with the steps of the scan over layers. Every
+    device has all rows: any slot may be handed any of them."""
+    return [(None, *(None if a == "batch" else a for a in axes)) for axes in cache.AXES]
+
+
+def _replicated(tree):
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
+def _keys(key, prompts, samples):
+    """A PRNG key per row, of its prompt and sample alone."""
+    row = lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)  # noqa: E731
+    return jax.vmap(row)(prompts, samples)

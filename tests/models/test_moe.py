@@ -182,7 +182,7 @@ def test_eight_devices_equal_one_where_the_routers_calls_are_clear(monkeypatch):
             inputs = jax.device_put((tokens, clear), named_sharding(mesh, ("batch",)))
             sharded = jax.device_put(model, shardings(mesh, model))
             ours, (ours_logits, ours_router) = jax.device_get(compute(sharded, *inputs))
-        chosen = [np.sort(r["experts"]).reshape(2, P, T, 2) for r in (ours_router, router)]
+        chosen = [np.sort(r["chosen"]).reshape(2, P, T, 2) for r in (ours_router, router)]
         np.testing.assert_array_equal(*(c[:, clear] for c in chosen))
         np.testing.assert_allclose(ours_logits[clear], logits[clear], atol=5e-6)
         for a, b in zip(*map(jax.tree.leaves, (ours, grads))):

@@ -165,6 +165,10 @@ def default_config() -> ConfigDict:
         slots=128,  # sequences decoded at once; one that ends makes room for the next
         decode_steps=32,  # most tokens per sequence between two looks of the host
         prefill_chunk=256,  # tokens of a prompt computed at once
+        # The learner's logprobs of the first rollout are held against the sampler's: warn | stop where
+        # they differ by more than the bound | off
+        parity="warn",
+        parity_bound=0.0,  # of mean |difference|, nat; 0: by compute.dtype and precision.recipe
     )
     config.train = create(
         steps=200,  # rollout steps
@@ -173,6 +177,7 @@ def default_config() -> ConfigDict:
         mini_batch_prompts=16,  # prompts per optimizer update; divides prompts
         micro_batch=8,  # sequences per forward and backward pass; divides the mini-batch
         pack=False,  # several sequences per row in the updates
+        routing_replay=False,  # the learner's tokens visit the experts that the sampler's did (R3)
         epochs=1,  # passes over a rollout
         max_skipped=5,  # non-finite updates in a row before the run stops
         save_rollout_every=20,  # rollout steps between saved rollouts; 0: never
@@ -258,6 +263,7 @@ CHOICES = {
     "objective.correction_level": LEVELS,
     "objective.kl": KL,
     "objective.threshold": ("", *dict.fromkeys(name for t in THRESHOLDS.values() for name in t)),
+    "sampler.parity": ("warn", "stop", "off"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "data.task": tuple(TASK_REWARDS),
     "data.filter": ("none", "clean", "dapo"),
@@ -281,7 +287,8 @@ NOT_NEGATIVE = """
     model.shared_expert_size model.linear_key_heads model.linear_value_heads model.linear_key_dim
     model.linear_value_dim model.norm_offset
     objective.horizon objective.correction_floor objective.kl_coefficient objective.entropy_bonus
-    sampler.top_logprobs log.mismatch_every optimizer.weight_decay optimizer.warmup_steps sampler.top_k
+    sampler.top_logprobs sampler.parity_bound sampler.top_k log.mismatch_every
+    optimizer.weight_decay optimizer.warmup_steps
     reward.format reward.overlong_buffer train.save_rollout_every sft.steps sft.warmup_steps
     evaluate.every
 """.split()
@@ -291,7 +298,7 @@ SHARES = """
 """.split()
 MAY_CHANGE_ON_RESUME = re.compile(
     r"train\.(steps|save_rollout_every|max_skipped)|checkpoint\.(every|keep)"
-    r"|evaluate\.(?!problems|sets).*|(log|mesh)\..*|model\.path|data\.tokenizer"
+    r"|sampler\.parity.*|evaluate\.(?!problems|sets).*|(log|mesh)\..*|model\.path|data\.tokenizer"
 )
 
 TOP_LOGPROBS = 20  # of DPPO's top-k divergences
@@ -432,6 +439,8 @@ def _cross_problems(v: Mapping[str, Any]) -> list[str]:
         require(v["model.mlp_size"] > 0, "model.mlp_size model.experts", "without experts, above 0")
         require(not any(v[f] for f in sizes.split()), sizes, "without experts, 0 in all three")
         require(v["mesh.expert"] == 1, "mesh.expert model.experts", "without experts, an axis of 1")
+        replay = "train.routing_replay model.experts"
+        require(not v["train.routing_replay"], replay, "without experts there are no routes")
     axes = [f for f in v if f.startswith("mesh.")]
     require(sum(v[f] == -1 for f in axes) <= 1, " ".join(axes), "only one can take the rest (-1)")
 

@@ -66,6 +66,7 @@ class Run:
             self.mesh = make_mesh(**config.mesh)
             self.programs = Programs(config, self.mesh, stop=self.tokenizer.stop_ids)
         self.reference = None  # the model that a KL penalty holds the policy to
+        self.compared = not train or config.sampler.parity == "off"  # see `parity`
 
     def _check_init_from(self):
         source = self.config.data.init_from
@@ -270,12 +271,17 @@ def rl_step(run: Run, state, step: int):
     """One rollout and its updates. → the new state and the metrics (host floats)."""
     config, programs = run.config, run.programs
     started = time.monotonic()
-    programs.sampler.load(programs.sync(state.model), version=step)
+    weights = jax.block_until_ready(programs.sync(state.model))
+    programs.sampler.load(weights, version=step)
+    synced = time.monotonic()
     asked = run.train_problems.batch(step, config.train.prompts)
     key = run.key(step, SAMPLE)
     groups = run.sample(programs.sampler, asked, programs.sampling_params, key)
     _, pieces, texts, verdicts = zip(*sorted(groups, key=lambda group: group[0]))
-    programs.sampler.load(None)  # its memory is the updates' now
+    bytes_moved = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    programs.sampler.load(None)
+    del weights  # its memory is the updates' now
+    statistics, slots = programs.sampler.read_statistics(), config.sampler.slots
     rollouts, texts = Rollouts.concatenate(pieces), list(itertools.chain(*texts))
     sampled = time.monotonic()
 
@@ -287,10 +293,12 @@ def rl_step(run: Run, state, step: int):
     rewarded = time.monotonic()
 
     saved = _due(step, config.train.save_rollout_every)
-    compared = saved or _due(step, config.log.mismatch_every)
+    compared = saved or not run.compared or _due(step, config.log.mismatch_every)
     data, old_logp, penalties = learner_data(
         run, state.model, rollouts, used, step, rescore=compared
     )
+    if not run.compared:
+        parity(run, rollouts, old_logp)
     state, learned, metrics = learn(run, state, rollouts, data, step, keep=compared)
     metrics |= penalties
     if compared:
@@ -338,12 +346,49 @@ def rl_step(run: Run, state, step: int):
         "response/length_max": rollouts.response_lengths.max(),
         "response/truncated": 1 - rollouts.finished.mean(),
         "tokens_per_second": rollouts.response_lengths.sum() / (finished - started),
+        "sampler/live_rows": statistics["live_rows"] / max(statistics["steps"], 1) / slots,
+        "sampler/decode_steps": statistics["steps"],
+        "sync/gigabytes": bytes_moved / 1e9,
         "time/step": finished - started,
-        "time/sample": sampled - started,
+        "time/sync": synced - started,
+        "time/sample": sampled - synced,
         "time/reward": rewarded - sampled,
         "time/update": learned_at - rewarded,
     }
     return state, metrics
+
+
+# Mean |Δ log p| up to which sampler and learner count as one model, nat: measured ones (see
+# benchmarks/results/mismatch.json) with room for larger models. FP8: where only the sampler rounds.
+PARITY_BOUND = {"float32": 1e-4, "bfloat16": 0.05, "fp8": 0.3}
+
+
+def parity(run: Run, rollouts, old_logp):
+    """Compares the sampler's logprobs of the first rollout with those that the learner gives it.
+
+    Raises:
+      TrainingStopped: they differ by more than the bound, and sampler.parity is "stop".
+    """
+    run.compared, config = True, run.config
+    rounded = config.precision.recipe == "rollout"
+    kind = "fp8" if rounded else config.compute.dtype
+    bound = config.sampler.parity_bound or PARITY_BOUND[kind]
+    gap = np.abs(rollouts.full_logp - old_logp)[rollouts.mask()]
+    told = (
+        f"sampler and learner on the first rollout: mean |difference of log p| {gap.mean():.2g}, "
+        f"largest {gap.max():.2g}, over {len(gap)} tokens (bound of the mean: {bound:.2g})"
+    )
+    if gap.mean() <= bound:
+        print(told)
+        return
+    told += (
+        ". The ratio of the objective then measures this difference instead of the policy's change. "
+        "Look at compute.dtype, precision.recipe and, for mixtures of experts, train.routing_replay; "
+        "objective.behavior=rescored takes the learner's own logprobs for mu"
+    )
+    if config.sampler.parity == "stop":
+        raise TrainingStopped(told + " (sampler.parity = 'stop')")
+    logging.warning(told)
 
 
 def shaping(config, texts, lengths):
@@ -382,7 +427,7 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
     if "old_logp" in programs.objective.arrays:
         data["old_logp"] = old.logp
     if config.kl != "none":
-        reference = score(run, run.reference, rollouts, step, {}).logp
+        reference = score(run, run.reference, rollouts, step, {}, replay=False).logp
     penalties = {}
     if config.kl == "k1":
         start = old.logp if rescored else rollouts.full_logp  # never filtered: π_ref is not
@@ -407,11 +452,11 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
     return data, old.logp if old else None, penalties
 
 
-def score(run: Run, model, rollouts, step: int, data):
+def score(run: Run, model, rollouts, step: int, data, replay=True):
     """TokenTrace of [N, R] host arrays: the rollout's tokens as `model` scores them."""
     pieces, order = [], mini_batches(run.config, step, 0)
     for rows in order:
-        batch, layout = run.programs.rollout_batch(rollouts, rows, data)
+        batch, layout = run.programs.rollout_batch(rollouts, rows, data, replay)
         pieces.append((run.programs.rescore(model, batch), layout))
     return _by_response(pieces, order, rollouts)
 

@@ -175,20 +175,28 @@ class Programs:
             top_p=config.sampler.top_p,
             stop=tuple(stop),
             top_logprobs=config.sampler.top_logprobs,
+            routes=config.train.routing_replay,
         )
 
     def _sync(self, abstract, recipe, compute, codes):
         """The jitted weight sync for a sampler recipe, and how its sampler computes."""
         convert = partial(sampler_weights, recipe=recipe, dtype=compute.dtype, codes=codes)
-        placed = shardings(self.mesh, jax.eval_shape(convert, abstract), SAMPLER_RULES)
+        converted = jax.eval_shape(convert, abstract)
+        placed = shardings(self.mesh, converted, SAMPLER_RULES)
+        before = shardings(self.mesh, converted)
+
+        def sync(model):
+            # Narrowed where it lies: what then travels has the sampler's dtype, not the masters'.
+            return jax.lax.with_sharding_constraint(convert(model), before)
+
         # The weights are quantized by now: what is left of the recipe concerns the activations.
         matmul = dataclasses.replace(recipe, weight=None, gradient=None)
         return (
-            jax.jit(convert, out_shardings=placed),
+            jax.jit(sync, out_shardings=placed),
             dataclasses.replace(compute, matmul=matmul, remat="none", unroll=1),
         )
 
-    def batch(self, tokens, prompt_lengths, response_lengths, data, pack=False):
+    def batch(self, tokens, prompt_lengths, response_lengths, data, pack=False, routes=None):
         """N sequences as a Batch on the mesh, its rows split over the batch axes, and their Layout.
 
         Args:
@@ -196,6 +204,7 @@ class Programs:
           prompt_lengths, response_lengths: int32 [N].
           data: name → [N] or [N, R, …], see `learner.Batch`.
           pack: as `train.pack` says, for the policy's updates.
+          routes: int16 [N, T, L, k], see `learner.Batch`.
         """
         layout = lay_out(
             prompt_lengths,
@@ -204,17 +213,23 @@ class Programs:
             pack=pack and self.config.train.pack,
             micro_batches=self._policy_settings.micro_batches,
         )
-        batch = make_batch(layout, tokens, data)
+        batch = make_batch(layout, tokens, data, routes)
         return jax.device_put(batch, named_sharding(self.mesh, ("batch",))), layout
 
-    def rollout_batch(self, rollouts, rows, data):
-        """`batch` of some rows of Rollouts and of the arrays that go with all of them."""
+    def rollout_batch(self, rollouts, rows, data, replay=True):
+        """`batch` of some rows of Rollouts and of the arrays that go with all of them.
+
+        Args:
+          replay: with the rollout's routes, where train.routing_replay is set.
+        """
+        replay = replay and self.config.train.routing_replay
         return self.batch(
             rollouts.tokens[rows],
             rollouts.prompt_lengths[rows],
             rollouts.response_lengths[rows],
             {name: values[rows] for name, values in data.items()},
             pack=True,
+            routes=rollouts.routes[rows] if replay else None,
         )
 
     def _check_batches(self):

@@ -134,7 +134,9 @@ def gradients(model, batch, *, settings):
 def _micro_loss(model, batch, weight_PxT, share, settings):
     """The micro-batch's share of what is minimised, and (trace [P, T], its share of the
     objective's loss alone, router sums)."""
-    out = model.hidden(batch.tokens, batch.positions, batch.segment_ids, settings.compute)
+    out = model.hidden(
+        batch.tokens, batch.positions, batch.segment_ids, settings.compute, routes=batch.routes
+    )
     inputs = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
 
     def loss_of(objective, inputs, weight_PxT, data):

@@ -343,11 +343,16 @@ def router_metrics(router):
     Returns:
       {"router/balance_loss": mean over layers, 1 is balanced; "router/max_load": the largest share
       of a layer's assignments that one expert gets, times E; "router/idle_experts": share of experts
-      with no token at all}.
+      with no token at all; where routes were replayed "router/changed": share of them that the router
+      would not have chosen}.
     """
     load, probability = router["load"], router["probability"]
     share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
-    return {
+    changed = {}
+    if "replayed" in router:
+        replayed = jnp.maximum(jnp.sum(router["replayed"]), 1.0)
+        changed = {"router/changed": jnp.sum(router["changed"]) / replayed}
+    return changed | {
         "router/balance_loss": jnp.mean(jax.vmap(load_balance_loss)(load, probability)),
         "router/max_load": jnp.max(share) * load.shape[-1],
         "router/idle_experts": jnp.mean(load == 0),

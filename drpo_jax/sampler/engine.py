@@ -34,6 +34,9 @@ from drpo_jax.sampler.slots import (
 )
 from drpo_jax.sampler.token import SamplingParams
 
+COUNTED = (
+    "steps", "live_rows", "busy_steps", "busy_live_rows", "rounds", "prompt_tokens", "response_tokens"
+)  # fmt: skip
 MOST_PROMPTS = 16  # prefilled together (a multiple of the devices, at least one on each)
 
 
@@ -51,7 +54,6 @@ class Sampler:
 
     Attributes:
       version: of the weights, recorded with every response.
-      statistics: sums over what was sampled so far, by name; see `new_statistics`.
     """
 
     def __init__(
@@ -65,17 +67,19 @@ class Sampler:
     ):
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self.statistics, self._loads = compute, new_statistics(), 0
+        self.compute, self._loads = compute, 0
+        self.statistics = dict.fromkeys(COUNTED, 0)
         self.load(model, version=0)
         static = ("params",)
+        # partial: a jitted function of its own, whose compilations are this sampler's.
         self.programs = {
-            "empty_slots": jax.jit(empty_slots, static_argnums=(1, 2, 3)),
-            "empty_prompts": jax.jit(empty_prompts, static_argnums=(1, 2, 3)),
+            "empty_slots": jax.jit(partial(empty_slots), static_argnums=(1, 2, 3)),
+            "empty_prompts": jax.jit(partial(empty_prompts), static_argnums=(1, 2, 3)),
             "prefill": jax.jit(
                 partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
             ),
-            "admit": jax.jit(admit, donate_argnums=0),
-            "resize": jax.jit(resize, static_argnames=("columns",)),
+            "admit": jax.jit(partial(admit), donate_argnums=0),
+            "resize": jax.jit(partial(resize), static_argnames=("columns",)),
             "decode": jax.jit(
                 partial(decode, room=decode_steps, compute=compute),
                 static_argnames=static,
@@ -106,6 +110,13 @@ class Sampler:
         sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
         # empty_prompts and prefill; empty_slots, admit and decode by size; resize to the next ones
         return 2 + 3 * sizes + 2 * (sizes - 1)
+
+    def read_statistics(self):
+        """Counts since the last reading, by name: steps of decoding; live_rows, summed over them; both
+        while requests were waiting (busy_…); rounds between looks of the host; prompt tokens
+        prefilled; response tokens."""
+        counted, self.statistics = self.statistics, dict.fromkeys(COUNTED, 0)
+        return counted
 
     def generate(self, prompts, params: SamplingParams, key):
         """Samples `params.samples` responses to each prompt.
@@ -158,16 +169,6 @@ class Sampler:
                 "Nothing was sampled"
             )
         return limit
-
-
-def new_statistics():
-    """What a sampler counts: steps of decoding; rows that were live in them; rounds; prompt tokens
-    prefilled; response tokens; and steps and live rows while requests were waiting."""
-    return dict.fromkeys(
-        ("steps", "live_rows", "rounds", "prompt_tokens", "response_tokens")
-        + ("busy_steps", "busy_live_rows"),
-        0,
-    )
 
 
 def ring_sizes(longest, decode_steps):

@@ -1,17 +1,20 @@
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from drpo_jax.learner import UpdateSettings, lay_out, likelihood, make_batch, response_trace
-from drpo_jax.models import ModelConfig, Transformer
-from drpo_jax.sampler import Sampler, SamplingParams
+from drpo_jax.models import Compute, ModelConfig, Ring, Transformer, router_metrics
+from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.sampler.engine import ring_sizes
+from drpo_jax.sampler.slots import decode, empty_slots
 
 SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)
 CONFIG = ModelConfig(**SIZES, experts=5, experts_per_token=2, expert_size=24, rope_theta=1e4)
 KEY = jax.random.key(5)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 PROMPTS = [[3, 9, 27, 1], [5], [8, 8, 60, 2, 40, 41, 7], [11, 12], [63, 0, 0, 1, 2]]
 PARAMS = SamplingParams(max_tokens=9, samples=3, temperature=0.7, top_k=20, stop=(4, 17, 30))
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
@@ -153,6 +156,115 @@ def test_bad_prompts_are_named(sampler):
     ):
         with pytest.raises(ValueError, match=message):
             sampler.generate(prompts, PARAMS, KEY)
+
+
+LONG = SamplingParams(max_tokens=40, samples=4, stop=tuple(range(6)))
+
+
+@pytest.mark.parametrize("slots, steps, chunk", [(2, 16, 8), (24, 7, 3)])
+def test_refilled_slots_change_no_response(model, slots, steps, chunk):
+    """Lengths of 1 to 40: slots are refilled at all times, rings grow and shrink, chunks begin
+    anywhere; and a response is what it is alone."""
+    prompts = [[i + 7] * (1 + i % 8) for i in range(9)]
+    ours = Sampler(model, slots=slots, decode_steps=steps, prompt_length=8, prefill_chunk=chunk)
+    rollouts = ours.generate(prompts, LONG, KEY)
+    assert rollouts.response_lengths.min() < 4 and rollouts.response_lengths.max() > 25
+    alone = Sampler(model, slots=36, decode_steps=40, prompt_length=8)
+    assert_same(rollouts, alone.generate(prompts, LONG, KEY))
+    counted = ours.read_statistics()
+    assert counted["response_tokens"] == rollouts.response_lengths.sum()
+    assert counted["live_rows"] == counted["response_tokens"] - 36  # the first ones are prefill's
+    assert counted["busy_live_rows"] >= 0.85 * slots * counted["busy_steps"]
+    assert ours.compilations() <= ours.most_compilations(LONG)
+
+
+def test_order_of_completion_and_leaving_early(model):
+    prompts, sampler = [[i + 7] * 3 for i in range(9)], Sampler(model, slots=8, prompt_length=8)
+    whole = sampler.generate(prompts, LONG, KEY)
+    order = [i for i, _ in sampler.stream(prompts, LONG, KEY)]
+    assert sorted(order) == list(range(9)) != order
+    stream = sampler.stream(prompts, LONG, KEY)
+    first, group = next(stream)
+    stream.close()  # as an interruption would
+    rows = slice(first * LONG.samples, (first + 1) * LONG.samples)
+    np.testing.assert_array_equal(group.tokens, whole.tokens[rows])
+    assert_same(sampler.generate(prompts, LONG, KEY), whole)
+    some = [7, 2]  # those of a longer list
+    for i, group in sampler.stream([prompts[p] for p in some], LONG, KEY, places=some):
+        rows = slice(some[i] * LONG.samples, (some[i] + 1) * LONG.samples)
+        assert_same(group, Rollouts(*(getattr(whole, f)[rows] for f in FIELDS)))
+    assert list(sampler.stream([], LONG, KEY)) == []
+
+
+FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
+
+
+def test_new_weights_end_what_the_old_ones_began(model):
+    sampler = Sampler(model, slots=4, prompt_length=8)
+    stream = sampler.stream([[9]] * 5, LONG, KEY)
+    next(stream)
+    sampler.load(model, version=17)
+    with pytest.raises(RuntimeError, match="weights were replaced while responses were under way"):
+        list(stream)
+    rollouts = sampler.generate([[9]], LONG, KEY)
+    assert rollouts.version.tolist() == [17] * 4
+    assert set(rollouts.finish_reasons()) <= {"stop", "length"}
+    sampler.load(None)
+    assert sampler.version == 18
+
+
+def test_permuted_rows_change_no_bit_of_a_program(model):
+    """What a row samples in one compiled function is independent of its place among the rows."""
+    slots, columns = 6, 12
+    state = empty_slots(model, slots, columns, "float32")
+    rng = np.random.default_rng(0)
+    order = rng.permutation(slots)
+
+    def filled(order):
+        caches = [
+            Ring(*(rng_of(i).normal(size=x.shape).astype(np.float32)[order] for x in cache))
+            for i, cache in enumerate(state.caches)
+        ]
+        ints = rng_of(9).integers(1, 7, size=(4, slots)).astype(np.int32)[:, order]
+        names = ("last", "lengths", "prompt", "sample")
+        live = np.ones(slots, bool)
+        return dataclasses.replace(state, caches=caches, live=live, **dict(zip(names, ints)))
+
+    rng_of = np.random.default_rng
+    run = jax.jit(partial(decode, room=5, params=LONG, compute=Compute()))
+    told = [
+        run(model, filled(o), KEY, np.int32(5), np.int32(0))[1] for o in (np.arange(slots), order)
+    ]
+    assert told[0].live.sum() > 12
+    for a, b in zip(*map(jax.tree.leaves, told), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[:, order], b)
+
+
+def test_routes_are_those_of_the_model_and_can_be_replayed(model, rollouts):
+    params = dataclasses.replace(PARAMS, routes=True)
+    sampler = Sampler(model, slots=6, decode_steps=5, prompt_length=8, prefill_chunk=3)
+    found = sampler.generate(PROMPTS, params, KEY)
+    assert_same(found, rollouts)
+    assert rollouts.routes.shape[-1] == 0 and found.routes.dtype == np.int16
+    lengths = found.prompt_lengths + found.response_lengths
+    read = np.arange(found.tokens.shape[1]) < lengths[:, None] - 1  # the last token is never read
+    assert np.all((found.routes >= 0) == read[..., None, None])
+    segments = (np.arange(found.tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+    visit = jax.jit(lambda *a: model.hidden(a[0], segment_ids=a[1], routes=a[2], record=True))
+    free = visit(found.tokens, segments, np.full_like(found.routes, -1))
+    own = np.moveaxis(np.asarray(free.experts), 0, 2)
+    np.testing.assert_array_equal(np.sort(own[read]), np.sort(found.routes[read]))
+    assert free.router["replayed"].sum() == 0
+    held = visit(found.tokens, segments, found.routes)
+    np.testing.assert_allclose(held.hidden[read], free.hidden[read], atol=1e-5)
+    assert held.router["replayed"].sum() == 2 * 2 * read.sum()
+    assert held.router["changed"].sum() == 0
+    turned = np.where(found.routes >= 0, (found.routes + 1) % CONFIG.experts, -1)
+    other = visit(found.tokens, segments, turned)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(other.experts), 0, 2)[read], turned[read])
+    assert other.router["changed"].sum() > 0.3 * other.router["replayed"].sum()
+    metrics = router_metrics(other.router)
+    assert 0.3 < metrics["router/changed"] <= 1
 
 
 def test_ring_sizes():

@@ -23,13 +23,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks.common import machine, tpu, write_results
+from benchmarks.common import OUTPUT, machine, tpu, write_results
 from drpo_jax.models import Compute
 from drpo_jax.models.attention import attend
 
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 LENGTHS = 512, 1024, 2048, 4096, 8192
 SMALL, LARGE = (4, 2, 64, "float32"), (32, 8, 128, "bfloat16")  # heads, key heads, width, dtype
 SEGMENTS = 8

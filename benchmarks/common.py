@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from absl import flags
 from jax.experimental import topologies
+
+OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 
 
 def machine() -> dict:

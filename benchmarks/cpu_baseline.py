@@ -13,14 +13,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks.common import machine, write_results
+from benchmarks.common import OUTPUT, machine, write_results
 from drpo_jax.config import default_config, resolve
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
 
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 SEQUENCES, PROMPT, RESPONSE = 128, 16, 64
 
 

@@ -27,14 +27,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks.common import machine, tpu, write_results
+from benchmarks.common import OUTPUT, machine, tpu, write_results
 from drpo_jax.learner import head_loss, policy
 from drpo_jax.objectives import policy_objective
 from drpo_jax.precision import dot_precision
 
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 TOKENS, WIDTH, VOCAB, CHUNK = 8192, 2048, 151_936, 512
 ROUNDS = 4  # after one that does not count
 

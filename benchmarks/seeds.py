@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from benchmarks.common import write_results
+from benchmarks.common import OUTPUT, write_results
 from drpo_jax.metrics import read_metrics
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the runs go, one directory each.")
@@ -28,7 +28,6 @@ SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds 0, 1, …")
 CONTROLS = flags.DEFINE_integer("controls", 2, "Seeds that are also run with shuffled rewards.")
 PARALLEL = flags.DEFINE_integer("parallel", os.cpu_count(), "Runs at a time.", lower_bound=1)
 TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Handed on to drpo_jax.train.")
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 GOAL = {"before": 0.50, "after": 0.85}
 
 

@@ -20,13 +20,12 @@ import logging
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks.common import machine, write_results
+from benchmarks.common import OUTPUT, machine, write_results
 from drpo_jax.rewards import Isolated, submit
 from drpo_jax.rewards.math import WARM, check, first_stage, last_box
 
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 ROUNDS = 3
 COUNT = 250  # checks per round where math-verify makes all or most, else twenty times as many
 WORKERS = 2

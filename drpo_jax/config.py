@@ -37,6 +37,7 @@ from drpo_jax.objectives import (
     resolve_hyper,
 )
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
+from drpo_jax.precision.recipes import GRADIENTS, RECIPES
 from drpo_jax.rewards import REWARDS
 
 
@@ -107,9 +108,16 @@ def default_config() -> ConfigDict:
         tensor=1,
     )
     config.precision = create(
-        recipe="none",  # none | rollout (FP8 weights in the sampler) | e2e (learner matmuls too)
+        # none | rollout (FP8 in the sampler) | e2e (in the learner, too), both in blocks of 128 |
+        # tensorwise (in both, one scale a tensor; on chips that multiply float8 by themselves, native)
+        recipe="none",
         scale="pow2",  # scale of a block of FP8 codes: pow2 | float32
+        gradient="e5m2",  # of the gradients in e2e and tensorwise: e5m2 | e4m3
         sampler_weights="values",  # held as float8 codes, or values expanded once at weight sync
+        kv_cache="none",  # e4m3: the sampler keeps keys and values as float8 codes
+        # Experiment: the sampler's weights are multiplied by 1 + noise · N(0, 1), drawn anew at every
+        # sync, as if another engine sampled; what it records stays exact for what it does
+        noise=0.0,
     )
     config.objective = create(
         name="drpo",  # a name of drpo_jax.objectives.OBJECTIVES
@@ -252,7 +260,9 @@ CHOICES = {
     "compute.remat": ("none", "full", "dots"),
     "compute.grouped_matmul": ("auto", "blocked", "ragged_dot"),
     "compute.attention": ("auto", "full", "chunked", "splash", "cudnn"),
-    "precision.recipe": ("none", "rollout", "e2e"),
+    "precision.recipe": tuple(RECIPES),
+    "precision.gradient": tuple(GRADIENTS),
+    "precision.kv_cache": ("none", "e4m3"),
     "precision.scale": ("pow2", "float32"),
     "precision.sampler_weights": ("values", "codes"),
     "objective.name": tuple(OBJECTIVES),
@@ -289,8 +299,8 @@ NOT_NEGATIVE = """
     objective.horizon objective.correction_floor objective.kl_coefficient objective.entropy_bonus
     sampler.top_logprobs sampler.parity_bound sampler.top_k log.mismatch_every
     optimizer.weight_decay optimizer.warmup_steps
-    reward.format reward.overlong_buffer train.save_rollout_every sft.steps sft.warmup_steps
-    evaluate.every
+    precision.noise reward.format reward.overlong_buffer train.save_rollout_every sft.steps
+    sft.warmup_steps evaluate.every
 """.split()
 SHARES = """
     data.pass_low data.pass_high sft.direct_share sft.direct_error sft.worked_error

@@ -34,7 +34,7 @@ from drpo_jax.programs import Programs, shardings
 from drpo_jax.sampler import Rollouts, SamplingParams
 
 # Streams of randomness: folded into the seed's key after the step.
-INIT, SAMPLE, EVALUATE, SHUFFLE = range(4)
+INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
 
 
 class Run:
@@ -271,7 +271,8 @@ def rl_step(run: Run, state, step: int):
     """One rollout and its updates. → the new state and the metrics (host floats)."""
     config, programs = run.config, run.programs
     started = time.monotonic()
-    weights = jax.block_until_ready(programs.sync(state.model))
+    noise = run.key(step, NOISE)
+    weights = jax.block_until_ready(programs.sync(state.model, noise))
     programs.sampler.load(weights, version=step)
     synced = time.monotonic()
     asked = run.train_problems.batch(step, config.train.prompts)
@@ -293,23 +294,21 @@ def rl_step(run: Run, state, step: int):
     rewarded = time.monotonic()
 
     saved = _due(step, config.train.save_rollout_every)
-    compared = saved or not run.compared or _due(step, config.log.mismatch_every)
+    compared = saved or _due(step, config.log.mismatch_every)
     data, old_logp, penalties = learner_data(
-        run, state.model, rollouts, used, step, rescore=compared
+        run, state.model, rollouts, used, step, rescore=compared or not run.compared
     )
+    engine_logp = old_logp  # what the learner gives for the weights that the sampler had
+    if config.precision.noise and old_logp is not None:
+        noisy = programs.perturbed(state.model, noise)
+        engine_logp = score(run, noisy, rollouts, step, {}).logp
+        del noisy
     if not run.compared:
-        parity(run, rollouts, old_logp)
+        parity(run, rollouts, engine_logp)
     state, learned, metrics = learn(run, state, rollouts, data, step, keep=compared)
     metrics |= penalties
     if compared:
-        pairs, extremes = programs.mismatch(
-            rollouts.full_logp,
-            old_logp,
-            learned["logp"],
-            data["advantage"][:, None],
-            rollouts.mask(),
-        )
-        metrics |= reduce_pairs(pairs) | jax.device_get(extremes)
+        metrics |= mismatch(run, rollouts, old_logp, engine_logp, learned["logp"], data)
     learned_at = time.monotonic()
     if saved:
         rows = [problem for problem in asked for _ in range(config.train.samples)]
@@ -356,6 +355,24 @@ def rl_step(run: Run, state, step: int):
         "time/update": learned_at - rewarded,
     }
     return state, metrics
+
+
+def mismatch(run: Run, rollouts, old_logp, engine_logp, logp, data):
+    """Metrics of how far µ is from the learner's own logprobs. With precision.noise, which part of it
+    is real (between sampler and learner with the same weights) and which is the noise's."""
+    advantage, mask = data["advantage"][:, None], rollouts.mask()
+    compare = run.programs.mismatch
+    pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
+    metrics = reduce_pairs(pairs) | jax.device_get(extremes)
+    if engine_logp is not old_logp:
+        for part, gap in (
+            ("real", (rollouts.full_logp, engine_logp)),
+            ("injected", (engine_logp, old_logp)),
+        ):
+            found = reduce_pairs(compare(*gap, logp, advantage, mask)[0])
+            for name in ("shift", "kl", "logp"):
+                metrics[f"mismatch/{name}_{part}"] = found[f"mismatch/{name}"]
+    return metrics
 
 
 # Mean |Δ log p| up to which sampler and learner count as one model, nat: measured ones (see

@@ -29,7 +29,13 @@ from drpo_jax.learner import (
 )
 from drpo_jax.models import Compute, ModelConfig, Transformer
 from drpo_jax.parallel import RULES, SAMPLER_RULES, batch_shards, named_sharding
-from drpo_jax.precision import Quantized, dequantize, get_recipe, quantize_weight
+from drpo_jax.precision import (
+    Quantized,
+    dequantize,
+    get_recipe,
+    multiplies_float8,
+    quantize_weight,
+)
 from drpo_jax.sampler import Sampler, SamplingParams
 
 
@@ -52,7 +58,9 @@ class Programs:
       summarize(trace, batch): metric pairs and extremes over a rollout, and w [P, T].
       mismatch(sampler_logp, old_logp, logp, advantage, mask): pairs and extremes, [N, R] arrays.
       objective: the `Policy` that is trained with.
-      sync(model), sync_exact(model): the sampler's weights, as the recipe has them or unquantized.
+      sync(model, key), sync_exact(model): the sampler's weights, as the recipe has them (and with
+        precision.noise drawn from the key), or unquantized and without noise.
+      perturbed(model, key): the learner's model with the noise that `sync` draws from the key.
       sampler, exact_sampler: the `Sampler` of the rollouts and that of evaluation.
 
     Raises:
@@ -63,7 +71,9 @@ class Programs:
         self.config, self.mesh = config, mesh
         self.model_config = model_config(config)
         self._check_batches()
-        recipe = get_recipe(config.precision.recipe, config.precision.scale)
+        fp8 = config.precision
+        native = fp8.recipe == "tensorwise" and multiplies_float8(mesh.devices.flat[0])
+        recipe = get_recipe(fp8.recipe, fp8.scale, fp8.gradient, native=native)
         compute = Compute(
             dtype=config.compute.dtype,
             remat=config.compute.remat,
@@ -156,8 +166,11 @@ class Programs:
         self.summarize = jax.jit(partial(_summarize, objective=self.objective))
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
         codes = config.precision.sampler_weights == "codes"
-        self.sync, sampling = self._sync(abstract, recipe.sampler, compute, codes)
-        self.sync_exact, exact = self._sync(abstract, get_recipe("none").sampler, compute, codes)
+        noise = partial(perturb, noise=fp8.noise)
+        self.sync, sampling = self._sync(abstract, recipe.sampler, compute, codes, noise)
+        exactly = get_recipe("none").sampler
+        self.sync_exact, exact = self._sync(abstract, exactly, compute, codes, lambda model: model)
+        self.perturbed = jax.jit(noise, out_shardings=self.state_shardings.model)
         new_sampler = partial(
             Sampler,
             None,
@@ -166,7 +179,8 @@ class Programs:
             prompt_length=config.sampler.max_prompt_length,
             prefill_chunk=config.sampler.prefill_chunk,
         )
-        self.sampler, self.exact_sampler = new_sampler(compute=sampling), new_sampler(compute=exact)
+        self.sampler = new_sampler(compute=sampling, float8_cache=fp8.kv_cache == "e4m3")
+        self.exact_sampler = new_sampler(compute=exact)
         self.sampling_params = SamplingParams(
             max_tokens=config.sampler.max_response_length,
             samples=train.samples,
@@ -178,16 +192,20 @@ class Programs:
             routes=config.train.routing_replay,
         )
 
-    def _sync(self, abstract, recipe, compute, codes):
-        """The jitted weight sync for a sampler recipe, and how its sampler computes."""
+    def _sync(self, abstract, recipe, compute, codes, change):
+        """The jitted weight sync for a sampler recipe, and how its sampler computes.
+
+        Args:
+          change: (model, …) → what is synced, with the arguments of the sync.
+        """
         convert = partial(sampler_weights, recipe=recipe, dtype=compute.dtype, codes=codes)
         converted = jax.eval_shape(convert, abstract)
         placed = shardings(self.mesh, converted, SAMPLER_RULES)
         before = shardings(self.mesh, converted)
 
-        def sync(model):
+        def sync(model, *key):
             # Narrowed where it lies: what then travels has the sampler's dtype, not the masters'.
-            return jax.lax.with_sharding_constraint(convert(model), before)
+            return jax.lax.with_sharding_constraint(convert(change(model, *key)), before)
 
         # The weights are quantized by now: what is left of the recipe concerns the activations.
         matmul = dataclasses.replace(recipe, weight=None, gradient=None)
@@ -248,6 +266,20 @@ def model_config(config) -> ModelConfig:
     """The architecture that `config.model` describes."""
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{name: value for name, value in config.model.items() if name in fields})
+
+
+def perturb(model, key=None, *, noise):
+    """The model with every weight but the norms' multiplied by 1 + noise · N(0, 1)."""
+    if not noise:
+        return model
+    places = iter(range(1_000_000))
+
+    def change(path, weight):
+        draw = jax.random.normal(jax.random.fold_in(key, next(places)), weight.shape)
+        norm = path[-1].name.endswith("norm")
+        return weight if norm else weight.replace(weight[...] * (1 + noise * draw))
+
+    return jax.tree_util.tree_map_with_path(change, model, is_leaf=_is_param)
 
 
 def sampler_weights(model, *, recipe, dtype, codes):

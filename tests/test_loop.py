@@ -355,3 +355,32 @@ def test_what_is_added_to_the_verdicts():
     added = loop.shaping(settings, texts, np.array([30, 38, 40]))
     np.testing.assert_allclose(added, [0.5, -0.5, -1.0])
     assert loop.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("parity", ["warn", "stop", "off"])
+def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path, caplog, capsys):
+    fields = dict(train__steps=1, sft__steps=0, evaluate__greedy=False, sampler__parity=parity)
+    if parity == "warn":  # the recipe rounds the sampler's weights, and the bound knows of it
+        loop.train(config(**fields), tmp_path / "a")
+        assert re.search(r"first rollout: mean .* over \d+ tokens \(bound", capsys.readouterr().out)
+    fields["sampler__parity_bound"] = 1e-7
+    if parity == "stop":
+        with pytest.raises(C.TrainingStopped, match="bound of the mean: 1e-07.*routing_replay"):
+            loop.train(config(**fields), tmp_path / "b")
+    else:
+        loop.train(config(**fields), tmp_path / "b")
+    assert ("bound of the mean: 1e-07" in caplog.text) == (parity == "warn")
+
+
+def test_replayed_routes_bring_sampler_and_learner_together(tmp_path):
+    """FP8 rollouts change routes; replayed, what remains is the rounding of the experts' matmuls."""
+    gaps, changed = {}, {}
+    for replay in (False, True):
+        fields = dict(train__steps=1, evaluate__greedy=False, train__routing_replay=replay)
+        fields |= dict(log__mismatch_every=1, train__pack=True)
+        loop.train(config(**fields), tmp_path / str(replay))
+        record = metrics(tmp_path / str(replay))[1]
+        gaps[replay] = record["mismatch/kl"]
+        changed[replay] = record.get("router/changed")
+    assert changed[False] is None and 0 < changed[True] < 0.2
+    assert gaps[True] < gaps[False]

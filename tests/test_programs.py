@@ -188,3 +188,32 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
         new_programs(MOE | {"sampler.slots": 12}, data=8)
     with pytest.raises(ValueError, match="sft.micro_batch = 4 is not a multiple of the 8"):
         new_programs(MOE | {"sft.micro_batch": 4}, data=8)
+
+
+def test_every_replica_holds_what_was_sent():
+    """From FSDP to the sampler's layout: the bits of every device's share, summed as integers."""
+    fields = MOE | {"precision.recipe": "rollout", "precision.noise": 0.01}
+    fields |= {"compute.dtype": "bfloat16"}
+    programs = new_programs(fields, **MESHES["moe, mixed"][1])
+
+    def checksum(array):
+        return np.sum(np.asarray(array).view(np.uint16), dtype=np.uint64)
+
+    key = jax.random.key(7)
+    with jax.set_mesh(programs.mesh):
+        model = programs.init(KEY).model
+        synced = programs.sync(model, key)
+        other = programs.sync(model, jax.random.key(8))
+        noisy = programs.perturbed(model, key)
+    one = new_programs(fields)
+    with jax.set_mesh(one.mesh):
+        expected = one.sync(jax.device_get(model), key)
+        perturbed = one.perturbed(jax.device_get(model), key)
+    moved = 0
+    for ours, theirs, again in zip(*map(jax.tree.leaves, (synced, expected, other))):
+        for shard in ours.addressable_shards:
+            assert checksum(shard.data) == checksum(np.asarray(theirs)[shard.index])
+        moved += np.any(np.asarray(ours) != np.asarray(again))
+    assert moved == len(jax.tree.leaves(synced)) - 5  # the norms have no noise
+    for ours, theirs in zip(*map(jax.tree.leaves, (noisy, perturbed))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

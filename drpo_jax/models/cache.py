@@ -6,8 +6,9 @@ writes one slice whatever the rows' lengths, and a row may join at any time: its
 the columns before the clock. (Keys are rotated by their own row's positions when they are written:
 what a column's place means is its age alone.)
 
-Both kinds have `put`, which hands a slot to a new row; a paged cache would have it too, and `append`
-and `attend`, which is all that the attention layer calls.
+All kinds have `put`, which hands a slot to a new row, and `columns` and `resized`; those of keys and
+values have `append` and `attend`, which is all that the attention layer calls. A paged cache would be
+one more kind.
 
 Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, S prompt
 columns.
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from drpo_jax.models.flash import MASKED
+from drpo_jax.precision import quantize
 
 
 class KV(NamedTuple):
@@ -38,6 +40,10 @@ class Ring(NamedTuple):
 
     AXES = (("batch", "kv_heads", None, None),) * 2
 
+    @property
+    def columns(self):
+        return self.keys.shape[-1]
+
     def append(self, k_BxKxH, v_BxKxH, column):
         """The ring with one more token a row, written at `column` (int32 scalar)."""
         k, v = k_BxKxH.astype(self.keys.dtype), v_BxKxH.astype(self.values.dtype)
@@ -52,46 +58,102 @@ class Ring(NamedTuple):
         Written as multiply and reduce: a batched matmul with one query a row is memory-bound
         everywhere, and XLA's CPU backend runs it as B·K tiny matrix products.
         """
-        b, n, h = q_BxNxH.shape
-        kv = self.keys.shape[1]
-        q = q_BxNxH.reshape(b, kv, n // kv, h, 1).astype(jnp.float32) * h**-0.5
-        scores = jnp.sum(q * self.keys[:, :, None].astype(jnp.float32), axis=-2)
-        probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
-        out = jnp.sum(probs[..., None] * self.values[:, :, None].astype(jnp.float32), axis=-2)
-        return out.reshape(b, n, h).astype(q_BxNxH.dtype)
+        return _attend(q_BxNxH, self.keys, self.values, mask_BxC)
 
     def put(self, slot, row, clock):
         """The ring with `row`, a KV [S, K, H] whose last token is the latest, in `slot`.
 
         Columns of the row that the ring has no room for are lost: they must be padding.
         """
-        columns = self.keys.shape[-1]
-
-        def place(x_SxKxH):
-            x = x_SxKxH[-columns:]
-            x = jnp.pad(x, [(columns - len(x), 0), (0, 0), (0, 0)])
-            return jnp.roll(x, clock, axis=0)
-
-        def put(x, new):
-            return jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), slot, 0)
-
-        k_CxKxH, v_CxKxH = map(place, row)
+        k_CxKxH, v_CxKxH = (_place(x, clock, self.columns) for x in row)
         return Ring(
-            put(self.keys, k_CxKxH.transpose(1, 2, 0)), put(self.values, v_CxKxH.transpose(1, 0, 2))
+            _put(self.keys, k_CxKxH.transpose(1, 2, 0), slot),
+            _put(self.values, v_CxKxH.transpose(1, 0, 2), slot),
         )
 
     def resized(self, clock, columns):
         """The ring with another number of columns: the newest ones that fit, the next to be written
         (where the clock then has to be) behind them, or column 0 where none is free."""
+        return Ring(_resize(self.keys, clock, columns, 3), _resize(self.values, clock, columns, 2))
 
-        def resize(x, axis):
-            x = jnp.roll(x, -clock, axis)  # oldest first
-            old = x.shape[axis]
-            if columns < old:
-                return jax.lax.slice_in_dim(x, old - columns, old, axis=axis)
-            return jnp.pad(x, [(0, columns - old if i == axis else 0) for i in range(4)])
 
-        return Ring(resize(self.keys, 3), resize(self.values, 2))
+class Ring8(NamedTuple):
+    """A `Ring` of float8 codes: keys [B, K, H, C] and values [B, K, C, H] in e4m3, and their scales,
+    powers of two [B, K, C], one for every token and head."""
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array
+    value_scales: jax.Array
+
+    AXES = (("batch", "kv_heads", None, None),) * 2 + (("batch", "kv_heads", None),) * 2
+
+    @property
+    def columns(self):
+        return self.keys.shape[-1]
+
+    def append(self, k_BxKxH, v_BxKxH, column):
+        """As `Ring.append`."""
+        k, v = (quantize(x, (1, x.shape[-1])) for x in (k_BxKxH, v_BxKxH))
+        write = jax.lax.dynamic_update_slice_in_dim
+        return Ring8(
+            write(self.keys, k.codes[..., None], column, 3),
+            write(self.values, v.codes[:, :, None], column, 2),
+            write(self.key_scales, k.scales, column, 2),
+            write(self.value_scales, v.scales, column, 2),
+        )
+
+    def attend(self, q_BxNxH, mask_BxC):
+        """As `Ring.attend`."""
+        return _attend(
+            q_BxNxH, self.keys, self.values, mask_BxC, self.key_scales, self.value_scales
+        )
+
+    def put(self, slot, row, clock):
+        """As `Ring.put`."""
+        k, v = (
+            quantize(_place(x, clock, self.columns).swapaxes(0, 1), (1, x.shape[-1])) for x in row
+        )
+        scales = (x.scales[..., 0] for x in (k, v))
+        new = k.codes.swapaxes(1, 2), v.codes, *scales
+        return Ring8(*(_put(x, a, slot) for x, a in zip(self, new)))
+
+    def resized(self, clock, columns):
+        """As `Ring.resized`."""
+        return Ring8(*(_resize(x, clock, columns, i) for x, i in zip(self, (3, 2, 2, 2))))
+
+
+def _attend(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC, k_scales=None, v_scales=None):
+    b, n, h = q_BxNxH.shape
+    kv = keys_BxKxHxC.shape[1]
+    q = q_BxNxH.reshape(b, kv, n // kv, h, 1).astype(jnp.float32) * h**-0.5
+    scores = jnp.sum(q * keys_BxKxHxC[:, :, None].astype(jnp.float32), axis=-2)
+    if k_scales is not None:
+        scores *= k_scales[:, :, None]
+    probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
+    if v_scales is not None:
+        probs *= v_scales[:, :, None]
+    out = jnp.sum(probs[..., None] * values_BxKxCxH[:, :, None].astype(jnp.float32), axis=-2)
+    return out.reshape(b, n, h).astype(q_BxNxH.dtype)
+
+
+def _place(x_SxKxH, clock, columns):
+    """A row's columns in the ring, [C, K, H]."""
+    x = x_SxKxH[-columns:]
+    x = jnp.pad(x, [(columns - len(x), 0), (0, 0), (0, 0)])
+    return jnp.roll(x, clock, axis=0)
+
+
+def _put(x, row, slot):
+    return jax.lax.dynamic_update_index_in_dim(x, row.astype(x.dtype), slot, 0)
+
+
+def _resize(x, clock, columns, axis):
+    x = jnp.roll(x, -clock, axis)  # oldest first
+    old = x.shape[axis]
+    if columns < old:
+        return jax.lax.slice_in_dim(x, old - columns, old, axis=axis)
+    return jnp.pad(x, [(0, columns - old if i == axis else 0) for i in range(x.ndim)])
 
 
 class DeltaState(NamedTuple):
@@ -102,6 +164,11 @@ class DeltaState(NamedTuple):
     memory: jax.Array
 
     AXES = (("batch", None, "heads"), ("batch", "heads", None, None))
+    columns = None
+
+    def resized(self, clock, columns):
+        """The state, whatever the rings' size."""
+        return self
 
     def put(self, slot, row, clock):
         """The state with `row`, a DeltaState of one row, in `slot`."""

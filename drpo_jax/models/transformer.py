@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.attention import Attention
-from drpo_jax.models.cache import KV, DeltaState, Ring
+from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
@@ -248,11 +248,20 @@ class Transformer(nnx.Module):
         state = [jnp.zeros((steps, *x.shape), x.dtype) for x in self._empty_state(rows, dtype)]
         return [DeltaState(*state)] * (every - 1) + [KV(kv, kv)]
 
-    def empty_caches(self, rows, columns, dtype):
-        """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState."""
+    def empty_caches(self, rows, columns, dtype, float8=False):
+        """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState.
+
+        Args:
+          dtype: of the activations, and of keys and values.
+          float8: keep keys and values in e4m3 instead, in a Ring8.
+        """
         config, every = self.config, self.config.full_attention_every
-        keys = jnp.zeros((rows, config.kv_heads, config.head_dim, columns), dtype)
+        dtype8 = jnp.float8_e4m3fn if float8 else dtype
+        keys = jnp.zeros((rows, config.kv_heads, config.head_dim, columns), dtype8)
         ring, state = Ring(keys, keys.swapaxes(2, 3)), self._empty_state(rows, dtype)
+        if float8:
+            scales = jnp.ones((rows, config.kv_heads, columns), jnp.float32)
+            ring = Ring8(*ring, scales, scales)
         return [state if (i + 1) % every else ring for i in range(config.layers)]
 
     def _empty_state(self, rows, dtype):

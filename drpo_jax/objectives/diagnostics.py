@@ -95,8 +95,8 @@ def mismatch_summary(sampler_logp, old_logp, logp, advantage, mask, delta) -> tu
 
     Returns:
       (sums, extremes) as `weight_summary`:
-        mismatch/shift, /kl, /ratio: mean |µ_learner − µ_sampler|, k3 estimate of their KL (nats),
-        and mean of µ_learner/µ_sampler;
+        mismatch/shift, /logp, /kl, /ratio: mean |µ_learner − µ_sampler| and |difference of log µ|,
+        k3 estimate of their KL (nats), and mean of µ_learner/µ_sampler;
         mismatch/mask_flips: share of tokens that DPPO-TV keeps under one µ and drops under the other;
         mismatch/weight_change: mean |Δw| of DRPO between the two.
     """
@@ -112,6 +112,7 @@ def mismatch_summary(sampler_logp, old_logp, logp, advantage, mask, delta) -> tu
 
     means = {
         "mismatch/shift": abs(t.shift),
+        "mismatch/logp": abs(t.log_r),
         "mismatch/kl": jnp.expm1(t.log_r) - t.log_r,
         "mismatch/ratio": t.r,
         "mismatch/mask_flips": change("dppo_tv") > 0.5,

@@ -2,6 +2,7 @@
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
 from drpo_jax.precision.matmul import DENSE, Ops, dot_precision, matmul, quantize_weight
+from drpo_jax.precision.native import multiplies_float8
 from drpo_jax.precision.recipes import RECIPES, MatmulRecipe, Recipe, get_recipe
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "fake_quantize",
     "get_recipe",
     "matmul",
+    "multiplies_float8",
     "quantize",
     "quantize_weight",
 ]

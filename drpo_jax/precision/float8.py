@@ -74,6 +74,7 @@ def quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
       x: floating [..., R, C]; computed on in float32.
       block: (r, c); a side larger than the matrix falls back to the matrix side, and sides that the
         block does not divide leave a smaller last block. (1, 128) makes tiles along the last axis.
+        None makes the whole matrix one block.
       dtype: float8_e4m3fn or float8_e5m2.
       scale: "pow2" or "float32" (see the module's docstring).
 
@@ -125,10 +126,10 @@ def _check(x, block, dtype, scale):
         raise ValueError(f"cannot quantize to {jnp.dtype(dtype).name}; known: {names}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"a block is two positive sides, got {block}")
-    r, c = (max(1, min(side, size)) for side, size in zip(block, x.shape[-2:]))
-    return _FORMATS[jnp.dtype(dtype)], (r, c)
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        raise ValueError(f"a block is two positive sides or None, got {block}")
+    sides = tuple(max(1, side) for side in x.shape[-2:])
+    return _FORMATS[jnp.dtype(dtype)], tuple(map(min, block, sides)) if block else sides
 
 
 def _blocked(x, block):

@@ -1,7 +1,8 @@
 """The one matmul that knows about FP8. Layers hand it a `MatmulRecipe` and nothing else.
 
 Operands are rounded to float8 values (`fake_quantize`) and multiplied in x's dtype, accumulated in
-float32: the simulation that a native kernel has to agree with. Axis letters: K summed over, N out.
+float32: the simulation, which runs everywhere and which the native form (`recipe.native`, float8
+operands) has to agree with. Axis letters: K summed over, N out.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
+from drpo_jax.precision.native import scaled_dot
 from drpo_jax.precision.recipes import MatmulRecipe
 
 
@@ -62,6 +64,14 @@ DENSE = Ops(
 )
 
 
+# The same on two `Quantized`, x and g with their leading axes in one.
+_NATIVE = Ops(
+    dot=partial(scaled_dot, axes=(1, 0)),
+    dot_dx=partial(scaled_dot, axes=(1, 1)),
+    dot_dw=partial(scaled_dot, axes=(0, 0)),
+)
+
+
 def matmul(x, w, recipe=None, ops=DENSE, *args):
     """x @ w as the recipe says, with straight-through gradients.
 
@@ -73,8 +83,9 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
     Args:
       x: floating [..., K]; with other ops than DENSE, [rows, K].
       w: floating [K, N] of any dtype (with other ops, as they take it), or a `Quantized` made at a
-        weight sync, which is only dequantized and gets no gradient.
-      recipe: `MatmulRecipe`, or None for a plain matmul.
+        weight sync, which is only dequantized (native: multiplied as it is) and gets no gradient.
+      recipe: `MatmulRecipe`, or None for a plain matmul. `native` counts where x and w are both float8
+        and the ops are DENSE.
       ops: the bilinear op, a static `Ops`.
       *args: integer arrays handed on to the ops.
 
@@ -83,11 +94,17 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
       into a `custom_vjp`). The gradient for w has w's dtype. Reverse mode only.
     """
     recipe = MatmulRecipe() if recipe is None else recipe
-    if isinstance(w, Quantized):
-        w = jax.lax.stop_gradient(dequantize(w, x.dtype))
+    codes = isinstance(w, Quantized)
+    float8 = recipe.activation is not None and (codes or recipe.weight is not None)
+    recipe = dataclasses.replace(recipe, native=recipe.native and float8 and ops is DENSE)
+    if codes:
+        w = jax.lax.stop_gradient(w if recipe.native else dequantize(w, x.dtype))
         recipe = dataclasses.replace(recipe, weight=None)
-    y = _matmul(recipe, ops, jnp.atleast_2d(x), w, args)
-    return checkpoint_name(y[0] if x.ndim == 1 else y, "matmul")
+    rows = jnp.atleast_2d(x)
+    if recipe.native or recipe.tile is None:  # a scale of all tokens
+        rows = x.reshape(-1, x.shape[-1])
+    y = checkpoint_name(_matmul(recipe, ops, rows, w, args), "matmul")
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def quantize_weight(w, recipe):
@@ -99,9 +116,10 @@ def quantize_weight(w, recipe):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(recipe, ops, x, w, args):
-    x_hat = _rounded(x, recipe.activation, recipe.tile, recipe)
-    w_hat = _rounded(w, recipe.weight, recipe.weight_block, recipe)
-    return ops.dot(x_hat, w_hat.astype(x.dtype), *args).astype(x.dtype)
+    operand = partial(_operand, recipe, x.dtype)
+    x_hat = operand(x, recipe.activation, recipe.tile)
+    w_hat = operand(w, recipe.weight, recipe.weight_block)
+    return (_NATIVE if recipe.native else ops).dot(x_hat, w_hat, *args).astype(x.dtype)
 
 
 def _matmul_fwd(recipe, ops, x, w, args):
@@ -110,22 +128,29 @@ def _matmul_fwd(recipe, ops, x, w, args):
 
 def _matmul_bwd(recipe, ops, residuals, g):
     x, w, args = residuals
+    frozen = isinstance(w, Quantized)
+    if frozen:
+        w, recipe = dequantize(w, x.dtype), dataclasses.replace(recipe, native=False)
     g_n = g_tokens = g
-    x_tokens, w_hat = x, w
+    x_tokens, w_hat = x, w.astype(x.dtype)
     if recipe.gradient is not None:
-        tokens = recipe.tile[::-1]
+        operand = partial(_operand, recipe, x.dtype)
+        tokens = recipe.tile and recipe.tile[::-1]
         flat_x, flat_g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-        g_n = _rounded(g, recipe.gradient, recipe.tile, recipe)
-        w_hat = _rounded(w, recipe.weight, recipe.weight_block[::-1], recipe)
-        x_tokens = _rounded(flat_x, recipe.activation, tokens, recipe)
-        g_tokens = _rounded(flat_g, recipe.gradient, tokens, recipe)
-    dx = ops.dot_dx(g_n, w_hat.astype(x.dtype), *args).astype(x.dtype)
-    dw = ops.dot_dw(x_tokens, g_tokens, *args).astype(w.dtype)
-    return dx, dw, None
+        g_n = operand(g, recipe.gradient, recipe.tile)
+        w_hat = operand(w, recipe.weight, recipe.weight_block and recipe.weight_block[::-1])
+        x_tokens = operand(flat_x, recipe.activation, tokens)
+        g_tokens = operand(flat_g, recipe.gradient, tokens)
+        ops = _NATIVE if recipe.native else ops
+    dx = ops.dot_dx(g_n, w_hat, *args).astype(x.dtype)
+    return dx, None if frozen else ops.dot_dw(x_tokens, g_tokens, *args).astype(w.dtype), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _rounded(x, dtype, block, recipe):
-    return x if dtype is None else fake_quantize(x, block, dtype, recipe.scale)
+def _operand(recipe, low, a, dtype, block):
+    """What a matmul takes for `a`: codes, or float8 values in the dtype `low`."""
+    if recipe.native:
+        return a if isinstance(a, Quantized) else quantize(a, block, dtype, recipe.scale)
+    return (a if dtype is None else fake_quantize(a, block, dtype, recipe.scale)).astype(low)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drpo_jax.models import Compute, Ring
+from drpo_jax.models import Compute
 from drpo_jax.parallel import batch_shards
 from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.slots import (
@@ -51,6 +51,7 @@ class Sampler:
         of a call, rounded up to 16 (which compiles anew when it grows).
       prefill_chunk: tokens of a prompt that are prefilled at once.
       compute: how to compute.
+      float8_cache: keep keys and values in e4m3, with a scale for every token and head.
 
     Attributes:
       version: of the weights, recorded with every response.
@@ -64,16 +65,17 @@ class Sampler:
         prompt_length=None,
         prefill_chunk=256,
         compute=Compute(),
+        float8_cache=False,
     ):
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self._loads = compute, 0
+        self.compute, self.float8_cache, self._loads = compute, float8_cache, 0
         self.statistics = dict.fromkeys(COUNTED, 0)
         self.load(model, version=0)
         static = ("params",)
         # partial: a jitted function of its own, whose compilations are this sampler's.
         self.programs = {
-            "empty_slots": jax.jit(partial(empty_slots), static_argnums=(1, 2, 3)),
+            "empty_slots": jax.jit(partial(empty_slots), static_argnums=(1, 2, 3, 4)),
             "empty_prompts": jax.jit(partial(empty_prompts), static_argnums=(1, 2, 3)),
             "prefill": jax.jit(
                 partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
@@ -118,7 +120,7 @@ class Sampler:
         counted, self.statistics = self.statistics, dict.fromkeys(COUNTED, 0)
         return counted
 
-    def generate(self, prompts, params: SamplingParams, key):
+    def generate(self, prompts, params: SamplingParams, key, limits=None):
         """Samples `params.samples` responses to each prompt.
 
         Args:
@@ -126,19 +128,21 @@ class Sampler:
           params: SamplingParams.
           key: PRNG key; a response depends on it, on the prompt's place in the list and on the
             sample's number.
+          limits: int [prompts, samples], most tokens of each response; default params.max_tokens,
+            which none may exceed.
 
         Returns:
           Rollouts, prompt-major.
 
         Raises:
-          ValueError: no prompts, or some that are empty or longer than `prompt_length`.
+          ValueError: no prompts, some that are empty or longer than `prompt_length`, or wrong limits.
         """
         if not prompts:
             raise ValueError("no prompts to sample from")
-        groups = dict(self.stream(prompts, params, key))
+        groups = dict(self.stream(prompts, params, key, limits=limits))
         return Rollouts.concatenate([groups[i] for i in range(len(prompts))])
 
-    def stream(self, prompts, params: SamplingParams, key, places=None):
+    def stream(self, prompts, params: SamplingParams, key, places=None, limits=None):
         """`generate` as an iterator of (index of a prompt, Rollouts of its samples), each given as
         soon as its last sample has ended.
 
@@ -147,14 +151,23 @@ class Sampler:
         Args:
           places: int per prompt, its place in a longer list, of which these are a part: what a
             response depends on; default 0, 1, 2, …
+          limits: see `generate`.
 
         Raises:
           ValueError: see `generate`; before anything is sampled.
           RuntimeError: other weights were loaded while responses were under way.
         """
         limit = self._check(prompts)
-        places = range(len(prompts)) if places is None else places
-        return _Flight(self, prompts, params, key, np.asarray(places, np.int32), limit).run()
+        places = np.arange(len(prompts)) if places is None else places
+        shape = len(prompts), params.samples
+        limits = np.full(shape, params.max_tokens) if limits is None else np.asarray(limits)
+        if limits.shape != shape or not np.all((1 <= limits) & (limits <= params.max_tokens)):
+            raise ValueError(
+                f"limits of responses must be integers [prompts, samples] = {list(shape)} between 1 "
+                f"and max_tokens = {params.max_tokens}, got {limits.tolist()}"
+            )
+        places, limits = (np.asarray(a, np.int32) for a in (places, limits))
+        return _Flight(self, prompts, params, key, places, limits, limit).run()
 
     def _check(self, prompts):
         """The most tokens that a prompt may have."""
@@ -194,9 +207,9 @@ class _Request:
 class _Flight:
     """The host's side of one call of `Sampler.stream`."""
 
-    def __init__(self, sampler, prompts, params, key, places, limit):
+    def __init__(self, sampler, prompts, params, key, places, limits, limit):
         self.sampler, self.prompts, self.params = sampler, prompts, params
-        self.key, self.places, self.loads = key, places, sampler._loads
+        self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler._loads
         self.config = sampler.model.config
         self.chunk = min(sampler.prefill_chunk, limit)
         self.width = -(-limit // self.chunk) * self.chunk  # columns of a prompt's row
@@ -211,7 +224,7 @@ class _Flight:
         self.device, self.rows = None, None  # Slots, caches of the prefilled prompts
         self.waiting, self.next_prompt = deque(), 0
         self.request = [None] * slots
-        self.lengths, self.counts = np.zeros((2, slots), np.int32)
+        self.lengths, self.counts, self.limits = np.zeros((3, slots), np.int32)
         self.record = self._empty_record(slots)
         self.groups = {}  # prompt → its samples that have ended
         self.prompt_routes = {}
@@ -231,13 +244,14 @@ class _Flight:
         while free and (self.waiting or self.next_prompt < len(self.prompts)):
             if not self.waiting:
                 self._prefill()
-            arrivals = Arrivals(*np.zeros((5, len(self.request)), np.int32))
+            arrivals = Arrivals(*np.zeros((6, len(self.request)), np.int32))
             arrivals.source[:] = -1
             while free and self.waiting:
                 request = self.waiting.popleft()
                 slot = free.pop()
                 self.request[slot] = request
                 self.lengths[slot] = len(self.prompts[request.prompt])
+                self.limits[slot] = self.all_limits[request.prompt, request.sample]
                 self.counts[slot] = 1
                 for name, value in request.first.items():
                     self.record[name][slot, 0] = value
@@ -249,6 +263,7 @@ class _Flight:
                     ("source", request.row),
                     ("last", request.first["tokens"]),
                     ("lengths", self.lengths[slot]),
+                    ("limits", self.limits[slot]),
                     ("prompt", self.places[request.prompt]),
                     ("sample", request.sample),
                 ):
@@ -304,29 +319,31 @@ class _Flight:
         """Gives the rings room for the next round: of the sizes, the first that is large enough,
         a smaller one than now only where it is half as large."""
         live = [slot for slot, request in enumerate(self.request) if request]
-        left = self.params.max_tokens - self.counts[live]
+        left = (self.limits - self.counts)[live]
         need = np.max(self.lengths[live] + np.minimum(self.sampler.decode_steps, left))
         size = next(i for i, size in enumerate(self.sizes) if size >= need)
         if self.device is None:
             dtype = self.sampler.compute.dtype
             self.device = self._call(
-                "empty_slots", self._model(), len(self.request), self.sizes[size], dtype
+                "empty_slots",
+                self._model(),
+                len(self.request),
+                self.sizes[size],
+                dtype,
+                self.sampler.float8_cache,
             )
             return
-        now = self.sizes.index(self._columns())
+        now = self.sizes.index(self.device.columns())
         while now < size or (now > size and 2 * self.sizes[size] <= self.sizes[now]):
             now += 1 if now < size else -1
             self._resize(self.sizes[now])
 
-    def _columns(self):
-        return next(c for c in self.device.caches if isinstance(c, Ring)).keys.shape[-1]
-
     def _resize(self, columns):
         """Layer by layer, so that one layer at a time is in memory twice."""
-        old, clock, caches = self._columns(), self.device.clock, list(self.device.caches)
+        old, clock, caches = self.device.columns(), self.device.clock, list(self.device.caches)
         self.device = dataclasses.replace(self.device, caches=None)
         for i, cache in enumerate(caches):
-            if isinstance(cache, Ring):
+            if cache.columns:
                 caches[i] = self._call("resize", cache, clock, columns=columns)
         clock = jnp.full_like(clock, min(old, columns) % columns)
         self.device = dataclasses.replace(self.device, caches=caches, clock=clock)
@@ -339,7 +356,7 @@ class _Flight:
         busy = bool(self.waiting) or self.next_prompt < len(self.prompts)
         self._fit()
         live = np.array([request is not None for request in self.request])
-        left = self.params.max_tokens - self.counts[live].min()
+        left = (self.limits - self.counts)[live].max()
         steps = np.int32(min(self.sampler.decode_steps, left))
         floor = np.int32(slots - max(1, slots // 8) if busy else 0)
         self.device, told = self._call(
@@ -373,8 +390,7 @@ class _Flight:
     def _ended(self, slot):
         count = self.counts[slot]
         return (
-            count == self.params.max_tokens
-            or self.record["tokens"][slot, count - 1] in self.params.stop
+            count == self.limits[slot] or self.record["tokens"][slot, count - 1] in self.params.stop
         )
 
     # ------------------------------------------------------------------------------- responses

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from drpo_jax.models import Prefix, Ring
+from drpo_jax.models import Prefix
 from drpo_jax.parallel import constrain, partition_spec
 from drpo_jax.sampler.token import Sampled, sample_token
 
@@ -25,11 +25,12 @@ class Slots:
     """The sequences in flight.
 
     Attributes:
-      caches: one per layer, `Ring` or `DeltaState`.
+      caches: one per layer, see `models.cache`.
       clock: int32 scalar, the column that the next step writes.
       last: int32 [B], the latest token, which is not in the caches yet.
       lengths, counts: int32 [B], tokens of a row in the caches; response tokens sampled.
       live: bool [B].
+      limits: int32 [B], most tokens of the response.
       prompt, sample: int32 [B], whose response it is: its random numbers follow from them.
     """
 
@@ -39,8 +40,13 @@ class Slots:
     lengths: jax.Array
     counts: jax.Array
     live: jax.Array
+    limits: jax.Array
     prompt: jax.Array
     sample: jax.Array
+
+    def columns(self):
+        """Of the rings."""
+        return next(c.columns for c in self.caches if c.columns)
 
 
 class Arrivals(NamedTuple):
@@ -49,6 +55,7 @@ class Arrivals(NamedTuple):
     source: jax.Array
     last: jax.Array
     lengths: jax.Array
+    limits: jax.Array
     prompt: jax.Array
     sample: jax.Array
 
@@ -67,12 +74,12 @@ class Round(NamedTuple):
     experts: jax.Array
 
 
-def empty_slots(model, slots, columns, dtype):
-    """Slots without sequences."""
+def empty_slots(model, slots, columns, dtype, float8=False):
+    """Slots without sequences; `dtype` and `float8` as `Transformer.empty_caches` takes them."""
     none = jnp.zeros((slots,), jnp.int32)
-    caches = [_placed(c, c.AXES) for c in model.empty_caches(slots, columns, dtype)]
+    caches = [_placed(c, c.AXES) for c in model.empty_caches(slots, columns, dtype, float8)]
     clock = jnp.zeros((), jnp.int32)
-    return Slots(caches, clock, none, none, none, none > 0, none, none)
+    return Slots(caches, clock, none, none, none, none > 0, none, none, none)
 
 
 def empty_prompts(model, prompts, columns, dtype):
@@ -149,7 +156,7 @@ def admit(slots, prompts, arrivals):
     caches = local(slots.caches, prompts, arrivals.source, slots.clock)
     fields = {
         name: jnp.where(new, getattr(arrivals, name), getattr(slots, name))
-        for name in ("last", "lengths", "prompt", "sample")
+        for name in ("last", "lengths", "limits", "prompt", "sample")
     }
     counts = jnp.where(new, 1, slots.counts)
     return dataclasses.replace(slots, caches=caches, counts=counts, live=slots.live | new, **fields)
@@ -172,7 +179,7 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
     Returns:
       (Slots, Round).
     """
-    columns = next(c for c in slots.caches if isinstance(c, Ring)).keys.shape[-1]
+    columns = slots.columns()
     # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
     # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
     layers = model.layers() if compute.on_cpu() else None
@@ -195,7 +202,7 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
         record = Round(slots.live, sampled, experts if params.routes else experts[..., :0])
         live, counts = slots.live, slots.counts + slots.live
         stop = jnp.array(params.stop, jnp.int32)
-        ended = jnp.isin(sampled.token, stop) | (counts >= params.max_tokens)
+        ended = jnp.isin(sampled.token, stop) | (counts >= slots.limits)
         slots = dataclasses.replace(
             slots,
             caches=caches,

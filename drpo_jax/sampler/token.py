@@ -110,7 +110,7 @@ def sample_token(logits_BxV, keys_B, params):
         logits = logits / params.temperature
         filtered = filter_logits(logits, params.top_k, params.top_p)
         largest = jnp.max(filtered, axis=-1, keepdims=True)
-        token = _draw(jnp.exp(filtered - largest), jax.vmap(jax.random.uniform)(keys_B))
+        token = draw(jnp.exp(filtered - largest), jax.vmap(jax.random.uniform)(keys_B))
     largest = jnp.max(logits, axis=-1, keepdims=True)
     mass = jnp.exp(logits - largest)
     total = jnp.sum(mass, axis=-1)
@@ -125,7 +125,7 @@ def sample_token(logits_BxV, keys_B, params):
 BLOCK = 256  # tokens whose probabilities are summed before the one is searched among them
 
 
-def _draw(mass_BxV, uniform_B):
+def draw(mass_BxV, uniform_B):
     """The first token of each row at which the cumulated mass exceeds uniform · total. int32 [B]
 
     Two levels, blocks and the tokens of one, so that the row is read once; on a mesh with a third

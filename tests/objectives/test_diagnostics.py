@@ -158,6 +158,7 @@ def test_the_mismatch_by_hand():
     ratio = (learner / sampler)[:4]
     expected = {
         "mismatch/shift": 0.06 + 0.02 + 0.1,
+        "mismatch/logp": abs(np.log(ratio)).sum(),
         "mismatch/kl": (ratio - 1 - np.log(ratio)).sum(),
         "mismatch/ratio": ratio.sum(),
         "mismatch/mask_flips": 2,

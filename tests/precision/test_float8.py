@@ -17,7 +17,7 @@ FORMATS = {
     "float8_e5m2": (57344.0, -109, 113),
 }
 SHAPE = (66, 200)
-BLOCKS = [(128, 128), (1, 128), (128, 1), (16, 32), (7, 5)]
+BLOCKS = [(128, 128), (1, 128), (128, 1), (16, 32), (7, 5), None]
 
 
 def reference(x, block, dtype, scale):
@@ -25,7 +25,7 @@ def reference(x, block, dtype, scale):
     fmax, lowest, nonfinite = FORMATS[dtype]
     with np.errstate(invalid="ignore"):  # signaling NaN
         x = np.asarray(x, np.float64)
-    (rows, columns), (r, c) = x.shape, (min(b, s) for b, s in zip(block, x.shape))
+    (rows, columns), (r, c) = x.shape, (min(b, s) for b, s in zip(block or x.shape, x.shape))
     codes = np.zeros(x.shape, ml_dtypes.finfo(dtype).dtype)
     scales = np.zeros((math.ceil(rows / r), math.ceil(columns / c)), np.float32)
     values = np.zeros(x.shape, np.float64)
@@ -58,9 +58,15 @@ def inputs():
     ties[::7, ::5] = 448
     extreme = np.array(
         [0, -0.0, 448, -448, 448.00003, 449, 57344, 57345, 2.0**-9, 2.0**-10, 1.5 * 2.0**-10]
-        + [2.0**-16, 2.0**-17, 1e-40, -1e-45, 2.0**-126, 1e-37, 1e-34, 3e38, -3.4e38, 1, 1.75],
+        + [2.0**-16, 2.0**-17, 1e-40, -1e-45, 2.0**-126, 1e-37, 1e-34, 3e38, -3.4e38, 1, 1.75]
+        + [-57344, np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal],
         np.float32,
     )
+    # Like those of checkpoints: heavy tails, a few loud channels, rounded to bfloat16.
+    channels = np.exp(rng.standard_normal(SHAPE[1])) * (1 + 30 * (rng.random(SHAPE[1]) < 0.03))
+    weights = 0.02 * rng.standard_t(3, SHAPE).astype(np.float32)
+    activations = (rng.standard_t(2, SHAPE) * channels).astype(np.float32)
+    positive = np.exp(4 * rng.standard_normal(SHAPE)).astype(np.float32)
     nonfinite = normal.copy()
     nonfinite[3, 5], nonfinite[9, 40], nonfinite[20, 20] = np.nan, np.inf, -np.inf
     return {
@@ -71,6 +77,9 @@ def inputs():
         "wide": normal * np.exp(15 * rng.standard_normal(SHAPE)).astype(np.float32),
         "any_bits": rng.integers(0, 2**32, SHAPE, dtype=np.uint32).view(np.float32),
         "outliers": outliers,
+        "weights": weights.astype(ml_dtypes.bfloat16).astype(np.float32),
+        "activations": activations.astype(ml_dtypes.bfloat16).astype(np.float32),
+        "positive": positive,
         "ties": ties,
         "extreme": np.resize(extreme, SHAPE),
         "extreme_rows": np.repeat(np.resize(extreme, SHAPE[0])[:, None], SHAPE[1], 1),
@@ -105,21 +114,24 @@ def test_codes_scales_and_values_are_the_reference(name, dtype):
     for block in BLOCKS:
         codes, scales, values = reference(x, block, dtype, "pow2")
         q, x_hat, fake = in_jit(x, block, dtype)
-        assert q.block == tuple(min(b, s) for b, s in zip(block, x.shape))
+        assert q.block == tuple(min(b, s) for b, s in zip(block or x.shape, x.shape))
         assert_bits_equal(q.codes, codes)
         assert_bits_equal(q.scales, scales)
         assert_bits_equal(x_hat, values)
         assert_bits_equal(fake, values)
 
 
-def test_without_jit():
-    x = jnp.asarray(np.where(INPUTS["ties"] == 448, INPUTS["extreme"], INPUTS["nonfinite"]))
-    codes, scales, values = reference(x, (16, 32), "float8_e4m3fn", "pow2")
-    q = quantize(x, (16, 32))
+@pytest.mark.parametrize("block, dtype", [((16, 32), "float8_e4m3fn"), (None, "float8_e5m2")])
+def test_without_jit(block, dtype):
+    """With Inf and NaN as well where they leave other blocks alone."""
+    rest = "nonfinite" if block else "activations"
+    x = jnp.asarray(np.where(INPUTS["ties"] == 448, INPUTS["extreme"], INPUTS[rest]))
+    codes, scales, values = reference(x, block, dtype, "pow2")
+    q = quantize(x, block, dtype)
     assert_bits_equal(q.codes, codes)
     assert_bits_equal(q.scales, scales)
     assert_bits_equal(dequantize(q), values)
-    assert_bits_equal(fake_quantize(x, (16, 32)), values)
+    assert_bits_equal(fake_quantize(x, block, dtype), values)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -139,23 +151,42 @@ def test_float32_scales(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_rounding_is_the_cast(dtype):
-    """Every bfloat16 and a million float32 values, at scale 1 (the block's other value is fmax)."""
+def test_rounding_is_the_cast_of_every_bfloat16(dtype):
+    """At scale 1, which the largest value beside each of them makes; Inf keeps its sign, NaN itself."""
     fmax = FORMATS[dtype][0]
-    bfloat16 = np.arange(2**16, dtype=np.uint32) << 16
+    x = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+    finite = np.isfinite(x)
+    clipped = np.where(np.isnan(x), x, np.clip(x, -fmax, fmax))
+    pairs = np.stack([np.where(finite, clipped, x), np.full_like(x, fmax)], -1)
+    with np.errstate(invalid="ignore"):  # signaling NaN
+        cast = clipped.astype(ml_dtypes.finfo(dtype).dtype)
+        narrow = pairs.astype(ml_dtypes.bfloat16)
+    for inputs in (pairs, narrow):
+        q, x_hat, fake = in_jit(inputs, (1, 2), dtype)
+        assert np.all(np.asarray(q.scales)[finite] == 1)
+        assert_bits_equal(q.codes[:, 0], cast)
+        expected = np.where(finite, cast.astype(np.float32), x)
+        assert_bits_equal(x_hat[:, 0], expected)
+        assert_bits_equal(fake[:, 0].astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_rounding_is_the_cast_of_ten_million_float32(dtype):
+    """In one block; its largest value makes the scale 1."""
+    fmax = FORMATS[dtype][0]
     rng = np.random.default_rng(1)
-    exponents = rng.integers(127 - 20, 127 + 17, 1_000_000, dtype=np.uint32) << 23
-    float32 = rng.integers(0, 2**23, 1_000_000, dtype=np.uint32) | exponents
-    float32 |= rng.integers(0, 2, 1_000_000, dtype=np.uint32) << 31
-    x = np.concatenate([bfloat16, float32]).view(np.float32)
-    x = np.clip(x[np.isfinite(x)], -fmax, fmax)
+    shape = (1000, 10_000)
+    bits = rng.integers(127 - 20, 127 + 16, shape, dtype=np.uint32) << 23
+    bits |= rng.integers(0, 2**23, shape, dtype=np.uint32)
+    bits |= rng.integers(0, 2, shape, dtype=np.uint32) << 31
+    x = np.clip(bits.view(np.float32), -fmax, fmax)
+    q, x_hat, fake = in_jit(x, None, dtype)
+    assert q.scales.shape == (1, 1) and q.scales[0, 0] == 1
     cast = x.astype(ml_dtypes.finfo(dtype).dtype)
-    pairs = np.stack([x, np.full_like(x, fmax)], -1)
-    q, x_hat, fake = in_jit(pairs, (1, 2), dtype)
-    assert np.all(np.asarray(q.scales) == 1)
-    assert_bits_equal(q.codes[:, 0], cast)
-    assert_bits_equal(x_hat[:, 0], cast.astype(np.float32))
-    assert_bits_equal(fake[:, 0], cast.astype(np.float32))
+    assert np.array_equal(np.asarray(q.codes).view(np.uint8), cast.view(np.uint8))
+    values = cast.astype(np.float32).view(np.uint32)
+    assert np.array_equal(np.asarray(x_hat).view(np.uint32), values)
+    assert np.array_equal(np.asarray(fake).view(np.uint32), values)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

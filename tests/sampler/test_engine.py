@@ -2,6 +2,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -148,6 +149,32 @@ def test_a_stop_token_first_and_a_single_token(model, sampler):
     assert rollouts.tokens.shape == (1, 9)
 
 
+def test_a_float8_cache_rounds_keys_and_values_alone(model, rollouts):
+    new = partial(Sampler, model, slots=6, decode_steps=5, prompt_length=8, float8_cache=True)
+    ours = new().generate(PROMPTS, PARAMS, KEY)
+    first = ours.logp[:, 0]
+    np.testing.assert_allclose(first, rollouts.logp[:, 0], atol=2e-5)  # prefill has none of it
+    same = np.all(ours.tokens == rollouts.tokens, axis=1)
+    gap = np.abs(ours.full_logp - rollouts.full_logp)[same & (rollouts.response_lengths > 2)]
+    assert same.sum() >= 3 and 1e-3 < gap[gap > 0].mean() < 0.1
+    other = Sampler(model, slots=3, decode_steps=2, prompt_length=8, float8_cache=True)
+    np.testing.assert_array_equal(other.generate(PROMPTS, PARAMS, KEY).tokens, ours.tokens)
+    caches = model.empty_caches(6, 16, "float32", float8=True)
+    assert {a.dtype for c in caches for a in c[:2]} == {jnp.dtype("float8_e4m3fn")}
+
+
+def test_every_response_may_have_its_own_limit(model, sampler, rollouts):
+    limits = np.random.default_rng(0).integers(1, 10, size=(5, 3))
+    cut = sampler.generate(PROMPTS, PARAMS, KEY, limits)
+    lengths = np.minimum(rollouts.response_lengths, limits.reshape(-1))
+    np.testing.assert_array_equal(cut.response_lengths, lengths)
+    mask = cut.mask()
+    np.testing.assert_allclose(cut.logp[mask], rollouts.logp[mask], atol=2e-5)
+    for wrong in (limits[:4], limits + 9, limits * 0):
+        with pytest.raises(ValueError, match=r"integers \[prompts, samples\] = \[5, 3\] between 1"):
+            sampler.generate(PROMPTS, PARAMS, KEY, wrong)
+
+
 def test_bad_prompts_are_named(sampler):
     for prompts, message in (
         ([], "no prompts"),
@@ -226,9 +253,9 @@ def test_permuted_rows_change_no_bit_of_a_program(model):
             for i, cache in enumerate(state.caches)
         ]
         ints = rng_of(9).integers(1, 7, size=(4, slots)).astype(np.int32)[:, order]
-        names = ("last", "lengths", "prompt", "sample")
-        live = np.ones(slots, bool)
-        return dataclasses.replace(state, caches=caches, live=live, **dict(zip(names, ints)))
+        fields = dict(zip(("last", "lengths", "prompt", "sample"), ints))
+        fields |= dict(live=np.ones(slots, bool), limits=np.full(slots, 40, np.int32))
+        return dataclasses.replace(state, caches=caches, **fields)
 
     rng_of = np.random.default_rng
     run = jax.jit(partial(decode, room=5, params=LONG, compute=Compute()))

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from drpo_jax.parallel import make_mesh
 from drpo_jax.sampler import SamplingParams
-from drpo_jax.sampler.token import _draw, filter_logits, sample_token
+from drpo_jax.sampler.token import draw, filter_logits, sample_token
 
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
@@ -114,11 +114,11 @@ def test_draws_find_the_token_in_a_large_vocabulary():
     mesh = make_mesh(data=2, tensor=4)
     total = np.cumsum(mass.astype(np.float64), axis=1)
     for uniform in (0.0, 1e-7, 0.3, 0.77777, 1 - 2**-23):
-        draw = np.full(rows, uniform, np.float32)
-        found = np.asarray(jax.jit(_draw)(mass, draw))
+        at = np.full(rows, uniform, np.float32)
+        found = np.asarray(jax.jit(draw)(mass, at))
         with jax.set_mesh(mesh):
             placed = jax.device_put(mass, NamedSharding(mesh, PartitionSpec("data", "tensor")))
-            np.testing.assert_array_equal(jax.jit(_draw)(placed, draw), found)
+            np.testing.assert_array_equal(jax.jit(draw)(placed, at), found)
         picked = np.arange(rows), found
         assert np.all(mass[picked] > 0)
         target = uniform * total[:, -1]

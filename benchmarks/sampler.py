@@ -1,0 +1,199 @@
+"""The sampler: its rate against what the matmuls alone would take, and what continuous batching gains.
+
+    python -m benchmarks.sampler [--output=FILE.json]
+
+Floor: the baseline model of benchmarks.cpu_baseline, 128 sequences of 16 prompt and 64 response tokens
+in 128 slots, against a jitted loop of nothing but the model's matmuls, in turn with it.
+Recording: the same without the logprobs and the entropy, that is with the token alone.
+Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256; static
+batches are the same sampler asked for one batch of its slots at a time.
+Bandwidth (on a GPU): decode steps of a 1.7B- and a 4B-shaped model in bfloat16, against the time in
+which the memory can deliver weights and caches once.
+"""
+
+import dataclasses
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+
+from benchmarks.common import OUTPUT, machine, write_results
+from benchmarks.cpu_baseline import PROMPT, RESPONSE, SEQUENCES, baseline_config, floors
+from drpo_jax.models import Compute, ModelConfig, Transformer
+from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
+from drpo_jax.sampler import Sampler, SamplingParams, slots
+from drpo_jax.sampler.token import Sampled, draw
+
+# Bytes/s of the memory, from the vendor's data sheets (SXM).
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
+QWEN3 = dict(heads=16, kv_heads=8, head_dim=128, vocab_size=151936, tie_embeddings=True)
+SHAPES = {
+    "1.7B": ModelConfig(**QWEN3, layers=28, hidden_size=2048, mlp_size=6144),
+    "4B": ModelConfig(**QWEN3 | {"heads": 32}, layers=36, hidden_size=2560, mlp_size=9728),
+}
+
+
+def token_alone(logits, keys, params):
+    """`sample_token` without what it records."""
+    nothing = jnp.zeros(len(logits))
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    token = draw(mass, jax.vmap(jax.random.uniform)(keys))
+    none = jnp.zeros((len(logits), 0))
+    return Sampled(token, nothing, nothing, nothing, none.astype(jnp.int32), none)
+
+
+def in_turn(work, rounds=8):
+    """{name: median seconds} of functions that are run in turn, so that a busy moment hits all."""
+    seconds = {name: [] for name in work}
+    for _ in range(rounds + 1):
+        for name, run in work.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+def against_the_floor(model, compute):
+    """(figures, lines to print) of the rate, the floor, and of recording."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 128, size=(16, PROMPT)).tolist()
+    params = SamplingParams(max_tokens=RESPONSE, samples=SEQUENCES // len(prompts))
+    new = partial(Sampler, model, SEQUENCES, 16, PROMPT, compute=compute)
+    sampler, bare, real = new(), new(), slots.sample_token
+
+    def run_bare():
+        slots.sample_token = token_alone
+        try:
+            return bare.generate(prompts, params, jax.random.key(1)).tokens
+        finally:
+            slots.sample_token = real
+
+    times = in_turn(
+        {
+            "sampler": lambda: sampler.generate(prompts, params, jax.random.key(1)).tokens,
+            "token alone": run_bare,
+            "floor": floors(model, 8)["sample"],
+        }
+    )
+    rate = {name: SEQUENCES * RESPONSE / seconds for name, seconds in times.items()}
+    share, cost = rate["sampler"] / rate["floor"], 1 - rate["sampler"] / rate["token alone"]
+    lines = [
+        f"{rate['sampler']:,.0f} tokens/s, {share:.0%} of the floor ({rate['floor']:,.0f})",
+        f"recording logprobs and entropy costs {cost:.1%} (without: {rate['token alone']:,.0f})",
+    ]
+    figures = {
+        "tokens/s": round(rate["sampler"]),
+        "floor tokens/s": round(rate["floor"]),
+        "of floor": round(share, 3),
+        "cost of recording": round(cost, 4),
+    }
+    return figures, lines
+
+
+def long_tail(model, compute, count=4):
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 128, size=(count * 16, PROMPT)).tolist()
+    limits = np.where(rng.random((len(prompts), SEQUENCES // 16)) < 0.05, 256, 16)
+    params = SamplingParams(max_tokens=256, samples=SEQUENCES // 16)
+    sampler = Sampler(model, SEQUENCES, 16, PROMPT, compute=compute)
+    key = jax.random.key(2)
+
+    def static():
+        for i in range(0, len(prompts), 16):
+            sampler.generate(prompts[i : i + 16], params, key, limits[i : i + 16])
+        return ()
+
+    def continuous():
+        sampler.generate(prompts, params, key, limits)
+        return ()
+
+    continuous()
+    sampler.read_statistics()
+    continuous()
+    counted = sampler.read_statistics()
+    static()
+    static_steps = sampler.read_statistics()["steps"]
+    times = in_turn({"continuous": continuous, "static": static}, rounds=3)
+    live = counted["busy_live_rows"] / counted["busy_steps"] / SEQUENCES
+    rate = {name: limits.sum() / seconds for name, seconds in times.items()}
+    gain = rate["continuous"] / rate["static"]
+    lines = [
+        f"long tail: {rate['continuous']:,.0f} tokens/s, {rate['static']:,.0f} in static batches: "
+        f"{gain:.1f} times as fast",
+        f"  {live:.0%} of the rows live until the queue is empty; {counted['steps']} decode steps "
+        f"in {counted['rounds']} rounds, {static_steps} steps in static batches",
+    ]
+    figures = {
+        "long tail tokens/s": round(rate["continuous"]),
+        "static tokens/s": round(rate["static"]),
+        "speed-up": round(gain, 2),
+        "live rows until the queue is empty": round(live, 3),
+        "compilations": sampler.compilations(),
+    }
+    return figures, lines
+
+
+def bandwidth(peak, context=1024, steps=64):
+    figures, lines = {}, [f"{'':<6}{'batch':>6}{'tokens/s':>11}{'of the bandwidth bound':>25}"]
+    compute = Compute(dtype="bfloat16")
+    for name, config in SHAPES.items():
+        model = jax.jit(
+            lambda key, config=config: jax.tree.map(
+                lambda x: x.astype(jnp.bfloat16), Transformer(config, key)
+            )
+        )(jax.random.key(0))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        for batch in (1, 32, 256):
+            state = jax.jit(slots.empty_slots, static_argnums=(1, 2, 3))(
+                model, batch, context, "bfloat16"
+            )
+            full = dict(lengths=state.lengths + context - steps - 1, limits=state.limits + 9999)
+            state = dataclasses.replace(state, live=~state.live, **full)
+            params = SamplingParams(max_tokens=9999)
+            decode = partial(slots.decode, room=steps, params=params, compute=compute)
+            run = jax.jit(decode, donate_argnums=1)
+            key, state = jax.random.key(0), [state]
+
+            def once(run=run, state=state, key=key, model=model):
+                new, told = run(model, state[0], key, np.int32(steps), np.int32(0))
+                lengths = new.lengths * 0 + context - steps - 1
+                state[0] = dataclasses.replace(new, lengths=lengths)
+                return told.sampled.token
+
+            seconds = in_turn({"decode": once}, rounds=5)["decode"] / steps
+            caches = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0].caches))
+            share = (weights + caches) / peak / seconds
+            lines.append(f"{name:<6}{batch:>6}{batch / seconds:>11,.0f}{share:>25.0%}")
+            figures[f"{name} batch {batch}: tokens/s"] = round(batch / seconds)
+            figures[f"{name} batch {batch}: of bandwidth"] = round(share, 3)
+    return figures, lines
+
+
+def main(_):
+    config = baseline_config()
+    mesh = make_mesh(devices=jax.devices()[:1])
+    programs = Programs(config, mesh, stop=())
+    with jax.set_mesh(mesh):
+        model = programs.sync(programs.init(jax.random.key(0)).model)
+        compute = programs.sampler.compute
+        parts = [partial(against_the_floor, model, compute), partial(long_tail, model, compute)]
+        kind = jax.devices()[0].device_kind
+        peak = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
+        if peak:
+            parts.append(partial(bandwidth, peak))
+        figures = {}
+        for part in parts:
+            some, lines = part()
+            print("\n".join(lines), flush=True)
+            figures |= some
+    print(machine())
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.sampler", figures)
+
+
+if __name__ == "__main__":
+    app.run(main)

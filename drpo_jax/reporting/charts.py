@@ -48,6 +48,9 @@ policy/kl; KL(µ‖π); nats; k3 estimate: mean of r − 1 − log r
 policy/ratio; Mean ratio; ; r = π/µ, 1 in expectation
 policy/ratio_max; Largest ratio; ; of any token of the step
 mismatch/shift; Engines: mean |π − µ|; ; sampler's µ against the learner's, at equal weights
+mismatch/shift_real; of it real; ; with precision.noise: between sampler and learner of equal weights
+mismatch/shift_injected; of it injected; ; with precision.noise: what the noise of the weights makes
+mismatch/logp; Engines: mean |Δ log p|; nats; sampler's µ against the learner's, at equal weights
 mismatch/kl; Engines: KL; nats; k3 estimate, sampler's µ against the learner's
 mismatch/ratio; Engines: mean ratio; ; learner's µ / sampler's µ
 mismatch/ratio_max; Engines: largest ratio; ; of any token of the step
@@ -68,6 +71,10 @@ eval/truncated; Held-out truncated; %; ended by the length limit
 router/balance_loss; Load-balancing loss; ; 1 where the experts share the tokens evenly
 router/max_load; Largest expert load; ; tokens of the busiest expert / mean
 router/idle_experts; Idle experts; %; visited by no token
+router/changed; Routes that replay changed; %; prescribed experts that the router would not choose
+sampler/live_rows; Live rows; %; slots with a sequence, mean over the decode steps
+sampler/decode_steps; Decode steps; ; of the rollout
+sync; Weight sync; ; bytes of the sampler's weights (time: time/sync)
 by_mu; By probability; %; share of the tokens, of Σ|c| (gradient), in a bin of µ
 time; Time; s; wall time of a step and of its parts
 compile; Compilation; ; programs, and seconds for them, since the last record

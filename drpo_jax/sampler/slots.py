@@ -158,8 +158,8 @@ def admit(slots, prompts, arrivals):
         name: jnp.where(new, getattr(arrivals, name), getattr(slots, name))
         for name in ("last", "lengths", "limits", "prompt", "sample")
     }
-    counts = jnp.where(new, 1, slots.counts)
-    return dataclasses.replace(slots, caches=caches, counts=counts, live=slots.live | new, **fields)
+    fields |= {"counts": jnp.where(new, 1, slots.counts), "live": slots.live | new}
+    return dataclasses.replace(slots, caches=caches, **_replicated(fields))
 
 
 def resize(cache, clock, *, columns):
@@ -227,7 +227,10 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
     record = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), record)
     start = jnp.zeros((), jnp.int32), slots, record
     _, slots, record = jax.lax.while_loop(going, body, start)
-    return slots, _replicated(record)
+    # Sharded as they came in, or the next round would be another program.
+    small = {f: getattr(slots, f) for f in ("clock", "last", "lengths", "counts", "live")}
+    caches = [_placed(c, c.AXES) for c in slots.caches]
+    return dataclasses.replace(slots, caches=caches, **_replicated(small)), _replicated(record)
 
 
 def _placed(cache, axes):

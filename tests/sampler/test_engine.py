@@ -8,12 +8,15 @@ import pytest
 
 from drpo_jax.learner import UpdateSettings, lay_out, likelihood, make_batch, response_trace
 from drpo_jax.models import Compute, ModelConfig, Ring, Transformer, router_metrics
+from drpo_jax.parallel import SAMPLER_RULES, make_mesh
+from drpo_jax.programs import shardings
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.sampler.engine import ring_sizes
 from drpo_jax.sampler.slots import decode, empty_slots
 
 SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)
 CONFIG = ModelConfig(**SIZES, experts=5, experts_per_token=2, expert_size=24, rope_theta=1e4)
+DENSE = ModelConfig(**SIZES, mlp_size=48, rope_theta=1e4)
 KEY = jax.random.key(5)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 PROMPTS = [[3, 9, 27, 1], [5], [8, 8, 60, 2, 40, 41, 7], [11, 12], [63, 0, 0, 1, 2]]
@@ -298,3 +301,19 @@ def test_ring_sizes():
     assert ring_sizes(1, 16) == [1] and ring_sizes(9, 4) == [4, 8, 9]
     long = ring_sizes(8192, 32)
     assert long[-1] == 8192 and len(long) < 30 and all(a < b for a, b in zip(long, long[1:]))
+
+
+def test_a_mesh_samples_the_same_and_compiles_no_more(rollouts):
+    """Slots on two devices, heads and vocabulary on the other two."""
+    mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+    params = dataclasses.replace(LONG, samples=3)
+    prompts = [[i + 7] * (1 + i % 8) for i in range(6)]
+    model = jax.jit(lambda key: Transformer(DENSE, key))(jax.random.key(1))
+    alone = Sampler(model, slots=18, prompt_length=8).generate(prompts, params, KEY)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, shardings(mesh, model, SAMPLER_RULES))
+        sampler = Sampler(placed, slots=4, decode_steps=16, prompt_length=8, prefill_chunk=5)
+        assert_same(sampler.generate(prompts, params, KEY), alone)
+        first = sampler.compilations()
+        assert_same(sampler.generate(prompts, params, KEY), alone)
+        assert sampler.compilations() == first <= sampler.most_compilations(params)

@@ -62,6 +62,7 @@ class Programs:
         precision.noise drawn from the key), or unquantized and without noise.
       perturbed(model, key): the learner's model with the noise that `sync` draws from the key.
       sampler, exact_sampler: the `Sampler` of the rollouts and that of evaluation.
+      abstract_weights: what `sync` gives the sampler, as ShapeDtypeStructs.
 
     Raises:
       ValueError: batches that the mesh does not divide.
@@ -167,9 +168,13 @@ class Programs:
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
         codes = config.precision.sampler_weights == "codes"
         noise = partial(perturb, noise=fp8.noise)
-        self.sync, sampling = self._sync(abstract, recipe.sampler, compute, codes, noise)
+        self.sync, sampling, self.abstract_weights = self._sync(
+            abstract, recipe.sampler, compute, codes, noise
+        )
         exactly = get_recipe("none").sampler
-        self.sync_exact, exact = self._sync(abstract, exactly, compute, codes, lambda model: model)
+        self.sync_exact, exact, _ = self._sync(
+            abstract, exactly, compute, codes, lambda model: model
+        )
         self.perturbed = jax.jit(noise, out_shardings=self.state_shardings.model)
         new_sampler = partial(
             Sampler,
@@ -193,7 +198,7 @@ class Programs:
         )
 
     def _sync(self, abstract, recipe, compute, codes, change):
-        """The jitted weight sync for a sampler recipe, and how its sampler computes.
+        """The jitted weight sync for a sampler recipe, how its sampler computes, and what it gets.
 
         Args:
           change: (model, …) → what is synced, with the arguments of the sync.
@@ -212,6 +217,7 @@ class Programs:
         return (
             jax.jit(sync, out_shardings=placed),
             dataclasses.replace(compute, matmul=matmul, remat="none", unroll=1),
+            _with_shardings(converted, placed),
         )
 
     def batch(self, tokens, prompt_lengths, response_lengths, data, pack=False, routes=None):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drpo_jax.models import Compute
-from drpo_jax.parallel import batch_shards
+from drpo_jax.parallel import batch_shards, named_sharding
 from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.slots import (
     Arrivals,
@@ -30,6 +30,7 @@ from drpo_jax.sampler.slots import (
     empty_prompts,
     empty_slots,
     prefill,
+    prompt_axes,
     resize,
 )
 from drpo_jax.sampler.token import SamplingParams
@@ -120,6 +121,56 @@ class Sampler:
         counted, self.statistics = self.statistics, dict.fromkeys(COUNTED, 0)
         return counted
 
+    def largest(self, model, params, mesh):
+        """Its programs at the longest sequences, to be compiled without any weights.
+
+        Args:
+          model: ShapeDtypeStructs of the weights, with their shardings.
+          mesh: the devices.
+
+        Returns:
+          name → (jitted function, its arguments by name as ShapeDtypeStructs in order, its static
+          keywords), for prefill, admit and decode.
+        """
+        with jax.set_mesh(mesh):
+            shape = _Shape(self, params, self.prompt_length)
+            dtype = self.compute.dtype
+            slots = jax.eval_shape(
+                lambda m: empty_slots(m, self.slots, shape.sizes[-1], dtype, self.float8_cache),
+                model,
+            )
+            rows = jax.eval_shape(
+                lambda m: empty_prompts(m, shape.together, shape.width, dtype), model
+            )
+
+        def place(x, axes=()):
+            sharding = named_sharding(mesh, axes, x.shape if axes else None)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def placed(caches, axes_of):
+            return [type(c)(*map(place, c, axes_of(c))) for c in caches]
+
+        ints = lambda *sizes: place(jax.ShapeDtypeStruct(sizes, jnp.int32))  # noqa: E731
+        caches = placed(slots.caches, lambda c: c.AXES)
+        slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
+        rows = placed(rows, prompt_axes)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        prompts = ints(shape.together)
+        arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
+        static = {"params": params}
+        chunk = {"tokens": ints(shape.together, shape.chunk), "start": ints(), "lengths": prompts}
+        prefill = {"sampler weights": model, "prompts": rows, **chunk, "key": key, "ids": prompts}
+        decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
+        return {
+            "prefill": (self.programs["prefill"], prefill, static),
+            "admit": (
+                self.programs["admit"],
+                {"caches": slots, "prompts": rows, "arrivals": arrivals},
+                {},
+            ),
+            "decode": (self.programs["decode"], decode | {"floor": ints()}, static),
+        }
+
     def generate(self, prompts, params: SamplingParams, key, limits=None):
         """Samples `params.samples` responses to each prompt.
 
@@ -194,6 +245,25 @@ def ring_sizes(longest, decode_steps):
     return sizes
 
 
+class _Shape:
+    """Sizes of the programs for prompts of at most `limit` tokens.
+
+    Attributes:
+      chunk, width: tokens of a prompt's chunk; columns of its row, a multiple of it.
+      together: prompts that are prefilled together.
+      sizes: columns that the rings may have.
+    """
+
+    def __init__(self, sampler, params, limit):
+        self.chunk = min(sampler.prefill_chunk, limit)
+        self.width = -(-limit // self.chunk) * self.chunk
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else batch_shards(mesh)
+        fill = min(-(-sampler.slots // params.samples), max(MOST_PROMPTS, shards))
+        self.together = -(-fill // shards) * shards
+        self.sizes = ring_sizes(limit + params.max_tokens, sampler.decode_steps)
+
+
 @dataclasses.dataclass
 class _Request:
     """A sample that waits for a slot, its first token known."""
@@ -210,16 +280,10 @@ class _Flight:
     def __init__(self, sampler, prompts, params, key, places, limits, limit):
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler._loads
-        self.config = sampler.model.config
-        self.chunk = min(sampler.prefill_chunk, limit)
-        self.width = -(-limit // self.chunk) * self.chunk  # columns of a prompt's row
-        self.limit = limit
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else batch_shards(mesh)
-        fill = min(-(-sampler.slots // params.samples), max(MOST_PROMPTS, shards))
-        self.together = -(-fill // shards) * shards  # prompts prefilled together
-        self.sizes = ring_sizes(limit + params.max_tokens, sampler.decode_steps)
-
+        self.config, self.limit = sampler.model.config, limit
+        shape = _Shape(sampler, params, limit)
+        self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
+        self.sizes = shape.sizes
         slots = sampler.slots
         self.device, self.rows = None, None  # Slots, caches of the prefilled prompts
         self.waiting, self.next_prompt = deque(), 0

@@ -84,7 +84,7 @@ def empty_slots(model, slots, columns, dtype, float8=False):
 
 def empty_prompts(model, prompts, columns, dtype):
     """Rows for prompts, of `columns` tokens."""
-    return [_placed(c, _prompt_axes(c)) for c in model.empty_prefix(prompts, columns, dtype)]
+    return [_placed(c, prompt_axes(c)) for c in model.empty_prefix(prompts, columns, dtype)]
 
 
 def prefill(model, caches, tokens_PxT, start, lengths_P, key, ids_P, *, params, compute):
@@ -116,7 +116,7 @@ def prefill(model, caches, tokens_PxT, start, lengths_P, key, ids_P, *, params, 
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
     first = sample_token(jnp.repeat(logits, params.samples, axis=0), keys, params)
     experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
-    caches = [_placed(c, _prompt_axes(c)) for c in out.caches]
+    caches = [_placed(c, prompt_axes(c)) for c in out.caches]
     return caches, _replicated(first), _replicated(experts)
 
 
@@ -150,7 +150,7 @@ def admit(slots, prompts, arrivals):
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         ours = [type(c)(*map(partition_spec, c.AXES)) for c in slots.caches]
-        theirs = [type(c)(*map(partition_spec, _prompt_axes(c))) for c in prompts]
+        theirs = [type(c)(*map(partition_spec, prompt_axes(c))) for c in prompts]
         in_specs = (ours, theirs, partition_spec(("batch",)), partition_spec(()))
         local = jax.shard_map(local, in_specs=in_specs, out_specs=ours, check_vma=False)
     caches = local(slots.caches, prompts, arrivals.source, slots.clock)
@@ -238,7 +238,7 @@ def _placed(cache, axes):
     return type(cache)(*(constrain(x, *a) for x, a in zip(cache, axes)))
 
 
-def _prompt_axes(cache):
+def prompt_axes(cache):
     """The logical axes of a prompt's caches, which lead with the steps of the scan over layers. Every
     device has all rows: any slot may be handed any of them."""
     return [(None, *(None if a == "batch" else a for a in axes)) for axes in cache.AXES]

@@ -387,7 +387,7 @@ def parity(run: Run, rollouts, old_logp):
       TrainingStopped: they differ by more than the bound, and sampler.parity is "stop".
     """
     run.compared, config = True, run.config
-    rounded = config.precision.recipe == "rollout"
+    rounded = config.precision.recipe == "rollout" or config.precision.kv_cache != "none"
     kind = "fp8" if rounded else config.compute.dtype
     bound = config.sampler.parity_bound or PARITY_BOUND[kind]
     gap = np.abs(rollouts.full_logp - old_logp)[rollouts.mask()]

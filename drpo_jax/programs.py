@@ -266,6 +266,13 @@ class Programs:
                     f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
                     f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
                 )
+        model, tensor = self.model_config, self.mesh.shape["tensor"]
+        for field in ("kv_heads", "linear_value_heads"):
+            if getattr(model, field) % tensor:
+                raise ValueError(
+                    f"model.{field} = {getattr(model, field)} is not a multiple of mesh.tensor = "
+                    f"{tensor}, over which the sampler's caches are split"
+                )
 
 
 def model_config(config) -> ModelConfig:
@@ -289,7 +296,8 @@ def perturb(model, key=None, *, noise):
 
 
 def sampler_weights(model, *, recipe, dtype, codes):
-    """The model as the sampler runs it: projections quantized, embedding and head cast to `dtype`.
+    """The model as the sampler runs it: projections quantized, embedding and head cast to `dtype`, and
+    the layers one by one.
 
     Router, norms and a DeltaNet's decay stay float32. With `codes`, quantized weights are `Quantized`
     (float8 in memory, expanded at every use); without, the values that the codes stand for.
@@ -303,7 +311,7 @@ def sampler_weights(model, *, recipe, dtype, codes):
         keep = name.endswith("norm") or name in ("router", "A_log", "dt_bias")
         return weight if keep else weight.replace(value.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=_is_param)
+    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=_is_param).unstacked()
 
 
 def shardings(mesh, tree, rules=RULES):

@@ -173,7 +173,7 @@ def test_codes_and_values_sample_alike(sizes):
         programs = new_programs(fields, **sizes)
         with jax.set_mesh(programs.mesh):
             programs.sampler.load(programs.sync(programs.init(KEY).model))
-            kinds.append(programs.sampler.model.blocks.mlp.up_proj.get_value())
+            kinds.append(programs.sampler.model.blocks[0].mlp.up_proj.get_value())
             prompts = [[2 + i] * (1 + i) for i in range(8)]
             found.append(programs.sampler.generate(prompts, GREEDY, KEY))
     values, codes = found

@@ -105,7 +105,8 @@ class Attention(nnx.Module):
         """
         q, k, v, gate = self.project(x_BxD, angles, compute)
         cache = cache.append(k, v, column)
-        return self.output(cache.attend(q, mask_BxC), gate, compute), cache
+        out = cache.attend(q, mask_BxC, compute.on_cpu())
+        return self.output(out, gate, compute), cache
 
 
 def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, compute):

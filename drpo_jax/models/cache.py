@@ -14,17 +14,18 @@ Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width
 columns.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from drpo_jax.models.flash import MASKED
-from drpo_jax.precision import quantize
+from drpo_jax.precision import dot_precision, quantize
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer over sequences, each [B, S, K, H]."""
+    """Keys and values of one layer over prompts, each [B, S, K, H]."""
 
     keys: jax.Array
     values: jax.Array
@@ -52,13 +53,9 @@ class Ring(NamedTuple):
             write(self.keys, k[..., None], column, 3), write(self.values, v[:, :, None], column, 2)
         )
 
-    def attend(self, q_BxNxH, mask_BxC):
-        """softmax(q kᵀ / √H) v over the columns that a row may read. → [B, N, H]
-
-        Written as multiply and reduce: a batched matmul with one query a row is memory-bound
-        everywhere, and XLA's CPU backend runs it as B·K tiny matrix products.
-        """
-        return _attend(q_BxNxH, self.keys, self.values, mask_BxC)
+    def attend(self, q_BxNxH, mask_BxC, on_cpu):
+        """softmax(q kᵀ / √H) v over the columns that a row may read. → [B, N, H]"""
+        return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu)
 
     def put(self, slot, row, clock):
         """The ring with `row`, a KV [S, K, H] whose last token is the latest, in `slot`.
@@ -103,11 +100,10 @@ class Ring8(NamedTuple):
             write(self.value_scales, v.scales, column, 2),
         )
 
-    def attend(self, q_BxNxH, mask_BxC):
+    def attend(self, q_BxNxH, mask_BxC, on_cpu):
         """As `Ring.attend`."""
-        return _attend(
-            q_BxNxH, self.keys, self.values, mask_BxC, self.key_scales, self.value_scales
-        )
+        scales = self.key_scales, self.value_scales
+        return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu, *scales)
 
     def put(self, slot, row, clock):
         """As `Ring.put`."""
@@ -123,18 +119,31 @@ class Ring8(NamedTuple):
         return Ring8(*(_resize(x, clock, columns, i) for x, i in zip(self, (3, 2, 2, 2))))
 
 
-def _attend(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC, k_scales=None, v_scales=None):
-    b, n, h = q_BxNxH.shape
+def _attend(q_BxNxH, keys_BxKxHxC, values_BxKxCxH, mask_BxC, on_cpu, k_scales=None, v_scales=None):
+    """On CPU as multiply and reduce: XLA runs a batched matmul there as B·K tiny products. Elsewhere
+    as matmuls, of which TPU's vector unit would have G times the work (and the cache in float32)."""
+    (b, n, h), dtype = q_BxNxH.shape, q_BxNxH.dtype
     kv = keys_BxKxHxC.shape[1]
-    q = q_BxNxH.reshape(b, kv, n // kv, h, 1).astype(jnp.float32) * h**-0.5
-    scores = jnp.sum(q * keys_BxKxHxC[:, :, None].astype(jnp.float32), axis=-2)
+    q = q_BxNxH.reshape(b, kv, n // kv, h)
+    dot = partial(jnp.einsum, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
+    if on_cpu:
+        wide = q[..., None].astype(jnp.float32)
+        scores = jnp.sum(wide * keys_BxKxHxC[:, :, None].astype(jnp.float32), axis=-2)
+    else:
+        scores = dot("bkgh,bkhc->bkgc", q, keys_BxKxHxC.astype(dtype))
+    scores *= h**-0.5
     if k_scales is not None:
         scores *= k_scales[:, :, None]
     probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
     if v_scales is not None:
         probs *= v_scales[:, :, None]
-    out = jnp.sum(probs[..., None] * values_BxKxCxH[:, :, None].astype(jnp.float32), axis=-2)
-    return out.reshape(b, n, h).astype(q_BxNxH.dtype)
+    probs = probs.astype(dtype)  # as the learner rounds them
+    if on_cpu:
+        values = values_BxKxCxH[:, :, None].astype(jnp.float32)
+        out = jnp.sum(probs[..., None].astype(jnp.float32) * values, axis=-2)
+    else:
+        out = dot("bkgc,bkch->bkgh", probs, values_BxKxCxH.astype(dtype))
+    return out.reshape(b, n, h).astype(dtype)
 
 
 def _place(x_SxKxH, clock, columns):

@@ -109,8 +109,18 @@ def route(x_NxD, router_DxE, k):
         jnp.dot(x_NxD.astype(jnp.float32), router_DxE, precision=jax.lax.Precision.HIGHEST),
         axis=-1,
     )
-    gates, experts = jax.lax.top_k(probs, k)
+    gates, experts = _top_k(probs, k)
     return gates / jnp.sum(gates, axis=-1, keepdims=True), experts, probs
+
+
+def _top_k(probs_NxE, k):
+    """`lax.top_k`, on a mesh every device of its own rows (left to itself XLA gathers them all)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    top_k = partial(jax.lax.top_k, k=k)
+    if not mesh.empty and mesh.size > 1:
+        rows = P(BATCH_AXES)
+        top_k = jax.shard_map(top_k, in_specs=rows, out_specs=[rows, rows], check_vma=False)
+    return top_k(probs_NxE)
 
 
 def load_balance_loss(load_E, probability_E):

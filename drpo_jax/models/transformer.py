@@ -106,7 +106,7 @@ class Prefix(NamedTuple):
     """What tokens continue: rows of C columns, right-aligned, filled column by column.
 
     Attributes:
-      caches: as `Transformer.empty_prefix` makes them; arrays lead with the steps of the scan.
+      caches: one per layer, as `Transformer.empty_prefix` makes them.
       start: int32 scalar, the column of the first new token.
       valid: bool [B, C], False for padding, of all columns.
     """
@@ -218,35 +218,39 @@ class Transformer(nnx.Module):
             policy = jax.checkpoint_policies.save_only_these_names("matmul")
             layer = jax.checkpoint(layer, policy=policy)
 
-        every = self.config.full_attention_every
-
-        def unit(x, inputs):
-            blocks, caches, routes = inputs
+        def run(x, blocks, caches, routes):
+            """Through some layers in turn. → x, their caches, what they told, stacked."""
             filled, told = [], []
-            for i, block in enumerate(_blocks(blocks)):
-                cache = None if caches is None else caches[i]
-                x, cache, *seen = layer(x, block, cache, None if routes is None else routes[i])
+            for i, block in enumerate(blocks):
+                x, cache, *seen = layer(x, block, caches and caches[i], _at(routes, i))
                 filled.append(cache)
                 told.append(seen)
-            return x, (filled, jax.tree.map(lambda *a: jnp.stack(a), *told))
+            return x, filled, jax.tree.map(lambda *a: jnp.stack(a), *told)
 
+        def unit(x, inputs):
+            unit, routes = inputs
+            x, _, told = run(x, _blocks(unit), None, routes)
+            return x, told
+
+        x = self._embed(tokens, compute)
         if routes is not None:
             routes = jnp.moveaxis(routes, 2, 0)
+        if prefix is not None or self._unstacked():
+            x, caches, told = run(x, self.layers(), prefix and prefix.caches, routes)
+            return Hidden(self._final(x), told[0], prefix and caches, told[1])
+        if routes is not None:
+            every = self.config.full_attention_every
             routes = routes.reshape(-1, every, *routes.shape[1:])
-        inputs = self.blocks, prefix.caches if prefix else None, routes
-        x = self._embed(tokens, compute)
-        x, (caches, told) = jax.lax.scan(unit, x, inputs, unroll=compute.unroll)
+        x, told = jax.lax.scan(unit, x, (self.blocks, routes), unroll=compute.unroll)
         router, experts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), told)
-        return Hidden(self._final(x), router, caches if prefix else None, experts)
+        return Hidden(self._final(x), router, None, experts)
 
     def empty_prefix(self, rows, columns, dtype):
-        """The caches of a Prefix before its first token: one per layer of a step of the scan, a KV of
-        [steps, rows, columns, K, H] or a DeltaState."""
+        """The caches of a Prefix before its first token, one per layer: a KV or a DeltaState."""
         config, every = self.config, self.config.full_attention_every
-        steps = config.layers // every
-        kv = jnp.zeros((steps, rows, columns, config.kv_heads, config.head_dim), dtype)
-        state = [jnp.zeros((steps, *x.shape), x.dtype) for x in self._empty_state(rows, dtype)]
-        return [DeltaState(*state)] * (every - 1) + [KV(kv, kv)]
+        kv = jnp.zeros((rows, columns, config.kv_heads, config.head_dim), dtype)
+        state = self._empty_state(rows, dtype)
+        return [state if (i + 1) % every else KV(kv, kv) for i in range(config.layers)]
 
     def empty_caches(self, rows, columns, dtype, float8=False):
         """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState.
@@ -274,8 +278,22 @@ class Transformer(nnx.Module):
             jnp.zeros(shape, jnp.float32),
         )
 
+    def unstacked(self):
+        """The same model with its layers one by one, for `decode` and for a Prefix: slices of a stack
+        are copied wherever they do not fuse into what reads them."""
+        model = nnx.clone(self)
+        layers = nnx.List(self.layers())
+        del model.blocks
+        model.blocks = layers
+        return model
+
+    def _unstacked(self):
+        return isinstance(self.blocks, nnx.List)
+
     def layers(self):
-        """The layers one by one, as `decode` takes them."""
+        """The layers one by one."""
+        if self._unstacked():
+            return list(self.blocks)
         units = self.config.layers // self.config.full_attention_every
         return [block for i in range(units) for block in _blocks(_take(self.blocks, i))]
 
@@ -287,19 +305,11 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.config.rms_eps, self.config.norm_offset)
 
     def decode(
-        self,
-        tokens_B,
-        positions_B,
-        caches,
-        column,
-        mask_BxC,
-        valid_B=None,
-        compute=Compute(),
-        layers=None,
+        self, tokens_B, positions_B, caches, column, mask_BxC, valid_B=None, compute=Compute()
     ):
         """One token a row against the caches.
 
-        The layers are unrolled (indexed statically): with the cache inside a scan, XLA copies it.
+        The layers are unrolled: with the cache inside a scan, XLA copies it.
 
         Args:
           tokens_B, positions_B: int32 [B].
@@ -307,7 +317,6 @@ class Transformer(nnx.Module):
           column: int32 scalar, the column of the rings that all rows write.
           mask_BxC: bool, the columns each row may read, the written one included.
           valid_B: bool, False for rows whose output nobody reads: they visit no expert; default True.
-          layers: `self.layers()`, when it is worth taking them apart outside a loop.
 
         Returns:
           hidden [B, D] after the final norm; the updated caches; the experts visited, int16
@@ -316,7 +325,7 @@ class Transformer(nnx.Module):
         angles = self._angles(positions_B)
         valid = jnp.ones(tokens_B.shape, bool) if valid_B is None else valid_B
         x, updated, experts = self._embed(tokens_B, compute), [], []
-        for block, cache in zip(layers or self.layers(), caches):
+        for block, cache in zip(self.layers(), caches):
 
             def mix(module, normed):
                 if isinstance(module, GatedDeltaNet):
@@ -339,6 +348,10 @@ def _blocks(unit):
         return [unit]
     count = unit.linear.input_norm.shape[0]
     return [*(_take(unit.linear, i) for i in range(count)), unit.full]
+
+
+def _at(routes, i):
+    return None if routes is None else routes[i]
 
 
 def _take(tree, i):

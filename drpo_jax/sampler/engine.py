@@ -29,8 +29,8 @@ from drpo_jax.sampler.slots import (
     decode,
     empty_prompts,
     empty_slots,
+    first_tokens,
     prefill,
-    prompt_axes,
     resize,
 )
 from drpo_jax.sampler.token import SamplingParams
@@ -81,6 +81,7 @@ class Sampler:
             "prefill": jax.jit(
                 partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
             ),
+            "first_tokens": jax.jit(partial(first_tokens, compute=compute), static_argnames=static),
             "admit": jax.jit(partial(admit), donate_argnums=0),
             "resize": jax.jit(partial(resize), static_argnames=("columns",)),
             "decode": jax.jit(
@@ -109,10 +110,12 @@ class Sampler:
         return sum(program._cache_size() for program in self.programs.values())
 
     def most_compilations(self, params):
-        """The bound of `compilations`, for prompts of at most prompt_length tokens."""
+        """The bound of `compilations`, for a sampler with a prompt_length."""
         sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
-        # empty_prompts and prefill; empty_slots, admit and decode by size; resize to the next ones
-        return 2 + 3 * sizes + 2 * (sizes - 1)
+        widths = len(row_widths(self.prompt_length, self.prefill_chunk))
+        # By width: empty_prompts, prefill, and admit by both; by size: empty_slots, decode, and
+        # resize to the next ones; first_tokens.
+        return widths * (2 + sizes) + 2 * sizes + 2 * (sizes - 1) + 1
 
     def read_statistics(self):
         """Counts since the last reading, by name: steps of decoding; live_rows, summed over them; both
@@ -130,10 +133,10 @@ class Sampler:
 
         Returns:
           name → (jitted function, its arguments by name as ShapeDtypeStructs in order, its static
-          keywords), for prefill, admit and decode.
+          keywords), for prefill, first_tokens, admit and decode.
         """
         with jax.set_mesh(mesh):
-            shape = _Shape(self, params, self.prompt_length)
+            shape = _Shape(self, params, self.prompt_length, self.prompt_length)
             dtype = self.compute.dtype
             slots = jax.eval_shape(
                 lambda m: empty_slots(m, self.slots, shape.sizes[-1], dtype, self.float8_cache),
@@ -153,16 +156,22 @@ class Sampler:
         ints = lambda *sizes: place(jax.ShapeDtypeStruct(sizes, jnp.int32))  # noqa: E731
         caches = placed(slots.caches, lambda c: c.AXES)
         slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
-        rows = placed(rows, prompt_axes)
+        rows = placed(rows, lambda c: c.AXES)
         key = jax.eval_shape(lambda: jax.random.key(0))
         prompts = ints(shape.together)
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
         chunk = {"tokens": ints(shape.together, shape.chunk), "start": ints(), "lengths": prompts}
-        prefill = {"sampler weights": model, "prompts": rows, **chunk, "key": key, "ids": prompts}
+        hidden = jax.ShapeDtypeStruct((shape.together, model.config.hidden_size), dtype)
+        first = {"sampler weights": model, "hidden": place(hidden), "key": key, "ids": prompts}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
         return {
-            "prefill": (self.programs["prefill"], prefill, static),
+            "prefill": (
+                self.programs["prefill"],
+                {"sampler weights": model, "prompts": rows, **chunk},
+                static,
+            ),
+            "first_tokens": (self.programs["first_tokens"], first, static),
             "admit": (
                 self.programs["admit"],
                 {"caches": slots, "prompts": rows, "arrivals": arrivals},
@@ -206,8 +215,10 @@ class Sampler:
 
         Raises:
           ValueError: see `generate`; before anything is sampled.
-          RuntimeError: other weights were loaded while responses were under way.
+          RuntimeError: no weights are loaded, or others were while responses were under way.
         """
+        if self.model is None:
+            raise RuntimeError("the sampler has no weights: `load` some")
         limit = self._check(prompts)
         places = np.arange(len(prompts)) if places is None else places
         shape = len(prompts), params.samples
@@ -245,8 +256,17 @@ def ring_sizes(longest, decode_steps):
     return sizes
 
 
+def row_widths(limit, chunk):
+    """Columns that a prompt's row may have, each a compilation: 1, 2, 4, … chunks, up to those that
+    hold `limit` tokens."""
+    chunk, widths = min(chunk, limit), []
+    while not widths or widths[-1] < limit:
+        widths.append(min(2 * widths[-1], -(-limit // chunk) * chunk) if widths else chunk)
+    return widths
+
+
 class _Shape:
-    """Sizes of the programs for prompts of at most `limit` tokens.
+    """Sizes of the programs for prompts of up to `longest` tokens, of which `limit` could come.
 
     Attributes:
       chunk, width: tokens of a prompt's chunk; columns of its row, a multiple of it.
@@ -254,9 +274,9 @@ class _Shape:
       sizes: columns that the rings may have.
     """
 
-    def __init__(self, sampler, params, limit):
+    def __init__(self, sampler, params, limit, longest):
         self.chunk = min(sampler.prefill_chunk, limit)
-        self.width = -(-limit // self.chunk) * self.chunk
+        self.width = next(w for w in row_widths(limit, self.chunk) if w >= longest)
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else batch_shards(mesh)
         fill = min(-(-sampler.slots // params.samples), max(MOST_PROMPTS, shards))
@@ -281,7 +301,7 @@ class _Flight:
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler._loads
         self.config, self.limit = sampler.model.config, limit
-        shape = _Shape(sampler, params, limit)
+        shape = _Shape(sampler, params, limit, max(map(len, prompts), default=1))
         self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
         self.sizes = shape.sizes
         slots = sampler.slots
@@ -292,13 +312,17 @@ class _Flight:
         self.record = self._empty_record(slots)
         self.groups = {}  # prompt → its samples that have ended
         self.prompt_routes = {}
+        self.complete = []  # groups of which all have, to be given
 
     def run(self):
         while True:
-            yield from self._fill()
-            if not any(self.request):
+            self._fill()
+            round_ = self._decode() if any(self.request) else None
+            complete, self.complete = self.complete, []
+            yield from complete  # what the caller does with them is done while the device decodes
+            if round_ is None:
                 return
-            yield from self._round()
+            self._read(*round_)
 
     # ------------------------------------------------------------------------------- admission
 
@@ -321,7 +345,7 @@ class _Flight:
                     self.record[name][slot, 0] = value
                 if self._ended(slot):
                     free.append(slot)
-                    yield from self._land(slot)
+                    self._land(slot)
                     continue
                 for name, value in (
                     ("source", request.row),
@@ -335,6 +359,8 @@ class _Flight:
             if np.any(arrivals.source >= 0):
                 self._fit()
                 self.device = self._call("admit", self.device, self.rows, arrivals)
+        if not self.waiting:
+            self.rows = None
 
     def _prefill(self):
         """Prefills the next prompts and queues their samples."""
@@ -354,18 +380,17 @@ class _Flight:
         begin = (self.width - lengths.max()) // self.chunk * self.chunk
         experts = []
         for at in range(begin, self.width, self.chunk):
-            self.rows, first, seen = self._call(
+            self.rows, hidden, seen = self._call(
                 "prefill",
                 self._model(),
                 self.rows,
                 tokens[:, at : at + self.chunk],
                 np.int32(at),
                 lengths,
-                self.key,
-                ids,
                 params=params,
             )
             experts.append(seen)
+        first = self._call("first_tokens", self._model(), hidden, self.key, ids, params=params)
         first, experts = jax.device_get((first, experts))
         if params.routes:
             experts = np.concatenate(experts, axis=1)
@@ -414,8 +439,8 @@ class _Flight:
 
     # ------------------------------------------------------------------------------- decoding
 
-    def _round(self):
-        """Decodes for a while and gives the groups that it completes."""
+    def _decode(self):
+        """Sets the device to decode for a while. → what it will have sampled, whether requests wait."""
         slots = len(self.request)
         busy = bool(self.waiting) or self.next_prompt < len(self.prompts)
         self._fit()
@@ -426,6 +451,10 @@ class _Flight:
         self.device, told = self._call(
             "decode", self._model(), self.device, self.key, steps, floor, params=self.params
         )
+        return told, busy
+
+    def _read(self, told, busy):
+        """Records what was sampled and takes out the sequences that have ended."""
         told = jax.device_get(told)
         step, slot = np.nonzero(told.live)
         place = self.counts[slot] + step
@@ -437,9 +466,9 @@ class _Flight:
         self.lengths += taken
         self.counts += taken
         self._count(told.live, busy)
-        for slot in np.flatnonzero(live):
-            if self._ended(slot):
-                yield from self._land(slot)
+        for slot, request in enumerate(self.request):
+            if request and self._ended(slot):
+                self._land(slot)
 
     def _count(self, live, busy):
         steps, rows = int(live.any(axis=1).sum()), int(live.sum())
@@ -460,7 +489,7 @@ class _Flight:
     # ------------------------------------------------------------------------------- responses
 
     def _land(self, slot):
-        """Takes an ended sequence out of its slot; gives its group if it was the last of it."""
+        """Takes an ended sequence out of its slot."""
         request, count = self.request[slot], self.counts[slot]
         self.request[slot] = None
         if request.prompt not in self.groups:
@@ -474,7 +503,8 @@ class _Flight:
         group["response_lengths"][request.sample] = count
         self.sampler.statistics["response_tokens"] += int(count)
         if np.all(group["response_lengths"]):
-            yield request.prompt, self._rollouts(request.prompt, self.groups.pop(request.prompt))
+            group = self._rollouts(request.prompt, self.groups.pop(request.prompt))
+            self.complete.append((request.prompt, group))
 
     def _rollouts(self, prompt, group):
         tokens, params = self.prompts[prompt], self.params

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from drpo_jax.models import Prefix
-from drpo_jax.parallel import constrain, partition_spec
+from drpo_jax.parallel import BATCH_AXES, constrain, partition_spec
 from drpo_jax.sampler.token import Sampled, sample_token
 
 
@@ -77,30 +77,29 @@ class Round(NamedTuple):
 def empty_slots(model, slots, columns, dtype, float8=False):
     """Slots without sequences; `dtype` and `float8` as `Transformer.empty_caches` takes them."""
     none = jnp.zeros((slots,), jnp.int32)
-    caches = [_placed(c, c.AXES) for c in model.empty_caches(slots, columns, dtype, float8)]
+    caches = [_placed(c) for c in model.empty_caches(slots, columns, dtype, float8)]
     clock = jnp.zeros((), jnp.int32)
     return Slots(caches, clock, none, none, none, none > 0, none, none, none)
 
 
 def empty_prompts(model, prompts, columns, dtype):
     """Rows for prompts, of `columns` tokens."""
-    return [_placed(c, prompt_axes(c)) for c in model.empty_prefix(prompts, columns, dtype)]
+    return [_placed(c) for c in model.empty_prefix(prompts, columns, dtype)]
 
 
-def prefill(model, caches, tokens_PxT, start, lengths_P, key, ids_P, *, params, compute):
-    """One chunk of the prompts, and as if it were the last one: every sample's first token.
+def prefill(model, caches, tokens_PxT, start, lengths_P, *, params, compute):
+    """One chunk of the prompts.
 
     Args:
       caches: of the chunks before, from `empty_prompts`.
       tokens_PxT: int32, the chunk's tokens; prompts are right-aligned in the row of all chunks.
       start: int32 scalar, the column of the chunk.
       lengths_P: int32, tokens of the prompts.
-      ids_P: int32, numbers of the prompts, for the random numbers.
 
     Returns:
-      (caches, `Sampled` [P · samples], prompt-major, experts int16 [P, T, L, k] or None).
+      (caches, hidden [P, D] of the last column, experts int16 [P, T, L, k] or None).
     """
-    width, chunk = caches[-1].keys.shape[2], tokens_PxT.shape[1]
+    width, chunk = caches[-1].keys.shape[1], tokens_PxT.shape[1]
     begin = width - lengths_P[:, None]
     valid = jnp.arange(width) >= begin
     columns = start + jnp.arange(chunk)
@@ -110,14 +109,22 @@ def prefill(model, caches, tokens_PxT, start, lengths_P, key, ids_P, *, params, 
     out = model.hidden(
         tokens_PxT, positions, segments, compute, prefix=prefix, record=params.routes
     )
-    logits = model.logits(out.hidden[:, -1], compute)
+    experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
+    return [_placed(c) for c in out.caches], out.hidden[:, -1], _replicated(experts)
+
+
+def first_tokens(model, hidden_PxD, key, ids_P, *, params, compute):
+    """The first token of every sample of the prompts, `Sampled` [P · samples], prompt-major.
+
+    Args:
+      hidden_PxD: of `prefill`'s last chunk.
+      ids_P: int32, numbers of the prompts, for the random numbers.
+    """
+    logits = model.logits(hidden_PxD, compute)
     samples = jnp.tile(jnp.arange(params.samples), len(ids_P))
     keys = _keys(key, jnp.repeat(ids_P, params.samples), samples)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    first = sample_token(jnp.repeat(logits, params.samples, axis=0), keys, params)
-    experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
-    caches = [_placed(c, prompt_axes(c)) for c in out.caches]
-    return caches, _replicated(first), _replicated(experts)
+    return _replicated(sample_token(jnp.repeat(logits, params.samples, axis=0), keys, params))
 
 
 def admit(slots, prompts, arrivals):
@@ -129,28 +136,31 @@ def admit(slots, prompts, arrivals):
       arrivals: Arrivals.
     """
     new = arrivals.source >= 0
-    steps = prompts[-1].keys.shape[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    many = not mesh.empty and mesh.size > 1
 
     def local(caches, prompts, source_B, clock):
-        """On one device: a loop over the slots that get a row."""
+        """On one device: layer by layer all prompts, and a loop over the slots that get one."""
         chosen = source_B >= 0
         order = jnp.nonzero(chosen, size=len(source_B), fill_value=0)[0]
 
-        def put(i, caches):
-            slot = order[i]
-            rows = [
-                jax.tree.map(lambda x: x[step, source_B[slot]], one)  # noqa: B023
-                for step in range(steps)
-                for one in prompts
-            ]
-            return [cache.put(slot, row, clock) for cache, row in zip(caches, rows)]
+        def layer(cache, rows):
+            if many:
+                rows = jax.lax.all_gather(rows, BATCH_AXES, axis=0, tiled=True)
 
-        return jax.lax.fori_loop(0, jnp.sum(chosen), put, caches)
+            def put(i, cache):
+                slot = order[i]
+                return cache.put(slot, jax.tree.map(lambda x: x[source_B[slot]], rows), clock)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        ours = [type(c)(*map(partition_spec, c.AXES)) for c in slots.caches]
-        theirs = [type(c)(*map(partition_spec, prompt_axes(c))) for c in prompts]
+            return jax.lax.fori_loop(0, jnp.sum(chosen), put, cache)
+
+        return [layer(cache, rows) for cache, rows in zip(caches, prompts)]
+
+    if many:
+        ours, theirs = (
+            [type(c)(*map(partition_spec, c.AXES)) for c in caches]
+            for caches in (slots.caches, prompts)
+        )
         in_specs = (ours, theirs, partition_spec(("batch",)), partition_spec(()))
         local = jax.shard_map(local, in_specs=in_specs, out_specs=ours, check_vma=False)
     caches = local(slots.caches, prompts, arrivals.source, slots.clock)
@@ -164,7 +174,7 @@ def admit(slots, prompts, arrivals):
 
 def resize(cache, clock, *, columns):
     """A layer's cache with rings of another size, whose clock is then at min(old, new) % new."""
-    return _placed(cache.resized(clock, columns), cache.AXES)
+    return _placed(cache.resized(clock, columns))
 
 
 def decode(model, slots, key, steps, floor, *, room, params, compute):
@@ -180,9 +190,6 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
       (Slots, Round).
     """
     columns = slots.columns()
-    # Loop-invariant slices of the stacked weights: XLA's CPU backend copies them at every step.
-    # Elsewhere they fuse into the matmuls, and taken apart here they would be a second copy.
-    layers = model.layers() if compute.on_cpu() else None
     keys = _keys(key, slots.prompt, slots.sample)
 
     def step(slots):
@@ -195,7 +202,6 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
             age <= slots.lengths[:, None],
             slots.live,
             compute,
-            layers,
         )
         logits = model.logits(hidden, compute)
         sampled = sample_token(logits, jax.vmap(jax.random.fold_in)(keys, slots.counts), params)
@@ -229,19 +235,13 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
     _, slots, record = jax.lax.while_loop(going, body, start)
     # Sharded as they came in, or the next round would be another program.
     small = {f: getattr(slots, f) for f in ("clock", "last", "lengths", "counts", "live")}
-    caches = [_placed(c, c.AXES) for c in slots.caches]
+    caches = [_placed(c) for c in slots.caches]
     return dataclasses.replace(slots, caches=caches, **_replicated(small)), _replicated(record)
 
 
-def _placed(cache, axes):
-    """A cache with its arrays sharded by the logical axes."""
-    return type(cache)(*(constrain(x, *a) for x, a in zip(cache, axes)))
-
-
-def prompt_axes(cache):
-    """The logical axes of a prompt's caches, which lead with the steps of the scan over layers. Every
-    device has all rows: any slot may be handed any of them."""
-    return [(None, *(None if a == "batch" else a for a in axes)) for axes in cache.AXES]
+def _placed(cache):
+    """A cache with its arrays sharded by their logical axes."""
+    return type(cache)(*(constrain(x, *a) for x, a in zip(cache, cache.AXES)))
 
 
 def _replicated(tree):

@@ -146,7 +146,8 @@ def draw(mass_BxV, uniform_B):
         blocks = blocks.reshape(len(mass), -1, BLOCK)
         block, rest = search(jnp.sum(blocks, axis=-1), target)
         inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-        return (block * BLOCK + search(inside, rest)[0]).astype(jnp.int32)
+        token = block * BLOCK + search(inside, rest)[0]
+        return jnp.minimum(token, mass.shape[1] - 1).astype(jnp.int32)  # NaN finds the padding
 
     def sharded(mass, uniform):
         shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), "tensor", axis=1)

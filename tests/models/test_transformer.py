@@ -103,8 +103,8 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
     rings = model.empty_caches(B, columns, jnp.float32)
     rings = jax.tree.map(lambda x: x + 1e3, rings)  # nobody may read what was not written
     for slot in range(B):
-        of_slot = lambda layer: jax.tree.map(lambda x: x[layer, slot], caches[0])  # noqa: E731, B023
-        rings = [ring.put(slot, of_slot(i), clock) for i, ring in enumerate(rings)]
+        of_slot = lambda cache: jax.tree.map(lambda x: x[slot], cache)  # noqa: E731, B023
+        rings = [ring.put(slot, of_slot(kv), clock) for ring, kv in zip(rings, caches)]
 
     @jax.jit
     def decode(*args):

@@ -29,14 +29,22 @@ from drpo_jax.config import (
 flags.disclaim_key_flags()  # what `launch` defines belongs to the entry point, and to its --help
 
 
-def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
+def launch(
+    main: Callable[[FrozenConfigDict, Path | None], int | None],
+    workdir: bool = True,
+    prepare: Callable[[ConfigDict], ConfigDict] = lambda config: config,
+) -> None:
     """Runs an entry point with --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
 
     Calls `main` with the resolved config and exits with what it returns. `BadInput`, from the
     command line or from `main`, is shown as one message with exit code 2, `TrainingStopped` with 1;
     any other exception is a defect and keeps its traceback.
+
+    Args:
+      workdir: False for an entry point without --workdir; `main` then gets None for it.
+      prepare: what to do with the config before it is resolved.
     """
-    config, workdir = define_flags(flags.FLAGS)
+    config, directory = define_flags(flags.FLAGS, workdir)
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -48,7 +56,8 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
         try:
-            return main(resolve(config.value), Path(workdir.value).expanduser())
+            path = Path(directory.value).expanduser() if workdir else None
+            return main(resolve(prepare(config.value)), path)
         except BadInput as error:
             exit_with(error, 2)
         except TrainingStopped as error:
@@ -60,17 +69,19 @@ def launch(main: Callable[[FrozenConfigDict, Path], int | None]) -> None:
     app.run(run, flags_parser=parse)
 
 
-def define_flags(values: flags.FlagValues) -> tuple[flags.FlagHolder, flags.FlagHolder]:
-    """Defines --config and --workdir among the flags `values`."""
+def define_flags(
+    values: flags.FlagValues, workdir: bool = True
+) -> tuple[flags.FlagHolder, flags.FlagHolder | None]:
+    """Defines --config, and --workdir unless it is False, among the flags `values`."""
     help_config = (
         "FILE[:VARIANT], for example configs/tiny.py:bf16. Single fields follow as "
         "--config.train.steps=50; drpo_jax/config.py explains them."
     )
     help_workdir = "Directory of the run; resumed if it holds one."
-    return (
-        config_flags.DEFINE_config_file("config", None, help_config, flag_values=values),
-        flags.DEFINE_string("workdir", None, help_workdir, flag_values=values),
-    )
+    config = config_flags.DEFINE_config_file("config", None, help_config, flag_values=values)
+    if not workdir:
+        return config, None
+    return config, flags.DEFINE_string("workdir", None, help_workdir, flag_values=values)
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
@@ -104,6 +115,8 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
         raise BadInput(str(error)) from None
     if len(rest) > 1:
         raise BadInput(f"{rest[1]}: not a flag; a field is set with --config.train.steps=50")
+    if "workdir" not in values:
+        return rest
     workdir = values.workdir
     if not workdir:
         raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")

@@ -258,7 +258,8 @@ class Programs:
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
-        for field in ("train.micro_batch", "sft.micro_batch", "sampler.slots"):
+        warm_start = ("sft.micro_batch",) if self.config.sft.steps else ()
+        for field in ("train.micro_batch", *warm_start, "sampler.slots"):
             room, name = field.split(".")
             size = self.config[room][name]
             if size % shards:

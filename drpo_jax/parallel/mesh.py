@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.sharding import AxisType
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
 from drpo_jax.parallel.axes import MESH_AXES
 
@@ -28,6 +29,9 @@ def make_mesh(data=-1, fsdp=1, expert=1, tensor=1, devices=None):
             f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1 to let "
             "it take the rest"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-    )
+    shape = tuple(sizes.values())
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # no sides of the TPU's torus multiply to these sizes: divide one
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)

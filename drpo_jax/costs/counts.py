@@ -1,0 +1,227 @@
+"""What a compiled program does, counted in its text: collectives, matmuls, memory traffic.
+
+The compiler's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs.
+"""
+
+import dataclasses
+import math
+import re
+
+from drpo_jax.costs.hlo import Module, root_of
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      sent: bytes that a device sends each time, round a ring: of n devices with s bytes each, (n − 1) s
+        for an all-gather, (n − 1) / n s for a reduce-scatter or an all-to-all, and both of the latter
+        for an all-reduce.
+      times: how often, in one call of the program.
+      certain: False in a loop whose length is not known.
+      shapes: of what a device gives, such as "f32[37984,2560]".
+      source: the operation in the model's code that it comes from, as JAX names it.
+    """
+
+    kind: str
+    sent: float
+    times: int
+    certain: bool
+    shapes: str
+    source: str
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Every collective that runs; an asynchronous one counts where it starts."""
+    found = []
+    for site in module.sites():
+        instruction = site.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        count = 1 if kind == "ragged-all-to-all" else len(instruction.operands)
+        given = [shape for i in range(count) for shape in site.operand(i).shapes]
+        n = _group_size(instruction, module.devices)
+        share = {
+            "all-gather": n - 1,
+            "all-reduce": 2 * (n - 1) / n,
+            "collective-permute": 1,
+        }.get(kind, (n - 1) / n)
+        shapes = " ".join(f"{s.dtype}[{','.join(map(str, s.sizes))}]" for s in given)
+        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        found.append(
+            Collective(
+                kind, share * sum(s.bytes for s in given), site.times, site.certain, shapes,
+                source[1] if source else "",
+            )
+        )  # fmt: skip
+    return found
+
+
+def matmul_flops(module: Module) -> float:
+    """FLOPs of all matmuls and convolutions on a device; kernels (Pallas) are not looked into."""
+    flops = 0
+    for site in module.sites():
+        instruction = site.instruction
+        if instruction.opcode == "dot":
+            left = site.operand(0).shapes[0].sizes
+            summed = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+            once = math.prod(instruction.shapes[0].sizes) * math.prod(left[int(i)] for i in summed)
+        elif instruction.opcode == "convolution":
+            once = _convolution(site)
+        else:
+            continue
+        flops += 2 * once * site.times
+    return flops
+
+
+def memory_traffic(module: Module) -> float:
+    """Bytes that a device moves from and to HBM: what each instruction, or fusion, reads and writes."""
+    return sum(
+        site.times * _traffic(site, module)
+        for site in module.sites()
+        if not site.fused and site.instruction.opcode not in _FREE
+    )
+
+
+def out_of_memory(message: str) -> float | None:
+    """The bytes of HBM that a program needs, arguments and results included, as the error says with
+    which the compiler gives up; None where it says nothing of the kind."""
+    number = r"([\d.]+)([KMGT]?)"
+    for pattern in (rf"total memory required[^()]*\({number}\)", rf"Used {number} of \S+ hbm"):
+        if match := re.search(pattern, message):
+            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+            return float(match[1]) * units[match[2]]
+    return None
+
+
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+    "after-all", "add-dependency", "async-start", "partition-id", "replica-id", "opt-barrier", "iota",
+}  # fmt: skip
+
+
+def _group_size(instruction, devices):
+    """Over how many devices a collective goes."""
+    groups = re.search(
+        r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})",
+        instruction.attributes,
+    )
+    if not groups:
+        return devices
+    if groups[2]:
+        return int(groups[3])
+    if groups[4]:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", groups[4])}
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups[5])
+        return math.prod(int(part) if part else sizes[name] for name, part in named)
+    return groups[1].count(",") + 1
+
+
+def _convolution(site):
+    """Multiplications of a convolution, which is how the TPU's compiler writes every matmul."""
+    instruction = site.instruction
+    left, right, out = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
+    sizes = [site.operand(0).shapes[0].sizes, site.operand(1).shapes[0].sizes]
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute("window")))
+    result = instruction.shapes[0].sizes
+    count = result[out.index("b")] * result[out.index("f")] * sizes[1][right.index("i")]
+    for i in range(sum(c.isdigit() for c in out)):
+
+        def number(name, default, i=i):
+            return window[name].split("x")[i] if name in window else default
+
+        stride, spread, gaps = (
+            int(number(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        before = int(number("pad", "0_0").split("_")[0])
+        inputs = (sizes[0][left.index(str(i))] - 1) * spread + 1
+        # Output o and window w meet at one place of the input, if it is neither padding nor a gap.
+        count *= sum(
+            0 <= place < inputs and place % spread == 0
+            for o in range(result[out.index(str(i))])
+            for w in range(sizes[1][right.index(str(i))])
+            for place in (o * stride + w * gaps - before,)
+        )
+    return count
+
+
+def _traffic(site, module):
+    instruction = site.instruction
+    opcode = instruction.opcode
+    if opcode.endswith(("-done", "-update")) or 'target="AllocateBuffer"' in instruction.attributes:
+        return 0
+    operands = [site.computation[name] for name in instruction.operands]
+    shapes = instruction.shapes
+    if opcode.endswith("-start"):  # its result lists what it was given, too
+        given = [s for operand in operands for s in operand.shapes]
+        n = len(given)
+        results = shapes[:1] if opcode == "copy-start" else shapes[n : 2 * n] or shapes
+        return _main(given) + _main(results)
+    if opcode in ("dynamic-slice", "gather", "slice"):
+        return 2 * _main(shapes)
+    if opcode == "dynamic-update-slice":
+        return 2 * _main(operands[1].shapes)
+    if opcode != "fusion":
+        return _main(shapes) + sum(_main(operand.shapes) for operand in operands)
+    inside = _inside(instruction, module)
+    read = sum(
+        _read(place, operand.shapes, inside, module) for place, operand in enumerate(operands)
+    )
+    root = root_of(inside)
+    names = root.operands if root.opcode == "tuple" else [root.name]
+    return read + sum(_written(name, shape, inside) for name, shape in zip(names, shapes))
+
+
+def _main(shapes):
+    return sum(shape.bytes for shape in shapes if shape.main_memory)
+
+
+def _inside(fusion, module):
+    return module.computations[fusion.attribute("calls").lstrip("%")]
+
+
+def _read(place, shapes, inside, module):
+    """What a fusion reads of an operand: all of it, unless it only takes slices or is written into.
+
+    Args:
+      place: of the operand.
+      shapes: the operand's.
+      inside: the fusion's computation.
+    """
+    total, parts = _main(shapes), 0
+    names = [i.name for i in inside.values() if i.opcode == "parameter" and i.inner == str(place)]
+    while names:
+        name = names.pop()
+        for user in inside.values():
+            for at in (i for i, operand in enumerate(user.operands) if operand == name):
+                if user.opcode in ("bitcast", "copy"):
+                    names.append(user.name)
+                elif user.opcode == "fusion":
+                    parts += _read(at, shapes, _inside(user, module), module)
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and at == 0:
+                    parts += sum(shape.bytes for shape in user.shapes)
+                elif user.opcode != "dynamic-update-slice" or at:
+                    return total
+    return min(parts, total)
+
+
+def _written(name, shape, inside):
+    """What a fusion writes of a result: all of it, or the slice that it puts into an operand."""
+    instruction = inside[name]
+    while instruction.opcode == "bitcast":
+        instruction = inside[instruction.operands[0]]
+    if instruction.opcode == "dynamic-update-slice" and shape.main_memory:
+        return sum(s.bytes for s in inside[instruction.operands[1]].shapes)
+    return _main([shape])

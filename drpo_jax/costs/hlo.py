@@ -1,0 +1,240 @@
+"""The text of a compiled program, taken apart: its instructions, and how often each of them runs.
+
+The body of a loop runs as often as XLA has noted (`known_trip_count`), or as the loop counts from a
+constant to a constant (on TPU the note is gone from the text). How often any other loop runs has to be
+told. Both branches of a conditional count.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array of an instruction: dtype, sizes, and whether it lies in HBM (or host memory)."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    main_memory: bool
+
+    @cached_property
+    def bytes(self) -> float:
+        bits = re.search(r"\d+", self.dtype)
+        size = int(bits[0]) / 8 if bits else self.dtype == "pred"
+        return size * math.prod(self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`%name = shapes opcode(operands), attributes`; `inner` is the text between the brackets."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    inner: str
+    attributes: str
+    root: bool
+
+    @cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.inner)
+
+    def attribute(self, name: str) -> str:
+        """The computation's name, number or {text} behind `name=`, '' where there is none."""
+        match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
+        return match[1] if match else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An instruction where it runs.
+
+    Attributes:
+      instruction: the instruction.
+      computation: name → Instruction of the computation that it is in.
+      times: how often it runs in one call of the program.
+      certain: False in a loop whose length is not known.
+      fused: it is part of a fusion (and what it reads and writes is not memory traffic).
+    """
+
+    instruction: Instruction
+    computation: dict[str, Instruction]
+    times: int
+    certain: bool
+    fused: bool
+
+    def operand(self, i: int) -> Instruction:
+        return self.computation[self.instruction.operands[i]]
+
+
+class Module:
+    """The text of a compiled program, `compiled.as_text()`, taken apart.
+
+    Args:
+      turns: how often a loop of unknown length is taken to run.
+    """
+
+    def __init__(self, text: str, turns: int = 1):
+        self.computations, self.entry, self.turns = {}, "", turns
+        header = re.search(r"^HloModule.*", text, re.MULTILINE)
+        partitions = re.search(r"num_partitions=(\d+)", header[0]) if header else None
+        self.devices = int(partitions[1]) if partitions else 1
+        current = {}
+        for line in text.splitlines():
+            if line.endswith("{") and "->" in line and not line[0].isspace():
+                entry = line.startswith("ENTRY ")
+                name = re.match(r"%?([\w.\-]+)", line.removeprefix("ENTRY "))[1]
+                current = self.computations[name] = {}
+                self.entry = name if entry else self.entry
+            elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
+                current[match[2]] = _instruction(match, line)
+
+    def sites(self) -> Iterator[Site]:
+        """All instructions that run, those of loops and fusions included."""
+        yield from self._visit(self.entry, 1, True, False, None)
+
+    def _visit(self, name, times, certain, fused, loop):
+        computation = self.computations[name]
+        for instruction in computation.values():
+            yield Site(instruction, computation, times, certain, fused)
+            if instruction.opcode == "while":
+                inner = _Loop(self, instruction, computation, loop)
+                trips = inner.trips()
+                known = certain and trips is not None
+                repeated = times * (self.turns if trips is None else trips)
+                yield from self._visit(inner.body, repeated, known, fused, inner)
+                continue
+            for called in _called(instruction):
+                deeper = fused or instruction.opcode == "fusion"
+                yield from self._visit(called, times, certain, deeper, loop)
+
+
+class _Loop:
+    """A `while`, and the loop whose body it is in."""
+
+    def __init__(self, module, instruction, computation, outer):
+        self.instruction, self.computation, self.outer = instruction, computation, outer
+        self.body = instruction.attribute("body").lstrip("%")
+        self.bodies = module.computations[self.body]
+        self.condition = module.computations[instruction.attribute("condition").lstrip("%")]
+
+    def trips(self) -> int | None:
+        """How often it runs; None where the text does not tell."""
+        noted = re.search(r'known_trip_count\W+n\W+(\d+)"', self.instruction.attributes)
+        if noted:
+            return int(noted[1])
+        test = root_of(self.condition)
+        if test.opcode != "compare" or test.attribute("direction") != "LT":
+            return None
+        counter = _original(test.operands[0], self.condition)
+        if counter.opcode != "get-tuple-element":
+            return None
+        place = int(counter.attribute("index"))
+        start, end = self.initial(place), self.value(test.operands[1], self.condition)
+        step = self._step(place)
+        if start is None or end is None or not step:
+            return None
+        return max(-(-(end - start) // step), 0)
+
+    def _step(self, place):
+        root = root_of(self.bodies)
+        if root.opcode != "tuple":
+            return None
+        change = _original(root.operands[place], self.bodies)
+        if change.opcode != "add":
+            return None
+        for i in (0, 1):
+            before = _original(change.operands[1 - i], self.bodies)
+            if before.opcode == "get-tuple-element" and before.attribute("index") == str(place):
+                return self.value(change.operands[i], self.bodies)
+        return None
+
+    def value(self, name, computation):
+        """The integer that a scalar of the loop's body or condition always is; None: not known."""
+        instruction = _original(name, computation)
+        if instruction.opcode != "get-tuple-element":
+            return _integer(instruction)
+        # A constant may have been moved out of the loop, and comes in with its state.
+        place = int(instruction.attribute("index"))
+        root = root_of(self.bodies)
+        after = _original(root.operands[place], self.bodies)
+        unchanged = after.opcode == "get-tuple-element" and after.attribute("index") == str(place)
+        return self.initial(place) if unchanged else None
+
+    def initial(self, place):
+        """The integer in that place of the loop's state as it begins; None: not known."""
+        state = self.computation[self.instruction.operands[0]]
+        if state.opcode != "tuple":
+            return None
+        name = state.operands[place]
+        if self.outer and self.computation is self.outer.bodies:
+            return self.outer.value(name, self.computation)
+        return _integer(_original(name, self.computation))
+
+
+# ------------------------------------------------------------------------------- reading the text
+
+
+def _instruction(match, line):
+    rest = line[match.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    types, rest = rest[:end], rest[end:].lstrip()
+    opcode = rest[: rest.index("(")]
+    close = _closing(rest, len(opcode))
+    inner, attributes = rest[len(opcode) + 1 : close], rest[close + 1 :]
+    return Instruction(match[2], _shapes(types), opcode, inner, attributes, bool(match[1]))
+
+
+def _closing(text, start):
+    """The place of the bracket that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    raise ValueError(f"a bracket is never closed: {text[:100]}")
+
+
+def _shapes(types):
+    found = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", types)
+    return tuple(
+        Shape(
+            dtype,
+            tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n),
+            re.search(r"S\([1-46-9]\)", layout) is None,  # S(5) is the host's
+        )
+        for dtype, sizes, layout in found
+    )
+
+
+def _original(name, computation):
+    """The instruction that a value comes from, past copies."""
+    instruction = computation[name]
+    while instruction.opcode in ("copy", "bitcast", "convert"):
+        instruction = computation[instruction.operands[0]]
+    return instruction
+
+
+def _integer(instruction):
+    constant = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.inner)
+    return int(instruction.inner) if constant else None
+
+
+def root_of(computation: dict[str, Instruction]) -> Instruction:
+    """The instruction whose result is the computation's."""
+    return next(i for i in reversed(computation.values()) if i.root)
+
+
+def _called(instruction):
+    """The computations that an instruction runs once (those of a `reduce` or a `sort` are not looked
+    into, nor those of an asynchronous one a second time where it ends)."""
+    names = {"fusion": ("calls",), "async-start": ("calls",), "call": ("to_apply",)}
+    names["conditional"] = ("branch_computations", "true_computation", "false_computation")
+    return [
+        name
+        for attribute in names.get(instruction.opcode, ())
+        for name in re.findall(r"%([\w.\-]+)", instruction.attribute(attribute))
+    ]

@@ -1,0 +1,219 @@
+"""Preflight: a small sharded config on eight CPU devices and, where its compiler is, on a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from drpo_jax import config as C
+from drpo_jax import costs, loop, preflight
+from drpo_jax.cli import load_config
+from drpo_jax.costs.chips import has_libtpu, libtpu_requirement
+from drpo_jax.learner import TokenTrace
+from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
+
+ROOT = Path(__file__).parents[1]
+SMALLEST = str(ROOT / "tests" / "smallest.py")
+MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}
+KINDS = {"arguments", "beside", "results", "temporaries", "total"}
+
+
+def run(*arguments, **environment):
+    """Runs preflight on the smallest config: (exit code, stdout, stderr)."""
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "drpo_jax.preflight", f"--config={SMALLEST}", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def config(**fields):
+    """The smallest config on the mixed mesh, with fields (a__b for a.b) changed."""
+    changed = MESH | {k.replace("__", "."): v for k, v in fields.items()}
+    return C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
+
+
+def new_programs(**fields):
+    resolved = config(**fields)
+    return Programs(resolved, make_mesh(**resolved.mesh), stop=(1,))
+
+
+def test_eight_cpu_devices(tmp_path):
+    """Every program compiles, fits, and sends no more than it has to."""
+    file = tmp_path / "figures.json"
+    fields = [f"--config.{name}={size}" for name, size in (MESH | {"sft.steps": 0}).items()]
+    code, out, err = run(
+        "--topology=cpu:8", f"--json={file}", *fields, JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+    )
+    assert code == 0, err
+    assert "cpu:8: 8 devices" in out and "data 1 · fsdp 2 · expert 2 · tensor 2" in out
+    assert "It fits" in out and "least time of a step is not known" in out
+    found = json.loads(file.read_text())
+    assert found["devices"] == 8 and found["fits"] is True
+    assert list(found["programs"]) == ["sync", "rescore", "update"]
+    for name, program in found["programs"].items():
+        assert f"compiling {name} … " in out and program["fits"] and not program["problem"]
+        assert set(program["memory"]) == KINDS
+
+    programs = new_programs()
+    state = programs.abstract_state
+    update = found["programs"]["update"]
+    memory = update["memory"]
+    assert memory["arguments"]["learner state"] == costs.device_bytes(state)
+    assert found["programs"]["sync"]["memory"]["beside"] == {
+        "optimizer state": costs.device_bytes(state.opt_state)
+    }
+    assert memory["total"] > costs.device_bytes(state) and memory["results"] < memory["total"]
+    # As it was once looked at: what sends more than that gathers something that it need not.
+    for name, most in (("sync", 24e3), ("rescore", 112e3), ("update", 320e3)):
+        sent = found["programs"][name]["sent"]
+        assert 0 < sum(sent.values()) < 1.2 * most, (name, sent)
+
+
+def test_what_does_not_fit(monkeypatch, capsys):
+    """On a chip that is too small, for each of the reasons."""
+    fields = dict(sft__steps=0, precision__recipe="rollout")
+    sync = preflight.program_list(new_programs(**fields))[0]
+    monkeypatch.setattr(preflight, "program_list", lambda _: [sync])
+    small = costs.Chip("small", 1e4, {}, 0.0, 0.0)
+    monkeypatch.setattr(costs, "get_devices", lambda _: (jax.devices(), small))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.config, "update", lambda *_: None)  # its cache is the other tests', too
+        assert preflight.main(config(**fields), "made:up") == 1
+    out = capsys.readouterr().out
+    assert "sync does not fit: " in out and "KiB too much" in out and "It fits" not in out
+
+    def advice(largest, program="update", relief="less", problem="", **more):
+        resolved, mesh = config(**more), SimpleNamespace(shape={"data": more.pop("mesh__data", 1)})
+        known = costs.Program(program, None, {}, relief=relief)
+        parts = {"temporaries": 1.0, "results": 0.0} | largest
+        own = {name: parts.pop(name) for name in ("temporaries", "results")}
+        cost = costs.Cost(known, 0.0, parts, {}, available=2.0, work=None, problem=problem, **own)
+        return preflight.advice(cost, resolved, mesh)
+
+    text = advice({"temporaries": 3 * 2**30}, relief="a smaller train.micro_batch")
+    assert "update does not fit: 3 GiB too much" in text
+    assert "temporaries takes the most, 3 GiB. Try a smaller train.micro_batch." in text
+    unread = advice({}, problem="RESOURCE_EXHAUSTED: vmem")
+    assert unread == "update does not compile: RESOURCE_EXHAUSTED: vmem"
+    assert "fewer sampler.slots" in advice({"caches": 5.0})
+    weights = advice({"sampler weights": 5.0}, precision__recipe="rollout")
+    assert "more mesh.tensor or mesh.expert" in weights and "'codes'" in weights
+    assert "more mesh.tensor" in advice({"results": 5.0}, program="sync")
+    assert "mesh.fsdp = -1" in advice({"learner state": 5.0})
+    copies = advice({"learner state": 5.0}, mesh__data=2, mesh__fsdp=1)
+    assert "mesh.fsdp instead of mesh.data = 2" in copies
+
+
+def test_relief_of_the_temporaries():
+    known = new_programs(train__micro_batch=8)
+    assert preflight.smaller(known, "train") == "compute.remat = 'full'"
+    below = "train.micro_batch below 8, a multiple of 4"
+    assert preflight.smaller(known, "train", backward=False) == below
+    known = new_programs(train__micro_batch=4, compute__remat="full")
+    assert "one sequence at a time already" in preflight.smaller(known, "train")
+    assert preflight.smaller(known, "sft") == "sft.micro_batch below 16, a multiple of 4"
+
+
+CASES = {
+    "drpo": {},
+    "top-k, rescored": dict(objective__name="dppo_topk_tv", objective__behavior="rescored"),
+    "minirl, k3": dict(objective__name="minirl", objective__kl="k3", objective__kl_coefficient=0.1),
+    "routes": dict(train__routing_replay=True),
+    "corrected": dict(
+        objective__behavior="rescored", objective__correction="tis", objective__name="grpo"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batches_are_those_of_the_loop(case, monkeypatch):
+    fields = {"objective__delta": None} | CASES[case]
+    programs = new_programs(**fields)
+    n, r = 16, programs.config.sampler.max_response_length
+    prompt, top = programs.config.sampler.max_prompt_length, programs.config.sampler.top_logprobs
+    logp = np.full((n, r), -1.0, np.float32)
+    ids = np.zeros((n, r, top), np.int32)
+    rollouts = SimpleNamespace(
+        tokens=np.zeros((n, prompt + r), np.int32),
+        prompt_lengths=np.full(n, prompt, np.int32),
+        response_lengths=np.full(n, r, np.int32),
+        full_logp=logp,
+        logp=logp,
+        top_ids=ids,
+        top_logp=ids.astype(np.float32),
+        routes=np.zeros((n, prompt + r, 2, 2), np.int16),
+        mask=lambda: np.ones((n, r), bool),
+    )
+    scored = []
+
+    def score(run, model, rollouts, step, data, replay=True):
+        scored.append(set(data))
+        return TokenTrace(logp, logp, logp, ids.astype(np.float32))
+
+    monkeypatch.setattr(loop, "score", score)
+    fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)
+    reward = np.arange(n) % 2.0
+    data, _, _ = loop.learner_data(fake, None, rollouts, reward.astype(np.float32), 0, False)
+    rows = np.arange(8)
+    batch, _ = programs.rollout_batch(rollouts, rows, data)
+    names, replay = preflight.update_arrays(programs), programs.config.train.routing_replay
+    expected = preflight.abstract_batch(programs, 8, names, replay)
+    assert jax.tree.structure(batch) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+    listed = {program.name: program for program in preflight.program_list(programs)}
+    assert listed["rescore"].calls == 2 * len(scored)
+    assert listed["update"].calls == 2 and listed["warm start"].calls == 0
+    old = [names for names in scored if names] or [set()]
+    assert set(listed["rescore"].arguments["batch"].data) == old[0]
+    assert ("reference model" in listed["update"].beside) == ("k3" in case)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_configs_need_no_checkpoint(path):
+    C.resolve(preflight.without_text(load_config(str(path))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--topology=SLICE is missing"),
+        (("--topology=v5p:4x4",), "topology 'v5p:4x4' is none"),
+        (("--topology=cpu:6", "--config.mesh.fsdp=4"), "needs 4 devices, there are 6"),
+    ],
+)
+def test_mistakes_are_one_message(arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_a_tpu(tmp_path):
+    """With the chip's rates, a bound; and the lengths of all loops but the head's are known."""
+    if not has_libtpu():
+        pytest.skip(f"needs the TPU's compiler: pip install --no-deps '{libtpu_requirement()}'")
+    file = tmp_path / "figures.json"
+    changed = MESH | {"sft.steps": 0, "compute.dtype": "bfloat16"}
+    fields = [f"--config.{name}={value}" for name, value in changed.items()]
+    code, out, err = run("--topology=v5e:2x4", f"--json={file}", *fields)
+    assert code == 0, err
+    assert "s of a rollout step or more" in out and "It fits" in out
+    found = json.loads(file.read_text())
+    assert found["chip"]["name"] == "v5e" and 0 < found["step"]["mfu"] < 1
+    for program in found["programs"].values():
+        assert 0 < program["memory"]["total"] < found["chip"]["memory"]
+        assert program["seconds"]["memory"] > 0
+        unsure = {c["source"] for c in program["largest_sent"] if not c["certain"]}
+        assert all("shard_map/while" in source for source in unsure), unsure
+    update = found["programs"]["update"]
+    assert update["flops"]["compiled"] > 0.8 * update["flops"]["needed"]

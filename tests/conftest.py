@@ -4,6 +4,7 @@ JAX reads these variables when it is first imported, which is after this file.
 """
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ COUNT = "--xla_force_host_platform_device_count"
 if COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
 EMITTERS = "--xla_cpu_use_fusion_emitters"  # XLA's slow way to compile small CPU programs
-if EMITTERS not in os.environ["XLA_FLAGS"]:
+if version("jax").startswith("0.10.") and EMITTERS not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {EMITTERS}=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"

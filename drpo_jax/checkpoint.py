@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from drpo_jax.storage import is_remote
+
 
 class Checkpoints:
     """The checkpoints of a run, in `directory`.
@@ -29,7 +31,7 @@ class Checkpoints:
             return metrics.get(best_metric, -math.inf)
 
         self._manager = ocp.CheckpointManager(
-            directory.resolve(),
+            directory if is_remote(directory) else directory.resolve(),
             item_handlers=ocp.PyTreeCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 create=False,

@@ -6,6 +6,7 @@ run that cannot go on says why, exit code 1.
 
 import difflib
 import glob
+import os
 import re
 import runpy
 import sys
@@ -20,11 +21,14 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from drpo_jax.config import (
     BadInput,
     TrainingStopped,
+    bad_input,
     field_types,
     resolve,
     suggest,
     type_name,
 )
+from drpo_jax.parallel import multihost
+from drpo_jax.storage import path_of
 
 flags.disclaim_key_flags()  # what `launch` defines belongs to the entry point, and to its --help
 
@@ -56,7 +60,11 @@ def launch(
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
         try:
-            path = Path(directory.value).expanduser() if workdir else None
+            with bad_input():
+                multihost.initialize()
+            if not multihost.is_main():  # process 0 speaks for all; errors are everybody's
+                sys.stdout = open(os.devnull, "w")
+            path = path_of(directory.value) if workdir else None
             return main(resolve(prepare(config.value)), path)
         except BadInput as error:
             exit_with(error, 2)
@@ -64,7 +72,7 @@ def launch(
             exit_with(error, 1)
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
+            multihost.leave(130)
 
     app.run(run, flags_parser=parse)
 
@@ -120,8 +128,11 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
     workdir = values.workdir
     if not workdir:
         raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
-    if "://" in workdir:
-        raise BadInput(f"--workdir={workdir}: must be a path; mount the bucket and name its path")
+    if "://" in workdir and not workdir.startswith("gs://"):
+        raise BadInput(
+            f"--workdir={workdir}: must be a path, or gs://BUCKET/RUN; mount other storage and name "
+            "its path"
+        )
     return rest
 
 
@@ -150,4 +161,4 @@ def load_config(spec: str) -> ConfigDict:
 def exit_with(error: Exception, code: int) -> NoReturn:
     """Prints the error as one message and ends the process."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+    multihost.leave(code)

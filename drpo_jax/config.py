@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from drpo_jax.objectives import (
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
 from drpo_jax.precision.recipes import GRADIENTS, RECIPES
 from drpo_jax.rewards import REWARDS
+from drpo_jax.storage import write_whole
 
 
 class BadInput(ValueError):
@@ -98,7 +98,7 @@ def default_config() -> ConfigDict:
         dtype="float32",  # of activations and matmuls: float32 | bfloat16 (weights stay float32)
         remat="none",  # what layers keep for backward: none all, dots the matmuls, full the inputs
         unroll=1,  # layers per step of the learner's scan; more: longer to compile, faster on CPU
-        grouped_matmul="auto",  # of the experts: blocked | ragged_dot | auto (by device)
+        grouped_matmul="auto",  # of the experts: blocked | ragged_dot | megablox | auto (by device)
         attention="auto",  # full | chunked | splash (TPU) | cudnn (GPU) | auto, by device and length
     )
     config.mesh = create(  # devices along each axis; -1 takes the remaining ones
@@ -258,7 +258,7 @@ TASK_REWARDS = {
 CHOICES = {
     "compute.dtype": ("float32", "bfloat16"),
     "compute.remat": ("none", "full", "dots"),
-    "compute.grouped_matmul": ("auto", "blocked", "ragged_dot"),
+    "compute.grouped_matmul": ("auto", "blocked", "ragged_dot", "megablox"),
     "compute.attention": ("auto", "full", "chunked", "splash", "cudnn"),
     "precision.recipe": tuple(RECIPES),
     "precision.gradient": tuple(GRADIENTS),
@@ -680,9 +680,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
                 )
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(to_json(config))
-    os.replace(temporary, path)  # whole or not at all, also when killed here
+    write_whole(path, to_json(config))
     return claimed
 
 

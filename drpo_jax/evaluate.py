@@ -16,9 +16,9 @@ and prints a table. Stopped and started again with the same config, it goes on. 
 the work by --shard=1/4 to --shard=4/4; without it, the same command then joins them.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import time
 
@@ -29,9 +29,11 @@ from absl import flags
 from drpo_jax import cli, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import BadInput, bad_input, flatten, run_config
+from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
 from drpo_jax.rewards import ANSWER
 from drpo_jax.statistics import bootstrap_interval, majority, pass_at_k
+from drpo_jax.storage import Lines, write_whole
 
 SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 
@@ -68,23 +70,29 @@ def main(config, workdir, shard="1/1", step=None):
             "prompts": asked_hash(run),
         }
         folder = workdir / "evaluations" / folder_name(settings)
-        folder.mkdir(parents=True, exist_ok=True)
+        if multihost.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
         own = folder / f"responses{'' if whole else '-' + shard.replace('/', '-of-')}.jsonl"
         print(
             f"{len(run.heldout)} problems ({settings['sets']}), {settings['k']} responses each at "
             f"temperature {settings['temperature']}; reward {settings['reward']!r}, instruction "
             f"{config.data.instruction!r}" + (f", system {config.data.system!r}" * config.data.chat)
         )
-        generations = resumed(folder, own, settings)
+        text = json.dumps(resumed(folder, own, settings) if multihost.is_main() else [])
+        told = multihost.gather("responses so far", text=np.frombuffer(text.encode(), np.uint8))
+        generations = json.loads(told[0]["text"].tobytes())
         progress = Progress(config, [run.heldout[i].id for i in places], generations)
-        with own.open("a") as file:
+        kept = own.read_text() if multihost.is_main() and own.exists() else ""
+        with Lines(own, kept) if multihost.is_main() else contextlib.nullcontext() as file:
 
             def keep(new):
-                file.writelines(json.dumps(g) + "\n" for g in new)
-                file.flush()
+                if file:
+                    file.write("".join(json.dumps(g) + "\n" for g in new))
                 progress(new)
 
             loop.evaluate(run, model, generations, keep, places)
+    if not multihost.is_main():
+        return
     if not whole:
         print(f"shard {shard} is done; without --shard the same command joins the shards")
         return
@@ -148,10 +156,8 @@ def resumed(folder, own, settings):
             found.setdefault((g["mode"], g["id"]), []).append(g)
         found = {key: group for key, group in found.items() if len(group) == samples[key[0]]}
         if file == own:
-            temporary = own.with_suffix(f".{os.getpid()}")
             lines = [json.dumps(g) + "\n" for group in found.values() for g in group]
-            temporary.write_text("".join(lines))
-            os.replace(temporary, own)
+            write_whole(own, "".join(lines))
         groups |= found
     return [g for group in groups.values() for g in group]
 

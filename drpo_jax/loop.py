@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from drpo_jax.objectives import (
     reward_penalty,
     with_spread,
 )
-from drpo_jax.parallel import make_mesh
+from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.programs import Programs, shardings
 from drpo_jax.sampler import Rollouts, SamplingParams
+from drpo_jax.storage import path_of
 
 # Streams of randomness: folded into the seed's key after the step.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
@@ -79,7 +79,7 @@ class Run:
                 f"data.init_from = {source!r}: no checkpoint of a warm start below it; give the "
                 "workdir of a run of drpo_jax.sft or drpo_jax.train"
             )
-        total = from_json((Path(source) / "config.json").read_text()).sft.steps
+        total = from_json((path_of(source) / "config.json").read_text()).sft.steps
         if step < total:
             raise BadInput(
                 f"data.init_from = {source!r}: its warm start is at step {step} of {total}; let it "
@@ -88,7 +88,7 @@ class Run:
 
     def warm_start(self) -> Checkpoints:
         """The checkpoints of the warm start: this run's, or those that data.init_from names."""
-        return self._checkpoints(Path(self.config.data.init_from or self.workdir) / "sft")
+        return self._checkpoints(path_of(self.config.data.init_from or self.workdir) / "sft")
 
     def key(self, step: int, purpose: int):
         """The PRNG key of one purpose at one step."""
@@ -105,16 +105,21 @@ class Run:
 
     def sample(self, sampler, asked, params, key, places=None):
         """Responses to the problems `asked`, each problem's as soon as they are complete; they are
-        verified while the others are sampled.
+        verified while the others are sampled, each process verifying its share of the problems.
 
         Args:
           places: of the problems in a longer list, of which `asked` is a part.
 
         Yields:
-          (index into `asked`, Rollouts, texts, rewards as `rewards.Pending`) of params.samples rows.
+          (index into `asked`, Rollouts, texts, rewards as `rewards.Pending`) of params.samples rows;
+          without texts and rewards where the problem is another process's.
         """
         prompts = problems.encode(self.config, self.tokenizer, asked)
+        own = multihost.share(range(len(asked)))
         for i, group in sampler.stream(prompts, params, key, places):
+            if i not in own:
+                yield i, group, None, None
+                continue
             texts, problem = group.texts(self.tokenizer), asked[i]
             question, answer = [problem.prompt] * len(texts), [problem.answer] * len(texts)
             yield i, group, texts, rewards.submit(self.reward, question, texts, answer)
@@ -186,16 +191,14 @@ def demonstration_batch(run: Run, step: int):
 # ------------------------------------------------------------------------------------- the loop
 
 
-def train(config, workdir: Path) -> tuple[dict, dict]:
+def train(config, workdir: Path) -> tuple[dict, dict] | None:
     """Warm start, then RL; resumes a run that `workdir` holds.
 
     Returns:
-      The records of the evaluations before and after.
+      The records of the evaluations before and after; None on all processes but the first.
     """
     run = Run(config, workdir)
-    claim_workdir(workdir, config)
-    if run.report:
-        keep_report(run.report, workdir / "problems.txt")
+    claim(run)
     programs, total = run.programs, config.train.steps
     devices = run.mesh.devices
     print(f"{workdir}: seed {config.seed} on {devices.size} x {devices.flat[0].device_kind}")
@@ -231,8 +234,26 @@ def train(config, workdir: Path) -> tuple[dict, dict]:
                 _stop(run, stuck, step, checkpoints)
             if last or evaluated or _due(step, config.checkpoint.every):
                 checkpoints.save(step, state, metrics)
+    if not multihost.is_main():
+        return None
     evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
     return evaluations[0], evaluations[-1]
+
+
+def claim(run: Run):
+    """Binds the workdir to the run's config and problems.
+
+    Raises:
+      BadInput: it holds another run.
+    """
+
+    def write():
+        claim_workdir(run.workdir, run.config)
+        if run.report:
+            keep_report(run.report, run.workdir / "problems.txt")
+
+    with bad_input():
+        multihost.on_main("claim the workdir", write)
 
 
 def keep_report(report: str, path: Path):
@@ -283,11 +304,19 @@ def rl_step(run: Run, state, step: int):
     programs.sampler.load(None)
     del weights  # its memory is the updates' now
     statistics, slots = programs.sampler.read_statistics(), config.sampler.slots
-    rollouts, texts = Rollouts.concatenate(pieces), list(itertools.chain(*texts))
+    rollouts = Rollouts.concatenate(pieces)
     sampled = time.monotonic()
 
-    reward = np.concatenate([pending.result() for pending in verdicts])
-    added = shaping(config, texts, rollouts.response_lengths)
+    # Of the problems that are this process's, which lie next to each other; then of all.
+    reward = [pending.result() for pending in verdicts if pending is not None]
+    texts = list(itertools.chain.from_iterable(filter(None, texts)))
+    lengths = multihost.share(rollouts.response_lengths.reshape(-1, config.train.samples))
+    parts = multihost.gather(
+        "rewards",
+        reward=np.concatenate([np.zeros(0, np.float32), *reward]),
+        added=shaping(config, texts, lengths.reshape(-1)),
+    )
+    reward, added = (np.concatenate([part[name] for part in parts]) for name in ("reward", "added"))
     used = reward + added
     if config.train.shuffle_rewards:
         used = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(used)
@@ -310,7 +339,7 @@ def rl_step(run: Run, state, step: int):
     if compared:
         metrics |= mismatch(run, rollouts, old_logp, engine_logp, learned["logp"], data)
     learned_at = time.monotonic()
-    if saved:
+    if saved and multihost.is_main():
         rows = [problem for problem in asked for _ in range(config.train.samples)]
         piece_ids, piece_texts = rollouts.pieces(run.tokenizer)
         save_rollout(
@@ -331,7 +360,7 @@ def rl_step(run: Run, state, step: int):
             piece_texts=piece_texts,
             id=np.array([p.id for p in rows]),
             prompt=np.array([p.prompt for p in rows]),
-            response=texts,
+            response=rollouts.texts(run.tokenizer),
             answer=np.array([p.answer for p in rows]),
             kind=np.array([p.kind for p in rows]),
         )
@@ -481,7 +510,10 @@ def score(run: Run, model, rollouts, step: int, data, replay=True):
 def _by_response(pieces, order, rollouts):
     """Pytrees of [P, T, …] with their layouts, of the rows in `order` → one of [N, R, …] on the host."""
     length = rollouts.logp.shape[1]
-    taken = [jax.tree.map(lambda a: layout.take(a, length), tree) for tree, layout in pieces]  # noqa: B023
+    taken = [
+        jax.tree.map(lambda a: layout.take(a, length), multihost.fetch(tree))  # noqa: B023
+        for tree, layout in pieces
+    ]
     back = np.argsort(np.concatenate(order))
     return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
 
@@ -560,7 +592,7 @@ def evaluate(
         asked = [run.heldout[i] for i in missing]
         groups = run.sample(sampler, asked, params, run.key(0, EVALUATE), missing)
         for i, rollouts, texts, rewarded in _verified(groups):
-            p = asked[i]
+            p, texts = asked[i], texts or rollouts.texts(run.tokenizer)
             new = [
                 {"id": p.id, "kind": p.kind, "mode": mode, "prompt": p.prompt, "response": text,
                  "answer": p.answer, "reward": float(reward), "tokens": int(tokens),
@@ -588,13 +620,16 @@ def evaluate(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _verified(groups, behind=32):
-    """The groups of `Run.sample` with their rewards; those of the last few are not waited for yet."""
-    pending = deque()
-    for group in itertools.chain(groups, [None] * behind):
-        pending.append(group)
-        if len(pending) > behind and (done := pending.popleft()):
-            yield *done[:-1], done[-1].result()
+def _verified(groups, together=32):
+    """The groups of `Run.sample` with their rewards, which are waited for, and told to all processes,
+    when as many again have been sampled."""
+    parts = iter(lambda: list(itertools.islice(groups, together)), [])
+    for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
+        own = [(i, verdicts.result()) for i, _, _, verdicts in part if verdicts is not None]
+        told = multihost.gather("verdicts", of=[i for i, _ in own], reward=[r for _, r in own])
+        found = {i: reward for one in told for i, reward in zip(one["of"].tolist(), one["reward"])}
+        for i, rollouts, texts, _ in part:
+            yield i, rollouts, texts, found[i]
 
 
 def _announce(config, run):

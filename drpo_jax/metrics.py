@@ -12,9 +12,9 @@ Names that the console and the plots look for, where present:
 """
 
 import functools
+import io
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+
+from drpo_jax.parallel import multihost
+from drpo_jax.storage import Lines
 
 Record = dict[str, float]
 
@@ -65,7 +68,7 @@ PACE = 20  # steps that the ETA looks back on
 
 
 class MetricLogger:
-    """Writes the metrics of a run, one record per logged step.
+    """Writes the metrics of a run, one record per logged step; of several processes, the first.
 
     Args:
       workdir: gets `metrics.jsonl` and `tensorboard/`.
@@ -77,18 +80,20 @@ class MetricLogger:
     """
 
     def __init__(self, workdir: Path, total_steps: int, first_step: int = 0, console: bool = True):
+        self._writes = multihost.is_main()
+        if not self._writes:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(workdir) if r["step"] < first_step]
-        temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(_json_line(r) for r in kept))
-        os.replace(temporary, path)  # whole or not at all, also when killed here
-        self._file = path.open("a", buffering=1)
+        self._file = Lines(path, "".join(_json_line(r) for r in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._console = Console(total_steps) if console else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics` (scalars by name) as the record of `step`; once per step, in order."""
+        if not self._writes:
+            return
         record = {"step": step} | {name: float(value) for name, value in metrics.items()}
         self._file.write(_json_line(record))
         for name, value in record.items():
@@ -98,8 +103,9 @@ class MetricLogger:
             print("\n".join(self._console.lines(record, time.monotonic())), flush=True)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
     def __enter__(self):
         return self
@@ -287,7 +293,9 @@ def plot_run(workdir: Path) -> Path:
     for ax in axes[2:]:
         ax.set_xlabel("rollout step")
     path = workdir / "learning.png"
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    path.write_bytes(image.getvalue())
     return path
 
 

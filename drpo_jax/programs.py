@@ -238,7 +238,11 @@ class Programs:
             micro_batches=self._policy_settings.micro_batches,
         )
         batch = make_batch(layout, tokens, data, routes)
-        return jax.device_put(batch, named_sharding(self.mesh, ("batch",))), layout
+        rows = named_sharding(self.mesh, ("batch",))
+        # Every process places the rows that its own devices hold.
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
+        ), layout
 
     def rollout_batch(self, rollouts, rows, data, replay=True):
         """`batch` of some rows of Rollouts and of the arrays that go with all of them.

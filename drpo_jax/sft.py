@@ -7,7 +7,7 @@ Learns the task's demonstrations (`config.sft`) and writes a checkpoint that RL 
 import jax
 
 from drpo_jax import cli, loop
-from drpo_jax.config import BadInput, claim_workdir
+from drpo_jax.config import BadInput
 
 
 def main(config, workdir):
@@ -18,7 +18,7 @@ def main(config, workdir):
             "data.init_from is for drpo_jax.train: this run makes a warm start of its own"
         )
     run = loop.Run(config, workdir)
-    claim_workdir(workdir, config)
+    loop.claim(run)
     with jax.set_mesh(run.mesh):
         model = loop.supervised(run)
         metrics = loop.evaluate(run, model)

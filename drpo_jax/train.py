@@ -29,7 +29,10 @@ def main(config, workdir, explained=False):
     if explained:
         print(explain_batch(config, workdir))
         return
-    before, after = loop.train(config, workdir)
+    evaluations = loop.train(config, workdir)
+    if evaluations is None:  # not the first process
+        return
+    before, after = evaluations
     print("\n" + summary_table(before, after, config.evaluate.samples))
     records = read_metrics(workdir)
     print("\n" + text_plot(records))

@@ -103,7 +103,7 @@ def test_a_defect_keeps_its_traceback(command_line):
         ([FILE, DIR, "--config.optimizer.lr=3"], "optimizer has b1, "),
         ([FILE, DIR, "--config.train=3"], "train has epochs, "),
         ([FILE, DIR, "--config.train.shuffle_rewards=maybe"], "must be true or false"),
-        ([FILE, "--workdir=gs://bucket/run"], "must be a path"),
+        ([FILE, "--workdir=s3://bucket/run"], "must be a path"),
     ],
 )
 def test_other_mistakes_on_the_command_line(args, message, monkeypatch):

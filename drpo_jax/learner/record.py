@@ -25,10 +25,12 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     step              int             rollout step
 """
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
+
+from drpo_jax.storage import write_whole
 
 
 def rollout_path(workdir: Path, step: int) -> Path:
@@ -44,10 +46,9 @@ def save_rollout(workdir: Path, step: int, **arrays) -> Path:
         texts = [text.encode("utf-8", "replace") for text in arrays.pop("response")]
         arrays["response_utf8"] = np.frombuffer(b"".join(texts), np.uint8)
         arrays["response_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, step=step, **arrays)
-    os.replace(temporary, path)
+    file = io.BytesIO()
+    np.savez_compressed(file, step=step, **arrays)
+    write_whole(path, file.getvalue())
     return path
 
 
@@ -60,7 +61,7 @@ def pieces(rollout, row) -> list[str]:
 
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a saved rollout by name."""
-    with np.load(path) as archive:
+    with np.load(path.open("rb")) as archive:
         arrays = {name: archive[name] for name in archive.files}
     if "response_ends" in arrays:
         utf8, ends = arrays.pop("response_utf8").tobytes(), arrays.pop("response_ends").tolist()

@@ -21,9 +21,10 @@ class Compute:
         matmuls, "full" keeps the layers' inputs alone.
       unroll: layers per step of the learner's scan over layers. 1 compiles fastest; on CPU a small
         model runs a third faster with all of them.
-      grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", or "auto" (blocked on
-        CPU, where `ragged_dot` computes every expert for every row; ragged_dot elsewhere, whose
-        weight gradient XLA expands to a dense matmul over all local experts).
+      grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", "megablox" (ragged_dot
+        with the weights' gradient by a Pallas kernel for TPU, where XLA would expand it to a dense
+        matmul over all local experts), or "auto": blocked on CPU, where `ragged_dot` computes every
+        expert for every row, megablox on TPU, ragged_dot elsewhere.
       attention: kernel of the attention over whole sequences: "full" (all scores at once), or one
         whose memory is linear in the length: "chunked" (anywhere), "splash" (TPU; bfloat16, heads of
         64, 128 or 256), "cudnn" (GPU; bfloat16; chunked takes its place without one_segment); or
@@ -52,7 +53,7 @@ class Compute:
     def grouped_kernel(self):
         if self.grouped_matmul != "auto":
             return self.grouped_matmul
-        return "blocked" if self.on_cpu() else "ragged_dot"
+        return {"cpu": "blocked", "tpu": "megablox"}.get(self.device(), "ragged_dot")
 
 
 def param(value, axes):

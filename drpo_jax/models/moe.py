@@ -163,6 +163,7 @@ def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute)
     ops, groups = {
         "blocked": (BLOCKED, (layout.block_expert, layout.blocks, layout.group_sizes)),
         "ragged_dot": (RAGGED, (layout.group_sizes,)),
+        "megablox": (MEGABLOX, (layout.group_sizes,)),
     }[kernel]
     gate_proj, up_proj, down_proj = weights
     grouped = lambda rows, w: matmul(rows, w, compute.matmul, ops, *groups)  # noqa: E731
@@ -314,6 +315,21 @@ def _ragged_dw(x_RxK, g_RxN, group_sizes):
     return pullback(g_RxN)[0]
 
 
+def _megablox_dw(x_RxK, g_RxN, group_sizes, interpret=False):
+    """The weights' gradient by the Pallas kernel `tgmm`; `ragged_dot`'s own, where no tile of its fits.
+
+    XLA expands the gradient of `ragged_dot` to a dense matmul of all rows for every expert.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # TPU code, slow to import
+
+    rows = x_RxK.shape[0]
+    tile = next((t for t in (512, 256, 128) if rows % t == 0), None)
+    if tile is None:
+        return _ragged_dw(x_RxK, g_RxN, group_sizes)
+    tiling = tile, min(1024, x_RxK.shape[1]), min(1024, g_RxN.shape[1])
+    return tgmm(x_RxK.T, g_RxN, group_sizes, jnp.float32, tiling, interpret=interpret)
+
+
 BLOCKED = Ops(
     dot=lambda x, w, block_expert, blocks, sizes: _blocked(x, w, block_expert, blocks, 1),
     dot_dx=lambda g, w, block_expert, blocks, sizes: _blocked(g, w, block_expert, blocks, 2),
@@ -324,3 +340,4 @@ RAGGED = Ops(
     dot_dx=lambda g, w, sizes: _ragged(g, jnp.swapaxes(w, 1, 2), sizes),
     dot_dw=_ragged_dw,
 )
+MEGABLOX = RAGGED._replace(dot_dw=_megablox_dw)

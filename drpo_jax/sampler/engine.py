@@ -300,7 +300,7 @@ class _Flight:
     def __init__(self, sampler, prompts, params, key, places, limits, limit):
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler._loads
-        self.config, self.limit = sampler.model.config, limit
+        self.config, self.version, self.limit = sampler.model.config, sampler.version, limit
         shape = _Shape(sampler, params, limit, max(map(len, prompts), default=1))
         self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
         self.sizes = shape.sizes
@@ -530,7 +530,7 @@ class _Flight:
             top_ids=group["top_ids"],
             top_logp=group["top_logp"],
             routes=routes,
-            version=np.full(samples, self.sampler.version, np.int32),
+            version=np.full(samples, self.version, np.int32),
         )
 
     def _empty_record(self, rows):

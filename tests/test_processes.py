@@ -1,0 +1,109 @@
+"""Two processes of four devices do what one process of eight does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+# A reward that a model without skill gets as well; the rest is the command line.
+TRAIN = """
+from drpo_jax import cli, rewards, train
+
+def reward(prompt, text, answer):
+    return float(len(text) % 2 or text == f"#{answer}")
+
+rewards.REWARDS["arithmetic"] = reward
+cli.launch(train.main)
+"""
+# float32 and small steps: sums over devices are taken in another order by Gloo, and neither float8
+# nor Adam shall blow the difference up.
+FIELDS = """
+    precision.recipe=none optimizer.learning_rate=1e-4 sft.steps=0 mesh.data=2 mesh.fsdp=2 mesh.expert=2
+    evaluate.greedy=False evaluate.problems=3 evaluate.every=1 train.save_rollout_every=1
+""".split()
+# Of these, tokens whose weight is 1 ± 1e-7 are on either side; and the clocks.
+LOOSE = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
+
+
+def train(workdir, processes, steps):
+    """Trains in `processes` processes of 8 devices together. → their outputs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // processes}")
+    common = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+    }
+    arguments = ["--config=tests/smallest.py", f"--workdir={workdir}"]
+    arguments += [f"--config.{field}" for field in [*FIELDS, f"train.steps={steps}"]]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, *arguments],
+            cwd=ROOT,
+            env=common | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The workdirs of a run of one process, and of one of two that was interrupted and resumed; the
+    outputs of the two."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    train(one, processes=1, steps=2)
+    train(two, processes=2, steps=1)
+    return one, two, train(two, processes=2, steps=2)
+
+
+def test_the_metrics_are_those_of_one_process(runs):
+    one, two = (read_metrics(workdir) for workdir in runs[:2])
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2]
+    assert 0 < one[1]["reward/mean"] < 1
+    for ours, theirs in zip(two, one):
+        assert ours.keys() == theirs.keys()
+        names = [name for name in theirs if not name.startswith(LOOSE)]
+        np.testing.assert_allclose(
+            [ours[n] for n in names], [theirs[n] for n in names], 1e-3, 1e-5, err_msg=str(names)
+        )
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_rollouts_are_those_of_one_process(runs, step):
+    one, two = (load_rollout(rollout_path(workdir, step)) for workdir in runs[:2])
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        if values.dtype == np.float32:
+            np.testing.assert_allclose(two[name], values, 1e-3, 1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(two[name], values, err_msg=name)
+
+
+def test_only_the_first_process_speaks_and_writes(runs):
+    _, two, (first, second) = runs
+    assert "resuming" in first and "held-out accuracy" in first
+    assert "resuming" not in second and "held-out" not in second
+    assert len(list((two / "tensorboard").iterdir())) == 2  # one per start

@@ -57,7 +57,7 @@ def in_turn(work, rounds=8):
     return {name: float(np.median(times[1:])) for name, times in seconds.items()}
 
 
-def against_the_floor(model, compute):
+def against_the_floor(model, floor, compute):
     """(figures, lines to print) of the rate, the floor, and of recording."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 128, size=(16, PROMPT)).tolist()
@@ -76,7 +76,7 @@ def against_the_floor(model, compute):
         {
             "sampler": lambda: sampler.generate(prompts, params, jax.random.key(1)).tokens,
             "token alone": run_bare,
-            "floor": floors(model, 8)["sample"],
+            "floor": floor,
         }
     )
     rate = {name: SEQUENCES * RESPONSE / seconds for name, seconds in times.items()}
@@ -178,9 +178,12 @@ def main(_):
     mesh = make_mesh(devices=jax.devices()[:1])
     programs = Programs(config, mesh, stop=())
     with jax.set_mesh(mesh):
-        model = programs.sync(programs.init(jax.random.key(0)).model)
-        compute = programs.sampler.compute
-        parts = [partial(against_the_floor, model, compute), partial(long_tail, model, compute)]
+        learner = programs.init(jax.random.key(0)).model
+        model, compute = programs.sync(learner), programs.sampler.compute
+        parts = [
+            partial(against_the_floor, model, floors(learner, 8)["sample"], compute),
+            partial(long_tail, model, compute),
+        ]
         kind = jax.devices()[0].device_kind
         peak = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
         if peak:

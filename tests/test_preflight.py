@@ -58,7 +58,8 @@ def test_eight_cpu_devices(tmp_path):
     assert "It fits" in out and "least time of a step is not known" in out
     found = json.loads(file.read_text())
     assert found["devices"] == 8 and found["fits"] is True
-    assert list(found["programs"]) == ["sync", "rescore", "update"]
+    sampler = ["prefill", "first_tokens", "admit", "decode"]
+    assert list(found["programs"]) == ["sync", "rescore", "update", *sampler]
     for name, program in found["programs"].items():
         assert f"compiling {name} … " in out and program["fits"] and not program["problem"]
         assert set(program["memory"]) == KINDS

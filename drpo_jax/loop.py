@@ -405,8 +405,8 @@ def mismatch(run: Run, rollouts, old_logp, engine_logp, logp, data):
 
 
 # Mean |Δ log p| up to which sampler and learner count as one model, nat: those that
-# `python -m benchmarks.mismatch` measures, with room for larger models. FP8 on both sides is no exception:
-# operands that differ in the last bit of bfloat16 may get different codes.
+# `python -m benchmarks.mismatch` measures, with room for larger models. FP8 on both sides is no
+# exception: operands that differ in the last bit of bfloat16 may get different codes.
 PARITY_BOUND = {"float32": 1e-4, "bfloat16": 0.05, "fp8": 0.3}
 
 

@@ -1,0 +1,339 @@
+"""How far the sampler's logprobs are from the learner's, and what the dials do to it.
+
+    python -m benchmarks.mismatch [--output=FILE.json] [--model=DIRECTORY]
+
+Three small models with random weights (and the Hugging Face directory, if one is given), through the
+programs that `train` runs: responses are sampled, scored without an objective ("plain": rescoring) and
+as the update sees them ("differentiated": XLA compiles that forward pass otherwise).
+
+    one model    the three pairs of these logprobs, recipe none, float32 and bfloat16
+    recipes      every pair of a sampler's and a learner's recipe, bfloat16
+    routes       experts that sampler and learner choose differently, with and without routing replay
+    noise        the `precision.noise` that makes as much mismatch as was measured on Qwen3-4B between
+                 SGLang and FSDP, mean |Δ log p| of 0.0135 to 0.018, and what it does to the routes
+    same tokens  share of responses that the number of slots and the order of refills leave as they are
+
+Δ = log π − log µ of sampled tokens; KL is the k3 estimate of KL(µ‖π), mean of expm1(Δ) − Δ.
+"""
+
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.common import OUTPUT, machine, write_results
+from drpo_jax import data
+from drpo_jax.config import default_config, resolve
+from drpo_jax.models import Compute, from_pretrained
+from drpo_jax.parallel import make_mesh
+from drpo_jax.precision import get_recipe
+from drpo_jax.programs import Programs, perturb
+from drpo_jax.sampler import Rollouts, Sampler
+
+MODEL = flags.DEFINE_string("model", "", "Also measure this Hugging Face directory.")
+
+SIZES = dict(vocab_size=512, hidden_size=256, layers=4, heads=8, kv_heads=4, head_dim=32)
+EXPERTS = SIZES | dict(experts=16, experts_per_token=4, expert_size=128)
+MODELS = {
+    "dense": SIZES | dict(mlp_size=768),
+    "moe": EXPERTS | dict(mlp_size=0),
+    "hybrid": EXPERTS
+    | dict(
+        layers=2, mlp_size=0, full_attention_every=2, attention_gate=True, rotary_fraction=0.25,
+        norm_offset=1.0, shared_expert_size=128, linear_key_heads=4, linear_value_heads=8,
+        linear_key_dim=32, linear_value_dim=32,
+    ),
+}  # fmt: skip
+HEAD = 2.0  # times the random head: a distribution with something to choose
+# Taken from the random DeltaNets' dt_bias of 1, with which most heads forget everything at every token:
+# what is then left, a tiny multiple of v, is brought to length 1 by the norm, rounding and all.
+REMEMBER = 5.0
+# What a side can do, and a recipe that has it on both.
+SIDES = {"high": "none", "blocks": "e2e", "tensor": "tensorwise"}
+RECIPES = {
+    ("high", "high"): "none",
+    ("blocks", "high"): "rollout",
+    ("blocks", "blocks"): "e2e",
+    ("tensor", "tensor"): "tensorwise",
+}
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+MEASURED = 0.0135, 0.018  # mean |Δ log p| of Qwen3-4B between SGLang and FSDP, nat
+
+
+def new_key(seed):
+    """A PRNG key whose normal numbers take half as long to compile."""
+    return jax.random.key(seed, impl="rbg")
+
+
+class Laboratory:
+    """One model, its prompts, and the programs of every recipe; on one device.
+
+    Args:
+      fields: of `config.model`; with `path`, the directory's own count.
+      dtype: "float32" or "bfloat16".
+      prompts, samples: how many prompts, and responses to each.
+      response: most tokens of a response.
+      model: the weights; default: those of the directory, or random ones.
+
+    Attributes:
+      model: the learner's, float32.
+      prompts: lists of token ids.
+    """
+
+    def __init__(self, fields, dtype, prompts=12, samples=8, response=48, model=None):
+        config = default_config()
+        config.model.update(fields)
+        config.compute.dtype = dtype
+        config.sampler.update(
+            max_prompt_length=16, max_response_length=response, slots=prompts * samples // 3,
+            decode_steps=response + 16, prefill_chunk=16,
+        )  # fmt: skip
+        config.train.update(
+            prompts=prompts, samples=samples, mini_batch_prompts=prompts, micro_batch=2 * samples
+        )
+        self.path, self.experts = config.model.path, bool(fields.get("experts"))
+        config.train.routing_replay = self.experts
+        self.config, self.mesh = config, make_mesh(devices=jax.devices()[:1])
+        self._programs, rng = {}, np.random.default_rng(0)
+        self.model = self._new_model() if model is None else model
+        if self.path:
+            tokenizer = data.make_tokenizer(config.data, self.path)
+            asked = data.ChainSum((2, 2), (1, 2), "+").sample(0, 0, prompts)
+            self.prompts = [tokenizer.prompt(problem.prompt) for problem in asked]
+        else:
+            draw = partial(rng.integers, config.model.vocab_size)
+            self.prompts = [draw(size=rng.integers(1, 17)).tolist() for _ in range(prompts)]
+
+    def _new_model(self):
+        if self.path:
+            return from_pretrained(self.path)[0]
+        with jax.set_mesh(self.mesh):
+            model = self.programs("none").init(new_key(0)).model
+            model.lm_head[...] = HEAD * model.lm_head[...]
+            if self.config.model.full_attention_every > 1:
+                bias = model.blocks.linear.attention.dt_bias
+                bias[...] = bias[...] - REMEMBER
+        return model
+
+    def programs(self, recipe):
+        """The `Programs` of a recipe."""
+        if recipe not in self._programs:
+            config = self.config.copy_and_resolve_references()
+            config.precision.recipe = recipe
+            stop = range(16) if not self.path else ()  # of 512: a response has 32 tokens or so
+            self._programs[recipe] = Programs(resolve(config), self.mesh, stop)
+        return self._programs[recipe]
+
+    def sample(self, recipe="none", noise=0.0) -> Rollouts:
+        """Responses of the recipe's sampler, its weights perturbed as `precision.noise` does it."""
+        programs = self.programs(recipe)
+        with jax.set_mesh(self.mesh):
+            weights = programs.sync(perturb(self.model, new_key(1), noise=noise))
+            programs.sampler.load(weights)
+            return programs.sampler.generate(
+                self.prompts, programs.sampling_params, jax.random.key(2)
+            )
+
+    def score(self, rollouts, recipe="none", replay=False, differentiated=False):
+        """log π [N, R] of the recipe's learner: by rescoring, or as an update sees it."""
+        programs = self.programs(recipe)
+        with jax.set_mesh(self.mesh):
+            batch, layout = self._batch(programs, rollouts, replay)
+            if differentiated:
+                state = programs.restart(jax.tree.map(jnp.copy, self.model))  # which is donated
+                trace = programs.policy_update(state, batch)[1].trace
+            else:
+                trace = programs.rescore(self.model, batch)
+            return layout.take(trace.logp, rollouts.logp.shape[1])
+
+    def disagreement(self, rollouts, recipe="none"):
+        """Shares of what the learner routes otherwise than the sampler: {"experts": of the experts
+        chosen; "choices": of (token, layer) with any; "tokens": of tokens with any in any layer}."""
+        with jax.set_mesh(self.mesh):
+            batch, layout = self._batch(self.programs(recipe), rollouts, False)
+            ours = self._visits(self.model, batch, recipe)
+        theirs = rollouts.routes[:, : ours.shape[1]]
+        read = theirs[..., 0, 0] >= 0  # all but the last token
+        lost = ~np.any(theirs[..., None] == np.asarray(ours)[:, :, :, None], axis=-1)[read]
+        shares = lost, lost.any(-1), lost.any((-1, -2))
+        return {n: float(s.mean()) for n, s in zip(("experts", "choices", "tokens"), shares)}
+
+    def _batch(self, programs, rollouts, replay):
+        advantage = np.random.default_rng(3).normal(size=len(rollouts)).astype(np.float32)
+        arrays = {"behavior_logp": rollouts.full_logp, "advantage": advantage}
+        return programs.rollout_batch(rollouts, np.arange(len(rollouts)), arrays, replay)
+
+    @cached_property
+    def _visits(self):
+        def visits(model, batch, recipe):
+            matmul = get_recipe(recipe).learner
+            compute = Compute(self.config.compute.dtype, matmul)
+            inputs = batch.tokens, batch.positions, batch.segment_ids
+            return jnp.moveaxis(model.hidden(*inputs, compute, record=True).experts, 0, 2)
+
+        return jax.jit(visits, static_argnums=2)
+
+
+def spread(values):
+    """Mean, largest and quantiles of |values|, by name."""
+    values = np.abs(values)
+    quantiles = zip(QUANTILES, np.quantile(values, QUANTILES))
+    named = {f"{100 * q:g} %": x for q, x in quantiles}
+    return {"mean": values.mean(), "max": values.max()} | named
+
+
+def compared(logp, rollouts):
+    """What a table says about log π [N, R] and the rollouts' µ."""
+    mask = rollouts.mask()
+    mu, pi = rollouts.full_logp[mask].astype(np.float64), logp[mask].astype(np.float64)
+    change, ratio = pi - mu, np.exp(pi - mu)
+    low, high = np.quantile(ratio, (0.01, 0.99))
+    return {
+        "|Δ log p|": np.abs(change).mean(),
+        "largest": np.abs(change).max(),
+        "|π−µ|": np.abs(np.exp(pi) - np.exp(mu)).mean(),
+        "KL": np.mean(np.expm1(change) - change),
+        "ratio, 1 %": low,
+        "ratio, 99 %": high,
+    }
+
+
+def one_model(lab, rollouts):
+    """Sampler, plain and differentiated forward pass against each other, recipe none."""
+    mask = rollouts.mask()
+    mu, plain = rollouts.full_logp, lab.score(rollouts)
+    differentiated = lab.score(rollouts, differentiated=True)
+    pairs = {
+        "sampler, plain": (mu, plain),
+        "sampler, differentiated": (mu, differentiated),
+        "plain, differentiated": (plain, differentiated),
+    }
+    return {name: spread((a - b)[mask]) for name, (a, b) in pairs.items()}
+
+
+def recipes(lab):
+    """Every sampler's recipe against every learner's."""
+    found = {}
+    for ours in SIDES:
+        rollouts = lab.sample(SIDES[ours])
+        for theirs in SIDES:
+            name = f"{ours} → {theirs}"
+            if (ours, theirs) in RECIPES:
+                name += f" ({RECIPES[ours, theirs]})"
+            found[name] = compared(lab.score(rollouts, SIDES[theirs]), rollouts)
+    return found
+
+
+def routes(lab):
+    """Disagreement of the routes, and the mismatch with the router's own choice and replayed."""
+    found = {}
+    for ours, theirs in (("high", "high"), ("blocks", "high"), ("blocks", "blocks")):
+        rollouts, recipe = lab.sample(SIDES[ours]), SIDES[theirs]
+        differ = {f"{n} differ": x for n, x in lab.disagreement(rollouts, recipe).items()}
+        free, held = (compared(lab.score(rollouts, recipe, replay), rollouts) for replay in (0, 1))
+        found[RECIPES[ours, theirs]] = differ | {
+            "|Δ log p|": free["|Δ log p|"],
+            "replayed": held["|Δ log p|"],
+            "KL": free["KL"],
+            "KL, replayed": held["KL"],
+        }
+    return found
+
+
+def dial(lab, guess=0.01):
+    """The noise that makes the measured mismatch: tried, and corrected in proportion."""
+    low, high = MEASURED
+    noise, tries = guess, []
+    while not tries or not low <= tries[-1] <= high:
+        if len(tries) == 8:
+            raise RuntimeError(f"no noise makes {MEASURED}: the last one, {noise:g}, {tries[-1]:g}")
+        noise *= (low * high) ** 0.5 / tries[-1] if tries else 1.0
+        rollouts = lab.sample(noise=noise)
+        found = compared(lab.score(rollouts), rollouts)
+        tries.append(found["|Δ log p|"])
+    found = {"noise": noise} | found
+    if lab.experts:
+        found |= {f"{n} differ": x for n, x in lab.disagreement(rollouts).items()}
+        found["replayed"] = compared(lab.score(rollouts, replay=True), rollouts)["|Δ log p|"]
+    return found
+
+
+def same_tokens(lab):
+    """Responses of 4 and of 16 slots, and of these with the prompts from the last to the first, against
+    those of the laboratory's 32."""
+    programs, base = lab.programs("none"), lab.sample()
+    forward = list(range(len(lab.prompts)))
+    found = {}
+    for slots in (4, 16):
+        sampler = Sampler(
+            programs.sampler.model, slots, lab.config.sampler.decode_steps, prompt_length=16,
+            prefill_chunk=16, compute=programs.sampler.compute,
+        )  # fmt: skip
+        for name, order in (("", forward), (", last prompt first", forward[::-1])):
+            prompts = [lab.prompts[i] for i in order]
+            key, params = jax.random.key(2), programs.sampling_params
+            with jax.set_mesh(lab.mesh):
+                groups = dict(sampler.stream(prompts, params, key, places=order))
+            other = Rollouts.concatenate([groups[order.index(i)] for i in forward])
+            equal = np.all(other.tokens == base.tokens, axis=1)
+            change = (other.full_logp - base.full_logp)[base.mask() & equal[:, None]]
+            found[f"{slots} slots{name}"] = {"equal": equal.mean()} | spread(change)
+    return found
+
+
+def show(title, rows):
+    """Prints {row: {column: value}} as a table."""
+    columns = list(next(iter(rows.values())))
+    first = max(map(len, (title, *rows)))
+    print(f"\n{title:<{first}}" + "".join(f"{c:>{max(len(c), 8) + 2}}" for c in columns))
+    for name, row in rows.items():
+        cells = (f"{row[c]:>{max(len(c), 8) + 2}.3g}" for c in columns)
+        print(f"{name:<{first}}" + "".join(cells), flush=True)
+
+
+def rounded(tree):
+    if isinstance(tree, dict):
+        return {name: rounded(value) for name, value in tree.items()}
+    return float(f"{tree:.3g}")
+
+
+def measure(name, fields, **sizes):
+    """The figures of one model."""
+    exact = Laboratory(fields, "float32", **sizes)
+    low = Laboratory(fields, "bfloat16", **sizes, model=exact.model)
+    found = {}
+    for lab in (exact, low):
+        dtype, rollouts = lab.config.compute.dtype, lab.sample()
+        entropy, count = rollouts.entropy[rollouts.mask()].mean(), rollouts.mask().sum()
+        found[f"one model, {dtype}"] = one_model(lab, rollouts)
+        show(
+            f"{name}, {dtype}: {count} tokens, entropy {entropy:.1f}", found[f"one model, {dtype}"]
+        )
+    found["recipes"] = recipes(low)
+    show("sampler → learner, bfloat16", found["recipes"])
+    if low.experts:
+        found["routes"] = routes(low)
+        show("routes, bfloat16", found["routes"])
+    found["noise"] = {"": dial(exact)}
+    show("noise, float32", found["noise"])
+    for lab in (exact, low):
+        dtype = lab.config.compute.dtype
+        found[f"same tokens, {dtype}"] = same_tokens(lab)
+        show(f"as with 32 slots, {dtype}", found[f"same tokens, {dtype}"])
+    return found
+
+
+def main(_):
+    figures = {name: measure(name, fields) for name, fields in MODELS.items()}
+    if MODEL.value:
+        sizes = dict(prompts=8, samples=8, response=32)
+        figures["given"] = measure(MODEL.value, {"path": MODEL.value}, **sizes)
+    print(machine())
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.mismatch", rounded(figures))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -107,7 +107,7 @@ def test_the_gradient_arrives_where_the_page_says(step):
             def __init__(self, hidden):
                 self.given = hidden
 
-            def hidden(self, *_):
+            def hidden(self, *_, **__):
                 return Hidden(self.given, None, {})
 
             head_weight = model.head_weight

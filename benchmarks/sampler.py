@@ -3,7 +3,8 @@
     python -m benchmarks.sampler [--output=FILE.json]
 
 Floor: the baseline model of benchmarks.cpu_baseline, 128 sequences of 16 prompt and 64 response tokens
-in 128 slots, against a jitted loop of nothing but the model's matmuls, in turn with it.
+in 128 slots, against jitted loops, in turn with it, of nothing but the model's matmuls, and of nothing
+but one reading of the keys and values (rings of 56 columns, the mean).
 Recording: the same without the logprobs and the entropy, that is with the token alone.
 Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256; static
 batches are the same sampler asked for one batch of its slots at a time.
@@ -37,11 +38,11 @@ SHAPES = {
 }
 
 
-def token_alone(logits, keys, params):
+def token_alone(logits, uniform, params):
     """`sample_token` without what it records."""
     nothing = jnp.zeros(len(logits))
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    token = draw(mass, jax.vmap(jax.random.uniform)(keys))
+    token = draw(mass, uniform)
     none = jnp.zeros((len(logits), 0))
     return Sampled(token, nothing, nothing, nothing, none.astype(jnp.int32), none)
 
@@ -57,8 +58,23 @@ def in_turn(work, rounds=8):
     return {name: float(np.median(times[1:])) for name, times in seconds.items()}
 
 
-def against_the_floor(model, floor, compute):
-    """(figures, lines to print) of the rate, the floor, and of recording."""
+def reading(config, columns=56):
+    """A function that reads the caches of RESPONSE steps."""
+    shape = SEQUENCES, config.kv_heads, columns, config.head_dim
+    caches = [jnp.full(shape, float(i)) for i in range(2 * config.layers)]
+
+    @jax.jit
+    def read(caches):
+        def step(_, total):  # of the loop, so that no step's reading is done before it
+            return sum(jnp.sum(cache + 1e-9 * total, axis=2, keepdims=True) for cache in caches)
+
+        return jax.lax.fori_loop(0, RESPONSE, step, jnp.zeros((*shape[:2], 1, shape[-1])))
+
+    return lambda: read(caches)
+
+
+def against_the_floor(model, matmuls, compute):
+    """(figures, lines to print) of the rate, the floors, and of recording."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 128, size=(16, PROMPT)).tolist()
     params = SamplingParams(max_tokens=RESPONSE, samples=SEQUENCES // len(prompts))
@@ -76,19 +92,24 @@ def against_the_floor(model, floor, compute):
         {
             "sampler": lambda: sampler.generate(prompts, params, jax.random.key(1)).tokens,
             "token alone": run_bare,
-            "floor": floor,
+            "matmuls": matmuls,
+            "caches": reading(model.config),
         }
     )
+    times["floor"] = times["matmuls"] + times["caches"]
     rate = {name: SEQUENCES * RESPONSE / seconds for name, seconds in times.items()}
-    share, cost = rate["sampler"] / rate["floor"], 1 - rate["sampler"] / rate["token alone"]
+    cost = 1 - rate["sampler"] / rate["token alone"]
+    share, of_matmuls = (rate["sampler"] / rate[name] for name in ("floor", "matmuls"))
     lines = [
-        f"{rate['sampler']:,.0f} tokens/s, {share:.0%} of the floor ({rate['floor']:,.0f})",
+        f"{rate['sampler']:,.0f} tokens/s, {share:.0%} of the floor ({rate['floor']:,.0f}); "
+        f"{of_matmuls:.0%} of the matmuls alone ({rate['matmuls']:,.0f})",
         f"recording logprobs and entropy costs {cost:.1%} (without: {rate['token alone']:,.0f})",
     ]
     figures = {
         "tokens/s": round(rate["sampler"]),
         "floor tokens/s": round(rate["floor"]),
         "of floor": round(share, 3),
+        "of the matmuls alone": round(of_matmuls, 3),
         "cost of recording": round(cost, 4),
     }
     return figures, lines
@@ -148,9 +169,8 @@ def bandwidth(peak, context=1024, steps=64):
         )(jax.random.key(0))
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         for batch in (1, 32, 256):
-            state = jax.jit(slots.empty_slots, static_argnums=(1, 2, 3))(
-                model, batch, context, "bfloat16"
-            )
+            empty = partial(slots.empty_slots, compute=compute)
+            state = jax.jit(empty, static_argnums=(1, 2))(model, batch, context)
             full = dict(lengths=state.lengths + context - steps - 1, limits=state.limits + 9999)
             state = dataclasses.replace(state, live=~state.live, **full)
             params = SamplingParams(max_tokens=9999)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.attention import Attention
-from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8
+from drpo_jax.models.cache import KV, DeltaState, empty_ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
@@ -194,7 +194,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        valid, angles = segment_ids > 0, self._angles(positions)
+        valid, angles = segment_ids > 0, self.angles(positions)
 
         def layer(x, block, cache, routes):
             def mix(module, normed):
@@ -252,20 +252,16 @@ class Transformer(nnx.Module):
         state = self._empty_state(rows, dtype)
         return [state if (i + 1) % every else KV(kv, kv) for i in range(config.layers)]
 
-    def empty_caches(self, rows, columns, dtype, float8=False):
+    def empty_caches(self, rows, columns, compute=Compute(), float8=False):
         """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState.
 
         Args:
-          dtype: of the activations, and of keys and values.
+          compute: as `decode` takes it; its dtype is that of keys and values.
           float8: keep keys and values in e4m3 instead, in a Ring8.
         """
         config, every = self.config, self.config.full_attention_every
-        dtype8 = jnp.float8_e4m3fn if float8 else dtype
-        keys = jnp.zeros((rows, config.kv_heads, config.head_dim, columns), dtype8)
-        ring, state = Ring(keys, keys.swapaxes(2, 3)), self._empty_state(rows, dtype)
-        if float8:
-            scales = jnp.ones((rows, config.kv_heads, columns), jnp.float32)
-            ring = Ring8(*ring, scales, scales)
+        ring = empty_ring(rows, columns, config, compute.dtype, float8, compute.on_cpu())
+        state = self._empty_state(rows, compute.dtype)
         return [state if (i + 1) % every else ring for i in range(config.layers)]
 
     def _empty_state(self, rows, dtype):
@@ -297,22 +293,22 @@ class Transformer(nnx.Module):
         units = self.config.layers // self.config.full_attention_every
         return [block for i in range(units) for block in _blocks(_take(self.blocks, i))]
 
-    def _angles(self, positions):
+    def angles(self, positions):
+        """(cos, sin) of the rotary embedding at integer `positions`, float32 [..., rotated // 2]."""
         width = int(self.config.head_dim * self.config.rotary_fraction)
         return rotary_angles(positions, width, self.config.rope_theta)
 
     def _final(self, x):
         return rms_norm(x, self.final_norm[...], self.config.rms_eps, self.config.norm_offset)
 
-    def decode(
-        self, tokens_B, positions_B, caches, column, mask_BxC, valid_B=None, compute=Compute()
-    ):
+    def decode(self, tokens_B, angles, caches, column, mask_BxC, valid_B=None, compute=Compute()):
         """One token a row against the caches.
 
         The layers are unrolled: with the cache inside a scan, XLA copies it.
 
         Args:
-          tokens_B, positions_B: int32 [B].
+          tokens_B: int32 [B].
+          angles: `angles` of the rows' positions.
           caches: one per layer, as `empty_caches` makes them.
           column: int32 scalar, the column of the rings that all rows write.
           mask_BxC: bool, the columns each row may read, the written one included.
@@ -322,7 +318,6 @@ class Transformer(nnx.Module):
           hidden [B, D] after the final norm; the updated caches; the experts visited, int16
           [B, L, k], k = 0 for dense models.
         """
-        angles = self._angles(positions_B)
         valid = jnp.ones(tokens_B.shape, bool) if valid_B is None else valid_B
         x, updated, experts = self._embed(tokens_B, compute), [], []
         for block, cache in zip(self.layers(), caches):

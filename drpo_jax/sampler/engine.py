@@ -70,20 +70,22 @@ class Sampler:
     ):
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self.float8_cache, self._loads = compute, float8_cache, 0
+        self.compute, self._loads = compute, 0
         self.statistics = dict.fromkeys(COUNTED, 0)
         self.load(model, version=0)
         static = ("params",)
         # partial: a jitted function of its own, whose compilations are this sampler's.
         self.programs = {
-            "empty_slots": jax.jit(partial(empty_slots), static_argnums=(1, 2, 3, 4)),
+            "empty_slots": jax.jit(
+                partial(empty_slots, compute=compute, float8=float8_cache), static_argnums=(1, 2)
+            ),
             "empty_prompts": jax.jit(partial(empty_prompts), static_argnums=(1, 2, 3)),
             "prefill": jax.jit(
                 partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
             ),
             "first_tokens": jax.jit(partial(first_tokens, compute=compute), static_argnames=static),
             "admit": jax.jit(partial(admit), donate_argnums=0),
-            "resize": jax.jit(partial(resize), static_argnames=("columns",)),
+            "resize": jax.jit(partial(resize, compute=compute), static_argnames=("columns",)),
             "decode": jax.jit(
                 partial(decode, room=decode_steps, compute=compute),
                 static_argnames=static,
@@ -139,8 +141,7 @@ class Sampler:
             shape = _Shape(self, params, self.prompt_length, self.prompt_length)
             dtype = self.compute.dtype
             slots = jax.eval_shape(
-                lambda m: empty_slots(m, self.slots, shape.sizes[-1], dtype, self.float8_cache),
-                model,
+                lambda m: self.programs["empty_slots"](m, self.slots, shape.sizes[-1]), model
             )
             rows = jax.eval_shape(
                 lambda m: empty_prompts(m, shape.together, shape.width, dtype), model
@@ -248,7 +249,8 @@ class Sampler:
 
 def ring_sizes(longest, decode_steps):
     """Columns that the rings may have, each a compilation: multiples of `decode_steps` up to eight,
-    then doubling, up to the `longest` sequence."""
+    then doubling, up to the `longest` sequence (a multiple of 16 beyond 64, see `block_columns`)."""
+    longest = longest if longest <= 64 else -(-longest // 16) * 16
     sizes = [min(decode_steps, longest)]
     while sizes[-1] < longest:
         grow = decode_steps if sizes[-1] < 8 * decode_steps else sizes[-1]
@@ -412,14 +414,8 @@ class _Flight:
         need = np.max(self.lengths[live] + np.minimum(self.sampler.decode_steps, left))
         size = next(i for i, size in enumerate(self.sizes) if size >= need)
         if self.device is None:
-            dtype = self.sampler.compute.dtype
             self.device = self._call(
-                "empty_slots",
-                self._model(),
-                len(self.request),
-                self.sizes[size],
-                dtype,
-                self.sampler.float8_cache,
+                "empty_slots", self._model(), len(self.request), self.sizes[size]
             )
             return
         now = self.sizes.index(self.device.columns())

@@ -9,6 +9,7 @@ of a ring, L layers, k experts per token.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -74,10 +75,10 @@ class Round(NamedTuple):
     experts: jax.Array
 
 
-def empty_slots(model, slots, columns, dtype, float8=False):
-    """Slots without sequences; `dtype` and `float8` as `Transformer.empty_caches` takes them."""
+def empty_slots(model, slots, columns, *, compute, float8=False):
+    """Slots without sequences; `compute` and `float8` as `Transformer.empty_caches` takes them."""
     none = jnp.zeros((slots,), jnp.int32)
-    caches = [_placed(c) for c in model.empty_caches(slots, columns, dtype, float8)]
+    caches = [_placed(c) for c in model.empty_caches(slots, columns, compute, float8)]
     clock = jnp.zeros((), jnp.int32)
     return Slots(caches, clock, none, none, none, none > 0, none, none, none)
 
@@ -122,9 +123,8 @@ def first_tokens(model, hidden_PxD, key, ids_P, *, params, compute):
     """
     logits = model.logits(hidden_PxD, compute)
     samples = jnp.tile(jnp.arange(params.samples), len(ids_P))
-    keys = _keys(key, jnp.repeat(ids_P, params.samples), samples)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    return _replicated(sample_token(jnp.repeat(logits, params.samples, axis=0), keys, params))
+    uniform = _uniform(key, jnp.repeat(ids_P, params.samples), samples, jnp.zeros_like(samples))
+    return _replicated(sample_token(jnp.repeat(logits, params.samples, axis=0), uniform, params))
 
 
 def admit(slots, prompts, arrivals):
@@ -172,9 +172,9 @@ def admit(slots, prompts, arrivals):
     return dataclasses.replace(slots, caches=caches, **_replicated(fields))
 
 
-def resize(cache, clock, *, columns):
+def resize(cache, clock, *, columns, compute):
     """A layer's cache with rings of another size, whose clock is then at min(old, new) % new."""
-    return _placed(cache.resized(clock, columns))
+    return _placed(cache.resized(clock, columns, compute.on_cpu()))
 
 
 def decode(model, slots, key, steps, floor, *, room, params, compute):
@@ -190,13 +190,17 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
       (Slots, Round).
     """
     columns = slots.columns()
-    keys = _keys(key, slots.prompt, slots.sample)
+    # Both before they are needed: all random numbers of a round at once; and the rotary angles of a
+    # step, which XLA's CPU backend would else compute in every layer.
+    random = jax.vmap(_uniform, (None, None, None, 0))
+    uniform_SxB = random(key, slots.prompt, slots.sample, slots.counts + jnp.arange(room)[:, None])
+    angles = model.angles(slots.lengths)
 
-    def step(slots):
+    def step(slots, angles, uniform_B):
         age = (slots.clock - jnp.arange(columns)) % columns
         hidden, caches, experts = model.decode(
             slots.last,
-            slots.lengths,
+            angles,
             slots.caches,
             slots.clock,
             age <= slots.lengths[:, None],
@@ -204,7 +208,7 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
             compute,
         )
         logits = model.logits(hidden, compute)
-        sampled = sample_token(logits, jax.vmap(jax.random.fold_in)(keys, slots.counts), params)
+        sampled = sample_token(logits, uniform_B, params)
         record = Round(slots.live, sampled, experts if params.routes else experts[..., :0])
         live, counts = slots.live, slots.counts + slots.live
         stop = jnp.array(params.stop, jnp.int32)
@@ -221,18 +225,19 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
         return slots, record
 
     def body(carry):
-        i, slots, record = carry
-        slots, new = step(slots)
-        return i + 1, slots, jax.tree.map(lambda all, one: all.at[i].set(one), record, new)
+        i, slots, angles, record = carry
+        slots, new = step(slots, angles, uniform_SxB[i])
+        record = jax.tree.map(lambda all, one: all.at[i].set(one), record, new)
+        return i + 1, slots, model.angles(slots.lengths), record
 
     def going(carry):
-        i, slots, _ = carry
+        i, slots, _, _ = carry
         return (i < steps) & (jnp.sum(slots.live) > floor)
 
-    record = jax.eval_shape(step, slots)[1]
+    record = jax.eval_shape(step, slots, angles, uniform_SxB[0])[1]
     record = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), record)
-    start = jnp.zeros((), jnp.int32), slots, record
-    _, slots, record = jax.lax.while_loop(going, body, start)
+    start = jnp.zeros((), jnp.int32), slots, angles, record
+    _, slots, _, record = jax.lax.while_loop(going, body, start)
     # Sharded as they came in, or the next round would be another program.
     small = {f: getattr(slots, f) for f in ("clock", "last", "lengths", "counts", "live")}
     caches = [_placed(c) for c in slots.caches]
@@ -248,7 +253,10 @@ def _replicated(tree):
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-def _keys(key, prompts, samples):
-    """A PRNG key per row, of its prompt and sample alone."""
-    row = lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(key, prompt), sample)  # noqa: E731
-    return jax.vmap(row)(prompts, samples)
+def _uniform(key, prompts_B, samples_B, counts_B):
+    """A random number per row, of its prompt, sample and count of tokens alone: float32 [B]."""
+
+    def row(*numbers):
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, key))
+
+    return jax.vmap(row)(prompts_B, samples_B, counts_B)

@@ -91,12 +91,12 @@ class Sampled(NamedTuple):
     top_logp: jax.Array
 
 
-def sample_token(logits_BxV, keys_B, params):
+def sample_token(logits_BxV, uniform_B, params):
     """Samples one token a row: the first whose cumulative probability exceeds a uniform draw.
 
     Args:
       logits_BxV: float32.
-      keys_B: one PRNG key a row, so that a row's tokens do not depend on the other rows.
+      uniform_B: float32 in [0, 1), a random number for each row.
       params: SamplingParams.
 
     Returns:
@@ -110,7 +110,7 @@ def sample_token(logits_BxV, keys_B, params):
         logits = logits / params.temperature
         filtered = filter_logits(logits, params.top_k, params.top_p)
         largest = jnp.max(filtered, axis=-1, keepdims=True)
-        token = draw(jnp.exp(filtered - largest), jax.vmap(jax.random.uniform)(keys_B))
+        token = draw(jnp.exp(filtered - largest), uniform_B)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     mass = jnp.exp(logits - largest)
     total = jnp.sum(mass, axis=-1)
@@ -142,11 +142,12 @@ def draw(mass_BxV, uniform_B):
         return found, target_B - (_at(total, found) - _at(mass_BxN, found))
 
     def local(mass, target):
-        blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % BLOCK)))
-        blocks = blocks.reshape(len(mass), -1, BLOCK)
+        width = min(BLOCK, mass.shape[1])
+        blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % width)))
+        blocks = blocks.reshape(len(mass), -1, width)
         block, rest = search(jnp.sum(blocks, axis=-1), target)
         inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-        token = block * BLOCK + search(inside, rest)[0]
+        token = block * width + search(inside, rest)[0]
         return jnp.minimum(token, mass.shape[1] - 1).astype(jnp.int32)  # NaN finds the padding
 
     def sharded(mass, uniform):

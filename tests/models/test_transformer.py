@@ -84,7 +84,7 @@ def test_padding_reaches_no_router_statistic(tokens):
 
 def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults):
     """Two chunks of right-aligned rows, one of them shorter; then a ring that begins anywhere."""
-    full, chunk, columns, clock = forward(model, tokens, *defaults), 3, 11, 7
+    full, chunk, columns, clock = forward(model, tokens, *defaults), 3, 70, 67
     lengths = np.array([6, 4])
     rows = np.stack([tokens[0][:6], [0, 0, *tokens[1][:4]]])
     valid = np.arange(6) >= 6 - lengths[:, None]
@@ -100,7 +100,7 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
     np.testing.assert_allclose(
         model.logits(out.hidden[:, -1]), full[np.arange(B), lengths - 1], atol=1e-5
     )
-    rings = model.empty_caches(B, columns, jnp.float32)
+    rings = model.empty_caches(B, columns)
     rings = jax.tree.map(lambda x: x + 1e3, rings)  # nobody may read what was not written
     for slot in range(B):
         of_slot = lambda cache: jax.tree.map(lambda x: x[slot], cache)  # noqa: E731, B023
@@ -114,13 +114,13 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
     for _ in range(5):
         age = (clock - np.arange(columns)) % columns
         token = tokens[np.arange(B), lengths]
-        args = token, lengths.astype(np.int32), rings, clock, age <= lengths[:, None]
+        args = token, model.angles(lengths), rings, clock, age <= lengths[:, None]
         logits, rings = decode(*args)
         np.testing.assert_allclose(logits, full[np.arange(B), lengths], atol=1e-5)
         clock, lengths = (clock + 1) % columns, lengths + 1
         if lengths[0] == 8:  # in the middle, to another size
-            rings, clock = [ring.resized(clock, 13) for ring in rings], min(columns, 13) % 13
-            columns = 13
+            rings, clock = [ring.resized(clock, 66, True) for ring in rings], min(columns, 66) % 66
+            columns = 66
 
 
 @pytest.mark.parametrize(

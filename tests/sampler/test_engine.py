@@ -162,7 +162,7 @@ def test_a_float8_cache_rounds_keys_and_values_alone(model, rollouts):
     assert same.sum() >= 3 and 1e-3 < gap[gap > 0].mean() < 0.1
     other = Sampler(model, slots=3, decode_steps=2, prompt_length=8, float8_cache=True)
     np.testing.assert_array_equal(other.generate(PROMPTS, PARAMS, KEY).tokens, ours.tokens)
-    caches = model.empty_caches(6, 16, "float32", float8=True)
+    caches = model.empty_caches(6, 16, float8=True)
     assert {a.dtype for c in caches for a in c[:2]} == {jnp.dtype("float8_e4m3fn")}
 
 
@@ -246,7 +246,7 @@ def test_new_weights_end_what_the_old_ones_began(model):
 def test_permuted_rows_change_no_bit_of_a_program(model):
     """What a row samples in one compiled function is independent of its place among the rows."""
     slots, columns = 6, 12
-    state = empty_slots(model, slots, columns, "float32")
+    state = empty_slots(model, slots, columns, compute=Compute())
     rng = np.random.default_rng(0)
     order = rng.permutation(slots)
 

@@ -36,9 +36,9 @@ def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters
     filtered = np.where(full >= np.sort(full)[-kept], full, 0.0)
     filtered /= filtered.sum()
 
-    keys = jax.random.split(jax.random.key(0), DRAWS)
+    uniform = jax.random.uniform(jax.random.key(0), DRAWS)
     logits = jnp.tile(LOGITS[order], (DRAWS, 1))
-    sampled = jax.jit(sample_token, static_argnums=2)(logits, keys, params)
+    sampled = jax.jit(sample_token, static_argnums=2)(logits, uniform, params)
     token, logp, full_logp, entropy = map(np.asarray, sampled[:4])
     np.testing.assert_allclose(entropy, -np.sum(full * np.log(full)), rtol=1e-5)
     np.testing.assert_allclose(logp, np.log(filtered[token]), atol=2e-6)
@@ -59,9 +59,7 @@ def test_filters_keep_ties_at_the_border():
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
-    token, logp, full_logp, _, ids, top_logp = sample_token(
-        logits, jax.random.split(jax.random.key(0), 2), params
-    )
+    token, logp, full_logp, _, ids, top_logp = sample_token(logits, np.array([0.9, 0.1]), params)
     assert token.tolist() == [1, 0]
     expected = jax.nn.log_softmax(logits)[jnp.arange(2), token]
     np.testing.assert_allclose(logp, expected, atol=1e-6)
@@ -73,7 +71,7 @@ def test_greedy_takes_the_most_likely_token():
 
 def test_top_logprobs_are_those_of_the_unfiltered_distribution():
     params = SamplingParams(max_tokens=1, temperature=0.5, top_k=1, top_logprobs=2)
-    ids, logp = sample_token(LOGITS[None], jax.random.split(jax.random.key(0), 1), params)[4:]
+    ids, logp = sample_token(LOGITS[None], np.array([0.5]), params)[4:]
     full = PROBABILITIES**2 / (PROBABILITIES**2).sum()
     np.testing.assert_allclose(logp[0], np.log(full[ids[0]]), atol=1e-6)
     assert full[ids[0]].tolist() == sorted(full)[:-3:-1]
@@ -92,13 +90,13 @@ def test_params_out_of_range_are_named(field, value):
 
 def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
     logits = jax.random.normal(jax.random.key(1), (8, 24))
-    keys = jax.random.split(jax.random.key(2), 8)
+    uniform = jax.random.uniform(jax.random.key(2), 8)
     params = SamplingParams(max_tokens=1, top_k=7, top_logprobs=9)  # more than a shard of 6 has
-    expected = jax.jit(sample_token, static_argnums=2)(logits, keys, params)
+    expected = jax.jit(sample_token, static_argnums=2)(logits, uniform, params)
     mesh = make_mesh(data=2, tensor=4)
     with jax.set_mesh(mesh):
         placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("data", "tensor")))
-        ours = jax.jit(sample_token, static_argnums=2)(placed, keys, params)
+        ours = jax.jit(sample_token, static_argnums=2)(placed, uniform, params)
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

@@ -5,7 +5,8 @@ Compiles the run's own programs at the config's lengths and batches, for TPUs th
 what they take of each device: memory, FLOPs, bytes sent to other devices, and the least time of a
 rollout step. Only the config is read, and config.json of model.path; nothing is computed.
 
-Exit code 0 if everything fits, else 1, with what to change. --json=FILE writes all figures.
+Exit code 0 if everything fits, else 1, with what to change. --json=FILE writes all figures;
+--programs=update,decode compiles these alone.
 """
 
 import json
@@ -29,9 +30,10 @@ TOPOLOGY = flags.DEFINE_string(
     "Devices to compile for: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4, … or cpu:8.",
 )
 JSON = flags.DEFINE_string("json", None, "A file to write all figures to.")
+PROGRAMS = flags.DEFINE_list("programs", None, "Of the run's programs these alone; default all.")
 
 
-def main(config, topology, file=None):
+def main(config, topology, file=None, names=None):
     """→ the exit code: 0 if all programs fit, else 1."""
     if not topology:
         raise BadInput("--topology=SLICE is missing, for example --topology=v5p:4x4x4 or cpu:8")
@@ -42,6 +44,10 @@ def main(config, topology, file=None):
     jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is asked, too
     listed = program_list(programs)
     work = step_work(programs, listed)
+    known = [program.name for program in listed]
+    if wrong := set(names or known) - set(known):
+        raise BadInput(f"--programs: no {', '.join(wrong)} among {', '.join(known)}")
+    listed = [program for program in listed if program.name in (names or known)]
     print(heading(programs, topology, chip, work), flush=True)
     found = []
     with jax.set_mesh(mesh):
@@ -53,7 +59,8 @@ def main(config, topology, file=None):
     for table in (costs.memory_table, costs.work_table, costs.transfer_table):
         print("\n" + table(found))
     step = step_figures(found, chip, config.compute.dtype)
-    print("\n" + step_line(step))
+    if not names:
+        print("\n" + step_line(step))
     for cost in found:
         if not cost.fits:
             print("\n" + advice(cost, config, mesh))
@@ -330,7 +337,7 @@ def advice(cost, config, mesh):
 
 if __name__ == "__main__":
     cli.launch(
-        lambda config, _: main(config, TOPOLOGY.value, JSON.value),
+        lambda config, _: main(config, TOPOLOGY.value, JSON.value, PROGRAMS.value),
         workdir=False,
         prepare=without_text,
     )

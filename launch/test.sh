@@ -5,4 +5,4 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -96,7 +96,12 @@ def make_optimizer(config, total_updates):
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=config.mu_dtype,
+            weight_decay=config.weight_decay,
         ),
     )
 

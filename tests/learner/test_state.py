@@ -45,6 +45,18 @@ def test_schedules(fields, expected):
     np.testing.assert_allclose(-changes, np.tile(np.array(expected)[:, None], 3), rtol=1e-4)
 
 
+def test_the_first_moment_may_be_bfloat16():
+    """And nothing else: a second moment in bfloat16 would stand still."""
+    exact, ours = (
+        make_optimizer(optimizer_config(mu_dtype=name), 10) for name in ("float32", "bfloat16")
+    )
+    gradients = list(np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32))
+    a, b = (steps(o, jnp.zeros(50), gradients) for o in (exact, ours))
+    assert 0 < np.max(np.abs(a - b)) < 0.01 * np.max(np.abs(a)) and b.dtype == np.float32
+    adam = ours.init(jnp.zeros(50))[1][0]
+    assert (adam.mu.dtype, adam.nu.dtype) == (jnp.bfloat16, jnp.float32)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_schedules_end_at_the_final_fraction(schedule):
     optimizer = make_optimizer(optimizer_config(schedule=schedule, final_fraction=0.2), 10)

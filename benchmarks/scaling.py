@@ -1,0 +1,134 @@
+"""How cost grows with chips and with sequence length, read from programs compiled for TPU v5p.
+
+    python -m benchmarks.scaling [--models=qwen3_4b_base,qwen3_30b_a3b] [--workdir=runs/scaling]
+        [--output=FILE.json] [--plot=FILE.png]
+
+A slice of the model (`LAYERS` of its layers, embedding and head in full), one sequence a chip at a time:
+chips from 8 to 256 with 256 sequences of 4K tokens in each update, and lengths from 2K to 32K on 32
+chips. For the learner's update and a round of decoding, `drpo_jax.preflight` compiles each point in a
+process of its own and counts, for one chip and one call: FLOPs, bytes read and written in HBM, bytes
+sent, and the memory taken. A point that has been compiled is not compiled again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from benchmarks.common import OUTPUT, write_results
+
+MODELS = flags.DEFINE_list(
+    "models", ["qwen3_4b_base", "qwen3_30b_a3b"], "Of configs/, without .py."
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/scaling", "Where the points go, a file each.")
+PLOT = flags.DEFINE_string("plot", None, "A file for the figure.")
+LAYERS, SEQUENCES, PROMPT, ROUND = 4, 256, 1024, 16
+# Chips → the shape of a slice of v5p.
+SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+LENGTHS = [2048, 4096, 8192, 16384, 32768]
+SWEEPS = {
+    "chips": [(chips, 4096) for chips in SLICES],
+    "tokens of a sequence": [(32, length) for length in LENGTHS],
+}
+# The mesh: all chips on fsdp, and for experts 8 of them on expert.
+EXPERT = {"qwen3_30b_a3b": 8, "qwen3_5_35b_a3b": 8}
+AMOUNTS = {
+    "TFLOP": lambda p: p["flops"]["compiled"] / 1e12,
+    "GB read and written in HBM": lambda p: p["hbm_bytes"] / 1e9,
+    "GB sent": lambda p: sum(p["sent"].values()) / 1e9,
+    "GiB of memory": lambda p: p["memory"]["total"] / 2**30,
+}
+PROGRAMS = {"update": "-", "decode": "--"}
+
+
+def compile_point(model, chips, length):
+    """What preflight's JSON says of the programs of one point."""
+    file = Path(WORKDIR.value) / f"{model}_{chips}_{length}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        expert = EXPERT.get(model, 1)
+        fields = {
+            "model.layers": LAYERS,
+            "mesh.data": 1,
+            "mesh.fsdp": chips // expert,
+            "mesh.expert": expert,
+            "mesh.tensor": 1,
+            "train.prompts": SEQUENCES // 8,
+            "train.samples": 8,
+            "train.mini_batch_prompts": SEQUENCES // 8,
+            "train.micro_batch": chips,
+            "sampler.slots": SEQUENCES,
+            "sampler.max_prompt_length": PROMPT,
+            "sampler.max_response_length": length - PROMPT,
+            "sampler.decode_steps": ROUND,
+        }
+        command = [sys.executable, "-m", "drpo_jax.preflight", f"--config=configs/{model}.py"]
+        command += [f"--topology=v5p:{SLICES[chips]}", f"--json={file}"]
+        command += [f"--programs={','.join(PROGRAMS)}"]
+        command += [f"--config.{name}={value}" for name, value in fields.items()]
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+        if not file.exists():
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(file.read_text())["programs"]
+
+
+def plot(found, file):
+    """Amounts (rows) of the sweeps (columns), by model and program, both axes logarithmic."""
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    axes = figure.subplots(len(AMOUNTS), len(SWEEPS), sharex="col", sharey="row")
+    for column, (sweep, points) in enumerate(SWEEPS.items()):
+        values = [point[column] for point in points]
+        for row, amount in enumerate(AMOUNTS):
+            ax = axes[row, column]
+            for color, model in enumerate(MODELS.value):
+                for program, line in PROGRAMS.items():
+                    series = [found[f"{model}: {c} chips, {n} tokens"][program] for c, n in points]
+                    heights = [figures[amount] for figures in series]
+                    ax.plot(
+                        values, heights, f"o{line}", color=f"C{color}", label=f"{model}, {program}"
+                    )
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.set_xticks(values, [f"{v:,}" for v in values])
+            ax.grid(alpha=0.3)
+            if column == 0:
+                ax.set_ylabel(amount)
+        ax.set_xlabel(sweep)
+    fixed = ("4,096 tokens a sequence", "32 chips")
+    for ax, text in zip(axes[0], fixed):
+        ax.set_title(text)
+    figure.suptitle(
+        f"One chip, one call: an update on {SEQUENCES} sequences, {ROUND} steps of decoding them; "
+        f"{LAYERS} layers"
+    )
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.savefig(file, dpi=110)
+
+
+def main(_):
+    found = {}
+    for model in MODELS.value:
+        print(f"{model}\n{'chips':>6}{'tokens':>8}  {'program':<8}", *(f"{a:>27}" for a in AMOUNTS))
+        for chips, length in sorted({point for points in SWEEPS.values() for point in points}):
+            programs = compile_point(model, chips, length)
+            name = f"{model}: {chips} chips, {length} tokens"
+            found[name] = {
+                program: {a: float(f"{of(programs[program]):.4g}") for a, of in AMOUNTS.items()}
+                for program in PROGRAMS
+            }
+            for program, figures in found[name].items():
+                told = (f"{x:>27,.4g}" for x in figures.values())
+                print(f"{chips:>6}{length:>8}  {program:<8}", *told, flush=True)
+    if OUTPUT.value:
+        write_results(OUTPUT.value, "python -m benchmarks.scaling", found)
+    if PLOT.value:
+        plot(found, PLOT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

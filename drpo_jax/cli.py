@@ -41,7 +41,7 @@ def launch(
     """Runs an entry point with --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
 
     Calls `main` with the resolved config and exits with what it returns. `BadInput`, from the
-    command line or from `main`, is shown as one message with exit code 2, `TrainingStopped` with 1;
+    command line or from `main`, is shown as one message with exit code 2, `TrainingStopped` with 3;
     any other exception is a defect and keeps its traceback.
 
     Args:
@@ -69,7 +69,7 @@ def launch(
         except BadInput as error:
             exit_with(error, 2)
         except TrainingStopped as error:
-            exit_with(error, 1)
+            exit_with(error, 3)
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
             multihost.leave(130)

@@ -88,7 +88,7 @@ def test_a_defect_keeps_its_traceback(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=2")
     assert code == 1 and "Traceback" in err and "a defect" in err
     code, _, err = command_line(FILE, DIR, "--config.seed=3")  # this is none
-    assert (code, err) == (1, "error: step 4: not finite\n")
+    assert (code, err) == (3, "error: step 4: not finite\n")
 
 
 @pytest.mark.parametrize(

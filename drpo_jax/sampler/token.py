@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from drpo_jax.parallel import BATCH_AXES
@@ -62,12 +63,31 @@ def filter_logits(logits_BxV, top_k, top_p):
         border = _largest(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
     if top_p < 1.0:
-        descending = -jnp.sort(-logits_BxV, axis=-1)
-        probs = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        border = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
+        logits_BxV = jnp.where(_in_nucleus(logits_BxV, top_p), logits_BxV, -jnp.inf)
     return logits_BxV
+
+
+def _in_nucleus(logits_BxV, top_p):
+    """Which tokens are as likely as the last one with which the probabilities reach top_p.
+
+    Its distance from the most likely one is found by halving an interval: 31 sums instead of a sort,
+    and on a mesh no logit leaves its device. Floats from 0 on are ordered as their bits are.
+    """
+    distance = jnp.max(logits_BxV, axis=-1, keepdims=True) - logits_BxV
+    bits, mass = jax.lax.bitcast_convert_type(distance, jnp.int32), jnp.exp(-distance)
+    enough = top_p * jnp.sum(mass, axis=-1)
+
+    def halve(_, interval):
+        low_B, high_B = interval
+        middle_B = low_B + (high_B - low_B) // 2
+        inside = jnp.sum(jnp.where(bits <= middle_B[:, None], mass, 0.0), axis=-1) >= enough
+        return jnp.where(inside, low_B, middle_B + 1), jnp.where(inside, middle_B, high_B)
+
+    low_B = jnp.zeros(len(bits), jnp.int32)
+    _, border_B = jax.lax.fori_loop(
+        0, 31, halve, (low_B, low_B + np.float32(np.inf).view(np.int32))
+    )
+    return bits <= border_B[:, None]
 
 
 class Sampled(NamedTuple):

@@ -56,6 +56,18 @@ def test_filters_keep_ties_at_the_border():
     assert np.isfinite(filter_logits(logits, top_k=0, top_p=0.6)).tolist() == [[1, 1, 1, 0]]
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_the_nucleus_is_that_of_sorted_probabilities(top_p):
+    logits = np.random.default_rng(0).normal(size=(16, 300)).astype(np.float32) * 5
+    logits[:, ::7] = -np.inf
+    kept = np.isfinite(filter_logits(jnp.array(logits), top_k=0, top_p=top_p))
+    for row, ours in zip(logits.astype(np.float64), kept):
+        order = np.argsort(-row)
+        probs = np.exp(row[order] - row.max())
+        count = 1 + np.searchsorted(np.cumsum(probs) / probs.sum(), top_p)
+        assert set(np.flatnonzero(ours)) == set(order[:count])
+
+
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
@@ -91,7 +103,8 @@ def test_params_out_of_range_are_named(field, value):
 def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
     logits = jax.random.normal(jax.random.key(1), (8, 24))
     uniform = jax.random.uniform(jax.random.key(2), 8)
-    params = SamplingParams(max_tokens=1, top_k=7, top_logprobs=9)  # more than a shard of 6 has
+    # More than a shard of 6 has.
+    params = SamplingParams(max_tokens=1, top_k=7, top_p=0.8, top_logprobs=9)
     expected = jax.jit(sample_token, static_argnums=2)(logits, uniform, params)
     mesh = make_mesh(data=2, tensor=4)
     with jax.set_mesh(mesh):

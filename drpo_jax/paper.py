@@ -70,9 +70,13 @@ def paper_config(preset):
 
 def large_config(preset):
     """The setting of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips (v5p:4x4x4):
-    256 prompts of 16 responses, 8 updates per rollout; all else as in `paper_config`."""
+    256 prompts of 16 responses, 8 updates per rollout; all else as in `paper_config`.
+
+    Experts lie on 4 devices: on 8 the sampler would read half as many weights at every token, but the
+    learner's layout of tokens would be twice as large (`models.moe._sharded_experts`).
+    """
     config = paper_config(preset)
-    config.mesh.update(expert=8, tensor=1)
+    config.mesh.update(expert=4, tensor=1)
     config.sampler.update(max_prompt_length=2048, slots=1024)
     config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
     return config

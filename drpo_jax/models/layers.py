@@ -1,12 +1,15 @@
 """What every layer is made of: parameters with logical axes, RMS norm, rotary embedding."""
 
 import dataclasses
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from drpo_jax.precision import MatmulRecipe, matmul
+from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, constrain, partition_spec
+from drpo_jax.precision import DENSE, MatmulRecipe, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,72 @@ def value(weight):
 
 def project(x, weight, compute, bias=None):
     """x [..., k] @ weight [k, n] (+ bias [n]), as the FP8 recipe wants it."""
-    y = matmul(x, value(weight), compute.matmul)
+    ops = _gathering(weight.get_metadata()["axes"])
+    y = matmul(x, value(weight), compute.matmul, ops)
     return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+@cache
+def _gathering(axes):
+    """DENSE for a weight with these logical axes that may be sharded over `fsdp`.
+
+    What enters a product is gathered, after it was rounded and cast, and its gradient is summed
+    straight into the shards. Left to itself XLA may move the activations instead.
+    """
+
+    def whole(w):
+        return constrain(w, *axes, rules=SAMPLER_RULES)
+
+    return DENSE._replace(
+        dot=lambda x, w: DENSE.dot(x, whole(w)),
+        dot_dx=lambda g, w: DENSE.dot_dx(g, whole(w)),
+        dot_dw=lambda x, g: constrain(DENSE.dot_dw(x, g), *axes),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VxD, tokens, dtype):
+    """Rows of a float32 embedding: [..., D] in `dtype`.
+
+    On a mesh the gradient of tokens [B, T] is summed where it stays: every device of the `fsdp` axis
+    sums its part of D for the tokens of all. XLA would sum whole tables and send those.
+    """
+    return table_VxD[tokens].astype(dtype)
+
+
+def _look_up_fwd(table, tokens, dtype):
+    return look_up(table, tokens, dtype), (tokens, jnp.zeros((table.shape[0], 0)))
+
+
+def _look_up_bwd(dtype, residuals, g):
+    tokens, vocabulary = residuals
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def add_up(tokens, g, first, shape):
+        local = tokens - first
+        local = jnp.where((local >= 0) & (local < shape[0]), local, shape[0])
+        return jnp.zeros(shape, jnp.float32).at[local].add(g.astype(jnp.float32), mode="drop")
+
+    def body(tokens, g):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        g = jax.lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True)
+        rows = vocabulary.shape[0] // mesh.shape["tensor"]
+        first = jax.lax.axis_index("tensor") * rows
+        return jax.lax.psum(add_up(tokens, g, first, (rows, g.shape[-1])), ("data", "expert"))
+
+    if mesh.empty or mesh.size == 1:
+        return add_up(tokens, g, 0, (vocabulary.shape[0], g.shape[-1])), None
+    tokens_spec, table_spec = P(BATCH_AXES, None), partition_spec(("vocab", "embed"))
+    body = jax.shard_map(
+        body,
+        in_specs=(tokens_spec, P(BATCH_AXES, None, None)),
+        out_specs=table_spec,
+        check_vma=False,
+    )
+    return body(tokens, g), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 def fan_in_normal(key, shape, fan_in):

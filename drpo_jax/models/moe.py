@@ -9,7 +9,8 @@ back. An assignment to expert E (padding tokens; under expert parallelism, other
 gets no row and costs nothing.
 """
 
-from functools import partial
+import dataclasses
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -18,8 +19,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.layers import fan_in_normal, param, project, value
-from drpo_jax.parallel import BATCH_AXES
-from drpo_jax.precision import Ops, Quantized, dequantize, dot_precision, matmul
+from drpo_jax.parallel import BATCH_AXES, RULES, SAMPLER_RULES, constrain, partition_spec
+from drpo_jax.precision import Ops, Quantized, dequantize, dot_precision, matmul, weight_values
+
+# Logical axes of the experts' gate_proj, up_proj and down_proj.
+AXES = (("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed"))
 
 
 class MLP(nnx.Module):
@@ -45,9 +49,9 @@ class MoE(nnx.Module):
         d, f, e = config.hidden_size, config.expert_size, config.experts
         keys = jax.random.split(key, 4)
         self.router = param(fan_in_normal(keys[0], (d, e), d), ("embed", "router"))
-        self.gate_proj = param(fan_in_normal(keys[1], (e, d, f), d), ("experts", "embed", "mlp"))
-        self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), ("experts", "embed", "mlp"))
-        self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), ("experts", "mlp", "embed"))
+        self.gate_proj = param(fan_in_normal(keys[1], (e, d, f), d), AXES[0])
+        self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), AXES[1])
+        self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), AXES[2])
         self.experts_per_token = config.experts_per_token
         both = jax.random.split(jax.random.fold_in(key, 1))
         size = config.shared_expert_size
@@ -132,31 +136,58 @@ def load_balance_loss(load_E, probability_E):
 
 def _sharded_experts(x, gates, experts, weights, num_experts, compute):
     """Runs `_local_experts` on every device: tokens gathered over the `expert` axis, each device
-    computing its own experts' (and its own slice of the width's) share, shares summed."""
+    computing its own experts' (and its own slice of the width's) share, shares summed.
+
+    Weights are rounded where they lie, out here (a block of codes need not end where a device's slice
+    does), and enter twice: their values, gathered over `fsdp`, to multiply with; and as they lie, only
+    for the gradient to be summed into.
+
+    Why tokens are gathered, and not sent to their experts by an all-to-all: with N tokens on a device,
+    k experts for each and X devices on the axis, gathering sends (X − 1)·N rows, and as many sums come
+    back; an exchange k·(X − 1)/X·N both ways. For k = 8 (Qwen3) that is 3 against 6 at X = 4, 7 against
+    7 at X = 8, 15 against 7.5 at X = 16; with one row for each device that a token visits, 2.7, 4.6 and
+    6.0, but a way back that cannot sum. And exchanged rows pass other devices on their way: around a
+    square of 4 × 4 TPUs they take the links as long as the gathered ones. So an exchange pays beyond
+    X = 16. Nor would it need less room: dropless, all tokens may come to one device.
+
+    That room is X·N·k rows, of which N·k are in use on average. The TPU's grouped matmuls visit the
+    tiles of the groups alone (128 rows for `ragged_dot`); what the other rows cost is the memory traffic
+    of what lies around the matmuls, which makes a small X cheaper where the memory allows it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
-    # Blocks of codes need not end where a device's slice does.
-    weights = tuple(dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights)
+    recipe = compute.matmul
+    weights = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
+    values = [
+        constrain(
+            weight_values(jax.lax.stop_gradient(w), recipe, x.dtype), *axes, rules=SAMPLER_RULES
+        )
+        for w, axes in zip(weights, AXES)
+    ]
+    compute = dataclasses.replace(compute, matmul=dataclasses.replace(recipe, weight=None))
 
-    def body(x, gates, experts, *weights):
+    def body(x, gates, experts, weights, values):
         gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
         local = num_experts // mesh.shape["expert"]
         own = gather(experts) - jax.lax.axis_index("expert") * local
         own = jnp.where((own >= 0) & (own < local), own, local)
-        y = _local_experts(gather(x), gather(gates), own, weights, local, compute)
+        y = _local_experts(gather(x), gather(gates), own, weights, local, compute, values)
         y = jax.lax.psum(y, "tensor")
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
     tokens = P(BATCH_AXES, None)
-    up, down = P("expert", None, "tensor"), P("expert", "tensor", None)
+    lie, whole = ([partition_spec(axes, rules=r) for axes in AXES] for r in (RULES, SAMPLER_RULES))
     return jax.shard_map(
-        body, in_specs=(tokens, tokens, tokens, up, up, down), out_specs=tokens, check_vma=False
-    )(x, gates, experts, *weights)
+        body, in_specs=(tokens, tokens, tokens, lie, whole), out_specs=tokens, check_vma=False
+    )(x, gates, experts, weights, values)
 
 
-def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute):
-    """Σ_k gate · expert(x), over the experts 0..num_experts-1; others contribute nothing."""
+def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute, values=None):
+    """Σ_k gate · expert(x), over the experts 0..num_experts-1; others contribute nothing.
+
+    With `values`, under `shard_map`, these are the weights and `weights` their shards over `fsdp`.
+    """
     kernel = compute.grouped_kernel()
     block = _block_rows(experts_Nxk.size, num_experts) if kernel == "blocked" else 1
     layout = make_layout(experts_Nxk, num_experts, block)
@@ -165,13 +196,34 @@ def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute)
         "ragged_dot": (RAGGED, (layout.group_sizes,)),
         "megablox": (MEGABLOX, (layout.group_sizes,)),
     }[kernel]
-    gate_proj, up_proj, down_proj = weights
-    grouped = lambda rows, w: matmul(rows, w, compute.matmul, ops, *groups)  # noqa: E731
+
+    def grouped(rows, i):
+        if values is None:
+            return matmul(rows, weights[i], compute.matmul, ops, *groups)
+        sharded = _into_shards(ops, AXES[i].index("embed"))
+        return matmul(rows, weights[i], compute.matmul, sharded, values[i], *groups)
+
     rows = dispatch(x_NxD, layout.source, layout.row)
-    rows = jax.nn.silu(grouped(rows, gate_proj)) * grouped(rows, up_proj)
-    y_NxkxD = collect(grouped(rows, down_proj), layout.source, layout.row)
+    rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1)
+    y_NxkxD = collect(grouped(rows, 2), layout.source, layout.row)
     y = jnp.sum(y_NxkxD * gates_Nxk[..., None].astype(y_NxkxD.dtype), axis=1)
     return y.astype(x_NxD.dtype)
+
+
+@cache
+def _into_shards(ops, axis):
+    """`ops` that take the weight's values as an argument, and sum its gradient, in float32, into the
+    weight's shard over `fsdp`, which lies on this axis."""
+
+    def dot_dw(x, g, values, *groups):
+        dw = ops.dot_dw(x, g, *groups)
+        return jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axis, tiled=True)
+
+    return Ops(
+        dot=lambda x, w, values, *groups: ops.dot(x, values, *groups),
+        dot_dx=lambda g, w, values, *groups: ops.dot_dx(g, values, *groups),
+        dot_dw=dot_dw,
+    )
 
 
 class Layout(NamedTuple):
@@ -305,8 +357,8 @@ def _ragged(x_RxK, w_ExKxN, group_sizes):
         w_ExKxN,
         group_sizes,
         precision=dot_precision(x_RxK.dtype),
-        preferred_element_type=jnp.float32,
-    ).astype(x_RxK.dtype)
+        preferred_element_type=x_RxK.dtype,  # float32 would be R rows more to write and read
+    )
 
 
 def _ragged_dw(x_RxK, g_RxN, group_sizes):

@@ -18,6 +18,7 @@ from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Compute,
     fan_in_normal,
+    look_up,
     norm_scale,
     param,
     rms_norm,
@@ -333,7 +334,7 @@ class Transformer(nnx.Module):
         return self._final(x), updated, jnp.stack(experts, axis=1)
 
     def _embed(self, tokens, compute):
-        x = self.embed[...][tokens].astype(compute.dtype)
+        x = look_up(self.embed[...], tokens, compute.dtype)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
 
 

@@ -76,9 +76,9 @@ def batch_shards(mesh):
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
-def constrain(x, *axes):
-    """Pins the sharding of an activation inside a jitted function; no-op without a mesh."""
+def constrain(x, *axes, rules=RULES):
+    """Pins the sharding of an array inside a jitted function; no-op without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules=rules))

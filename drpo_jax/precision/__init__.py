@@ -1,7 +1,14 @@
 """FP8, simulated exactly: codes and scales, recipes, and the matmul that follows them."""
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
-from drpo_jax.precision.matmul import DENSE, Ops, dot_precision, matmul, quantize_weight
+from drpo_jax.precision.matmul import (
+    DENSE,
+    Ops,
+    dot_precision,
+    matmul,
+    quantize_weight,
+    weight_values,
+)
 from drpo_jax.precision.native import multiplies_float8
 from drpo_jax.precision.recipes import RECIPES, MatmulRecipe, Recipe, get_recipe
 
@@ -20,4 +27,5 @@ __all__ = [
     "multiplies_float8",
     "quantize",
     "quantize_weight",
+    "weight_values",
 ]

@@ -26,6 +26,7 @@ class Ops(NamedTuple):
       dot: (x, w, *args) → y.
       dot_dx: (g, w, *args) → gradient for x.
       dot_dw: (x, g, *args) → gradient for w.
+      native: the same three on two `Quantized`; None where there are none.
 
     They accumulate in float32; the results are cast to the dtypes of x, x and w.
     """
@@ -33,6 +34,7 @@ class Ops(NamedTuple):
     dot: Callable
     dot_dx: Callable
     dot_dw: Callable
+    native: "Ops | None" = None
 
 
 def dot_precision(dtype):
@@ -41,34 +43,34 @@ def dot_precision(dtype):
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _dot(a, b, contract):
+def _dot(a, b, contract, out):
     return jax.lax.dot_general(
         a,
         b,
         (contract, ((), ())),
         precision=dot_precision(a.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=out,
     )
 
 
 def _dense_dw(x, g):
     tokens = tuple(range(x.ndim - 1))
-    return _dot(x, g, (tokens, tokens))
+    return _dot(x, g, (tokens, tokens), jnp.float32)
 
 
-# x [..., K] @ w [K, N]
-DENSE = Ops(
-    dot=lambda x, w: _dot(x, w, ((x.ndim - 1,), (0,))),
-    dot_dx=lambda g, w: _dot(g, w, ((g.ndim - 1,), (1,))),
-    dot_dw=_dense_dw,
-)
-
-
-# The same on two `Quantized`, x and g with their leading axes in one.
+# On two `Quantized`, x and g with their leading axes in one.
 _NATIVE = Ops(
     dot=partial(scaled_dot, axes=(1, 0)),
     dot_dx=partial(scaled_dot, axes=(1, 1)),
     dot_dw=partial(scaled_dot, axes=(0, 0)),
+)
+# x [..., K] @ w [K, N]. Devices that each sum over a part of K or N add up what the dot gives: in x's
+# dtype half of what float32 would send.
+DENSE = Ops(
+    dot=lambda x, w: _dot(x, w, ((x.ndim - 1,), (0,)), x.dtype),
+    dot_dx=lambda g, w: _dot(g, w, ((g.ndim - 1,), (1,)), g.dtype),
+    dot_dw=_dense_dw,
+    native=_NATIVE,
 )
 
 
@@ -85,7 +87,7 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
       w: floating [K, N] of any dtype (with other ops, as they take it), or a `Quantized` made at a
         weight sync, which is only dequantized (native: multiplied as it is) and gets no gradient.
       recipe: `MatmulRecipe`, or None for a plain matmul. `native` counts where x and w are both float8
-        and the ops are DENSE.
+        and the ops have a native form.
       ops: the bilinear op, a static `Ops`.
       *args: integer arrays handed on to the ops.
 
@@ -96,7 +98,7 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
     recipe = MatmulRecipe() if recipe is None else recipe
     codes = isinstance(w, Quantized)
     float8 = recipe.activation is not None and (codes or recipe.weight is not None)
-    recipe = dataclasses.replace(recipe, native=recipe.native and float8 and ops is DENSE)
+    recipe = dataclasses.replace(recipe, native=recipe.native and float8 and ops.native is not None)
     if codes:
         w = jax.lax.stop_gradient(w if recipe.native else dequantize(w, x.dtype))
         recipe = dataclasses.replace(recipe, weight=None)
@@ -105,6 +107,13 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
         rows = x.reshape(-1, x.shape[-1])
     y = checkpoint_name(_matmul(recipe, ops, rows, w, args), "matmul")
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def weight_values(w, recipe, dtype):
+    """The values of w [..., K, N] that a simulated matmul multiplies: rounded as `recipe` has it."""
+    return _operand(
+        dataclasses.replace(recipe, native=False), dtype, w, recipe.weight, recipe.weight_block
+    )
 
 
 def quantize_weight(w, recipe):
@@ -119,7 +128,7 @@ def _matmul(recipe, ops, x, w, args):
     operand = partial(_operand, recipe, x.dtype)
     x_hat = operand(x, recipe.activation, recipe.tile)
     w_hat = operand(w, recipe.weight, recipe.weight_block)
-    return (_NATIVE if recipe.native else ops).dot(x_hat, w_hat, *args).astype(x.dtype)
+    return (ops.native if recipe.native else ops).dot(x_hat, w_hat, *args).astype(x.dtype)
 
 
 def _matmul_fwd(recipe, ops, x, w, args):
@@ -141,7 +150,7 @@ def _matmul_bwd(recipe, ops, residuals, g):
         w_hat = operand(w, recipe.weight, recipe.weight_block and recipe.weight_block[::-1])
         x_tokens = operand(flat_x, recipe.activation, tokens)
         g_tokens = operand(flat_g, recipe.gradient, tokens)
-        ops = _NATIVE if recipe.native else ops
+        ops = ops.native if recipe.native else ops
     dx = ops.dot_dx(g_n, w_hat, *args).astype(x.dtype)
     return dx, None if frozen else ops.dot_dw(x_tokens, g_tokens, *args).astype(w.dtype), None
 

@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.models import Compute
+from drpo_jax.models.layers import look_up, param, project
+from drpo_jax.parallel import make_mesh, named_sharding
+from drpo_jax.precision import get_recipe
+
+B, T, D, V = 8, 6, 192, 32
+SIZES = dict(data=1, fsdp=4, tensor=2)
+HYBRID = get_recipe("e2e").learner
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def on_the_mesh(f, *arrays, sizes=SIZES):
+    """f, jitted, of arrays that lie on eight devices: (array, its logical axes)."""
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, named_sharding(mesh, axes)) for a, axes in arrays]
+        compiled = jax.jit(f).lower(*placed).compile()
+        return compiled(*placed), compiled.as_text()
+
+
+@pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2)])
+def test_the_embeddings_gradient(sizes):
+    rng = np.random.default_rng(0)
+    table, g = (rng.normal(size=s).astype(np.float32) for s in ((V, D), (B, T, D)))
+    tokens = rng.integers(V // 2, size=(B, T)).astype(np.int32)  # some more than once, some never
+
+    def gradient(table, tokens, g):
+        rows, pullback = jax.vjp(lambda t: look_up(t, tokens, jnp.bfloat16), table)
+        return rows, pullback(g.astype(jnp.bfloat16))[0]
+
+    expected = np.zeros((V, D), np.float32)
+    np.add.at(expected, tokens, np.asarray(g.astype(jnp.bfloat16), np.float32))
+    arrays = (table, ("vocab", "embed")), (tokens, ("batch",)), (g, ("batch",))
+    for rows, ours in (gradient(table, tokens, g), on_the_mesh(gradient, *arrays, sizes=sizes)[0]):
+        np.testing.assert_array_equal(rows, table[tokens].astype(jnp.bfloat16))
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
+def test_sharded_weights_have_the_codes_of_whole_ones(axes):
+    """Slices of 48 and 96 do not end where blocks of 128 do."""
+    rng = np.random.default_rng(1)
+    x, g = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    w = np.exp(4 * rng.normal(size=(D, D))).astype(np.float32)
+
+    def product(x, w, g):
+        y, pullback = jax.vjp(lambda x: project(x, param(w, axes), Compute(matmul=HYBRID)), x)
+        return y, pullback(g)[0]
+
+    expected = jax.jit(product)(x, w, g)
+    ours, text = on_the_mesh(product, (x, ("batch",)), (w, axes), (g, ("batch",)))
+    for a, b in zip(ours, expected):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
+    assert "all-gather" in text

@@ -10,52 +10,19 @@ resumes. Prints held-out accuracy before and after for every seed, and how many 
 start and permutes the rewards over each rollout: with nothing to learn from, accuracy must not rise.
 """
 
-import os
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from absl import app, flags
 
 from benchmarks.common import OUTPUT, write_results
-from drpo_jax.metrics import read_metrics
+from benchmarks.runs import PARALLEL, WORKDIR, run
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the runs go, one directory each.")
-CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config of the runs.")
 SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds 0, 1, …")
 CONTROLS = flags.DEFINE_integer("controls", 2, "Seeds that are also run with shuffled rewards.")
-PARALLEL = flags.DEFINE_integer("parallel", os.cpu_count(), "Runs at a time.", lower_bound=1)
-TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Handed on to drpo_jax.train.")
+flags.set_default(WORKDIR, "runs/seeds")
 GOAL = {"before": 0.50, "after": 0.85}
-
-
-def run(name: str, arguments: list[str]) -> dict:
-    """Trains in workdir/name unless that is done. → accuracies before and after, and seconds."""
-    workdir = Path(WORKDIR.value) / name
-    done = workdir / "seconds"
-    if not done.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "drpo_jax.train", f"--config={CONFIG.value}"]
-        started = time.monotonic()
-        with (workdir / "log.txt").open("a") as log:
-            subprocess.run(
-                [*command, f"--workdir={workdir}", *arguments, *TRAIN_FLAG.value],
-                stdout=log, stderr=subprocess.STDOUT, check=True,
-            )  # fmt: skip
-        done.write_text(str(round(time.monotonic() - started)))
-    evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
-    steps = [r for r in read_metrics(workdir) if "reward/mean" in r]
-    figures = {
-        f"{metric} {when}": round(record[f"eval/{metric}"], 4)
-        for when, record in (("before", evaluations[0]), ("after", evaluations[-1]))
-        for metric in ("avg", "greedy")
-    }
-    share = sum(r["weight/corrected"] for r in steps) / len(steps)
-    figures |= {"corrected": round(share, 5), "seconds": int(done.read_text())}
-    print(f"{name:<12}" + "  ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
-    return figures
 
 
 def reached(figures: dict) -> bool:

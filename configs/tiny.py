@@ -1,9 +1,11 @@
 """A small Qwen3 mixture of experts learns arithmetic on two CPU cores: warm start, then DRPO.
 
 Variants, by `--config=configs/tiny.py:VARIANT`:
-  bf16         bfloat16 compute, nothing quantized
-  fp8_rollout  float32 compute, FP8 weights in the sampler (the default)
-  fp8_e2e      float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
+  bf16            bfloat16 compute, nothing quantized
+  fp8_rollout     float32 compute, FP8 weights in the sampler (the default)
+  fp8_e2e         float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
+  fp8_tensorwise  the same with one scale per tensor
+  float32         float32 compute, nothing quantized
 """
 
 from drpo_jax.config import default_config
@@ -13,6 +15,8 @@ VARIANTS = {
     "bf16": {"compute.dtype": "bfloat16", "precision.recipe": "none"},
     "fp8_rollout": {"precision.recipe": "rollout"},
     "fp8_e2e": {"precision.recipe": "e2e"},
+    "fp8_tensorwise": {"precision.recipe": "tensorwise"},
+    "float32": {"precision.recipe": "none"},
 }
 
 

@@ -55,11 +55,13 @@ def finished() -> dict:
 
 
 def summary(runs: dict) -> dict:
-    """Of {recipe: {seed: figures}}: means over the seeds, and points lost against `none`."""
+    """Of {recipe: {seed: figures}}: means over a recipe's seeds, and points lost against `none` on the
+    same ones."""
     found = {}
     for recipe, seeds in runs.items():
         names = [f"{metric} {when}" for metric in ("avg", "greedy") for when in ("before", "after")]
-        found[recipe] = {n: round(mean(r[n] for r in seeds.values()), 4) for n in names}
+        found[recipe] = {"seeds": len(seeds)}
+        found[recipe] |= {n: round(mean(r[n] for r in seeds.values()), 4) for n in names}
         for metric in ("avg", "greedy"):
             name = f"{metric} after"
             lost = mean(runs["none"][seed][name] - r[name] for seed, r in seeds.items())

@@ -7,11 +7,11 @@ A slice of the model (`LAYERS` of its layers, embedding and head in full), one s
 chips from 8 to 256 with 256 sequences of 4K tokens in each update, and lengths from 2K to 32K on 32
 chips. For the learner's update and a round of decoding, `drpo_jax.preflight` compiles each point in a
 process of its own and counts, for one chip and one call: FLOPs, bytes read and written in HBM, bytes
-sent, and the memory taken. A point that has been compiled is not compiled again.
+sent, and the memory taken. A point that has been compiled is not compiled again:
+take another workdir after a change of the code.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +34,8 @@ SWEEPS = {
     "chips": [(chips, 4096) for chips in SLICES],
     "tokens of a sequence": [(32, length) for length in LENGTHS],
 }
-# The mesh: all chips on fsdp, and for experts 8 of them on expert.
-EXPERT = {"qwen3_30b_a3b": 8, "qwen3_5_35b_a3b": 8}
+# The mesh: all chips on fsdp, and for experts 4 of them on expert.
+EXPERT = {"qwen3_30b_a3b": 4, "qwen3_5_35b_a3b": 4}
 AMOUNTS = {
     "TFLOP": lambda p: p["flops"]["compiled"] / 1e12,
     "GB read and written in HBM": lambda p: p["hbm_bytes"] / 1e9,
@@ -70,7 +70,7 @@ def compile_point(model, chips, length):
         command += [f"--topology=v5p:{SLICES[chips]}", f"--json={file}"]
         command += [f"--programs={','.join(PROGRAMS)}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return json.loads(file.read_text())["programs"]

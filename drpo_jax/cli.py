@@ -1,7 +1,7 @@
 """The command line: python -m drpo_jax.ENTRY --config=FILE[:VARIANT] --workdir=DIR, and fields.
 
 Entry points end with `launch(main)`. What the user got wrong is printed as `error: …`, exit code 2; a
-run that cannot go on says why, exit code 1.
+run that cannot go on says why, exit code 3.
 """
 
 import difflib

@@ -663,7 +663,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     path, new = workdir / "config.json", flatten(config)
     claimed = path.exists()
     if claimed:
-        old = _parse_json(path.read_text(), str(path))
+        # What was not a field then was as its default is now.
+        old = flatten(default_config()) | _parse_json(path.read_text(), str(path))
         fixed = set() if new["optimizer.schedule"] == "constant" else {"train.steps"}
         differing = [
             f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"

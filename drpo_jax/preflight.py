@@ -44,10 +44,10 @@ def main(config, topology, file=None, names=None):
     jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is asked, too
     listed = program_list(programs)
     work = step_work(programs, listed)
-    known = [program.name for program in listed]
-    if wrong := set(names or known) - set(known):
-        raise BadInput(f"--programs: no {', '.join(wrong)} among {', '.join(known)}")
-    listed = [program for program in listed if program.name in (names or known)]
+    all_names = [program.name for program in listed]
+    if wrong := set(names or ()) - set(all_names):
+        raise BadInput(f"--programs: no {', '.join(wrong)} among {', '.join(all_names)}")
+    listed = [program for program in listed if program.name in (names or all_names)]
     print(heading(programs, topology, chip, work), flush=True)
     found = []
     with jax.set_mesh(mesh):
@@ -58,17 +58,17 @@ def main(config, topology, file=None, names=None):
             print(outcome, flush=True)
     for table in (costs.memory_table, costs.work_table, costs.transfer_table):
         print("\n" + table(found))
-    step = step_figures(found, chip, config.compute.dtype)
-    if not names:
-        print("\n" + step_line(step))
+    step = UNKNOWN if names else step_figures(found, chip, config.compute.dtype)
+    print("\n" + step_line(step))
     for cost in found:
         if not cost.fits:
             print("\n" + advice(cost, config, mesh))
     fits = all(cost.fits for cost in found)
     if fits:
         most = max(found, key=lambda cost: cost.total)
+        verdict = "These fit" if names else "It fits"
         print(
-            f"\nIt fits: {most.program.name} takes the most, {costs.amount(most.total)} of "
+            f"\n{verdict}: {most.program.name} takes the most, {costs.amount(most.total)} of "
             f"{costs.amount(chip.memory)}."
         )
     if file:
@@ -290,12 +290,15 @@ def step_work(programs, listed):
     }
 
 
+UNKNOWN = {"seconds": None, "flops": None, "mfu": None}
+
+
 def step_figures(found, chip, dtype):
     """The least seconds of a rollout step, its FLOPs on a device, and the MFU that this leaves; None
     where they are not known."""
     seconds = sum(cost.program.calls * cost.bound for cost in found)
     if not chip.peak(dtype) or any(cost.problem for cost in found):
-        return {"seconds": None, "flops": None, "mfu": None}
+        return UNKNOWN
     flops = sum(cost.program.calls * cost.work.model for cost in found if cost.work)
     return {"seconds": seconds, "flops": flops, "mfu": flops / (chip.peak(dtype) * seconds)}
 

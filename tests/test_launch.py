@@ -126,6 +126,8 @@ except KeyboardInterrupt:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background of a shell, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log, deadline = tmp_path / "process_1.log", time.monotonic() + 20
     assert process.stdout.readline() == "up\n"

@@ -192,6 +192,10 @@ def test_configs_need_no_checkpoint(path):
         ((), "--topology=SLICE is missing"),
         (("--topology=v5p:4x4",), "topology 'v5p:4x4' is none"),
         (("--topology=cpu:6", "--config.mesh.fsdp=4"), "needs 4 devices, there are 6"),
+        (
+            ("--topology=cpu:1", "--programs=updat"),
+            "no updat among warm start, sync, rescore, update,",
+        ),
     ],
 )
 def test_mistakes_are_one_message(arguments, message):

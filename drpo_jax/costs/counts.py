@@ -50,7 +50,8 @@ def collectives(module: Module) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        if kind == "all-reduce" and site.fused:  # on TPU, with the slice that it scatters by
+        fused = {i.opcode for i in site.computation.values()} if site.fused else ()
+        if kind == "all-reduce" and "dynamic-slice" in fused:  # so TPUs reduce and scatter
             kind = "reduce-scatter"
         count = 1 if kind == "ragged-all-to-all" else len(instruction.operands)
         given = [shape for i in range(count) for shape in site.operand(i).shapes]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, constrain, partition_spec
+from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
 from drpo_jax.precision import DENSE, MatmulRecipe, matmul
 
 
@@ -94,22 +94,25 @@ def _gathering(axes):
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table_VxD, tokens, dtype):
-    """Rows of a float32 embedding: [..., D] in `dtype`.
+    """Rows of a float32 embedding, of tokens from 0 to V − 1: [..., D] in `dtype`.
 
     On a mesh the gradient of tokens [B, T] is summed where it stays: every device of the `fsdp` axis
     sums its part of D for the tokens of all. XLA would sum whole tables and send those.
     """
-    return table_VxD[tokens].astype(dtype)
+    return _look_up(table_VxD, tokens, dtype, len(table_VxD))
 
 
-def _look_up_fwd(table, tokens, dtype):
-    return look_up(table, tokens, dtype), (tokens, jnp.zeros((table.shape[0], 0)))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table, tokens, dtype, vocabulary):
+    return table[tokens].astype(dtype)
 
 
-def _look_up_bwd(dtype, residuals, g):
-    tokens, vocabulary = residuals
+def _look_up_fwd(table, tokens, dtype, vocabulary):
+    return _look_up(table, tokens, dtype, vocabulary), tokens
+
+
+def _look_up_bwd(dtype, vocabulary, tokens, g):
     mesh = jax.sharding.get_abstract_mesh()
 
     def add_up(tokens, g, first, shape):
@@ -120,12 +123,12 @@ def _look_up_bwd(dtype, residuals, g):
     def body(tokens, g):
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
         g = jax.lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True)
-        rows = vocabulary.shape[0] // mesh.shape["tensor"]
+        rows = vocabulary // mesh.shape["tensor"]
         first = jax.lax.axis_index("tensor") * rows
         return jax.lax.psum(add_up(tokens, g, first, (rows, g.shape[-1])), ("data", "expert"))
 
-    if mesh.empty or mesh.size == 1:
-        return add_up(tokens, g, 0, (vocabulary.shape[0], g.shape[-1])), None
+    if mesh.empty or mesh.size == 1 or tokens.shape[0] % batch_shards(mesh):
+        return add_up(tokens, g, 0, (vocabulary, g.shape[-1])), None
     tokens_spec, table_spec = P(BATCH_AXES, None), partition_spec(("vocab", "embed"))
     body = jax.shard_map(
         body,
@@ -136,7 +139,7 @@ def _look_up_bwd(dtype, residuals, g):
     return body(tokens, g), None
 
 
-look_up.defvjp(_look_up_fwd, _look_up_bwd)
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 def fan_in_normal(key, shape, fan_in):

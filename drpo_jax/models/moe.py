@@ -139,25 +139,22 @@ def _sharded_experts(x, gates, experts, weights, num_experts, compute):
     computing its own experts' (and its own slice of the width's) share, shares summed.
 
     Weights are rounded where they lie, out here (a block of codes need not end where a device's slice
-    does), and enter twice: their values, gathered over `fsdp`, to multiply with; and as they lie, only
-    for the gradient to be summed into.
+    does), and enter twice: their values, gathered over `fsdp`, to multiply with, in the backward pass
+    too; and as they lie, only for the gradient to be summed into.
 
-    Why tokens are gathered, and not sent to their experts by an all-to-all: with N tokens on a device,
-    k experts for each and X devices on the axis, gathering sends (X − 1)·N rows, and as many sums come
-    back; an exchange k·(X − 1)/X·N both ways. For k = 8 (Qwen3) that is 3 against 6 at X = 4, 7 against
-    7 at X = 8, 15 against 7.5 at X = 16; with one row for each device that a token visits, 2.7, 4.6 and
-    6.0, but a way back that cannot sum. And exchanged rows pass other devices on their way: around a
-    square of 4 × 4 TPUs they take the links as long as the gathered ones. So an exchange pays beyond
-    X = 16. Nor would it need less room: dropless, all tokens may come to one device.
-
-    That room is X·N·k rows, of which N·k are in use on average. The TPU's grouped matmuls visit the
-    tiles of the groups alone (128 rows for `ragged_dot`); what the other rows cost is the memory traffic
-    of what lies around the matmuls, which makes a small X cheaper where the memory allows it.
+    Tokens are gathered, and not sent to their experts by an all-to-all, because with N tokens on a
+    device, k experts for each and X devices on the axis gathering sends (X − 1)·N rows and takes as many
+    sums back, an exchange k·(X − 1)/X·N: for k = 8, 7 rows each at X = 8, and on a square of 4 × 4 TPUs
+    both take the links equally long. Nor would it need less room: dropless, all tokens may come to one
+    device. Of the X·N·k rows of that room N·k are in use on average; the grouped matmuls visit no other
+    tiles, but what lies around them does: a small X is cheaper where the memory allows it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
     recipe = compute.matmul
+    if isinstance(weights[0], Quantized):  # rounded when they were sent
+        recipe = dataclasses.replace(recipe, weight=None)
     weights = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
     values = [
         constrain(
@@ -361,10 +358,18 @@ def _ragged(x_RxK, w_ExKxN, group_sizes):
     )
 
 
+_OVER_ROWS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+
 def _ragged_dw(x_RxK, g_RxN, group_sizes):
-    like = jnp.zeros((group_sizes.shape[0], x_RxK.shape[1], g_RxN.shape[1]), x_RxK.dtype)
-    _, pullback = jax.vjp(lambda w: _ragged(x_RxK, w, group_sizes), like)
-    return pullback(g_RxN)[0]
+    return jax.lax.ragged_dot_general(
+        x_RxK,
+        g_RxN,
+        group_sizes,
+        _OVER_ROWS,
+        precision=dot_precision(x_RxK.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _megablox_dw(x_RxK, g_RxN, group_sizes, interpret=False):

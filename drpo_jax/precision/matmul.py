@@ -20,7 +20,7 @@ from drpo_jax.precision.recipes import MatmulRecipe
 
 
 class Ops(NamedTuple):
-    """A bilinear op and its two transposes; `args` are integer arrays without gradient.
+    """A bilinear op and its two transposes; `args` are arrays without gradient, such as group sizes.
 
     Attributes:
       dot: (x, w, *args) → y.
@@ -89,7 +89,7 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
       recipe: `MatmulRecipe`, or None for a plain matmul. `native` counts where x and w are both float8
         and the ops have a native form.
       ops: the bilinear op, a static `Ops`.
-      *args: integer arrays handed on to the ops.
+      *args: arrays handed on to the ops.
 
     Returns:
       [..., N] in x's dtype, named "matmul" for remat policies (the `dots_…` policies do not see

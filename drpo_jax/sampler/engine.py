@@ -249,12 +249,16 @@ class Sampler:
 
 def ring_sizes(longest, decode_steps):
     """Columns that the rings may have, each a compilation: multiples of `decode_steps` up to eight,
-    then doubling, up to the `longest` sequence (a multiple of 16 beyond 64, see `block_columns`)."""
-    longest = longest if longest <= 64 else -(-longest // 16) * 16
-    sizes = [min(decode_steps, longest)]
+    then doubling, up to the `longest` sequence; each, beyond 64, a multiple of 16 (`block_columns`)."""
+
+    def whole(n):
+        return n if n <= 64 else -(-n // 16) * 16
+
+    longest = whole(longest)
+    sizes = [min(whole(decode_steps), longest)]
     while sizes[-1] < longest:
         grow = decode_steps if sizes[-1] < 8 * decode_steps else sizes[-1]
-        sizes.append(min(sizes[-1] + grow, longest))
+        sizes.append(min(whole(sizes[-1] + grow), longest))
     return sizes
 
 

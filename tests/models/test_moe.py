@@ -211,7 +211,7 @@ def test_sharded_experts_have_the_codes_of_whole_ones():
     for name, tolerance in (("none", 1e-5), ("e2e", None)):  # its gradients' tiles go along tokens
         recipe = get_recipe(name).learner
         y, grads = product(moe, x, recipe)
-        mesh = make_mesh(data=2, fsdp=2, expert=2)
+        mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
         with jax.set_mesh(mesh):
             placed = jax.device_put(moe, shardings(mesh, moe))
             rows = jax.device_put(x, named_sharding(mesh, ("batch",)))
@@ -232,3 +232,6 @@ def test_the_tpu_kernel_of_the_weights_gradient():
     np.testing.assert_allclose(ours, expected, atol=1e-3)
     odd = _megablox_dw(x[:250], g[:250], sizes)  # no tile divides 250 rows
     np.testing.assert_allclose(odd, expected, atol=1e-3)
+    low = _megablox_dw(x[:250].astype(jnp.bfloat16), g[:250].astype(jnp.bfloat16), sizes)
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, expected, atol=0.5)

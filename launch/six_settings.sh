@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Compiles the paper's six settings for TPU slices that nobody needs to have, and prints the table of
+# launch/README.md: bash launch/six_settings.sh. An hour or two; a setting whose figures are there is
+# not compiled again (remove them after a change of the code).
+#   FIGURES  directory of the figures and of what preflight said (default: .cache/six_settings)
+#   PYTHON, VENV  see setup.sh; libtpu has to be there besides (preflight says how)
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+figures=${FIGURES:-.cache/six_settings}
+mkdir -p "$figures"
+while read -r name topology config; do
+  test -s "$figures/$name.json" && continue
+  echo "$name, $topology: $figures/$name.log" >&2
+  python -m drpo_jax.preflight --config="configs/$config" --topology="$topology" \
+    --json="$figures/$name.json" > "$figures/$name.log" 2>&1 ||
+    { echo "exit status $?:" && tail -n 3 "$figures/$name.log"; } >&2
+done << 'SETTINGS'
+R1-Distill-Qwen-1.5B v5e:4x4 r1_distill_qwen_1_5b.py
+Qwen3-4B-Base v6e:4x4 qwen3_4b_base.py
+Qwen3-30B-A3B-Base,bf16 v5p:4x4x4 qwen3_30b_a3b.py:bf16
+Qwen3-30B-A3B-Base,fp8_rollout v5p:4x4x4 qwen3_30b_a3b.py:fp8_rollout
+Qwen3-30B-A3B-Base,fp8_e2e v5p:4x4x4 qwen3_30b_a3b.py:fp8_e2e
+Qwen3.5-35B-A3B-Base v5p:4x4x4 qwen3_5_35b_a3b.py
+SETTINGS
+
+python - "$figures"/*.json << 'TABLE'
+import json
+import sys
+from pathlib import Path
+
+PROGRAMS = ["sync", "rescore", "update", "prefill", "first_tokens", "admit", "decode"]
+print("| setting | slice | mesh |", " | ".join(PROGRAMS), "| most | step, s | MFU |")
+print("|" + "---|" * (len(PROGRAMS) + 6))
+for path in map(Path, sys.argv[1:]):
+    found = json.loads(path.read_text())
+    mesh = " · ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
+    taken = [found["programs"][name]["memory"]["total"] for name in PROGRAMS]
+    step = found["step"]
+    bounds = [f"{step['seconds']:.3g}", f"{step['mfu']:.0%}"] if step["seconds"] else ["–", "–"]
+    share = f"{max(taken) / found['chip']['memory']:.0%}" + ("" if found["fits"] else ", too much")
+    gib = [f"{size / 2**30:.3g}" for size in taken]
+    setting = path.stem.replace(",", ", ")
+    print("|", " | ".join([setting, found["topology"], mesh, *gib, share, *bounds]), "|")
+TABLE

@@ -33,8 +33,7 @@ def paper_config(preset):
     µ from the sampler, Â = reward − mean, AdamW at 1e-6, bfloat16 compute on float32 weights. Needs
     model.path, the checkpoint; data.problems may name a file of DAPO-Math-17k. The mesh takes 4, 8 or
     16 devices: with 16 of 32 GB (v6e:4x4) each holds a quarter of a bfloat16 copy of the model for
-    sampling, a sixteenth of the training state, and of the cache of 128 sequences, 11 GB for Qwen3-4B
-    (half as much again while it grows).
+    sampling, a sixteenth of the training state, and of the cache of 128 sequences, 11 GB for Qwen3-4B.
     """
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS[preset]))

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
-from drpo_jax.models.moe import MoE, _megablox_dw, make_layout
+from drpo_jax.models.grouped import make_layout, megablox_dw
+from drpo_jax.models.moe import MoE
 from drpo_jax.parallel import make_mesh, named_sharding
 from drpo_jax.precision import get_recipe
 from drpo_jax.programs import shardings
@@ -226,12 +227,12 @@ def test_the_tpu_kernel_of_the_weights_gradient():
     rng = np.random.default_rng(0)
     sizes = np.array([100, 0, 3, 120], np.int32)
     x, g = (rng.normal(size=(256, n)).astype(np.float32) for n in (128, 256))
-    ours = _megablox_dw(jnp.asarray(x), jnp.asarray(g), sizes, interpret=True)
+    ours = megablox_dw(jnp.asarray(x), jnp.asarray(g), sizes, interpret=True)
     ends = np.cumsum(sizes)
     expected = [x[e - n : e].T @ g[e - n : e] for e, n in zip(ends, sizes)]
     np.testing.assert_allclose(ours, expected, atol=1e-3)
-    odd = _megablox_dw(x[:250], g[:250], sizes)  # no tile divides 250 rows
+    odd = megablox_dw(x[:250], g[:250], sizes)  # no tile divides 250 rows
     np.testing.assert_allclose(odd, expected, atol=1e-3)
-    low = _megablox_dw(x[:250].astype(jnp.bfloat16), g[:250].astype(jnp.bfloat16), sizes)
+    low = megablox_dw(x[:250].astype(jnp.bfloat16), g[:250].astype(jnp.bfloat16), sizes)
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, expected, atol=0.5)

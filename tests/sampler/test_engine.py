@@ -11,7 +11,7 @@ from drpo_jax.models import Compute, ModelConfig, Ring, Transformer, router_metr
 from drpo_jax.parallel import SAMPLER_RULES, make_mesh
 from drpo_jax.programs import shardings
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
-from drpo_jax.sampler.engine import ring_sizes
+from drpo_jax.sampler.sizes import ring_sizes
 from drpo_jax.sampler.slots import decode, empty_slots
 
 SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8)

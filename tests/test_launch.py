@@ -119,15 +119,20 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
+    # Where the tests run in the background of a shell, the signal is ignored, and bash leaves it so.
+    default = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+    command = ["bash", "launch/multiprocess.sh", "2", "--", "python", "-c", program]
     process = subprocess.Popen(
-        ["bash", "launch/multiprocess.sh", "2", "--", "python", "-c", program],
+        [sys.executable, "-c", default, *command],
         cwd=ROOT,
         env=os.environ | {"VENV": venv, "LOGS": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background of a shell, it is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log, deadline = tmp_path / "process_1.log", time.monotonic() + 20
     assert process.stdout.readline() == "up\n"

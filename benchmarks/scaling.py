@@ -125,7 +125,8 @@ def main(_):
                 told = (f"{x:>27,.4g}" for x in figures.values())
                 print(f"{chips:>6}{length:>8}  {program:<8}", *told, flush=True)
     if OUTPUT.value:
-        write_results(OUTPUT.value, "python -m benchmarks.scaling", found)
+        command = f"python -m benchmarks.scaling --models={','.join(MODELS.value)}"
+        write_results(OUTPUT.value, command, found)
     if PLOT.value:
         plot(found, PLOT.value)
 

@@ -34,8 +34,6 @@ SWEEPS = {
     "chips": [(chips, 4096) for chips in SLICES],
     "tokens of a sequence": [(32, length) for length in LENGTHS],
 }
-# The mesh: all chips on fsdp, and for experts 4 of them on expert.
-EXPERT = {"qwen3_30b_a3b": 4, "qwen3_5_35b_a3b": 4}
 AMOUNTS = {
     "TFLOP": lambda p: p["flops"]["compiled"] / 1e12,
     "GB read and written in HBM": lambda p: p["hbm_bytes"] / 1e9,
@@ -50,12 +48,10 @@ def compile_point(model, chips, length):
     file = Path(WORKDIR.value) / f"{model}_{chips}_{length}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        expert = EXPERT.get(model, 1)
         fields = {
             "model.layers": LAYERS,
             "mesh.data": 1,
-            "mesh.fsdp": chips // expert,
-            "mesh.expert": expert,
+            "mesh.fsdp": -1,  # all chips, but for the config's mesh.expert
             "mesh.tensor": 1,
             "train.prompts": SEQUENCES // 8,
             "train.samples": 8,

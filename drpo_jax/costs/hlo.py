@@ -75,10 +75,11 @@ class Module:
 
     Args:
       turns: how often a loop of unknown length is taken to run.
+      rare: a name (`jax.named_scope`) of loops that are taken not to run.
     """
 
-    def __init__(self, text: str, turns: int = 1):
-        self.computations, self.entry, self.turns = {}, "", turns
+    def __init__(self, text: str, turns: int = 1, rare: str | None = None):
+        self.computations, self.entry, self.turns, self.rare = {}, "", turns, rare
         header = re.search(r"^HloModule.*", text, re.MULTILINE)
         partitions = re.search(r"num_partitions=(\d+)", header[0]) if header else None
         self.devices = int(partitions[1]) if partitions else 1
@@ -101,6 +102,8 @@ class Module:
         for instruction in computation.values():
             yield Site(instruction, computation, times, certain, fused)
             if instruction.opcode == "while":
+                if self.rare and f"/{self.rare}/" in instruction.attributes:
+                    continue
                 inner = _Loop(self, instruction, computation, loop)
                 trips = inner.trips()
                 known = certain and trips is not None

@@ -19,6 +19,7 @@ from drpo_jax.costs.counts import (
 )
 from drpo_jax.costs.flops import Work
 from drpo_jax.costs.hlo import Module
+from drpo_jax.models.experts import RARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
     seconds = time.monotonic() - started
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis() or {}
     padding = memory.argument_size_in_bytes - sum(arguments.values())
-    module = Module(compiled.as_text(), program.turns)
+    module = Module(compiled.as_text(), program.turns, RARE)
     found, flops, traffic = collectives(module), matmul_flops(module), memory_traffic(module)
     rates = {
         "compute": (max(flops, work.model if work else 0.0), chip.peak(dtype)),

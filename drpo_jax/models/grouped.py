@@ -43,11 +43,13 @@ def block_rows(assignments, num_experts):
     return block
 
 
-def make_layout(experts_Nxk, num_experts, block):
-    """Groups the assignments by expert, each group padded to a multiple of `block` rows."""
+def make_layout(experts_Nxk, num_experts, block, part=1):
+    """Groups the assignments by expert, each group padded to a multiple of `block` rows, and all rows
+    to one of `part`."""
     expert_M = experts_Nxk.reshape(-1)
     m = expert_M.shape[0]
     r = -(-m // block) * block + (num_experts * block if block > 1 else 0)
+    r = -(-r // part) * part
     order = jnp.argsort(expert_M, stable=True)
     expert_sorted = expert_M[order]
     bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
@@ -71,42 +73,57 @@ def make_layout(experts_Nxk, num_experts, block):
     )
 
 
+def part_of(layout, start, rows):
+    """The Layout of `rows` rows from row `start` on; both, and all its rows, are multiples of `rows`,
+    which is one of its blocks'. The assignments of other rows have none in it."""
+    block = len(layout.source) // len(layout.block_expert)
+    ends = jnp.cumsum(layout.group_sizes)
+    first, last = (jnp.clip(at - start, 0, rows) for at in (ends - layout.group_sizes, ends))
+    row = layout.row - start
+    take = jax.lax.dynamic_slice_in_dim
+    return Layout(
+        jnp.where((row >= 0) & (row < rows), row, rows),
+        take(layout.source, start, rows),
+        last - first,
+        take(layout.block_expert, start // block, rows // block),
+        jnp.clip(layout.blocks - start // block, 0, rows // block),
+    )
+
+
 def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def dispatch(x_NxD, source_R, row_Nxk):
-    """x [N, D] → its rows in the layout [R, D]. The gradient gathers too, where autodiff scatters."""
-    return _rows(x_NxD, source_R // row_Nxk.shape[1])
-
-
-def _dispatch_fwd(x, source, row):
-    return dispatch(x, source, row), row
-
-
-def _dispatch_bwd(row, g_RxD):
-    return jnp.sum(_rows(g_RxD, row), axis=1), None, None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+# What goes into the rows and comes out of them. The gradients gather too, where autodiff scatters.
 
 
 @jax.custom_vjp
-def collect(y_RxD, source_R, row_Nxk):
-    """Rows of the layout [R, D] → one per assignment [N, k, D]; zero where it has none."""
-    return _rows(y_RxD, row_Nxk)
+def dispatch(x_NxD, layout):
+    """x [N, D] → its rows in the layout [R, D]; zero in padding rows."""
+    x = jnp.pad(x_NxD, ((0, 1), (0, 0)))  # on TPU a select of all rows would be a pass of its own
+    return x.at[layout.source // layout.row.shape[1]].get(mode="clip")
 
 
-def _collect_fwd(y, source, row):
-    return collect(y, source, row), source
+@jax.custom_vjp
+def combine(y_RxD, layout):
+    """Rows of the layout [R, D] → the sum of each token's [N, D]. The transpose of `dispatch`."""
+    rows = (_rows(y_RxD, row_N).astype(jnp.float32) for row_N in layout.row.T)
+    return sum(rows).astype(y_RxD.dtype)
 
 
-def _collect_bwd(source, g_NxkxD):
-    return _rows(g_NxkxD.reshape(-1, g_NxkxD.shape[-1]), source), None, None
+@jax.custom_vjp
+def spread(gates_Nxk, layout):
+    """A number for each assignment [N, k] → for each row [R]; zero in padding rows."""
+    return _rows(gates_Nxk.reshape(-1), layout.source)
 
 
-collect.defvjp(_collect_fwd, _collect_bwd)
+def _and_layout(function):
+    return lambda x, layout: (function(x, layout), layout)
+
+
+dispatch.defvjp(_and_layout(dispatch), lambda layout, g: (combine(g, layout), None))
+combine.defvjp(_and_layout(combine), lambda layout, g: (dispatch(g, layout), None))
+spread.defvjp(_and_layout(spread), lambda layout, g: (_rows(g, layout.row), None))
 
 
 def _blocked(x_RxK, w_ExKxN, block_expert, blocks, contract):

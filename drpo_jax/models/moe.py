@@ -1,24 +1,20 @@
 """The MLPs: dense, and the mixture of experts (top-k routing, grouped matmul, dropless).
 
 Axis letters: N tokens, k experts per token, D model width, F expert width, E experts. The matmuls of the
-experts run over rows grouped by expert (`models.grouped`).
+experts themselves are in `models.experts`.
 """
 
-import dataclasses
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.models.grouped import KERNELS, block_rows, collect, dispatch, make_layout
+from drpo_jax.models.experts import AXES, run_experts
 from drpo_jax.models.layers import fan_in_normal, param, project, value
-from drpo_jax.parallel import BATCH_AXES, RULES, SAMPLER_RULES, constrain, partition_spec
-from drpo_jax.precision import Ops, Quantized, dequantize, dot_precision, matmul, weight_values
-
-# Logical axes of the experts' gate_proj, up_proj and down_proj.
-AXES = (("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed"))
+from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.precision import dot_precision
 
 
 class MLP(nnx.Module):
@@ -87,7 +83,7 @@ class MoE(nnx.Module):
         visited, e = experts_Nxk, probs_NxE.shape[-1]
         experts_Nxk = jnp.where(valid_N[:, None], experts_Nxk, e)
         weights = tuple(value(w) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        y = _sharded_experts(x_NxD, gates_Nxk, experts_Nxk, weights, e, compute)
+        y = run_experts(x_NxD, gates_Nxk, experts_Nxk, weights, e, compute)
         statistics = {
             "load": jnp.sum(jax.nn.one_hot(experts_Nxk, e, dtype=jnp.float32), axis=(0, 1)),
             "probability": jnp.sum(jnp.where(valid_N[:, None], probs_NxE, 0.0), axis=0),
@@ -127,90 +123,3 @@ def load_balance_loss(load_E, probability_E):
     f = load_E / jnp.maximum(jnp.sum(load_E), 1.0)
     p = probability_E / jnp.maximum(jnp.sum(probability_E), 1e-9)
     return load_E.shape[0] * jnp.sum(jax.lax.stop_gradient(f) * p)
-
-
-def _sharded_experts(x, gates, experts, weights, num_experts, compute):
-    """Runs `_local_experts` on every device: tokens gathered over the `expert` axis, each device
-    computing its own experts' (and its own slice of the width's) share, shares summed.
-
-    Weights are rounded where they lie, out here (a block of codes need not end where a device's slice
-    does), and enter twice: their values, gathered over `fsdp`, to multiply with, in the backward pass
-    too; and as they lie, only for the gradient to be summed into.
-
-    Tokens are gathered, and not sent to their experts by an all-to-all, because with N tokens on a
-    device, k experts for each and X devices on the axis gathering sends (X − 1)·N rows and takes as many
-    sums back, an exchange k·(X − 1)/X·N: for k = 8, 7 rows each at X = 8, and on a square of 4 × 4 TPUs
-    both take the links equally long. Nor would it need less room: dropless, all tokens may come to one
-    device. Of the X·N·k rows of that room N·k are in use on average; the grouped matmuls visit no other
-    tiles, but what lies around them does: a small X is cheaper where the memory allows it.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _local_experts(x, gates, experts, weights, num_experts, compute)
-    recipe = compute.matmul
-    if isinstance(weights[0], Quantized):  # rounded when they were sent
-        recipe = dataclasses.replace(recipe, weight=None)
-    weights = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
-    values = [
-        constrain(
-            weight_values(jax.lax.stop_gradient(w), recipe, x.dtype), *axes, rules=SAMPLER_RULES
-        )
-        for w, axes in zip(weights, AXES)
-    ]
-    compute = dataclasses.replace(compute, matmul=dataclasses.replace(recipe, weight=None))
-
-    def body(x, gates, experts, weights, values):
-        gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-        local = num_experts // mesh.shape["expert"]
-        own = gather(experts) - jax.lax.axis_index("expert") * local
-        own = jnp.where((own >= 0) & (own < local), own, local)
-        y = _local_experts(gather(x), gather(gates), own, weights, local, compute, values)
-        y = jax.lax.psum(y, "tensor")
-        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-
-    tokens = P(BATCH_AXES, None)
-    lie, whole = ([partition_spec(axes, rules=r) for axes in AXES] for r in (RULES, SAMPLER_RULES))
-    return jax.shard_map(
-        body, in_specs=(tokens, tokens, tokens, lie, whole), out_specs=tokens, check_vma=False
-    )(x, gates, experts, weights, values)
-
-
-def _local_experts(x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute, values=None):
-    """Σ_k gate · expert(x), over the experts 0..num_experts-1; others contribute nothing.
-
-    With `values`, under `shard_map`, these are the weights and `weights` their shards over `fsdp`.
-    """
-    kernel = compute.grouped_kernel()
-    block = block_rows(experts_Nxk.size, num_experts) if kernel == "blocked" else 1
-    layout = make_layout(experts_Nxk, num_experts, block)
-    ops, groups = KERNELS[kernel], (layout.group_sizes,)
-    if kernel == "blocked":
-        groups = layout.block_expert, layout.blocks, layout.group_sizes
-
-    def grouped(rows, i):
-        if values is None:
-            return matmul(rows, weights[i], compute.matmul, ops, *groups)
-        sharded = _into_shards(ops, AXES[i].index("embed"))
-        return matmul(rows, weights[i], compute.matmul, sharded, values[i], *groups)
-
-    rows = dispatch(x_NxD, layout.source, layout.row)
-    rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1)
-    y_NxkxD = collect(grouped(rows, 2), layout.source, layout.row)
-    y = jnp.sum(y_NxkxD * gates_Nxk[..., None].astype(y_NxkxD.dtype), axis=1)
-    return y.astype(x_NxD.dtype)
-
-
-@cache
-def _into_shards(ops, axis):
-    """`ops` that take the weight's values as an argument, and sum its gradient, in float32, into the
-    weight's shard over `fsdp`, which lies on this axis."""
-
-    def dot_dw(x, g, values, *groups):
-        dw = ops.dot_dw(x, g, *groups)
-        return jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axis, tiled=True)
-
-    return Ops(
-        dot=lambda x, w, values, *groups: ops.dot(x, values, *groups),
-        dot_dx=lambda g, w, values, *groups: ops.dot_dx(g, values, *groups),
-        dot_dw=dot_dw,
-    )

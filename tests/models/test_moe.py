@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
-from drpo_jax.models.grouped import make_layout, megablox_dw
+from drpo_jax.models import experts as expert_parallel
+from drpo_jax.models.grouped import make_layout, megablox_dw, part_of
 from drpo_jax.models.moe import MoE
 from drpo_jax.parallel import make_mesh, named_sharding
 from drpo_jax.precision import get_recipe
@@ -132,6 +133,14 @@ def test_layout_gives_every_assignment_its_own_row(data):
         assert layout.block_expert[row // block] == expert and row // block < layout.blocks
     unused = np.setdiff1d(np.arange(r), rows[has_row])
     assert np.all(layout.source[unused] == m)
+    parts = jax.tree.map(np.asarray, [part_of(layout, i, block) for i in range(0, r, block)])
+    np.testing.assert_array_equal(np.concatenate([part.source for part in parts]), layout.source)
+    np.testing.assert_array_equal(sum(part.group_sizes for part in parts), layout.group_sizes)
+    for i, part in enumerate(parts):
+        here = has_row & (rows // block == i)
+        np.testing.assert_array_equal(part.row.reshape(-1)[here], rows[here] % block)
+        assert np.all(part.row.reshape(-1)[~here] == block)
+        assert part.blocks == (i < layout.blocks) and part.block_expert == layout.block_expert[i]
     counts = np.bincount(flat, minlength=e + 1)[:e]
     assert np.all(layout.group_sizes - counts < block)  # no more padding than it needs
 
@@ -220,6 +229,35 @@ def test_sharded_experts_have_the_codes_of_whole_ones():
         np.testing.assert_allclose(ours, y, atol=1e-5 * np.max(np.abs(y)))
         for a, b in zip(*map(jax.tree.leaves, (our_grads, grads))):
             assert np.linalg.norm(a - b) <= (tolerance or 0.1) * np.linalg.norm(b)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("kernel, part", [("blocked", 64), ("blocked", 96), ("ragged_dot", 64)])
+def test_rows_in_parts_equal_all_at_once(kernel, part, monkeypatch):
+    """One device of the axis is sent nearly every token, which takes two or three parts."""
+    moe, rng = new_moe(8, 3), np.random.default_rng(2)
+    moe.router[...] = moe.router[...].at[0, 5:].add(50.0)
+    x, cotangent = (rng.normal(size=(P, T, D)).astype(np.float32) for _ in range(2))
+    x[..., 0] = 1.0
+    valid = np.arange(T) < np.array([[T], [T - 3]] * (P // 2))
+
+    def compute(moe, x, valid):
+        def loss(moe, x):
+            y = moe(x, valid, Compute(grouped_matmul=kernel))[0]
+            return jnp.sum(y * cotangent), y
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(moe, x)
+
+    expected = jax.jit(compute)(moe, x, valid)
+    monkeypatch.setattr(expert_parallel, "ROOM", 0.5)
+    monkeypatch.setattr(expert_parallel, "PART_ROWS", part)
+    mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(moe, shardings(mesh, moe))
+        inputs = jax.device_put((x, valid), named_sharding(mesh, ("batch",)))
+        ours = jax.device_get(jax.jit(compute)(placed, *inputs))
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected))):
+        assert_close(a, b)
 
 
 def test_the_tpu_kernel_of_the_weights_gradient():

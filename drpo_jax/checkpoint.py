@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from drpo_jax.storage import is_remote
 
@@ -68,7 +69,16 @@ class Checkpoints:
           state: a pytree of arrays.
           metrics: those of the step; looked through for the best metric.
         """
-        best = float((metrics or {}).get(self._best_metric, math.nan))
+        metrics = metrics or {}
+        if step and "eval/avg" in metrics and self._best_metric not in metrics:
+            logging.warning(
+                "checkpoint.best_metric = %r is no metric of step %d, so no checkpoint is the best; "
+                "there are %s",
+                self._best_metric,
+                step,
+                ", ".join(sorted(metrics)),
+            )
+        best = float(metrics.get(self._best_metric, math.nan))
         self.directory.mkdir(parents=True, exist_ok=True)
         self._manager.save(
             step,

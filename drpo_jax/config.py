@@ -390,6 +390,7 @@ def _range_problems(v: Mapping[str, Any]) -> list[str]:
     problems += outside(SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
     fractions = ["sampler.top_p", "model.rotary_fraction"]
     problems += outside(fractions, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    problems += outside(["seed"], lambda x: x < 2**32, "below 2**32")
     problems += outside(["objective.dual_clip"], lambda x: x > 1, "above 1")
     problems += outside(["optimizer.b1", "optimizer.b2"], lambda x: 0 <= x < 1, "in [0, 1)")
     mesh = [f for f in v if f.startswith("mesh.")]
@@ -653,7 +654,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
 
     Fields that steer watching rather than learning (and the mesh) may differ from the last time,
     and the file is then brought up to date. train.steps may where the learning rate is constant:
-    the other schedules are stretched over it.
+    the other schedules are stretched over it. model.path may where no KL penalty refers to it.
 
     Raises:
       BadInput: the directory holds a run with another config; lists the fields that differ.
@@ -666,6 +667,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
         # What was not a field then was as its default is now.
         old = flatten(default_config()) | _parse_json(path.read_text(), str(path))
         fixed = set() if new["optimizer.schedule"] == "constant" else {"train.steps"}
+        if new["objective.kl"] != "none":
+            fixed.add("model.path")  # the reference is read from there
         differing = [
             f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
             for f in sorted({*old, *new})

@@ -19,6 +19,7 @@ the work by --shard=1/4 to --shard=4/4; without it, the same command then joins 
 import contextlib
 import hashlib
 import json
+import math
 import re
 import time
 
@@ -54,7 +55,8 @@ def main(config, workdir, shard="1/1", step=None):
                 step = checkpoints.latest_step() if step is None else step
                 checkpoint = str(directory / str(step))
                 if step not in checkpoints.steps():
-                    raise BadInput(f"--step={step}: there are {checkpoints.steps()}")
+                    found = ", ".join(map(str, checkpoints.steps()))
+                    raise BadInput(f"--step={step}: there is no such checkpoint; there are {found}")
                 like = {"model": run.programs.abstract_state.model}
                 model = checkpoints.restore(step, like)["model"]
         settings = {
@@ -163,7 +165,7 @@ def resumed(folder, own, settings):
 
 
 class Progress:
-    """A line per batch: problems done, accuracy so far, tokens per second, time that is left."""
+    """A line every few seconds: responses, accuracy so far, tokens per second, time that is left."""
 
     def __init__(self, config, ids, generations):
         ids = set(ids)
@@ -171,6 +173,7 @@ class Progress:
         self.done = sum(g["id"] in ids for g in generations)
         self.right, self.tokens, self.new = 0.0, 0, 0
         self.started = time.monotonic()
+        self.told = -math.inf
         if self.done:
             print(f"going on after {self.done} of {self.total} responses")
 
@@ -180,6 +183,9 @@ class Progress:
         self.right += sum(g["reward"] for g in new)
         self.tokens += sum(g["tokens"] for g in new)
         seconds = time.monotonic() - self.started
+        if seconds < self.told + 2 and self.done < self.total:
+            return
+        self.told = seconds
         left = seconds / self.new * (self.total - self.done)
         print(
             f"{self.done:>8}/{self.total} responses   right {100 * self.right / self.new:5.1f} %   "

@@ -23,7 +23,6 @@ from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pa
 from drpo_jax.models import from_pretrained
 from drpo_jax.objectives import (
     advantages,
-    informative,
     mismatch_weight,
     reward_penalty,
     with_spread,
@@ -271,8 +270,9 @@ def keep_report(report: str, path: Path):
     print(f"{report.strip().splitlines()[-1]} ({path})")
 
 
-def initial_model(run: Run):
-    """The model that RL starts from: a directory's, another run's, the warm start's, or a random one."""
+def initial_model(run: Run, supervise: bool = True):
+    """The model that RL starts from: a directory's, another run's, the warm start's, or a random one
+    (also, without `supervise`, where the warm start has not been made)."""
     config = run.config
     if config.model.path:
         place = partial(shardings, run.mesh)
@@ -285,7 +285,7 @@ def initial_model(run: Run):
         if config.data.init_from or step == config.sft.steps:
             like = {"model": run.programs.abstract_sft_state.model}
             return checkpoints.restore(step, like)["model"]
-    return supervised(run)
+    return supervised(run) if supervise else run.programs.init(run.key(0, INIT)).model
 
 
 def rl_step(run: Run, state, step: int):
@@ -356,6 +356,7 @@ def rl_step(run: Run, state, step: int):
             advantage=data["advantage"],
             reward=reward,
             finished=rollouts.finished,
+            version=rollouts.version,
             piece_ids=piece_ids,
             piece_texts=piece_texts,
             id=np.array([p.id for p in rows]),
@@ -369,7 +370,9 @@ def rl_step(run: Run, state, step: int):
     metrics |= {
         "reward/mean": reward.mean(),
         "reward/added": added.mean(),
-        "reward/informative_groups": np.mean(informative(reward, config.train.samples)),
+        "reward/informative_groups": np.mean(
+            np.any(data["advantage"].reshape(-1, config.train.samples), axis=1)
+        ),
         "response/length": rollouts.response_lengths.mean(),
         "response/length_max": rollouts.response_lengths.max(),
         "response/truncated": 1 - rollouts.finished.mean(),

@@ -28,7 +28,7 @@ from drpo_jax.learner import (
     update,
 )
 from drpo_jax.models import Compute, ModelConfig, Transformer
-from drpo_jax.parallel import RULES, SAMPLER_RULES, batch_shards, named_sharding
+from drpo_jax.parallel import RULES, SAMPLER_RULES, batch_shards, check_mesh, named_sharding
 from drpo_jax.precision import (
     Quantized,
     dequantize,
@@ -97,13 +97,10 @@ class Programs:
             final_fraction=0.1,
         )
         self.sft_optimizer = make_optimizer(sft_optimizer, sft.steps)
-        kl = config.objective.kl if config.objective.kl in ("k2", "k3") else "none"
-        self.objective = policy(
-            config.objective.name,
-            kl=kl,
-            kl_coefficient=config.objective.kl_coefficient,
-            **objective_hyper(config),
-        )
+        penalty = {}
+        if config.objective.kl in ("k2", "k3"):  # k1 is taken from the reward
+            penalty = {"kl": config.objective.kl, "kl_coefficient": config.objective.kl_coefficient}
+        self.objective = policy(config.objective.name, **penalty, **objective_hyper(config))
         hyper = dict(
             aggregation=config.objective.aggregation,
             horizon=config.objective.horizon,
@@ -323,7 +320,11 @@ def shardings(mesh, tree, rules=RULES):
     """The sharding of every array of `tree`: parameters by their logical axes, the rest replicated.
 
     The scales of a quantized weight lie as its codes do, where the mesh divides them.
+
+    Raises:
+      ValueError: the mesh is not one of `make_mesh`, or does not divide an axis.
     """
+    check_mesh(mesh)
 
     def place(leaf):
         if not _is_param(leaf):
@@ -372,7 +373,9 @@ def _summarize(trace, batch, *, objective):
     weight = objectives.gradient_weight(
         objective.name, trace.logp, mu, advantage, **arrays, **dict(objective.hyper)
     )
-    pairs, extremes = objectives.weight_summary(weight, trace.logp, mu, trace.coefficient, mask)
+    pairs, extremes = objectives.weight_summary(
+        weight, trace.logp, mu, advantage, trace.coefficient, mask
+    )
     count = jnp.sum(mask)
     pairs = pairs | {"entropy": (jnp.sum(trace.entropy * mask), count)}
     if "correction" in data:

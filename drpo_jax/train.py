@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import plot_run, read_metrics, summary_table, text_plot
+from drpo_jax.parallel import multihost
 from drpo_jax.reporting.explain import explain
 
 EXPLAIN = flags.DEFINE_bool(
@@ -45,19 +47,21 @@ def main(config, workdir, explained=False):
 
 
 def explain_batch(config, workdir):
-    """`explain` of the first update that a run would make; where its warm start is not there, of a
-    model without one."""
+    """`explain` of one update on the first `train.mini_batch_prompts` problems; where the run's warm
+    start is not there, of a model without one. "" on all processes but the first."""
     config = ConfigDict(config)
     config.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
-    with loop.Run(FrozenConfigDict(config), workdir).warm_start() as checkpoints:
-        if checkpoints.latest_step() != config.sft.steps and not config.data.init_from:
-            config.sft.steps = 0
     run = loop.Run(FrozenConfigDict(config), workdir)
     print(run.report + "making one step: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
-        state = run.programs.restart(loop.initial_model(run))
+        model = loop.initial_model(run, supervise=False)
+        if config.objective.kl != "none":
+            run.reference = model
+            model = jax.tree.map(jnp.copy, model)  # the update donates it
         run.workdir = Path(directory)
-        loop.rl_step(run, state, 0)
+        loop.rl_step(run, run.programs.restart(model), 0)
+        if not multihost.is_main():
+            return ""
         return explain(load_rollout(rollout_path(run.workdir, 0)), run.tokenizer, config)
 
 

@@ -99,13 +99,19 @@ def test_looking_for_checkpoints_makes_no_directory(tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_saving_says_nothing(tmp_path, monkeypatch):
+def test_saving_says_nothing_unless_the_best_cannot_be_known(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state())
         checkpoints.save(1, state(), {"eval/avg": 1.0})
     assert not said
+    with Checkpoints(tmp_path, best_metric="eval/av") as checkpoints:
+        checkpoints.save(2, state(), {"eval/avg": 1.0, "loss": 2.0})
+    assert said == [
+        "checkpoint.best_metric = 'eval/av' is no metric of step 2, so no checkpoint is the best; "
+        "there are eval/avg, loss"
+    ]
 
 
 def test_a_mismatch_names_the_leaf(tmp_path):

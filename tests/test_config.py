@@ -205,6 +205,19 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
 
 
+def test_the_reference_of_a_penalty_stays_where_it_was(tmp_path):
+    """Without one the model has been read by then, and its directory may have moved."""
+    penalty = dict(objective__kl="k3", objective__kl_coefficient=0.1)
+    for name, fields in (("free", {}), ("bound", penalty)):
+        before, after = (changed(model__path=path, **fields) for path in ("a", "b"))
+        C.claim_workdir(tmp_path / name, before)
+        if not fields:
+            assert C.claim_workdir(tmp_path / name, after)
+            continue
+        with pytest.raises(C.BadInput, match="model.path: 'a' -> 'b'"):
+            C.claim_workdir(tmp_path / name, after)
+
+
 def test_a_schedule_stretched_over_the_steps_fixes_them(tmp_path):
     linear = dict(optimizer__schedule="linear")
     C.claim_workdir(tmp_path, C.resolve(changed(train__steps=5, **linear)))

@@ -91,7 +91,14 @@ def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
     Args:
       name, hyper: of `objectives.token_objective`.
       kl, kl_coefficient: "k2" or "k3" takes β times that penalty from J, see `objectives.penalty`.
+
+    Raises:
+      ValueError: one of the two without the other.
     """
+    if (kl != "none") != (kl_coefficient > 0):
+        raise ValueError(
+            f"kl = {kl!r} and kl_coefficient = {kl_coefficient}: give both, or neither"
+        )
     return Policy(name, tuple(hyper.items()), kl, kl_coefficient)
 
 

@@ -17,6 +17,7 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     advantage         float32 [N]     Â, of the reward with what is added to it, if anything
     reward            float32 [N]     the verifier's verdict
     finished          bool [N]        ended with a stop token
+    version           int32 [N]       of the weights that sampled it, in steps of the run
     piece_ids         int32 [U]       the distinct response tokens, ascending
     piece_texts       unicode [U]     the text of each by itself (see `pieces`)
     id, prompt, answer, kind          unicode [N], of the problem

@@ -367,7 +367,13 @@ def read_config(path) -> ModelConfig:
       ValueError: a family or a setting that is not implemented.
       FileNotFoundError: no config.json.
     """
-    fields = json.loads((Path(path) / "config.json").read_text())
+    file = Path(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is not there: {path} must be a Hugging Face directory, such as one that "
+            "`hf download OWNER/NAME --local-dir DIRECTORY` makes"
+        )
+    fields = json.loads(file.read_text())
     tied = fields.get("tie_word_embeddings")
     fields = fields.get("text_config", fields)  # the language part of a multimodal model
     family = fields.get("model_type")

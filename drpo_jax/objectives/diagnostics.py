@@ -13,12 +13,16 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 Extremes = dict[str, jax.Array]
 
 
-def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums, Extremes]:
-    """Means and extremes over the tokens of `mask`. All five arrays have one shape.
+def weight_summary(
+    weight, logp, behavior_logp, advantage, coefficient, mask
+) -> tuple[Sums, Extremes]:
+    """Means and extremes over the tokens of `mask`; of w, over those of them whose Â is not 0, for no
+    other has a policy gradient to weigh. All six arrays have one shape.
 
     Args:
       weight: the gradient weight w.
       logp, behavior_logp: log π and log µ, nats.
+      advantage: Â.
       coefficient: the score coefficient c, with the KL penalty and the correction where there are.
         Unlike w it is unbounded: a rare token that moves up
         has a large ratio.
@@ -41,17 +45,20 @@ def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums
     """
     t = token(logp, behavior_logp, 0.0)
     mask = jnp.asarray(mask, bool)
+    weighed = mask & (advantage != 0)
 
     def total(value, where=mask):
         return jnp.where(where & mask, value, 0).sum(dtype=jnp.float32)
 
-    means = {
+    weights = {
         "weight/corrected": weight < 0,
         "weight/masked": weight == 0,
         "weight/attenuated": (weight > 0) & (weight < 1),
         "weight/amplified": weight > 1,
         "weight/mean": weight,
         "weight/square": (weight - 1) ** 2,
+    }
+    means = {
         "weight/coefficient_mean": abs(coefficient),
         "policy/shift": abs(t.shift),
         "policy/ratio": t.r,
@@ -60,8 +67,9 @@ def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums
         "policy/beyond_clip": beyond_clip(logp, behavior_logp),
     }
     count, magnitude = total(1.0), total(abs(coefficient))
-    sums = {name: (total(value), count) for name, value in means.items()}
-    tail = t.mu <= TAIL
+    sums = {name: (total(value, weighed), total(1.0, weighed)) for name, value in weights.items()}
+    sums |= {name: (total(value), count) for name, value in means.items()}
+    tail = weighed & (t.mu <= TAIL)
     sums["weight/tail_mean"] = total(weight, tail), total(1.0, tail)
     sums["weight/tail_square"] = total((weight - 1) ** 2, tail), total(1.0, tail)
     for low, high in zip(MU_BINS, MU_BINS[1:]):
@@ -69,12 +77,12 @@ def weight_summary(weight, logp, behavior_logp, coefficient, mask) -> tuple[Sums
         sums[f"by_mu/{low}-{high}/tokens"] = total(1.0, inside), count
         sums[f"by_mu/{low}-{high}/gradient"] = total(abs(coefficient), inside), magnitude
 
-    def largest(value):
-        return jnp.where(mask, value, -jnp.inf).max().astype(jnp.float32)
+    def largest(value, where=mask):
+        return jnp.where(where, value, -jnp.inf).max().astype(jnp.float32)
 
     extremes = {
-        "weight/w_min": -largest(-weight),
-        "weight/w_max": largest(weight),
+        "weight/w_min": -largest(-weight, weighed),
+        "weight/w_max": largest(weight, weighed),
         "weight/coefficient_max": largest(abs(coefficient)),
         "policy/shift_max": largest(abs(t.shift)),
         "policy/ratio_max": largest(t.r),

@@ -1,6 +1,7 @@
 """The policy objective with its gradient written down: the corrective weight made explicit."""
 
 import jax
+import jax.numpy as jnp
 
 from drpo_jax.objectives import table
 from drpo_jax.objectives.tokens import aligned
@@ -16,7 +17,8 @@ def policy_objective(name: str, logp, behavior_logp, advantage, **hyper) -> jax.
     wherever the cotangent is constant within a response, as under every aggregation.
 
     Returns:
-      J, of the broadcast shape of the three arrays, float32 (float64 if an input is).
+      J, of the broadcast shape of the three arrays and the hyperparameters, float32 (float64 if an
+      input is).
     """
     arrays, hyper = table.split_arrays(name, hyper)
 
@@ -33,4 +35,6 @@ def policy_objective(name: str, logp, behavior_logp, advantage, **hyper) -> jax.
 
     objective.defvjp(forward, backward)
     # Broadcast and cast outside, where autodiff sums and casts the cotangents back by itself.
+    shapes = [jnp.shape(value) for value in hyper.values() if value is not None]
+    logp = jnp.broadcast_to(logp, jnp.broadcast_shapes(jnp.shape(logp), *shapes))
     return objective(*aligned(logp, behavior_logp, advantage), arrays)

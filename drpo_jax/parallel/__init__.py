@@ -10,7 +10,7 @@ from drpo_jax.parallel.axes import (
     named_sharding,
     partition_spec,
 )
-from drpo_jax.parallel.mesh import make_mesh
+from drpo_jax.parallel.mesh import check_mesh, make_mesh
 
 __all__ = [
     "BATCH_AXES",
@@ -18,6 +18,7 @@ __all__ = [
     "RULES",
     "SAMPLER_RULES",
     "batch_shards",
+    "check_mesh",
     "constrain",
     "make_mesh",
     "named_sharding",

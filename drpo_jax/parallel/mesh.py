@@ -9,6 +9,15 @@ from jax.sharding import AxisType, Mesh
 from drpo_jax.parallel.axes import MESH_AXES
 
 
+def check_mesh(mesh):
+    """Raises a ValueError for a mesh that is not as `make_mesh` makes them."""
+    if mesh.axis_names != MESH_AXES or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"the mesh must have the axes {', '.join(MESH_AXES)}, all of type Auto, as those of "
+            f"drpo_jax.parallel.make_mesh (jax.make_mesh makes Explicit ones), not {mesh}"
+        )
+
+
 def make_mesh(data=-1, fsdp=1, expert=1, tensor=1, devices=None):
     """A mesh of all `devices` (default: every device there is); one size may be -1 (the rest).
 

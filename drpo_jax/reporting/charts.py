@@ -32,7 +32,7 @@ weight/corrected; Corrected tokens; %; w < 0: the surrogate's step is reversed
 weight/masked; Masked tokens; %; w = 0: no step (a hard mask or clip, or beyond the log-ratio clip)
 weight/attenuated; Attenuated tokens; %; 0 < w < 1: a smaller step than the surrogate's
 weight/amplified; Amplified tokens; %; w > 1: a larger step than the surrogate's
-weight/mean; Mean w; ; w = c / (r·Â), 1 for the plain surrogate
+weight/mean; Mean w; ; w = c / (r·Â), 1 for the plain surrogate; tokens with Â = 0 left out
 weight/std; Standard deviation of w; ; over the step's tokens
 weight/tail_variance; Variance of w in the tail; ; over the tokens with µ ≤ 0.01
 weight/w_min; Smallest w; ; of any token of the step
@@ -65,7 +65,7 @@ correction/dropped; Dropped by the correction; %; tokens with ρ = 0 (mis)
 weight/tail_mean; Mean w in the tail; ; over the tokens with µ ≤ 0.01
 grad_norm_max; Largest gradient norm; ; before clipping, of the step's updates
 response/length_max; Longest response; tokens; of the step
-reward/informative_groups; Informative groups; %; prompts whose samples got different rewards
+reward/informative_groups; Informative groups; %; prompts with a response whose Â is not 0
 eval/length; Held-out response length; tokens; mean
 eval/truncated; Held-out truncated; %; ended by the length limit
 router/balance_loss; Load-balancing loss; ; 1 where the experts share the tokens evenly

@@ -2,7 +2,8 @@
 
     python -m drpo_jax.train --config=… --workdir=… --explain_batch
 
-samples the first rollout, makes its updates, prints this page, and leaves nothing behind.
+samples responses to the first `train.mini_batch_prompts` problems, makes one update on them, prints this
+page, and leaves nothing behind.
 """
 
 import numpy as np

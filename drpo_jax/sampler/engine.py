@@ -17,10 +17,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from drpo_jax.models import Compute
 from drpo_jax.parallel import named_sharding
+from drpo_jax.sampler.checks import (
+    check_model,
+    check_params,
+    check_prompts,
+    check_requests,
+    check_sampler,
+)
 from drpo_jax.sampler.flight import Flight
 from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.sizes import Shape, ring_sizes, row_widths
@@ -68,6 +74,10 @@ class Sampler:
         compute=Compute(),
         float8_cache=False,
     ):
+        sizes = {"slots": slots, "decode_steps": decode_steps, "prefill_chunk": prefill_chunk}
+        if prompt_length is not None:
+            sizes["prompt_length"] = prompt_length
+        check_sampler(compute, **sizes)
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
         self.compute, self._loads = compute, 0
@@ -81,7 +91,7 @@ class Sampler:
             ),
             "empty_prompts": jax.jit(partial(empty_prompts), static_argnums=(1, 2, 3)),
             "prefill": jax.jit(
-                partial(prefill, compute=compute), static_argnames=static, donate_argnums=1
+                partial(prefill, compute=compute), static_argnames="record", donate_argnums=1
             ),
             "first_tokens": jax.jit(partial(first_tokens, compute=compute), static_argnames=static),
             "admit": jax.jit(partial(admit), donate_argnums=0),
@@ -102,6 +112,8 @@ class Sampler:
         Args:
           version: what `Rollouts.version` says of these weights; default: one more than before.
         """
+        if model is not None:
+            check_model(model, self.slots)
         self.model = model
         self.version = self.version + 1 if version is None else version
         self._loads += 1
@@ -112,7 +124,13 @@ class Sampler:
         return sum(program._cache_size() for program in self.programs.values())
 
     def most_compilations(self, params):
-        """The bound of `compilations`, for a sampler with a prompt_length."""
+        """The bound of `compilations`.
+
+        Raises:
+          ValueError: the sampler has no prompt_length, and so no bound.
+        """
+        if self.prompt_length is None:
+            raise ValueError("most_compilations: only a Sampler with a prompt_length has a bound")
         sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
         widths = len(row_widths(self.prompt_length, self.prefill_chunk))
         # By width: empty_prompts, prefill, and admit by both; by size: empty_slots, decode, and
@@ -170,7 +188,7 @@ class Sampler:
             "prefill": (
                 self.programs["prefill"],
                 {"sampler weights": model, "prompts": rows, **chunk},
-                static,
+                {"record": params.routes},
             ),
             "first_tokens": (self.programs["first_tokens"], first, static),
             "admit": (
@@ -196,9 +214,10 @@ class Sampler:
           Rollouts, prompt-major.
 
         Raises:
-          ValueError: no prompts, some that are empty or longer than `prompt_length`, or wrong limits.
+          ValueError: no prompts; some that are empty, longer than `prompt_length`, or no ids of the
+            vocabulary; wrong limits; params that the model, or a model that the mesh, cannot serve.
         """
-        if not prompts:
+        if not len(prompts):
             raise ValueError("no prompts to sample from")
         groups = dict(self.stream(prompts, params, key, limits=limits))
         return Rollouts.concatenate([groups[i] for i in range(len(prompts))])
@@ -220,28 +239,8 @@ class Sampler:
         """
         if self.model is None:
             raise RuntimeError("the sampler has no weights: `load` some")
-        limit = self._check(prompts)
-        places = np.arange(len(prompts)) if places is None else places
-        shape = len(prompts), params.samples
-        limits = np.full(shape, params.max_tokens) if limits is None else np.asarray(limits)
-        if limits.shape != shape or not np.all((1 <= limits) & (limits <= params.max_tokens)):
-            raise ValueError(
-                f"limits of responses must be integers [prompts, samples] = {list(shape)} between 1 "
-                f"and max_tokens = {params.max_tokens}, got {limits.tolist()}"
-            )
-        places, limits = (np.asarray(a, np.int32) for a in (places, limits))
+        check_model(self.model, self.slots)
+        check_params(params, self.model.config)
+        limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
+        places, limits = check_requests(places, limits, len(prompts), params)
         return Flight(self, prompts, params, key, places, limits, limit).run()
-
-    def _check(self, prompts):
-        """The most tokens that a prompt may have."""
-        lengths = [len(p) for p in prompts]
-        limit = self.prompt_length or -(-max(lengths, default=1) // 16) * 16
-        bad = [i for i, length in enumerate(lengths) if not 0 < length <= limit]
-        if bad:
-            named = ", ".join(f"prompt {i} has {lengths[i]} tokens" for i in bad[:5])
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise ValueError(
-                f"{named}{more}; it must have between 1 and {limit} (the sampler's prompt length). "
-                "Nothing was sampled"
-            )
-        return limit

@@ -115,7 +115,7 @@ class Flight:
                 tokens[:, at : at + self.chunk],
                 np.int32(at),
                 lengths,
-                params=params,
+                record=params.routes,
             )
             experts.append(seen)
         first = self._call("first_tokens", self._model(), hidden, self.key, ids, params=params)

@@ -18,7 +18,8 @@ class Rollouts:
       prompt_lengths, response_lengths: int32 [N]; the stop token counts. Masks come from these, never
         from token ids.
       logp: float32 [N, R], logprob of each response token under the distribution it was sampled from
-        (this is log µ); zeros behind the response.
+        (this is log µ; of greedy tokens, that of full_logp at temperature 1); zeros behind the
+        response.
       full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
       entropy: float32 [N, R], of the distribution that full_logp is of, in nats.
       finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).

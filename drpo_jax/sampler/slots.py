@@ -88,7 +88,7 @@ def empty_prompts(model, prompts, columns, dtype):
     return [_placed(c) for c in model.empty_prefix(prompts, columns, dtype)]
 
 
-def prefill(model, caches, tokens_PxT, start, lengths_P, *, params, compute):
+def prefill(model, caches, tokens_PxT, start, lengths_P, *, record, compute):
     """One chunk of the prompts.
 
     Args:
@@ -107,9 +107,7 @@ def prefill(model, caches, tokens_PxT, start, lengths_P, *, params, compute):
     positions = jnp.maximum(columns - begin, 0)
     segments = (columns >= begin).astype(jnp.int32)
     prefix = Prefix(caches, start, valid)
-    out = model.hidden(
-        tokens_PxT, positions, segments, compute, prefix=prefix, record=params.routes
-    )
+    out = model.hidden(tokens_PxT, positions, segments, compute, prefix=prefix, record=record)
     experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
     return [_placed(c) for c in out.caches], out.hidden[:, -1], _replicated(experts)
 

@@ -4,6 +4,7 @@ Axis letters: B rows, V vocabulary.
 """
 
 import dataclasses
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.sampler.checks import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +23,17 @@ class SamplingParams:
     Attributes:
       max_tokens: most tokens of a response, the stop token included.
       samples: responses per prompt (the group size G).
-      temperature: divides the logits; 0 takes the most likely token (greedy).
+      temperature: divides the logits; 0 takes the most likely token (greedy), whose logprobs are
+        recorded as at temperature 1, without filters.
       top_k: keep only the k most likely tokens; 0 keeps all.
       top_p: keep the smallest set of most likely tokens whose probabilities reach p; 1 keeps all.
-      stop: token ids that end a response (and are part of it).
+      stop: token ids (or one) that end a response and are part of it.
       top_logprobs: most likely tokens whose ids and logprobs are recorded at every step, the sampled
         one in place of the last where it is not among them; 0: none.
       routes: record the experts that every token visits in every layer.
 
     Raises:
-      ValueError: a value outside its range.
+      ValueError: a value of another type, or outside its range.
     """
 
     max_tokens: int
@@ -43,17 +46,25 @@ class SamplingParams:
     routes: bool = False
 
     def __post_init__(self):
+        def whole(value, least):
+            return is_integer(value) and value >= least
+
+        stop = [self.stop] if isinstance(self.stop, str) or is_integer(self.stop) else self.stop
+        object.__setattr__(self, "stop", tuple(stop))
+        numbers = [isinstance(value, Real) for value in (self.temperature, self.top_p)]
         for name, ok, right in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("samples", self.samples >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_logprobs", self.top_logprobs >= 0, "at least 0 (0 records none)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("max_tokens", whole(self.max_tokens, 1), "an integer of at least 1"),
+            ("samples", whole(self.samples, 1), "an integer of at least 1"),
+            ("temperature", numbers[0] and self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("top_k", whole(self.top_k, 0), "an integer of at least 0 (0 keeps all tokens)"),
+            ("top_p", numbers[1] and 0 < self.top_p <= 1, "in (0, 1]"),
+            ("stop", all(whole(i, 0) for i in self.stop), "token ids, as a tokenizer's stop_ids"),
+            ("top_logprobs", whole(self.top_logprobs, 0), "an integer of at least 0 (0: none)"),
+            ("routes", isinstance(self.routes, bool), "True or False"),
         ):
             if not ok:
                 raise ValueError(
-                    f"SamplingParams.{name} must be {right}, got {getattr(self, name)}"
+                    f"SamplingParams.{name} must be {right}, got {getattr(self, name)!r}"
                 )
 
 

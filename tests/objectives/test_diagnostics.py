@@ -25,7 +25,7 @@ def summary(mask=MASK):
     logp, behavior_logp = np.log(PI).astype("float32"), np.log(MU).astype("float32")
     _, c = token_objective("drpo", logp, behavior_logp, 1.0)
     w = gradient_weight("drpo", logp, behavior_logp, 1.0)
-    return summarize(w, logp, behavior_logp, c, mask)
+    return summarize(w, logp, behavior_logp, np.ones_like(logp), c, mask)
 
 
 def divided(sums):
@@ -90,6 +90,18 @@ def test_micro_batches_add_up():
         assert combine(extreme[name] for _, extreme in parts) == value
 
 
+def test_tokens_without_advantage_dilute_no_share_of_the_weights():
+    """A uniform group has w = 1 everywhere, and nothing to weigh."""
+    logp = np.log(np.array([0.5, 0.9, 0.5], "float32"))
+    mu, advantage = np.log(np.array([0.5, 0.1, 0.4], "float32")), np.array([0.0, 1.0, 0.0])
+    w = gradient_weight("drpo", logp, mu, advantage)
+    _, c = token_objective("drpo", logp, mu, advantage)
+    sums, extremes = summarize(w, logp, mu, advantage, c, np.ones(3))
+    means = divided(sums)
+    assert means["weight/corrected"] == 1 and means["weight/mean"] == extremes["weight/w_max"] < -4
+    assert means["policy/shift"] == pytest.approx(0.3) and sums["weight/coefficient_mean"][1] == 3
+
+
 def test_without_tokens_every_count_is_zero_and_the_extremes_are_neutral():
     sums, extremes = summary(MASK * 0)
     assert all(total == count == 0 for total, count in sums.values())
@@ -104,14 +116,14 @@ def test_the_bins_of_mu_partition_the_tokens_and_the_gradient():
     with np.errstate(divide="ignore"):
         behavior_logp = np.log(mu)  # −inf: µ = 0 lies in the first
     c = np.random.default_rng(0).normal(size=mu.size).astype("float32")
-    sums, _ = summarize(c, behavior_logp, behavior_logp, c, mu >= 0)
+    sums, _ = summarize(c, behavior_logp, behavior_logp, c, c, mu >= 0)
     means = with_spread(divided(sums))
     for share in ("tokens", "gradient"):
         assert sum(means[f"by_mu/{name}/{share}"] for name in BINS) == pytest.approx(1, rel=1e-5)
     assert [sums[f"by_mu/{name}/tokens"][0] > 0 for name in BINS] == [True] * 7
     # An edge belongs to the bin below it. (exp(log µ) is not always µ: take edges for which it is.)
     half = np.log(np.float32(0.5))
-    one = summarize(c[:1], *[np.array([half])] * 2, c[:1], np.ones(1))[0]
+    one = summarize(c[:1], *[np.array([half])] * 2, c[:1], c[:1], np.ones(1))[0]
     assert one["by_mu/0.1-0.5/tokens"][0] == one["by_mu/0.1-0.5/tokens"][1] == 1
 
 
@@ -121,7 +133,7 @@ def test_the_spread_is_that_of_numpy_even_where_it_is_small(spread):
     rng = np.random.default_rng(0)
     weight = (1 - spread / 3 + spread * rng.normal(size=20_000)).astype("float32")
     behavior_logp = np.log(rng.choice([0.001, 0.3], weight.size)).astype("float32")
-    sums, _ = summarize(weight, behavior_logp, behavior_logp, weight, weight > -np.inf)
+    sums, _ = summarize(weight, *[behavior_logp] * 2, weight**0, weight, weight > -np.inf)
     means = with_spread(divided(sums))
     wide, tail = np.float64(weight), behavior_logp < np.log(0.01)
     assert means["weight/std"] == pytest.approx(wide.std(), rel=0.01)
@@ -132,7 +144,7 @@ def test_the_spread_is_that_of_numpy_even_where_it_is_small(spread):
 
 def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
     ones, logp = np.full(8, 0.7, "float32"), np.full(8, -1.0, "float32")
-    means = with_spread(divided(summarize(ones, logp, logp, ones, ones > 0)[0]))
+    means = with_spread(divided(summarize(ones, logp, logp, ones, ones, ones > 0)[0]))
     assert means["weight/std"] == pytest.approx(0, abs=1e-3)
     assert np.isnan(means["weight/tail_variance"])
     means = {"weight/mean": 2.0, "weight/square": 1.0, "weight/tail_mean": 1.0}

@@ -146,6 +146,15 @@ def test_hyperparameters_reach_the_gradient_and_may_be_traced(tokens):
         np.testing.assert_allclose(gradient_at(delta), c, rtol=1e-4, atol=1e-5)
 
 
+def test_a_hyperparameter_may_have_a_value_for_every_row(tokens):
+    logp, behavior_logp, advantage = (x[0] for x in tokens)
+    delta = jnp.array([[0.1], [0.4]])
+    objective = lambda x: policy_objective("drpo", x, behavior_logp, advantage, delta=delta)  # noqa: E731
+    assert objective(logp).shape == (2, *logp.shape)
+    _, c = token_objective("drpo", logp, behavior_logp, advantage, delta=delta)
+    np.testing.assert_allclose(jax.grad(lambda x: objective(x).sum())(logp), c.sum(0), rtol=1e-4)
+
+
 def test_the_coefficient_comes_from_the_table_alone(tokens, monkeypatch):
     gradient = jax.grad(lambda logp: policy_objective("drpo", logp, *tokens[1:]).sum())
     before, original = gradient(tokens[0]), table.token_objective

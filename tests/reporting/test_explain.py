@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import loop, rewards, train
 from drpo_jax.cli import load_config
@@ -124,6 +125,7 @@ def test_the_gradient_arrives_where_the_page_says(step):
 
 
 def test_a_dry_step_leaves_nothing_behind(tmp_path):
-    config = settings(tmp_path / "problems.jsonl")
-    page = train.explain_batch(config, tmp_path / "run")
+    config = ConfigDict(settings(tmp_path / "problems.jsonl"))
+    config.objective.update(kl="k3", kl_coefficient=0.1)
+    page = train.explain_batch(FrozenConfigDict(config), tmp_path / "run")
     assert page.startswith("PROBLEM p") and not (tmp_path / "run").exists()

@@ -183,9 +183,74 @@ def test_bad_prompts_are_named(sampler):
         ([], "no prompts"),
         ([[1], []], "prompt 1 has 0 tokens; it must have between 1 and 8"),
         ([[1] * 9], "prompt 0 has 9 tokens; it must have between 1 and 8"),
+        ([[1, 2], [1, 64]], "prompt 1 has token ids from 1 to 64, the model's are 0 to 63"),
+        ([[-1]], "prompt 0 has token ids from -1 to -1"),
+        ([[1, 1.5]], r"prompt 0 must be a list of token ids, got \[1, 1.5\]"),
+        (["What is 1 + 1?"], "prompt 0 must be a list of token ids, got 'What is 1"),
+        ([1, 2], "prompt 0 must be a list of token ids, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             sampler.generate(prompts, PARAMS, KEY)
+    open_ended = Sampler(sampler.model, slots=2)
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens; it must have between 1 and 16"):
+        open_ended.generate([[]], PARAMS, KEY)
+    with pytest.raises(ValueError, match="only a Sampler with a prompt_length has a bound"):
+        open_ended.most_compilations(PARAMS)
+
+
+def test_prompts_may_be_an_array(sampler):
+    prompts = np.array([[3, 9], [5, 1]])
+    ours, theirs = (sampler.generate(p, PARAMS, KEY) for p in (prompts, prompts.tolist()))
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"top_logprobs": 65}, "top_logprobs = 65: the vocabulary has 64 tokens"),
+        ({"stop": (3, 64)}, r"stop = \[64\]: the model's token ids end with 63"),
+        ({"routes": True}, "routes: the model is dense, there are no experts to record"),
+    ],
+)
+def test_what_the_model_cannot_serve_is_named(params, message):
+    sampler = Sampler(jax.eval_shape(lambda: Transformer(DENSE, KEY)), slots=2)
+    with pytest.raises(ValueError, match=message):
+        sampler.generate([[1]], SamplingParams(4, **params), KEY)
+
+
+@pytest.mark.parametrize("name", ["slots", "decode_steps", "prompt_length", "prefill_chunk"])
+def test_sizes_of_a_sampler_are_checked(model, name):
+    for value in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got"):
+            Sampler(model, **{"slots": 2, name: value})
+
+
+def test_what_is_no_model_and_no_compute_is_named(model):
+    with pytest.raises(ValueError, match="takes a Transformer .* got tuple"):
+        Sampler((model, CONFIG), slots=2)
+    with pytest.raises(ValueError, match="compute must be a models.Compute, .* got 'bfloat16'"):
+        Sampler(model, slots=2, compute="bfloat16")
+
+
+def test_places_are_checked(sampler):
+    for places in ([1], [0, -1], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="places must be one integer per prompt, 0 or more"):
+            sampler.stream([[1], [2]], PARAMS, KEY, places=places)
+
+
+def test_meshes_that_do_not_divide_are_named(model):
+    prompts = [[1, 2]]
+    for sizes, message in (
+        (dict(data=4, tensor=2), r"slots = 6 must be a multiple of data·fsdp·expert = 4"),
+        (dict(data=2, tensor=4), "tensor = 4 of the mesh must divide the model's 2 kv_heads"),
+    ):
+        with jax.set_mesh(make_mesh(**sizes)), pytest.raises(ValueError, match=message):
+            Sampler(model, slots=6).generate(prompts, PARAMS, KEY)
+    explicit = jax.make_mesh((8, 1, 1, 1), ("data", "fsdp", "expert", "tensor"))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="drpo_jax.parallel.make_mesh"):
+        Sampler(model, slots=8).generate(prompts, PARAMS, KEY)
+    with pytest.raises(ValueError, match="drpo_jax.parallel.make_mesh"):
+        shardings(jax.make_mesh((4, 2), ("data", "tensor")), model)
 
 
 LONG = SamplingParams(max_tokens=40, samples=4, stop=tuple(range(6)))

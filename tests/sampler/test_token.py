@@ -92,12 +92,21 @@ def test_top_logprobs_are_those_of_the_unfiltered_distribution():
 @pytest.mark.parametrize(
     "field, value",
     [("max_tokens", 0), ("samples", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0)]
-    + [("top_logprobs", -1)]
-    + [("top_p", 1.5)],
+    + [("top_logprobs", -1), ("top_p", 1.5), ("max_tokens", 8.0), ("samples", "2"), ("top_k", True)]
+    + [("temperature", "1"), ("routes", "yes"), ("stop", ("</s>",)), ("stop", (-1,))],
 )
 def test_params_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"SamplingParams.{field} must be .*, got {value}"):
+    with pytest.raises(ValueError) as error:
         SamplingParams(**{"max_tokens": 4, field: value})
+    assert str(error.value).startswith(f"SamplingParams.{field} must be ")
+    assert str(error.value).endswith(f", got {value!r}")
+
+
+def test_stop_tokens_may_come_in_any_sequence_or_alone():
+    for stop in ([5, 6], np.array([5, 6]), (5, 6)):
+        assert SamplingParams(4, stop=stop) == SamplingParams(4, stop=(5, 6))
+        assert hash(SamplingParams(4, stop=stop)) == hash(SamplingParams(4, stop=(5, 6)))
+    assert SamplingParams(4, stop=5).stop == (5,)
 
 
 def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():

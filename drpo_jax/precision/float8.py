@@ -85,12 +85,16 @@ def quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
       ValueError: fewer than two axes, a bad block, dtype or scale.
     """
     fmt, block = _check(x, block, dtype, scale)
-    x_PrQc = _blocked(x.astype(jnp.float32), block)
-    scales = _block_scales(x_PrQc, fmt, scale)
-    scaled = _divide(x_PrQc, scales, scale)
-    scaled = jnp.clip(scaled, -fmt.largest, fmt.largest)
-    codes = _round(scaled, _ONE, fmt).astype(dtype)
-    return Quantized(_unblocked(codes, x.shape), scales[..., 0, :, 0], block)
+
+    def rounded(x):
+        x_PrQc = _blocked(x.astype(jnp.float32), block)
+        scales = _block_scales(x_PrQc, fmt, scale)
+        scaled = _divide(x_PrQc, scales, scale)
+        scaled = jnp.clip(scaled, -fmt.largest, fmt.largest)
+        codes = _round(scaled, _ONE, fmt).astype(dtype)
+        return _unblocked(codes, x.shape), scales[..., 0, :, 0]
+
+    return Quantized(*_in_one_pass(rounded, x, block), block)
 
 
 def dequantize(q, dtype=jnp.float32):
@@ -107,14 +111,38 @@ def fake_quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
     fake_quantize(x). Arguments and errors as for `quantize`.
     """
     fmt, block = _check(x, block, dtype, scale)
-    x_PrQc = _blocked(x.astype(jnp.float32), block)
-    scales = _block_scales(x_PrQc, fmt, scale)
-    if scale == "pow2":
-        y = _round(x_PrQc, _bits(scales), fmt)
-    else:
-        scaled = jnp.clip(_divide(x_PrQc, scales, scale), -fmt.largest, fmt.largest)
-        y = _round(scaled, _ONE, fmt) * scales
-    return _unblocked(y, x.shape).astype(x.dtype)
+
+    def rounded(x):
+        x_PrQc = _blocked(x.astype(jnp.float32), block)
+        scales = _block_scales(x_PrQc, fmt, scale)
+        if scale == "pow2":
+            y = _round(x_PrQc, _bits(scales), fmt)
+        else:
+            scaled = jnp.clip(_divide(x_PrQc, scales, scale), -fmt.largest, fmt.largest)
+            y = _round(scaled, _ONE, fmt) * scales
+        return _unblocked(y, x.shape).astype(x.dtype)
+
+    return _in_one_pass(rounded, x, block)
+
+
+def _in_one_pass(rounded, x, block):
+    """rounded(x); on TPU block by block along the last axis, which gives the same.
+
+    There XLA fuses nothing with an axis that is split into blocks, and writes the scale of every value
+    to memory: five times the traffic of the slices of its 128 lanes, which are read and written once.
+    """
+    return jax.lax.platform_dependent(
+        x, tpu=partial(_by_columns, rounded, block=block), default=rounded
+    )
+
+
+def _by_columns(rounded, x, block):
+    """rounded(x), one column of blocks after the other, where these are whole lanes of a TPU."""
+    width = block[1]
+    if width % 128 or width >= x.shape[-1]:
+        return rounded(x)
+    parts = [rounded(x[..., i : i + width]) for i in range(0, x.shape[-1], width)]
+    return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=-1), *parts)
 
 
 def _check(x, block, dtype, scale):

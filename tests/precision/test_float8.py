@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from drpo_jax.precision import Quantized, dequantize, fake_quantize, quantize
+from drpo_jax.precision import Quantized, dequantize, fake_quantize, float8, quantize
 
 # dtype: (largest value, exponent of the smallest scale, exponent of a non-finite block's scale)
 FORMATS = {
@@ -265,3 +265,15 @@ def test_errors(shape, kwargs, message):
     for f in (quantize, fake_quantize):
         with pytest.raises(ValueError, match=message):
             f(jnp.ones(shape), **kwargs)
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (96, 256)])
+@pytest.mark.parametrize("function", [quantize, fake_quantize])
+def test_what_a_tpu_does_column_by_column_is_the_same(function, block, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(2, 200, 300)).astype(np.float32)
+    x[0, 5] *= 1e4
+    whole = function(x, block)
+    one_pass = lambda rounded, x, block: float8._by_columns(rounded, x, block)  # noqa: E731
+    monkeypatch.setattr(float8, "_in_one_pass", one_pass)
+    for a, b in zip(*map(jax.tree.leaves, (function(x, block), whole))):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

@@ -130,7 +130,11 @@ def _in_one_pass(rounded, x, block):
 
     There XLA fuses nothing with an axis that is split into blocks, and writes the scale of every value
     to memory: five times the traffic of the slices of its 128 lanes, which are read and written once.
+    (Not where the axis may lie on several devices: a slice would be fetched from the one that has it.)
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and not mesh.are_all_axes_manual:
+        return rounded(x)
     return jax.lax.platform_dependent(
         x, tpu=partial(_by_columns, rounded, block=block), default=rounded
     )

@@ -43,9 +43,7 @@ def sampling(model, prompts, new_tokens):
 
     def recorded():
         with torch.inference_mode():
-            out = theirs.generate(
-                ids, **options, return_dict_in_generate=True, output_logits=True
-            )
+            out = theirs.generate(ids, **options, return_dict_in_generate=True, output_logits=True)
             logp = torch.stack(out.logits, 1).log_softmax(-1)
             sampled = out.sequences[:, ids.shape[1] :, None]
             logp.gather(-1, sampled), -(logp.exp() * logp).sum(-1)

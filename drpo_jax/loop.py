@@ -23,6 +23,7 @@ from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pa
 from drpo_jax.models import from_pretrained
 from drpo_jax.objectives import (
     advantages,
+    informative,
     mismatch_weight,
     reward_penalty,
     with_spread,
@@ -370,9 +371,7 @@ def rl_step(run: Run, state, step: int):
     metrics |= {
         "reward/mean": reward.mean(),
         "reward/added": added.mean(),
-        "reward/informative_groups": np.mean(
-            np.any(data["advantage"].reshape(-1, config.train.samples), axis=1)
-        ),
+        "reward/informative_groups": np.mean(informative(data["advantage"], config.train.samples)),
         "response/length": rollouts.response_lengths.mean(),
         "response/length_max": rollouts.response_lengths.max(),
         "response/truncated": 1 - rollouts.finished.mean(),

@@ -72,8 +72,8 @@ def large_config(preset):
     """The setting of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips (v5p:4x4x4):
     256 prompts of 16 responses, 8 updates per rollout; all else as in `paper_config`.
 
-    Experts lie on 4 devices: on 8 the sampler would read half as many weights at every token, but the
-    learner's layout of tokens would be twice as large (`models.moe._sharded_experts`).
+    Experts lie on 4 devices: on 8 the sampler would read half as many weights at every token, but every
+    layer of the learner would gather twice as many tokens (`models.experts.run_experts`).
     """
     config = paper_config(preset)
     config.mesh.update(expert=4, tensor=1)

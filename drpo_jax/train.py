@@ -3,7 +3,8 @@
 The same command on the same workdir resumes. At the end: a table of held-out accuracy before and
 after, a plot in the terminal, and `learning.png`.
 
-With --explain_batch it makes one step of the run and prints how a problem of it came to the gradient.
+With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
+one of them came to the gradient.
 """
 
 import tempfile
@@ -23,13 +24,14 @@ from drpo_jax.reporting.explain import explain
 EXPLAIN = flags.DEFINE_bool(
     "explain_batch",
     False,
-    "Make the first step, print a problem's way to the gradient, and leave the workdir as it is.",
+    "Make one update, print a problem's way to the gradient, and leave the workdir as it is.",
 )
 
 
 def main(config, workdir, explained=False):
     if explained:
-        print(explain_batch(config, workdir))
+        if page := explain_batch(config, workdir):
+            print(page)
         return
     evaluations = loop.train(config, workdir)
     if evaluations is None:  # not the first process

@@ -130,11 +130,12 @@ def _in_parts(compute, part, x_NxD, gates_Nxk, weights, values, layout):
 
 
 def _in_parts_fwd(compute, part, x, gates, weights, values, layout):
-    return _in_parts(compute, part, x, gates, weights, values, layout), (x, gates, values, layout)
+    y = _in_parts(compute, part, x, gates, weights, values, layout)
+    return y, (x, gates, weights, values, layout)
 
 
 def _in_parts_bwd(compute, part, residuals, g):
-    x, gates, values, layout = residuals
+    x, gates, weights, values, layout = residuals
 
     def compute_part(layout):
         def y(x, gates, sums):
@@ -145,8 +146,10 @@ def _in_parts_bwd(compute, part, residuals, g):
 
     dx, dgates, sums = _sum_of_parts(compute_part, layout, part)
     shards = [
-        jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axes.index("embed"), tiled=True)
-        for dw, axes in zip(sums, AXES)
+        jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axes.index("embed"), tiled=True).astype(
+            w.dtype
+        )
+        for dw, w, axes in zip(sums, weights, AXES)
     ]
     return dx, dgates, shards, None, None
 

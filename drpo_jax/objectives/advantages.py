@@ -69,13 +69,12 @@ def advantages(name: str, reward, group_size: int) -> jax.Array:
     return ADVANTAGES[name](_grouped(reward, group_size)).reshape(-1)
 
 
-def informative(reward, group_size: int) -> jax.Array:
-    """bool [groups]: True where the rewards of a group are not all equal.
+def informative(advantage, group_size: int) -> jax.Array:
+    """bool [groups]: True where a sample of the group has an Â other than 0.
 
-    Args and errors: `reward` [batch] and `group_size` as for `advantages`.
+    Args and errors: `advantage` [batch] and `group_size` as those of `advantages`.
     """
-    reward = _grouped(reward, group_size)
-    return (reward != reward[:, :1]).any(axis=1)
+    return _grouped(advantage, group_size).any(axis=1)
 
 
 def _grouped(reward, group_size: int) -> jax.Array:

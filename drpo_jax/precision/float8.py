@@ -143,7 +143,7 @@ def _in_one_pass(rounded, x, block):
 def _by_columns(rounded, x, block):
     """rounded(x), one column of blocks after the other, where these are whole lanes of a TPU."""
     width = block[1]
-    if width % 128 or width >= x.shape[-1]:
+    if width % 128 or not width < x.shape[-1] <= 64 * width:  # more is a program too long
         return rounded(x)
     parts = [rounded(x[..., i : i + width]) for i in range(0, x.shape[-1], width)]
     return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=-1), *parts)

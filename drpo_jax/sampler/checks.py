@@ -80,7 +80,10 @@ def check_prompts(prompts, longest, vocab_size):
     """
     lengths = []
     for i, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of unequal lengths
+            ids = np.array(None)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(
                 f"prompt {i} must be a list of token ids, got {prompt!r:.80}; a tokenizer makes them "

@@ -4,6 +4,7 @@ Axis letters: B rows, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from numbers import Real
 from typing import NamedTuple
 
@@ -49,8 +50,8 @@ class SamplingParams:
         def whole(value, least):
             return is_integer(value) and value >= least
 
-        stop = [self.stop] if isinstance(self.stop, str) or is_integer(self.stop) else self.stop
-        object.__setattr__(self, "stop", tuple(stop))
+        several = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
+        object.__setattr__(self, "stop", tuple(self.stop) if several else (self.stop,))
         numbers = [isinstance(value, Real) for value in (self.temperature, self.top_p)]
         for name, ok, right in (
             ("max_tokens", whole(self.max_tokens, 1), "an integer of at least 1"),

@@ -62,7 +62,8 @@ def test_batch_norm_without_groups_is_reinforce_plus_plus():
 
 
 def test_informative_groups():
-    result = informative([1, 1, 1, 1, 0, 1, 0, 0], 2)
+    reward = [1, 1, 1, 1, 0, 1, 0, 0]
+    result = informative(advantages("dr_grpo", reward, 2), 2)
     assert result.dtype == bool
     np.testing.assert_array_equal(result, [False, False, True, False])
 

@@ -187,6 +187,7 @@ def test_bad_prompts_are_named(sampler):
         ([[-1]], "prompt 0 has token ids from -1 to -1"),
         ([[1, 1.5]], r"prompt 0 must be a list of token ids, got \[1, 1.5\]"),
         (["What is 1 + 1?"], "prompt 0 must be a list of token ids, got 'What is 1"),
+        ([[[1], [1, 2]]], "prompt 0 must be a list of token ids, got "),
         ([1, 2], "prompt 0 must be a list of token ids, got 1"),
     ):
         with pytest.raises(ValueError, match=message):

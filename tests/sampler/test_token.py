@@ -93,7 +93,8 @@ def test_top_logprobs_are_those_of_the_unfiltered_distribution():
     "field, value",
     [("max_tokens", 0), ("samples", 0), ("temperature", -0.5), ("top_k", -1), ("top_p", 0.0)]
     + [("top_logprobs", -1), ("top_p", 1.5), ("max_tokens", 8.0), ("samples", "2"), ("top_k", True)]
-    + [("temperature", "1"), ("routes", "yes"), ("stop", ("</s>",)), ("stop", (-1,))],
+    + [("temperature", "1"), ("routes", "yes"), ("stop", ("</s>",)), ("stop", (-1,))]
+    + [("stop", (None,)), ("stop", (2.0,))],
 )
 def test_params_out_of_range_are_named(field, value):
     with pytest.raises(ValueError) as error:

@@ -95,7 +95,9 @@ def test_the_architecture_is_the_checkpoints(checkpoint):
     assert resolved.model.hidden_size == 32 and resolved.model.tie_embeddings
     with pytest.raises(BadInput, match=r"another architecture .*\n  model.layers: 3 -> 2"):
         config(checkpoint[0], model__layers=3)
-    with pytest.raises(BadInput, match="model.path = 'nowhere': .* must be a Hugging Face directory"):
+    with pytest.raises(
+        BadInput, match="model.path = 'nowhere': .* must be a Hugging Face directory"
+    ):
         config("nowhere")
 
 

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 
 SCALES = ("pow2", "float32")
 
+LARGE = 2**26  # values of an array that TPUs round column by column
+
 _EXPONENT = 0x7F800000  # the exponent bits of a float32, and the bits of +Inf
 _MAGNITUDE = 0x7FFFFFFF  # all but the sign
 _ONE = 0x3F800000  # the bits of 1.0
@@ -130,10 +132,11 @@ def _in_one_pass(rounded, x, block):
 
     There XLA fuses nothing with an axis that is split into blocks, and writes the scale of every value
     to memory: five times the traffic of the slices of its 128 lanes, which are read and written once.
-    (Not where the axis may lie on several devices: a slice would be fetched from the one that has it.)
+    (Not where the axis may lie on several devices: a slice would be fetched from the one that has it.
+    And not for small arrays, such as the sampler's, whose layers are unrolled: the program is longer.)
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
+    if x.size < LARGE or (mesh.size > 1 and not mesh.are_all_axes_manual):
         return rounded(x)
     return jax.lax.platform_dependent(
         x, tpu=partial(_by_columns, rounded, block=block), default=rounded

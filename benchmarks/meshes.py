@@ -169,7 +169,7 @@ def differences(ours, expected):
         "losses": relative(expected.metrics[0].keys() - {"grad_norm"}),
         "gradient": relative(["grad_norm"]),
         "parameters": largest((ours.start, ours.end), (expected.start, expected.end)),
-        "logprobs": largest(ours.rollouts.logp, expected.rollouts.logp),
+        "logprobs": largest(ours.rollouts.sampled_logp, expected.rollouts.sampled_logp),
         "tokens": int(np.sum(ours.rollouts.tokens != expected.rollouts.tokens)),
     }
 

@@ -149,7 +149,7 @@ class Laboratory:
                 trace = programs.policy_update(state, batch)[1].trace
             else:
                 trace = programs.rescore(self.model, batch)
-            return layout.take(trace.logp, rollouts.logp.shape[1])
+            return layout.take(trace.logp, rollouts.sampled_logp.shape[1])
 
     def disagreement(self, rollouts, recipe="none"):
         """Shares of what the learner routes otherwise than the sampler: {"experts": of the experts

@@ -18,15 +18,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from drpo_jax.config import (
-    BadInput,
-    TrainingStopped,
-    bad_input,
-    field_types,
-    resolve,
-    suggest,
-    type_name,
-)
+from drpo_jax.config import field_types, resolve, suggest, type_name
+from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import path_of
 

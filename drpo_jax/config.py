@@ -15,7 +15,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import create, placeholder
 
 from drpo_jax import data
+from drpo_jax.errors import BadInput
 from drpo_jax.models import read_config
 from drpo_jax.objectives import (
     ADVANTAGES,
@@ -39,24 +40,6 @@ from drpo_jax.objectives.advantages import NEEDS_GROUPS
 from drpo_jax.precision.recipes import GRADIENTS, RECIPES
 from drpo_jax.rewards import REWARDS
 from drpo_jax.storage import write_whole
-
-
-class BadInput(ValueError):
-    """What the user gave is wrong; the message says what, where, and what would be right."""
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and from where it can be resumed."""
-
-
-@contextlib.contextmanager
-def bad_input() -> Iterator[None]:
-    """Around the part of an entry point that reads the user's files: a ValueError or an OSError
-    raised inside is the user's to mend, so it becomes `BadInput` with the same message."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise BadInput(str(error)) from error
 
 
 def default_config() -> ConfigDict:

@@ -29,7 +29,8 @@ from absl import flags
 
 from drpo_jax import cli, loop
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import BadInput, bad_input, flatten, run_config
+from drpo_jax.config import flatten, run_config
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
 from drpo_jax.rewards import ANSWER

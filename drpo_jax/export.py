@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import exit_with
-from drpo_jax.config import BadInput, bad_input, run_config
+from drpo_jax.config import run_config
 from drpo_jax.data import make_tokenizer
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer, save_pretrained
 from drpo_jax.programs import model_config
 

@@ -25,7 +25,8 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints, flatten
-from drpo_jax.config import BadInput, bad_input, run_config
+from drpo_jax.config import run_config
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
@@ -189,7 +190,7 @@ def judge(rollout, name, **hyper):
         rollout does not hold.
     """
     mask = rollout["response_mask"]
-    arrays = {"mask": mask, "old_logp": rollout.get("rescored_logp")}
+    arrays = {"mask": mask, "old_logp": rollout.get("old_logp")}
     needed = OBJECTIVES[name].arrays if name in OBJECTIVES else ()
     hyper |= {k: v for k, v in arrays.items() if k in needed}
     token = rollout["logp"], rollout["behavior_logp"], rollout["advantage"][:, None]

@@ -17,7 +17,8 @@ import numpy as np
 
 from drpo_jax import data, problems, rewards
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import BadInput, TrainingStopped, bad_input, claim_workdir, from_json
+from drpo_jax.config import claim_workdir, from_json
+from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import CompileClock, MetricLogger, read_metrics, reduce_pairs
 from drpo_jax.models import from_pretrained
@@ -66,7 +67,7 @@ class Run:
             self.mesh = make_mesh(**config.mesh)
             self.programs = Programs(config, self.mesh, stop=self.tokenizer.stop_ids)
         self.reference = None  # the model that a KL penalty holds the policy to
-        self.compared = not train or config.sampler.parity == "off"  # see `parity`
+        self.parity_checked = not train or config.sampler.parity == "off"  # see `parity`
 
     def _check_init_from(self):
         source = self.config.data.init_from
@@ -325,20 +326,20 @@ def rl_step(run: Run, state, step: int):
 
     saved = _due(step, config.train.save_rollout_every)
     compared = saved or _due(step, config.log.mismatch_every)
-    data, old_logp, penalties = learner_data(
-        run, state.model, rollouts, used, step, rescore=compared or not run.compared
+    inputs, old_logp, penalties = objective_inputs(
+        run, state.model, rollouts, used, step, rescore=compared or not run.parity_checked
     )
-    engine_logp = old_logp  # what the learner gives for the weights that the sampler had
+    synced_logp = old_logp  # what the learner gives for the weights that the sampler had
     if config.precision.noise and old_logp is not None:
         noisy = programs.perturbed(state.model, noise)
-        engine_logp = score(run, noisy, rollouts, step, {}).logp
+        synced_logp = score(run, noisy, rollouts, step, {}).logp
         del noisy
-    if not run.compared:
-        parity(run, rollouts, engine_logp)
-    state, learned, metrics = learn(run, state, rollouts, data, step, keep=compared)
+    if not run.parity_checked:
+        parity(run, rollouts, synced_logp)
+    state, learned, metrics = learn(run, state, rollouts, inputs, step, keep=compared)
     metrics |= penalties
     if compared:
-        metrics |= mismatch(run, rollouts, old_logp, engine_logp, learned["logp"], data)
+        metrics |= mismatch(run, rollouts, old_logp, synced_logp, learned["logp"], inputs)
     learned_at = time.monotonic()
     if saved and multihost.is_main():
         rows = [problem for problem in asked for _ in range(config.train.samples)]
@@ -351,10 +352,10 @@ def rl_step(run: Run, state, step: int):
             prompt_lengths=rollouts.prompt_lengths,
             response_lengths=rollouts.response_lengths,
             response_mask=rollouts.mask(),
-            behavior_logp=data["behavior_logp"],
-            sampler_logp=rollouts.logp,
-            rescored_logp=old_logp,
-            advantage=data["advantage"],
+            behavior_logp=inputs["behavior_logp"],
+            sampled_logp=rollouts.sampled_logp,
+            old_logp=old_logp,
+            advantage=inputs["advantage"],
             reward=reward,
             finished=rollouts.finished,
             version=rollouts.version,
@@ -371,7 +372,9 @@ def rl_step(run: Run, state, step: int):
     metrics |= {
         "reward/mean": reward.mean(),
         "reward/added": added.mean(),
-        "reward/informative_groups": np.mean(informative(data["advantage"], config.train.samples)),
+        "reward/informative_groups": np.mean(
+            informative(inputs["advantage"], config.train.samples)
+        ),
         "response/length": rollouts.response_lengths.mean(),
         "response/length_max": rollouts.response_lengths.max(),
         "response/truncated": 1 - rollouts.finished.mean(),
@@ -388,17 +391,17 @@ def rl_step(run: Run, state, step: int):
     return state, metrics
 
 
-def mismatch(run: Run, rollouts, old_logp, engine_logp, logp, data):
+def mismatch(run: Run, rollouts, old_logp, synced_logp, logp, inputs):
     """Metrics of how far µ is from the learner's own logprobs. With precision.noise, which part of it
     is real (between sampler and learner with the same weights) and which is the noise's."""
-    advantage, mask = data["advantage"][:, None], rollouts.mask()
+    advantage, mask = inputs["advantage"][:, None], rollouts.mask()
     compare = run.programs.mismatch
     pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)
-    if engine_logp is not old_logp:
+    if synced_logp is not old_logp:
         for part, gap in (
-            ("real", (rollouts.full_logp, engine_logp)),
-            ("injected", (engine_logp, old_logp)),
+            ("real", (rollouts.full_logp, synced_logp)),
+            ("injected", (synced_logp, old_logp)),
         ):
             found = reduce_pairs(compare(*gap, logp, advantage, mask)[0])
             for name in ("shift", "kl", "logp"):
@@ -418,7 +421,7 @@ def parity(run: Run, rollouts, old_logp):
     Raises:
       TrainingStopped: they differ by more than the bound, and sampler.parity is "stop".
     """
-    run.compared, config = True, run.config
+    run.parity_checked, config = True, run.config
     rounded = config.precision.recipe != "none" or config.precision.kv_cache != "none"
     kind = "fp8" if rounded else config.compute.dtype
     bound = config.sampler.parity_bound or PARITY_BOUND[kind]
@@ -450,7 +453,7 @@ def shaping(config, texts, lengths):
     return added
 
 
-def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
+def objective_inputs(run: Run, model, rollouts, reward, step: int, rescore: bool):
     """What the updates need of a rollout besides its tokens.
 
     Args:
@@ -458,7 +461,7 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
       rescore: also score the rollout with `model` where the objective does not need it.
 
     Returns:
-      The arrays of `learner.Batch.data`, [N] or [N, R, …] by name; log π_old [N, R], the rollout as
+      The arrays of `learner.Batch.inputs`, [N] or [N, R, …] by name; log π_old [N, R], the rollout as
       `model` itself scores it, or None; metrics of what was taken from the reward.
     """
     config, programs = run.config.objective, run.programs
@@ -468,13 +471,15 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
     if rescore or rescored or "old_logp" in programs.objective.arrays:
         old = score(run, model, rollouts, step, topk)
     # π is the full softmax at the sampling temperature; so should the µ be that it is compared with.
-    mu = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.logp}.get(config.behavior)
-    data = {"behavior_logp": old.logp if rescored else mu}
+    mu = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.sampled_logp}.get(
+        config.behavior
+    )
+    inputs = {"behavior_logp": old.logp if rescored else mu}
     if topk:
         topk_mu = old.topk_logp if rescored else rollouts.top_logp
-        data |= topk | {"behavior_topk_logp": topk_mu}
+        inputs |= topk | {"behavior_topk_logp": topk_mu}
     if "old_logp" in programs.objective.arrays:
-        data["old_logp"] = old.logp
+        inputs["old_logp"] = old.logp
     if config.kl != "none":
         reference = score(run, run.reference, rollouts, step, {}, replay=False).logp
     penalties = {}
@@ -484,9 +489,9 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
         penalty = config.kl_coefficient * np.asarray(penalty)
         reward, penalties = reward - penalty, {"reward/kl_penalty": penalty.mean()}
     elif config.kl != "none":
-        data["ref_logp"] = reference
+        inputs["ref_logp"] = reference
     if config.correction != "none":
-        data["correction"] = np.asarray(
+        inputs["correction"] = np.asarray(
             mismatch_weight(
                 config.correction,
                 old.logp,
@@ -497,22 +502,22 @@ def learner_data(run: Run, model, rollouts, reward, step: int, rescore: bool):
                 floor=config.correction_floor,
             )
         )
-    data["advantage"] = np.asarray(advantages(config.advantage, reward, run.config.train.samples))
-    return data, old.logp if old else None, penalties
+    inputs["advantage"] = np.asarray(advantages(config.advantage, reward, run.config.train.samples))
+    return inputs, old.logp if old else None, penalties
 
 
-def score(run: Run, model, rollouts, step: int, data, replay=True):
+def score(run: Run, model, rollouts, step: int, inputs, replay=True):
     """TokenTrace of [N, R] host arrays: the rollout's tokens as `model` scores them."""
     pieces, order = [], mini_batches(run.config, step, 0)
     for rows in order:
-        batch, layout = run.programs.rollout_batch(rollouts, rows, data, replay)
+        batch, layout = run.programs.rollout_batch(rollouts, rows, inputs, replay)
         pieces.append((run.programs.rescore(model, batch), layout))
     return _by_response(pieces, order, rollouts)
 
 
 def _by_response(pieces, order, rollouts):
     """Pytrees of [P, T, …] with their layouts, of the rows in `order` → one of [N, R, …] on the host."""
-    length = rollouts.logp.shape[1]
+    length = rollouts.sampled_logp.shape[1]
     taken = [
         jax.tree.map(lambda a: layout.take(a, length), multihost.fetch(tree))  # noqa: B023
         for tree, layout in pieces
@@ -521,7 +526,7 @@ def _by_response(pieces, order, rollouts):
     return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
 
 
-def learn(run: Run, state, rollouts, data, step: int, keep: bool):
+def learn(run: Run, state, rollouts, inputs, step: int, keep: bool):
     """The updates on one rollout, all anchored on the same µ: the later ones are off-policy.
 
     Args:
@@ -535,7 +540,7 @@ def learn(run: Run, state, rollouts, data, step: int, keep: bool):
     reports, kept, order = [], [], []
     for epoch in range(config.epochs):
         for rows in mini_batches(run.config, step, epoch):
-            batch, layout = programs.rollout_batch(rollouts, rows, data)
+            batch, layout = programs.rollout_batch(rollouts, rows, inputs)
             state, report = programs.policy_update(state, batch)
             pairs, extremes, weight = programs.summarize(report.trace, batch)
             reports.append((pairs, extremes, report.metrics, report.skipped))

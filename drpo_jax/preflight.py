@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from drpo_jax import cli, costs
-from drpo_jax.config import BadInput, bad_input
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner import Batch
 from drpo_jax.learner.head import LOGITS
 from drpo_jax.parallel import batch_shards, make_mesh, named_sharding
@@ -200,7 +200,7 @@ def sampler_programs(programs, beside):
 
 
 def update_arrays(programs):
-    """The names of `Batch.data` in the policy's updates, as `loop.learner_data` gives them."""
+    """The names of `Batch.inputs` in the policy's updates, as `loop.objective_inputs` gives them."""
     needed, names = programs.objective.arrays, ["behavior_logp", "advantage"]
     if "topk_logp" in needed:
         names += ["topk_ids", "behavior_topk_logp"]

@@ -52,11 +52,11 @@ class Programs:
       supervised_update(state, batch), policy_update(state, batch): one optimizer update.
       restart(model): the TrainState of a policy run that begins with `model`.
       rescore(model, batch): TokenTrace of the response tokens, without an objective or gradients.
-      gradients(model, batch): (grads, TokenTrace [P, T], metrics) of one micro-batch whose `data` is
+      gradients(model, batch): (grads, TokenTrace [P, T], metrics) of one micro-batch whose `inputs` are
         the score coefficient c of every token: of any objective, and of nothing else (no entropy
         bonus, no load balancing).
       summarize(trace, batch): metric pairs and extremes over a rollout, and w [P, T].
-      mismatch(sampler_logp, old_logp, logp, advantage, mask): pairs and extremes, [N, R] arrays.
+      mismatch(full_logp, old_logp, logp, advantage, mask): pairs and extremes, [N, R] arrays.
       objective: the `Policy` that is trained with.
       sync(model, key), sync_exact(model): the sampler's weights, as the recipe has them (and with
         precision.noise drawn from the key), or unquantized and without noise.
@@ -217,13 +217,13 @@ class Programs:
             _with_shardings(converted, placed),
         )
 
-    def batch(self, tokens, prompt_lengths, response_lengths, data, pack=False, routes=None):
+    def batch(self, tokens, prompt_lengths, response_lengths, inputs, pack=False, routes=None):
         """N sequences as a Batch on the mesh, its rows split over the batch axes, and their Layout.
 
         Args:
           tokens: int32 [N, T], prompt and response without a gap.
           prompt_lengths, response_lengths: int32 [N].
-          data: name → [N] or [N, R, …], see `learner.Batch`.
+          inputs: name → [N] or [N, R, …], see `learner.Batch`.
           pack: as `train.pack` says, for the policy's updates.
           routes: int16 [N, T, L, k], see `learner.Batch`.
         """
@@ -234,14 +234,14 @@ class Programs:
             pack=pack and self.config.train.pack,
             micro_batches=self._policy_settings.micro_batches,
         )
-        batch = make_batch(layout, tokens, data, routes)
+        batch = make_batch(layout, tokens, inputs, routes)
         rows = named_sharding(self.mesh, ("batch",))
         # Every process places the rows that its own devices hold.
         return jax.tree.map(
             lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
         ), layout
 
-    def rollout_batch(self, rollouts, rows, data, replay=True):
+    def rollout_batch(self, rollouts, rows, inputs, replay=True):
         """`batch` of some rows of Rollouts and of the arrays that go with all of them.
 
         Args:
@@ -252,7 +252,7 @@ class Programs:
             rollouts.tokens[rows],
             rollouts.prompt_lengths[rows],
             rollouts.response_lengths[rows],
-            {name: values[rows] for name, values in data.items()},
+            {name: values[rows] for name, values in inputs.items()},
             pack=True,
             routes=rollouts.routes[rows] if replay else None,
         )
@@ -366,22 +366,22 @@ def _by_coefficient(logp, coefficient):
 
 def _summarize(trace, batch, *, objective):
     """(name → (sum, count), name → extreme, weight [P, T]) over the response tokens of a rollout."""
-    data, mask = batch.data, batch.mask > 0
-    mu, advantage = data["behavior_logp"], data["advantage"]
-    known = data | {"mask": batch.mask, "topk_logp": trace.topk_logp}
+    inputs, mask = batch.inputs, batch.mask > 0
+    behavior_logp, advantage = inputs["behavior_logp"], inputs["advantage"]
+    known = inputs | {"mask": batch.mask, "topk_logp": trace.topk_logp}
     arrays = {name: known[name] for name in objectives.OBJECTIVES[objective.name].arrays}
     weight = objectives.gradient_weight(
-        objective.name, trace.logp, mu, advantage, **arrays, **dict(objective.hyper)
+        objective.name, trace.logp, behavior_logp, advantage, **arrays, **dict(objective.hyper)
     )
     pairs, extremes = objectives.weight_summary(
-        weight, trace.logp, mu, advantage, trace.coefficient, mask
+        weight, trace.logp, behavior_logp, advantage, trace.coefficient, mask
     )
     count = jnp.sum(mask)
     pairs = pairs | {"entropy": (jnp.sum(trace.entropy * mask), count)}
-    if "correction" in data:
-        pairs["correction/mean"] = jnp.sum(jnp.where(mask, data["correction"], 0.0)), count
-        pairs["correction/dropped"] = jnp.sum(mask & (data["correction"] == 0)), count
-    if "ref_logp" in data:
-        k, _ = objectives.kl_penalty("k3", trace.logp, mu, data["ref_logp"])
+    if "correction" in inputs:
+        pairs["correction/mean"] = jnp.sum(jnp.where(mask, inputs["correction"], 0.0)), count
+        pairs["correction/dropped"] = jnp.sum(mask & (inputs["correction"] == 0)), count
+    if "ref_logp" in inputs:
+        k, _ = objectives.kl_penalty("k3", trace.logp, behavior_logp, inputs["ref_logp"])
         pairs["policy/kl_reference"] = jnp.sum(jnp.where(mask, k, 0.0)), count
     return pairs, extremes, jnp.where(mask, weight, 0.0)

@@ -16,7 +16,7 @@ import matplotlib
 from absl import app, flags
 
 from drpo_jax.cli import exit_with
-from drpo_jax.config import BadInput, bad_input
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.record import load_rollout
 from drpo_jax.reporting.charts import (
     METRICS,

@@ -7,7 +7,7 @@ Learns the task's demonstrations (`config.sft`) and writes a checkpoint that RL 
 import jax
 
 from drpo_jax import cli, loop
-from drpo_jax.config import BadInput
+from drpo_jax.errors import BadInput
 
 
 def main(config, workdir):

@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 
 from drpo_jax import cli
-from drpo_jax.config import BadInput, from_json
+from drpo_jax.config import from_json
+from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

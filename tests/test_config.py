@@ -8,6 +8,7 @@ from absl import logging
 
 from drpo_jax import config as C
 from drpo_jax.cli import load_config
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def nested(flat):
 
 
 def problems(**fields):
-    with pytest.raises(C.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         C.validate(changed(**fields))
     return str(error.value).split("\n  ")[1:]
 
@@ -40,7 +41,7 @@ def test_defaults_and_every_variant_are_valid():
                for v in ("bf16", "fp8_rollout", "fp8_e2e")}  # fmt: skip
     assert recipes == {"bf16": "none", "fp8_rollout": "rollout", "fp8_e2e": "e2e"}
     assert load_config(TINY).to_dict() == load_config(f"{TINY}:fp8_rollout").to_dict()
-    with pytest.raises(C.BadInput, match="no variant 'fp4'; there are bf16, fp8_rollout, fp8_e2e"):
+    with pytest.raises(BadInput, match="no variant 'fp4'; there are bf16, fp8_rollout, fp8_e2e"):
         load_config(f"{TINY}:fp4")
 
 
@@ -171,7 +172,7 @@ def test_json_round_trip():
         ("[]", "not list"),
         (unknown, "sede is not a field"),
     ):
-        with pytest.raises(C.BadInput, match=right):
+        with pytest.raises(BadInput, match=right):
             C.from_json(text)
 
 
@@ -196,7 +197,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
     learning = dict(seed=1, evaluate__problems=8, objective__delta=0.2)
     other = C.resolve(changed(train__steps=5, **learning, **constant))
     before = (workdir / "config.json").read_text()
-    with pytest.raises(C.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         C.claim_workdir(workdir, other)
     listed = "  evaluate.problems: 256 -> 8\n  objective.delta: None -> 0.2\n  seed: 0 -> 1\n"
     assert listed in str(error.value)
@@ -214,23 +215,23 @@ def test_the_reference_of_a_penalty_stays_where_it_was(tmp_path):
         if not fields:
             assert C.claim_workdir(tmp_path / name, after)
             continue
-        with pytest.raises(C.BadInput, match="model.path: 'a' -> 'b'"):
+        with pytest.raises(BadInput, match="model.path: 'a' -> 'b'"):
             C.claim_workdir(tmp_path / name, after)
 
 
 def test_a_schedule_stretched_over_the_steps_fixes_them(tmp_path):
     linear = dict(optimizer__schedule="linear")
     C.claim_workdir(tmp_path, C.resolve(changed(train__steps=5, **linear)))
-    with pytest.raises(C.BadInput, match="train.steps: 5 -> 9"):
+    with pytest.raises(BadInput, match="train.steps: 5 -> 9"):
         C.claim_workdir(tmp_path, C.resolve(changed(train__steps=9, **linear)))
 
 
 def test_bad_input_marks_what_a_file_can_be_to_blame_for():
-    with pytest.raises(C.BadInput, match="line 3"), C.bad_input():
+    with pytest.raises(BadInput, match="line 3"), bad_input():
         raise ValueError("line 3")
-    with pytest.raises(C.BadInput, match="No such file .*missing.jsonl"), C.bad_input():
+    with pytest.raises(BadInput, match="No such file .*missing.jsonl"), bad_input():
         open("missing.jsonl")
-    with pytest.raises(KeyError), C.bad_input():
+    with pytest.raises(KeyError), bad_input():
         raise KeyError("x")
 
 

@@ -12,6 +12,7 @@ from drpo_jax import config as C
 from drpo_jax import evaluate, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
+from drpo_jax.errors import BadInput
 from drpo_jax.parallel import make_mesh
 from drpo_jax.rewards import after_hash
 
@@ -33,10 +34,10 @@ def save(directory):
 
 
 def test_which_checkpoints(tmp_path):
-    with pytest.raises(C.BadInput, match="holds no run"):
+    with pytest.raises(BadInput, match="holds no run"):
         evaluate.check_workdir(tmp_path / "none", config())
     C.claim_workdir(tmp_path, config())
-    with pytest.raises(C.BadInput, match="no checkpoint yet"):
+    with pytest.raises(BadInput, match="no checkpoint yet"):
         evaluate.check_workdir(tmp_path, config())
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     save(tmp_path / "sft" / "checkpoints")
@@ -53,12 +54,12 @@ def test_another_model_or_split_is_refused(tmp_path):
     fine = dict(seed=3, evaluate__problems=5, data__digits=1, train__steps=9)
     assert evaluate.check_workdir(tmp_path / "task", config(**fine))
     assert evaluate.check_workdir(tmp_path / "file", config(data__problems="q.jsonl", seed=3))
-    with pytest.raises(C.BadInput) as error:
+    with pytest.raises(BadInput) as error:
         evaluate.check_workdir(tmp_path / "task", config(model__layers=3, model__hidden_size=64))
     lines = str(error.value).splitlines()[1:]
     assert lines == ["  model.hidden_size: 32 -> 64", "  model.layers: 2 -> 3"]
     # Problems that this split holds out were trained on.
-    with pytest.raises(C.BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
+    with pytest.raises(BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
         evaluate.check_workdir(
             tmp_path / "file", config(data__problems="p.jsonl", seed=3, evaluate__problems=5)
         )
@@ -167,16 +168,16 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
     evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
     assert sampled == [list(range(10))] * 2  # another evaluation begins anew, elsewhere
     assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
-    with pytest.raises(C.BadInput, match="--step=4: there is no such checkpoint; there are 3"):
+    with pytest.raises(BadInput, match="--step=4: there is no such checkpoint; there are 3"):
         evaluate.main(settings, tmp_path, step=4)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3"])
 def test_wrong_shards(text):
-    with pytest.raises(C.BadInput, match=f"--shard={text}: must be .* such as 1/4"):
+    with pytest.raises(BadInput, match=f"--shard={text}: must be .* such as 1/4"):
         evaluate.share(text, 10)
 
 
 def test_a_model_without_a_run(tmp_path):
-    with pytest.raises(C.BadInput, match="--config.model.path"):
+    with pytest.raises(BadInput, match="--config.model.path"):
         evaluate.check_workdir(tmp_path, config())

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from drpo_jax.checkpoint import Checkpoints, flatten
-from drpo_jax.config import BadInput, default_config, resolve, to_json
+from drpo_jax.config import default_config, resolve, to_json
+from drpo_jax.errors import BadInput
 from drpo_jax.inspection import Inspection, cosines, judge, norms, products, select
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.models import ModelConfig, Transformer
@@ -51,7 +52,7 @@ def new_rollout(n=N):
         "response_lengths": lengths,
         "response_mask": mask,
         "behavior_logp": mu,
-        "rescored_logp": mu + 0.1 * mask,
+        "old_logp": mu + 0.1 * mask,
         "advantage": advantage,
         "reward": (advantage > 0).astype(np.float32),
     }
@@ -239,7 +240,7 @@ def test_judge_gives_an_objective_what_it_needs():
         judged = judge(rollout, name)
         assert judged["weight"].shape == judged["coefficient"].shape == mask.shape
         assert not judged["weight"][~mask].any() and not judged["coefficient"][~mask].any()
-    r = np.exp(rollout["logp"] - rollout["rescored_logp"])  # minirl's clip: π/π_old
+    r = np.exp(rollout["logp"] - rollout["old_logp"])  # minirl's clip: π/π_old
     up = (rollout["advantage"] > 0)[:, None]
     np.testing.assert_array_equal(
         judged["weight"] == 0, ~mask | (up & (r > 1.27)) | (~up & (r < 0.8))

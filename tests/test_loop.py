@@ -15,6 +15,7 @@ from drpo_jax import loop, rewards
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
+from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.learner import record
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics
@@ -180,7 +181,7 @@ def test_rescored_logprobs_are_the_learners(other, whole):
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
         assert (gap < 1e-5) == rescored
-        same = np.allclose(saved["behavior_logp"], saved["sampler_logp"], atol=1e-6)
+        same = np.allclose(saved["behavior_logp"], saved["sampled_logp"], atol=1e-6)
         assert same != rescored
 
 
@@ -203,10 +204,10 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
     for name in ours:
         if not name.startswith("router/"):  # of micro-batches that hold other rows
             np.testing.assert_allclose(packed[name], ours[name], rtol=1e-3, atol=1e-6, err_msg=name)
-    for name in ("logp", "coefficient", "weight", "entropy", "rescored_logp"):
+    for name in ("logp", "coefficient", "weight", "entropy", "old_logp"):
         np.testing.assert_allclose(repacked[name], saved[name], rtol=1e-3, atol=1e-4, err_msg=name)
     mask = saved["response_mask"]
-    ratio = np.exp(saved["rescored_logp"] - saved["sampler_logp"])[mask]
+    ratio = np.exp(saved["old_logp"] - saved["sampled_logp"])[mask]
     assert (saved["logp"][mask] < 0).all()  # also of the tokens that the correction drops
     kept = (ratio >= 0.98) & (ratio <= 1.05)
     assert 0 < kept.mean() < 1
@@ -234,12 +235,12 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
     loop.train(settings, tmp_path)
     saved = load_rollout(rollout_path(tmp_path, 0))
     mask = saved["response_mask"]
-    np.testing.assert_array_equal(saved["behavior_logp"], saved["sampler_logp"])
-    log_ratio = np.where(mask, saved["behavior_logp"] - saved["rescored_logp"], 0)
+    np.testing.assert_array_equal(saved["behavior_logp"], saved["sampled_logp"])
+    log_ratio = np.where(mask, saved["behavior_logp"] - saved["old_logp"], 0)
     # k1 compares full softmaxes: what FP8 does is in it, the mass that the filter drops is not.
     mu, reference, found = seen[0]
-    np.testing.assert_allclose(reference, saved["rescored_logp"], atol=1e-5)  # the first policy
-    assert (mu <= saved["sampler_logp"] + 1e-6).all()
+    np.testing.assert_allclose(reference, saved["old_logp"], atol=1e-5)  # the first policy
+    assert (mu <= saved["sampled_logp"] + 1e-6).all()
     assert abs(found.mean()) < 0.3 * log_ratio.sum(1).mean()
     expected = advantages("dr_grpo", saved["reward"] - 0.5 * found, settings.train.samples)
     np.testing.assert_allclose(saved["advantage"], expected, atol=1e-5)
@@ -255,7 +256,7 @@ def test_the_mismatch_is_looked_at_when_it_is_due(whole):
     assert ["mismatch/kl" in r for r in metrics(whole)] == [False, True, False, True, False]
     saved = load_rollout(rollout_path(whole, 2))
     mask = saved["response_mask"]
-    shift = abs(np.exp(saved["rescored_logp"]) - np.exp(saved["behavior_logp"]))[mask]
+    shift = abs(np.exp(saved["old_logp"]) - np.exp(saved["behavior_logp"]))[mask]
     assert metrics(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
     assert 0 < shift.mean() < 0.05  # FP8 weights in the sampler
     for row, text in enumerate(saved["response"]):
@@ -299,18 +300,18 @@ def test_bad_problem_files_cost_nothing(tmp_path):
     }
     for text, message in cases.items():
         path.unlink() if text is None else path.write_text(text)
-        with pytest.raises(C.BadInput, match=message):
+        with pytest.raises(BadInput, match=message):
             loop.train(config(data__problems=str(path)), tmp_path / "run")
         assert not (tmp_path / "run").exists()  # so that the mended config can take it
 
 
 def test_a_run_without_a_warm_start_to_begin_with(tmp_path, whole):
     missing = config(data__init_from=str(tmp_path / "typo"))
-    with pytest.raises(C.BadInput, match="typo.*no checkpoint of a warm start below it"):
+    with pytest.raises(BadInput, match="typo.*no checkpoint of a warm start below it"):
         loop.initial_model(loop.Run(missing, tmp_path))
     assert not (tmp_path / "typo").exists()
     wider = config(data__init_from=str(whole), model__vocab_size=48)
-    with pytest.raises(C.BadInput, match=r"model.embed: wanted \(48, 32\), .* has \(32, 32\)"):
+    with pytest.raises(BadInput, match=r"model.embed: wanted \(48, 32\), .* has \(32, 32\)"):
         loop.initial_model(loop.Run(wider, tmp_path))
 
 
@@ -332,7 +333,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
         return state, record
 
     monkeypatch.setattr(loop, "rl_step", poisoned)
-    with pytest.raises(C.TrainingStopped) as error:
+    with pytest.raises(TrainingStopped) as error:
         loop.train(settings, tmp_path)
     assert skipped == [(0, 2), (0, 2), (2, 0), (4, 0)]
     message = str(error.value)
@@ -365,7 +366,7 @@ def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path,
         assert re.search(r"first rollout: mean .* over \d+ tokens \(bound", capsys.readouterr().out)
     fields["sampler__parity_bound"] = 1e-7
     if parity == "stop":
-        with pytest.raises(C.TrainingStopped, match="bound of the mean: 1e-07.*routing_replay"):
+        with pytest.raises(TrainingStopped, match="bound of the mean: 1e-07.*routing_replay"):
             loop.train(config(**fields), tmp_path / "b")
     else:
         loop.train(config(**fields), tmp_path / "b")

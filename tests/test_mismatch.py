@@ -75,7 +75,7 @@ def gap(kind, rollouts, recipe="none", noise=0.0):
     with jax.set_mesh(side.mesh):
         model = side.perturbed(new_model(kind), KEY)
         batch, layout = side.rollout_batch(rollouts, np.arange(len(rollouts)), {})
-        logp = layout.take(side.rescore(model, batch).logp, rollouts.logp.shape[1])
+        logp = layout.take(side.rescore(model, batch).logp, rollouts.sampled_logp.shape[1])
     return np.abs(logp - rollouts.full_logp)[rollouts.mask()]
 
 
@@ -120,5 +120,5 @@ def test_real_and_injected_mismatch_are_logged_apart(tmp_path, monkeypatch):
     assert logged["logp_real"] <= BOUND[0]
     assert logged["logp_injected"] == pytest.approx(logged["logp"], rel=1e-3)
     assert record["mismatch/kl_real"] < 1e-6 < record["mismatch/kl_injected"]
-    change = abs(saved["rescored_logp"] - saved["behavior_logp"])[saved["response_mask"]]
+    change = abs(saved["old_logp"] - saved["behavior_logp"])[saved["response_mask"]]
     assert logged["logp"] == pytest.approx(change.mean(), rel=1e-4) and change.mean() > 1e-3

@@ -8,7 +8,8 @@ import pytest
 
 from drpo_jax import loop, rewards
 from drpo_jax.cli import load_config
-from drpo_jax.config import BadInput, objective_hyper, resolve
+from drpo_jax.config import objective_hyper, resolve
+from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
 from drpo_jax.objectives import OBJECTIVES

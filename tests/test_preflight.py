@@ -148,7 +148,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
         prompt_lengths=np.full(n, prompt, np.int32),
         response_lengths=np.full(n, r, np.int32),
         full_logp=logp,
-        logp=logp,
+        sampled_logp=logp,
         top_ids=ids,
         top_logp=ids.astype(np.float32),
         routes=np.zeros((n, prompt + r, 2, 2), np.int16),
@@ -163,7 +163,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     monkeypatch.setattr(loop, "score", score)
     fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)
     reward = np.arange(n) % 2.0
-    data, _, _ = loop.learner_data(fake, None, rollouts, reward.astype(np.float32), 0, False)
+    data, _, _ = loop.objective_inputs(fake, None, rollouts, reward.astype(np.float32), 0, False)
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, data)
     names, replay = preflight.update_arrays(programs), programs.config.train.routing_replay
@@ -177,7 +177,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     assert listed["rescore"].calls == 2 * len(scored)
     assert listed["update"].calls == 2 and listed["warm start"].calls == 0
     old = [names for names in scored if names] or [set()]
-    assert set(listed["rescore"].arguments["batch"].data) == old[0]
+    assert set(listed["rescore"].arguments["batch"].inputs) == old[0]
     assert ("reference model" in listed["update"].beside) == ("k3" in case)
 
 

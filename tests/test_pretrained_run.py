@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drpo_jax import export, loop, problems, rewards
-from drpo_jax.config import BadInput, default_config, resolve
+from drpo_jax.config import default_config, resolve
 from drpo_jax.data import TextTokenizer, make_tokenizer
+from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import ModelConfig, Transformer, from_pretrained, save_pretrained

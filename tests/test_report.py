@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from drpo_jax import report
-from drpo_jax.config import BadInput
+from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.objectives.diagnostics import MU_BINS
 from drpo_jax.reporting import charts, runs

@@ -113,7 +113,7 @@ def given(logp, J, coefficient):
 
 
 def head_loss(
-    hidden_NxD, weight_DxV, targets_N, token_weight_N, data: Mapping[str, jax.Array],
+    hidden_NxD, weight_DxV, targets_N, token_weight_N, inputs: Mapping[str, jax.Array],
     *, objective, temperature=1.0, chunk=None, entropy_bonus=0.0,
 ):  # fmt: skip
     """−Σ token_weight · (J + entropy_bonus · H) over the tokens, and its trace.
@@ -123,9 +123,9 @@ def head_loss(
       weight_DxV: the head, float32; cast to hidden's dtype for the matmuls, which accumulate float32.
       targets_N: int32, the sampled tokens.
       token_weight_N: float32, 0 for tokens that do not count (see `objectives.aggregation`).
-      data: arrays [N, …] that the objective takes by name: behavior_logp, advantage, …; from
+      inputs: arrays [N, …] that the objective takes by name: behavior_logp, advantage, …; from
         `topk_ids` int32 [N, K] the head makes the objective's `topk_logp`.
-      objective: (logp, **data) → (J, c) elementwise, such as `policy(...)`, `likelihood`, `given`.
+      objective: (logp, **inputs) → (J, c) elementwise, such as `policy(...)`, `likelihood`, `given`.
       temperature: of the sampling distribution.
       chunk: tokens per piece; peak memory is a few times chunk · vocab floats. None: as many as make
         `LOGITS`, but at least 512 (a small vocabulary is not worth a loop).
@@ -135,7 +135,7 @@ def head_loss(
       (loss, TokenTrace): the loss has gradients for hidden and weight.
     """
     static = (objective, temperature, chunk, entropy_bonus)
-    return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(data)))
+    return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(inputs)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -172,7 +172,7 @@ def _head_pass(static, hidden, weight, arrays, gradient):
     )(hidden, weight.astype(hidden.dtype), *arrays)  # cast first: half the bytes to gather
 
 
-def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, data):
+def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, inputs):
     """One device's tokens and slice of the vocabulary; `mesh` is None without one."""
     objective, temperature, chunk, entropy_bonus = static
     n, vocab = hidden.shape[0], weight.shape[1]
@@ -211,9 +211,9 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
         def put(a, b):
             return jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0)
 
-        h, target, weight_t, data_t = jax.tree.map(
+        h, target, weight_t, inputs_t = jax.tree.map(
             lambda a: jnp.take(a, rows, axis=0, mode="fill", fill_value=0),
-            (hidden, targets, token_weight, data),
+            (hidden, targets, token_weight, inputs),
         )
         logits = dot(h, weight, (1, 0)) / temperature
         logits -= over_vocab(jnp.max(logits, axis=-1), jax.lax.pmax)[:, None]
@@ -226,10 +226,10 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
         lse = jnp.log(total)
         logp, entropy = target_logit - lse, lse - moment / total
         topk_logp = jnp.zeros((chunk, 0))
-        if "topk_ids" in data_t:
-            topk_logp = at(logits, data_t.pop("topk_ids")) - lse[:, None]
-            data_t["topk_logp"] = topk_logp
-        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(logp, **data_t))
+        if "topk_ids" in inputs_t:
+            topk_logp = at(logits, inputs_t.pop("topk_ids")) - lse[:, None]
+            inputs_t["topk_logp"] = topk_logp
+        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(logp, **inputs_t))
         loss -= jnp.sum(weight_t * (J + entropy_bonus * entropy))
         new = TokenTrace(logp, c, entropy, topk_logp)
         trace = jax.tree.map(put, trace, new)
@@ -245,7 +245,7 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, d
         return loss, trace, gradients
 
     zeros = partial(jnp.zeros, dtype=jnp.float32)
-    topk = data["topk_ids"].shape[1] if "topk_ids" in data else 0
+    topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
     trace = TokenTrace(zeros(room), zeros(room), zeros(room), zeros((room, topk)))
     d_hidden = jnp.zeros((room, hidden.shape[1]), hidden.dtype)
     gradients = (d_hidden, zeros(weight.shape)) if gradient else None

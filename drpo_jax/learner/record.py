@@ -8,8 +8,8 @@ samples of a prompt next to each other; T tokens of prompt and response; R respo
     response_lengths  int32 [N]       the stop token counts
     response_mask     bool [N, R]     which of the arrays below are of a sampled token
     behavior_logp     float32 [N, R]  log µ, as the ratio was anchored
-    sampler_logp      float32 [N, R]  logprob under the filtered sampling distribution
-    rescored_logp     float32 [N, R]  log π_old: as the learner scored it before its first update
+    sampled_logp      float32 [N, R]  logprob under the distribution it was drawn from (top-k, top-p)
+    old_logp          float32 [N, R]  log π_old: as the learner scored it before its first update
     logp              float32 [N, R]  log π at the update that used the token (first epoch)
     coefficient       float32 [N, R]  c = ∂J/∂logp; with the KL penalty and the correction, if any
     weight            float32 [N, R]  w = c / (r·Â), of the objective alone

@@ -41,8 +41,8 @@ class Batch:
       segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
       positions: int32 [P, T], from 0 in every sequence.
       mask: int32 [P, T], the segment id on response tokens, 0 elsewhere.
-      data: name → float32 [P, T, …] of the response tokens: behavior_logp, advantage, and what else
-        the objective takes by name (topk_ids int32 [P, T, K], correction, …).
+      inputs: name → float32 [P, T, …], what the objective takes of each response token besides logp:
+        behavior_logp, advantage, and others by name (topk_ids int32 [P, T, K], correction, …).
       routes: int16 [P, T, L, k], the experts that the sampler visited, for the learner to visit too
         (rollout routing replay); −1 leaves the choice to the router. None: all of them.
     """
@@ -51,17 +51,17 @@ class Batch:
     segment_ids: jax.Array
     positions: jax.Array
     mask: jax.Array
-    data: dict
+    inputs: dict
     routes: jax.Array | None = None
 
 
-def make_batch(layout: Layout, tokens, data, routes=None) -> Batch:
+def make_batch(layout: Layout, tokens, inputs, routes=None) -> Batch:
     """The Batch of N sequences, NumPy arrays.
 
     Args:
       layout: where they lie.
       tokens: int32 [N, T'], prompt and response without a gap, anything behind.
-      data: name → [N] or [N, R, …], see Batch.
+      inputs: name → [N] or [N, R, …], see Batch.
       routes: int16 [N, T', L, k], see Batch.
     """
     steps = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -70,7 +70,7 @@ def make_batch(layout: Layout, tokens, data, routes=None) -> Batch:
         layout.place(layout.numbers, "sequence"),
         layout.place(steps, "sequence"),
         layout.place(layout.numbers),
-        {name: layout.place(values) for name, values in data.items()},
+        {name: layout.place(values) for name, values in inputs.items()},
         None if routes is None else layout.place(routes, "sequence"),
     )
 

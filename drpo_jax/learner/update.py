@@ -21,7 +21,7 @@ class UpdateSettings:
     """What an update does, static.
 
     Attributes:
-      objective: (logp, **Batch.data) → (J, c); see `head.policy` and `head.likelihood`.
+      objective: (logp, **Batch.inputs) → (J, c); see `head.policy` and `head.likelihood`.
       aggregation, horizon: how tokens become a loss, see `objectives.aggregation`.
       micro_batches: pieces the mini-batch is computed in.
       temperature: of the sampling distribution.
@@ -137,31 +137,31 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
     out = model.hidden(
         batch.tokens, batch.positions, batch.segment_ids, settings.compute, routes=batch.routes
     )
-    inputs = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
+    operands = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
 
-    def loss_of(objective, inputs, weight_PxT, data):
+    def loss_of(objective, operands, weight_PxT, inputs):
         """Each token is predicted one place before it, so what belongs to it moves there."""
-        arrays = jax.tree.map(_before, (batch.tokens, weight_PxT, data))
+        arrays = jax.tree.map(_before, (batch.tokens, weight_PxT, inputs))
 
         def flat(a):
             return a.reshape(weight_PxT.size, *a.shape[2:])
 
         loss, trace = head_loss(
-            *inputs, *jax.tree.map(flat, arrays),
+            *operands, *jax.tree.map(flat, arrays),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
             entropy_bonus=settings.entropy_bonus,
         )  # fmt: skip
         trace = jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
         return loss, jax.tree.map(lambda a: jnp.roll(a, 1, axis=1), trace)
 
-    objective, data = settings.objective, batch.data
+    objective, inputs = settings.objective, batch.inputs
     if getattr(objective, "needs_sequences", False):
         # c of a token depends on the whole response: one pass for the logprobs, one for the rest.
         every = (batch.mask > 0).astype(jnp.float32)
-        _, first = loss_of(likelihood, jax.lax.stop_gradient(inputs), every, {})
-        J, c = objective(first.logp, **data, mask=batch.mask)
-        objective, data = given, {"J": J, "coefficient": c}
-    loss, trace = loss_of(objective, inputs, weight_PxT, data)
+        _, first = loss_of(likelihood, jax.lax.stop_gradient(operands), every, {})
+        J, c = objective(first.logp, **inputs, mask=batch.mask)
+        objective, inputs = given, {"J": J, "coefficient": c}
+    loss, trace = loss_of(objective, operands, weight_PxT, inputs)
     total = loss
     if settings.load_balance:
         balance = router_metrics(out.router)["router/balance_loss"]

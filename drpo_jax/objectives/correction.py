@@ -30,13 +30,13 @@ LEVELS = ("token", "sequence", "geometric")
 
 
 def mismatch_weight(
-    name: str, old_logp, sampler_logp, mask, level: str = "token", cap=2.0, floor=0.0
+    name: str, old_logp, full_logp, mask, level: str = "token", cap=2.0, floor=0.0
 ) -> jax.Array:
     """The weight of each token by which J and c are multiplied.
 
     Args:
       name: a key of `CORRECTIONS`.
-      old_logp, sampler_logp: [..., time], log π_old and log µ, nats.
+      old_logp, full_logp: [..., time], log π_old and log µ, nats.
       mask: [..., time], the response tokens, see `sequences`.
       level: one of `LEVELS`.
       cap, floor: bounds of ρ; the floor concerns `mis` alone.
@@ -52,7 +52,7 @@ def mismatch_weight(
     if level not in LEVELS:
         raise unknown("correction level", level, LEVELS)
     inside = jnp.asarray(mask) > 0
-    log_rho = jnp.where(inside, clamped(old_logp) - clamped(sampler_logp), 0.0)
+    log_rho = jnp.where(inside, clamped(old_logp) - clamped(full_logp), 0.0)
     if level != "token":
         log_rho = sequence_sum(log_rho, mask)
     if level == "geometric":

@@ -90,11 +90,11 @@ def weight_summary(
     return sums, extremes
 
 
-def mismatch_summary(sampler_logp, old_logp, logp, advantage, mask, delta) -> tuple[Sums, Extremes]:
+def mismatch_summary(full_logp, old_logp, logp, advantage, mask, delta) -> tuple[Sums, Extremes]:
     """How far the sampler's µ is from the learner's own, and what that does to the two weights.
 
     Args:
-      sampler_logp, old_logp: log µ of the sampled tokens as the sampler recorded it and as the
+      full_logp, old_logp: log µ of the sampled tokens as the sampler recorded it and as the
         learner scores it with the same weights, nats.
       logp: log π at the update.
       advantage: Â. The four arrays have one shape.
@@ -108,13 +108,12 @@ def mismatch_summary(sampler_logp, old_logp, logp, advantage, mask, delta) -> tu
         mismatch/mask_flips: share of tokens that DPPO-TV keeps under one µ and drops under the other;
         mismatch/weight_change: mean |Δw| of DRPO between the two.
     """
-    t = token(old_logp, sampler_logp, 0.0)
+    t = token(old_logp, full_logp, 0.0)
     mask = jnp.asarray(mask, bool)
 
     def change(name):
         ours, theirs = (
-            gradient_weight(name, logp, mu, advantage, delta=delta)
-            for mu in (old_logp, sampler_logp)
+            gradient_weight(name, logp, mu, advantage, delta=delta) for mu in (old_logp, full_logp)
         )
         return abs(ours - theirs)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import BadInput, bad_input, default_config, flatten
+from drpo_jax.config import default_config, flatten
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, read_metrics, series
 
 TOLD = (

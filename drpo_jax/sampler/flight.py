@@ -245,7 +245,7 @@ class Flight:
             tokens=rows,
             prompt_lengths=np.full(samples, start, np.int32),
             response_lengths=lengths,
-            logp=group["logp"],
+            sampled_logp=group["sampled_logp"],
             full_logp=group["full_logp"],
             entropy=group["entropy"],
             finished=np.isin(ends, params.stop),
@@ -263,7 +263,7 @@ class Flight:
         experts = config.experts_per_token if params.routes else 0
         return {
             "tokens": empty.astype(np.int32),
-            "logp": empty,
+            "sampled_logp": empty,
             "full_logp": empty.copy(),
             "entropy": empty.copy(),
             "top_ids": top.astype(np.int32),

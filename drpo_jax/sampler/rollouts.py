@@ -17,10 +17,11 @@ class Rollouts:
       tokens: int32 [N, P + R], prompt and response without a gap, zeros behind.
       prompt_lengths, response_lengths: int32 [N]; the stop token counts. Masks come from these, never
         from token ids.
-      logp: float32 [N, R], logprob of each response token under the distribution it was sampled from
-        (this is log µ; of greedy tokens, that of full_logp at temperature 1); zeros behind the
-        response.
-      full_logp: float32 [N, R], the same at the same temperature without top-k and top-p.
+      sampled_logp: float32 [N, R], logprob of each response token under the distribution it was drawn
+        from: temperature, top-k and top-p applied. Equal to full_logp for greedy tokens and where
+        nothing is filtered. Zeros behind the response. `logp` is another name for it.
+      full_logp: float32 [N, R], logprob under the full softmax at the sampling temperature (1 for
+        greedy tokens), before top-k and top-p. This is the default log µ of the objective.
       entropy: float32 [N, R], of the distribution that full_logp is of, in nats.
       finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
       top_ids, top_logp: int32 and float32 [N, R, K], the most likely tokens of the full
@@ -33,7 +34,7 @@ class Rollouts:
     tokens: np.ndarray
     prompt_lengths: np.ndarray
     response_lengths: np.ndarray
-    logp: np.ndarray
+    sampled_logp: np.ndarray
     full_logp: np.ndarray
     entropy: np.ndarray
     finished: np.ndarray
@@ -45,6 +46,11 @@ class Rollouts:
     def __len__(self):
         return len(self.tokens)
 
+    @property
+    def logp(self):
+        """`sampled_logp`."""
+        return self.sampled_logp
+
     @classmethod
     def concatenate(cls, parts):
         """The rows of several Rollouts of the same shapes as one."""
@@ -53,7 +59,7 @@ class Rollouts:
 
     def mask(self):
         """bool [N, R]: the response tokens."""
-        return np.arange(self.logp.shape[1]) < self.response_lengths[:, None]
+        return np.arange(self.sampled_logp.shape[1]) < self.response_lengths[:, None]
 
     def finish_reasons(self):
         """ "stop" or "length" of every response."""

@@ -107,7 +107,7 @@ class Sampled(NamedTuple):
 
     Attributes:
       token: int32 [B].
-      logp: float32 [B], its logprob under the distribution it was sampled from (temperature and
+      sampled_logp: float32 [B], its logprob under the distribution it was sampled from (temperature and
         filters applied): log µ.
       full_logp: float32 [B], the same without the filters.
       entropy: float32 [B], of the distribution without the filters, in nats.
@@ -116,7 +116,7 @@ class Sampled(NamedTuple):
     """
 
     token: jax.Array
-    logp: jax.Array
+    sampled_logp: jax.Array
     full_logp: jax.Array
     entropy: jax.Array
     top_ids: jax.Array
@@ -149,9 +149,9 @@ def sample_token(logits_BxV, uniform_B, params):
     log_total = largest[:, 0] + jnp.log(total)
     full_logp = _at(logits, token) - log_total
     entropy = log_total - jnp.sum(mass * logits, axis=-1) / total
-    logp = token_logp(filtered, token) if filtered is not logits else full_logp
+    sampled_logp = token_logp(filtered, token) if filtered is not logits else full_logp
     ids, top = _top(logits, token, params.top_logprobs)
-    return Sampled(token, logp, full_logp, entropy, ids, top - log_total[:, None])
+    return Sampled(token, sampled_logp, full_logp, entropy, ids, top - log_total[:, None])
 
 
 BLOCK = 256  # tokens whose probabilities are summed before the one is searched among them

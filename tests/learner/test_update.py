@@ -94,7 +94,7 @@ def loss_of_definition(model, batch, settings):
     log_p = jnp.roll(jax.nn.log_softmax(logits), 1, axis=1)
     logp = jnp.take_along_axis(log_p, batch.tokens[..., None], axis=-1)[..., 0]
     sequences = {"mask": mask} if settings.objective.needs_sequences else {}
-    value, _ = settings.objective(logp, **batch.data, **sequences)
+    value, _ = settings.objective(logp, **batch.inputs, **sequences)
     value -= settings.entropy_bonus * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     weight, denominator = token_weights(settings.aggregation, mask, settings.horizon)
     return -jnp.sum(jnp.where(mask, weight * value, 0.0)) / denominator
@@ -170,23 +170,23 @@ def test_a_correction_scales_the_tokens(state, batch):
     rng = np.random.default_rng(1)
     correction = rng.uniform(0.5, 2, batch.mask.shape).astype(np.float32)
     correction *= rng.random(batch.mask.shape) < 0.8
-    corrected = dataclasses.replace(batch, data=batch.data | {"correction": correction})
+    corrected = dataclasses.replace(batch, inputs=batch.inputs | {"correction": correction})
     assert np.any((correction == 0) & (batch.mask > 0))
-    scaled = dict(batch.data)  # J and c of surrogate are linear in the advantage
+    scaled = dict(batch.inputs)  # J and c of surrogate are linear in the advantage
     scaled["advantage"] = scaled["advantage"] * correction
     settings = dataclasses.replace(SETTINGS, objective=policy("surrogate"))
     run = jax.jit(functools.partial(gradients, settings=settings))
     ours, trace, metrics = run(state.model, corrected)
     assert np.all(trace.logp[batch.mask > 0] < 0)  # of dropped tokens as well
-    expected, _, same = run(state.model, dataclasses.replace(batch, data=scaled))
+    expected, _, same = run(state.model, dataclasses.replace(batch, inputs=scaled))
     np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-5)
     assert_gradients(ours, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
-    advantage = np.where(np.arange(N)[:, None] == 0, np.float32(bad), batch.data["advantage"])
-    poisoned = dataclasses.replace(batch, data=batch.data | {"advantage": advantage})
+    advantage = np.where(np.arange(N)[:, None] == 0, np.float32(bad), batch.inputs["advantage"])
+    poisoned = dataclasses.replace(batch, inputs=batch.inputs | {"advantage": advantage})
     adam = optax.adam(1e-3)
     start = init_state(state.model, adam)
     step = jax.jit(lambda s, b: update(s, b, settings=SETTINGS, optimizer=adam))

@@ -17,8 +17,8 @@ def pad(x):
     return np.pad(x, [(0, 3 - x.shape[0]), (0, 9 - x.shape[1])])
 
 
-def of_logprobs(name, old_logp, sampler_logp, mask, **keywords):
-    arrays = pad(np.float32(old_logp)), pad(np.float32(sampler_logp)), pad(np.int32(mask))
+def of_logprobs(name, old_logp, full_logp, mask, **keywords):
+    arrays = pad(np.float32(old_logp)), pad(np.float32(full_logp)), pad(np.int32(mask))
     result = mismatch_weight(name, *arrays, **keywords)
     assert result.dtype == np.float32 and result.shape == (3, 9)
     assert not np.asarray(result)[arrays[2] == 0].any()
@@ -26,8 +26,8 @@ def of_logprobs(name, old_logp, sampler_logp, mask, **keywords):
 
 
 def weight(name, ratio=RATIO, mask=MASK, **keywords):
-    sampler_logp = np.log(np.linspace(0.05, 0.2, ratio.size)).reshape(ratio.shape)
-    return of_logprobs(name, sampler_logp + np.log(ratio), sampler_logp, mask, **keywords)
+    full_logp = np.log(np.linspace(0.05, 0.2, ratio.size)).reshape(ratio.shape)
+    return of_logprobs(name, full_logp + np.log(ratio), full_logp, mask, **keywords)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def learner_trace(model, rollouts, temperature):
     layout = lay_out(*lengths, width=rollouts.tokens.shape[1])
     batch = make_batch(layout, rollouts.tokens, {"topk_ids": rollouts.top_ids})
     trace = jax.jit(lambda m, b: response_trace(m, b, settings))(model, batch)
-    return jax.tree.map(lambda a: layout.take(a, rollouts.logp.shape[1]), trace)
+    return jax.tree.map(lambda a: layout.take(a, rollouts.sampled_logp.shape[1]), trace)
 
 
 def test_logprobs_equal_the_learners(model, rollouts):
@@ -60,16 +60,16 @@ def test_logprobs_equal_the_learners(model, rollouts):
     assert mask.sum() > 40
     assert np.max(np.abs(rollouts.full_logp - logp)[mask]) <= 2e-5
     # Of the filtered distribution, which has lost mass:
-    gap = (rollouts.logp - rollouts.full_logp)[mask]
+    gap = (rollouts.sampled_logp - rollouts.full_logp)[mask]
     assert np.all(gap >= -1e-6) and np.max(gap) > 1e-3
-    assert not np.any(rollouts.logp[~mask]) and not np.any(rollouts.full_logp[~mask])
+    assert not np.any(rollouts.sampled_logp[~mask]) and not np.any(rollouts.full_logp[~mask])
 
 
 def test_top_logprobs_are_recorded(model, rollouts):
     params = dataclasses.replace(PARAMS, top_logprobs=3)
     more = Sampler(model, slots=6, decode_steps=5, prompt_length=8).generate(PROMPTS, params, KEY)
     np.testing.assert_array_equal(more.tokens, rollouts.tokens)
-    assert rollouts.top_ids.shape == (*rollouts.logp.shape, 0)
+    assert rollouts.top_ids.shape == (*rollouts.sampled_logp.shape, 0)
     mask = more.mask()
     assert np.all(np.diff(more.top_logp[mask][:, :2], axis=-1) <= 0)
     assert not np.any(more.top_logp[~mask])
@@ -86,7 +86,7 @@ def test_top_logprobs_are_recorded(model, rollouts):
 def test_rows_are_prompt_then_response_in_the_order_of_the_prompts(rollouts):
     n, width = len(PROMPTS) * PARAMS.samples, 8 + PARAMS.max_tokens
     assert len(rollouts) == n and rollouts.tokens.shape == (n, width)
-    assert rollouts.tokens.dtype == np.int32 and rollouts.logp.dtype == np.float32
+    assert rollouts.tokens.dtype == np.int32 and rollouts.sampled_logp.dtype == np.float32
     distinct = set()
     for row in range(n):
         prompt, response = PROMPTS[row // PARAMS.samples], rollouts.response(row)
@@ -116,7 +116,7 @@ def assert_same(a, b):
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.response_lengths, b.response_lengths)
     np.testing.assert_array_equal(a.finished, b.finished)
-    np.testing.assert_allclose(a.logp, b.logp, atol=2e-5)
+    np.testing.assert_allclose(a.sampled_logp, b.sampled_logp, atol=2e-5)
 
 
 def test_a_second_call_compiles_nothing(sampler, rollouts):
@@ -138,7 +138,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, sampler):
             token = tokens[row, start + t]
             assert token == np.argmax(logits[row, start + t - 1])
             np.testing.assert_allclose(
-                rollouts.logp[row, t], logp[row, start + t - 1, token], atol=2e-5
+                rollouts.sampled_logp[row, t], logp[row, start + t - 1, token], atol=2e-5
             )
     assert np.all(rollouts.response_lengths == 5) and not np.any(rollouts.finished)
 
@@ -155,8 +155,10 @@ def test_a_stop_token_first_and_a_single_token(model, sampler):
 def test_a_float8_cache_rounds_keys_and_values_alone(model, rollouts):
     new = partial(Sampler, model, slots=6, decode_steps=5, prompt_length=8, float8_cache=True)
     ours = new().generate(PROMPTS, PARAMS, KEY)
-    first = ours.logp[:, 0]
-    np.testing.assert_allclose(first, rollouts.logp[:, 0], atol=2e-5)  # prefill has none of it
+    first = ours.sampled_logp[:, 0]
+    np.testing.assert_allclose(
+        first, rollouts.sampled_logp[:, 0], atol=2e-5
+    )  # prefill has none of it
     same = np.all(ours.tokens == rollouts.tokens, axis=1)
     gap = np.abs(ours.full_logp - rollouts.full_logp)[same & (rollouts.response_lengths > 2)]
     assert same.sum() >= 3 and 1e-3 < gap[gap > 0].mean() < 0.1
@@ -172,7 +174,7 @@ def test_every_response_may_have_its_own_limit(model, sampler, rollouts):
     lengths = np.minimum(rollouts.response_lengths, limits.reshape(-1))
     np.testing.assert_array_equal(cut.response_lengths, lengths)
     mask = cut.mask()
-    np.testing.assert_allclose(cut.logp[mask], rollouts.logp[mask], atol=2e-5)
+    np.testing.assert_allclose(cut.sampled_logp[mask], rollouts.sampled_logp[mask], atol=2e-5)
     for wrong in (limits[:4], limits + 9, limits * 0):
         with pytest.raises(ValueError, match=r"integers \[prompts, samples\] = \[5, 3\] between 1"):
             sampler.generate(PROMPTS, PARAMS, KEY, wrong)

@@ -29,8 +29,9 @@ from drpo_jax.config import default_config, resolve
 from drpo_jax.models import Compute, from_pretrained
 from drpo_jax.parallel import make_mesh
 from drpo_jax.precision import get_recipe
-from drpo_jax.programs import Programs, perturb
+from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler
+from drpo_jax.weights import perturb
 
 MODEL = flags.DEFINE_string("model", "", "Also measure this Hugging Face directory.")
 

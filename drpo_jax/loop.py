@@ -29,8 +29,8 @@ from drpo_jax.objectives import (
     reward_penalty,
     with_spread,
 )
-from drpo_jax.parallel import make_mesh, multihost
-from drpo_jax.programs import Programs, shardings
+from drpo_jax.parallel import make_mesh, multihost, shardings
+from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, SamplingParams
 from drpo_jax.storage import path_of
 

@@ -39,7 +39,7 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
       path: a directory with config.json and safetensors files (with their index where they are many).
       dtype: of the parameters.
       shardings: a function from the abstract model (a `Transformer` of shapes) to a pytree of
-        shardings, such as `partial(programs.shardings, mesh)`; None puts all on the default device.
+        shardings, such as `partial(parallel.shardings, mesh)`; None puts all on the default device.
 
     Returns:
       (Transformer, ModelConfig).

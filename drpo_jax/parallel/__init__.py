@@ -11,6 +11,7 @@ from drpo_jax.parallel.axes import (
     partition_spec,
 )
 from drpo_jax.parallel.mesh import check_mesh, make_mesh
+from drpo_jax.parallel.placement import is_param, shardings, with_shardings
 
 __all__ = [
     "BATCH_AXES",
@@ -20,7 +21,10 @@ __all__ = [
     "batch_shards",
     "check_mesh",
     "constrain",
+    "is_param",
     "make_mesh",
     "named_sharding",
     "partition_spec",
+    "shardings",
+    "with_shardings",
 ]

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from drpo_jax.models import from_pretrained, save_pretrained
 from drpo_jax.models import huggingface as H
-from drpo_jax.parallel import make_mesh
-from drpo_jax.programs import shardings
+from drpo_jax.parallel import make_mesh, shardings
 from tests.fixtures.load import CASES, stored, write
 
 

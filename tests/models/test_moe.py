@@ -9,9 +9,8 @@ from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
 from drpo_jax.models import experts as expert_parallel
 from drpo_jax.models.grouped import make_layout, megablox_dw, part_of
 from drpo_jax.models.moe import MoE
-from drpo_jax.parallel import make_mesh, named_sharding
+from drpo_jax.parallel import make_mesh, named_sharding, shardings
 from drpo_jax.precision import get_recipe
-from drpo_jax.programs import shardings
 from tests.fixtures import routes
 
 D, F = 8, 6

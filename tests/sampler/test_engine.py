@@ -8,8 +8,7 @@ import pytest
 
 from drpo_jax.learner import UpdateSettings, lay_out, likelihood, make_batch, response_trace
 from drpo_jax.models import Compute, ModelConfig, Ring, Transformer, router_metrics
-from drpo_jax.parallel import SAMPLER_RULES, make_mesh
-from drpo_jax.programs import shardings
+from drpo_jax.parallel import SAMPLER_RULES, make_mesh, shardings
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.sampler.sizes import ring_sizes
 from drpo_jax.sampler.slots import decode, empty_slots

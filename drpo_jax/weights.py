@@ -1,0 +1,64 @@
+"""The weights that the sampler gets: the learner's, perturbed if asked for, in the recipe's formats.
+
+How each parameter is treated stands in its own metadata, see `models.layers.param`.
+"""
+
+from itertools import count
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+
+from drpo_jax.models import Transformer
+from drpo_jax.parallel import is_param
+from drpo_jax.precision import MatmulRecipe, dequantize, quantize_weight
+
+
+def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
+    """Multiplies every weight but those of norms by 1 + noise · N(0, 1).
+
+    Args:
+      model: a `Transformer`, or any pytree of parameters.
+      key: PRNG key; not needed where `noise` is 0.
+      noise: relative standard deviation; 0 returns `model` itself.
+
+    Returns:
+      A pytree like `model`.
+    """
+    if not noise:
+        return model
+    places = count()
+
+    def change(path, weight):
+        draw = jax.random.normal(jax.random.fold_in(key, next(places)), weight.shape)
+        norm = path[-1].name.endswith("norm")
+        return weight if norm else weight.replace(weight[...] * (1 + noise * draw))
+
+    return jax.tree_util.tree_map_with_path(change, model, is_leaf=is_param)
+
+
+def sampler_weights(
+    model: Transformer, *, recipe: MatmulRecipe, dtype: DTypeLike, codes: bool
+) -> Transformer:
+    """The model as the sampler runs it, with its layers one by one.
+
+    Projections are quantized as the recipe says, embedding, head and biases are cast to `dtype`, and
+    router, norms and the decay of a DeltaNet stay float32.
+
+    Args:
+      model: float32 master weights, layers stacked.
+      recipe: the sampler's matmul recipe. Without a `weight` dtype, projections are cast to `dtype`.
+      dtype: of activations.
+      codes: keep quantized weights as `Quantized` (float8 in memory, dequantized at every use).
+        Otherwise hold the values that the codes represent, in `dtype`.
+    """
+
+    def convert(path, weight):
+        name, value = path[-1].name, weight[...]
+        if name.endswith("_proj") and recipe.weight is not None:
+            quantized = quantize_weight(value, recipe)
+            return weight.replace(quantized if codes else dequantize(quantized, dtype))
+        keep = name.endswith("norm") or name in ("router", "A_log", "dt_bias")
+        return weight if keep else weight.replace(value.astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_param).unstacked()

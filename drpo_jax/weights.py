@@ -1,6 +1,6 @@
-"""The weights that the sampler gets: the learner's, perturbed if asked for, in the recipe's formats.
+"""The weights of the sampler: those of the learner, optionally perturbed, in the recipe's formats.
 
-How each parameter is treated stands in its own metadata, see `models.layers.param`.
+The metadata of each parameter says how it is treated, see `models.layers.param`.
 """
 
 from itertools import count
@@ -15,7 +15,7 @@ from drpo_jax.precision import MatmulRecipe, dequantize, quantize_weight
 
 
 def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
-    """Multiplies every weight but those of norms by 1 + noise · N(0, 1).
+    """Multiplies every parameter but the scales of norms by 1 + noise · N(0, 1).
 
     Args:
       model: a `Transformer`, or any pytree of parameters.
@@ -29,12 +29,13 @@ def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
         return model
     places = count()
 
-    def change(path, weight):
+    def change(weight):
         draw = jax.random.normal(jax.random.fold_in(key, next(places)), weight.shape)
-        norm = path[-1].name.endswith("norm")
-        return weight if norm else weight.replace(weight[...] * (1 + noise * draw))
+        if not weight.get_metadata()["noise"]:
+            return weight
+        return weight.replace(weight[...] * (1 + noise * draw))
 
-    return jax.tree_util.tree_map_with_path(change, model, is_leaf=is_param)
+    return jax.tree.map(change, model, is_leaf=is_param)
 
 
 def sampler_weights(
@@ -42,8 +43,8 @@ def sampler_weights(
 ) -> Transformer:
     """The model as the sampler runs it, with its layers one by one.
 
-    Projections are quantized as the recipe says, embedding, head and biases are cast to `dtype`, and
-    router, norms and the decay of a DeltaNet stay float32.
+    Projections are quantized as the recipe says. Embedding, head and biases are cast to `dtype`.
+    Router, norms and the decay of a DeltaNet stay float32.
 
     Args:
       model: float32 master weights, layers stacked.
@@ -53,12 +54,13 @@ def sampler_weights(
         Otherwise hold the values that the codes represent, in `dtype`.
     """
 
-    def convert(path, weight):
-        name, value = path[-1].name, weight[...]
-        if name.endswith("_proj") and recipe.weight is not None:
-            quantized = quantize_weight(value, recipe)
+    def convert(weight):
+        sync = weight.get_metadata()["sync"]
+        if sync == "keep":
+            return weight
+        if sync == "quantize" and recipe.weight is not None:
+            quantized = quantize_weight(weight[...], recipe)
             return weight.replace(quantized if codes else dequantize(quantized, dtype))
-        keep = name.endswith("norm") or name in ("router", "A_log", "dt_bias")
-        return weight if keep else weight.replace(value.astype(dtype))
+        return weight.replace(weight[...].astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_param).unstacked()
+    return jax.tree.map(convert, model, is_leaf=is_param).unstacked()

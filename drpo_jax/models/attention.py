@@ -28,16 +28,20 @@ class Attention(nnx.Module):
         n, k = config.heads * h, config.kv_heads * h
         queries = 2 * n if config.attention_gate else n
         keys = jax.random.split(key, 4)
-        self.q_proj = param(fan_in_normal(keys[0], (d, queries), d), ("embed", "heads"))
-        self.k_proj = param(fan_in_normal(keys[1], (d, k), d), ("embed", "kv_heads"))
-        self.v_proj = param(fan_in_normal(keys[2], (d, k), d), ("embed", "kv_heads"))
-        self.o_proj = param(fan_in_normal(keys[3], (n, d), n), ("heads", "embed"))
+        self.q_proj = param(fan_in_normal(keys[0], (d, queries), d), ("embed", "heads"), "quantize")
+        self.k_proj = param(fan_in_normal(keys[1], (d, k), d), ("embed", "kv_heads"), "quantize")
+        self.v_proj = param(fan_in_normal(keys[2], (d, k), d), ("embed", "kv_heads"), "quantize")
+        self.o_proj = param(fan_in_normal(keys[3], (n, d), n), ("heads", "embed"), "quantize")
         self.q_norm = norm_scale(config, h) if config.qk_norm else None
         self.k_norm = norm_scale(config, h) if config.qk_norm else None
-        biased = config.attention_bias
-        self.q_bias = param(jnp.zeros((queries,)), ("heads",)) if biased else None
-        self.k_bias = param(jnp.zeros((k,)), ("kv_heads",)) if biased else None
-        self.v_bias = param(jnp.zeros((k,)), ("kv_heads",)) if biased else None
+
+        def bias(width, axis):
+            if not config.attention_bias:
+                return None
+            return param(jnp.zeros((width,)), (axis,), "cast", decay=False)
+
+        self.q_bias = bias(queries, "heads")
+        self.k_bias, self.v_bias = bias(k, "kv_heads"), bias(k, "kv_heads")
         self.config = config
 
     def project(self, x, angles, compute):

@@ -69,16 +69,21 @@ class GatedDeltaNet(nnx.Module):
         values = n * config.linear_value_dim
         channels = 2 * heads * config.linear_key_dim + values
         keys = jax.random.split(key, 7)
-        self.qkv_proj = param(fan_in_normal(keys[0], (d, channels), d), ("embed", "heads"))
-        self.z_proj = param(fan_in_normal(keys[1], (d, values), d), ("embed", "heads"))
-        self.out_proj = param(fan_in_normal(keys[2], (values, d), values), ("heads", "embed"))
-        self.beta_gate = param(fan_in_normal(keys[3], (d, n), d), ("embed", "heads"))
-        self.decay_gate = param(fan_in_normal(keys[4], (d, n), d), ("embed", "heads"))
-        self.conv = param(fan_in_normal(keys[5], (width, channels), width), (None, "heads"))
+        self.qkv_proj = param(
+            fan_in_normal(keys[0], (d, channels), d), ("embed", "heads"), "quantize"
+        )
+        self.z_proj = param(fan_in_normal(keys[1], (d, values), d), ("embed", "heads"), "quantize")
+        self.out_proj = param(
+            fan_in_normal(keys[2], (values, d), values), ("heads", "embed"), "quantize"
+        )
+        self.beta_gate = param(fan_in_normal(keys[3], (d, n), d), ("embed", "heads"), "cast")
+        self.decay_gate = param(fan_in_normal(keys[4], (d, n), d), ("embed", "heads"), "cast")
+        self.conv = param(fan_in_normal(keys[5], (width, channels), width), (None, "heads"), "cast")
         decay = jax.random.uniform(keys[6], (n,), jnp.float32, 0.01, 16.0)
-        self.A_log = param(jnp.log(decay), ("heads",))
-        self.dt_bias = param(jnp.ones((n,)), ("heads",))
-        self.norm = param(jnp.ones((config.linear_value_dim,)), ("norm",))
+        self.A_log = param(jnp.log(decay), ("heads",), "keep", decay=False)
+        self.dt_bias = param(jnp.ones((n,)), ("heads",), "keep", decay=False)
+        norm = jnp.ones((config.linear_value_dim,))
+        self.norm = param(norm, ("norm",), "keep", noise=False, decay=False)
         self.key_heads, self.key_dim = heads, config.linear_key_dim
         self.value_dim, self.eps = config.linear_value_dim, config.rms_eps
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache, partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,26 @@ class Compute:
         return {"cpu": "blocked", "tpu": "megablox"}.get(self.device(), "ragged_dot")
 
 
-def param(value, axes):
-    """An `nnx.Param` that knows its logical axes (without the leading "layers" of a stack)."""
-    return nnx.Param(value, axes=axes)
+def param(
+    value: jax.Array,
+    axes: tuple[str | None, ...],
+    sync: Literal["quantize", "cast", "keep"],
+    noise: bool = True,
+    decay: bool = True,
+) -> nnx.Param:
+    """A parameter, with everything that other modules need to know of it as metadata.
+
+    Args:
+      value: float32, its initial value.
+      axes: its logical axes, without the leading "layers" axis of a stack.
+      sync: what the weight sync does with it for the sampler. "quantize": round it to float8 as the
+        precision recipe says, or cast it where the recipe quantizes no weights. "cast": cast it to
+        the compute dtype. "keep": leave it float32.
+      noise: whether `precision.noise` perturbs it.
+      decay: whether weight decay should reach it: true for matrices, false for scales and biases.
+        No optimizer reads this yet; AdamW decays every parameter.
+    """
+    return nnx.Param(value, axes=axes, sync=sync, noise=noise, decay=decay)
 
 
 def value(weight):
@@ -149,7 +167,8 @@ def fan_in_normal(key, shape, fan_in):
 
 def norm_scale(config, width):
     """The scale of an RMS norm that does nothing yet: ones, or zeros where norms are zero-centred."""
-    return param(jnp.full((width,), 1.0 - config.norm_offset, jnp.float32), ("norm",))
+    scale = jnp.full((width,), 1.0 - config.norm_offset, jnp.float32)
+    return param(scale, ("norm",), "keep", noise=False, decay=False)
 
 
 def rms_norm(x, scale, eps, offset=0.0):

@@ -23,9 +23,9 @@ class MLP(nnx.Module):
     def __init__(self, config, key, size=None):
         d, f = config.hidden_size, size or config.mlp_size
         keys = jax.random.split(key, 3)
-        self.gate_proj = param(fan_in_normal(keys[0], (d, f), d), ("embed", "mlp"))
-        self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"))
-        self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"))
+        self.gate_proj = param(fan_in_normal(keys[0], (d, f), d), ("embed", "mlp"), "quantize")
+        self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"), "quantize")
+        self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"), "quantize")
 
     def __call__(self, x, valid, compute, routes=None):
         y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
@@ -39,16 +39,16 @@ class MoE(nnx.Module):
     def __init__(self, config, key):
         d, f, e = config.hidden_size, config.expert_size, config.experts
         keys = jax.random.split(key, 4)
-        self.router = param(fan_in_normal(keys[0], (d, e), d), ("embed", "router"))
-        self.gate_proj = param(fan_in_normal(keys[1], (e, d, f), d), AXES[0])
-        self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), AXES[1])
-        self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), AXES[2])
+        self.router = param(fan_in_normal(keys[0], (d, e), d), ("embed", "router"), "keep")
+        self.gate_proj = param(fan_in_normal(keys[1], (e, d, f), d), AXES[0], "quantize")
+        self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), AXES[1], "quantize")
+        self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), AXES[2], "quantize")
         self.experts_per_token = config.experts_per_token
         both = jax.random.split(jax.random.fold_in(key, 1))
         size = config.shared_expert_size
         self.shared = MLP(config, both[0], size) if size else None
         gate = fan_in_normal(both[1], (d, 1), d)
-        self.shared_gate = param(gate, ("embed", None)) if size else None
+        self.shared_gate = param(gate, ("embed", None), "cast") if size else None
 
     def __call__(self, x, valid, compute, routes=None):
         """x [..., D] → (y [..., D], what the router did).

@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
         keys = jax.random.split(key, 3)
         d, v = config.hidden_size, config.vocab_size
         self.config = config
-        self.embed = param(fan_in_normal(keys[0], (v, d), d), ("vocab", "embed"))
+        self.embed = param(fan_in_normal(keys[0], (v, d), d), ("vocab", "embed"), "cast")
         every = config.full_attention_every
         unit = Block if every == 1 else Group
         self.blocks = jax.vmap(partial(unit, config))(
@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
         )
         self.final_norm = norm_scale(config, d)
         if not config.tie_embeddings:
-            self.lm_head = param(fan_in_normal(keys[2], (d, v), d), ("embed", "vocab"))
+            self.lm_head = param(fan_in_normal(keys[2], (d, v), d), ("embed", "vocab"), "cast")
 
     def head_weight(self):
         """The head's weight [D, V], float32; the transposed embedding when tied."""

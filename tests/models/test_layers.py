@@ -49,7 +49,9 @@ def test_sharded_weights_have_the_codes_of_whole_ones(axes):
     w = np.exp(4 * rng.normal(size=(D, D))).astype(np.float32)
 
     def product(x, w, g):
-        y, pullback = jax.vjp(lambda x, w: project(x, param(w, axes), Compute(matmul=HYBRID)), x, w)
+        y, pullback = jax.vjp(
+            lambda x, w: project(x, param(w, axes, "quantize"), Compute(matmul=HYBRID)), x, w
+        )
         return y, *pullback(g)
 
     expected = jax.jit(product)(x, w, g)

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from drpo_jax import calls, costs, loop, preflight
 from drpo_jax import config as C
-from drpo_jax import costs, loop, preflight
 from drpo_jax.cli import load_config
 from drpo_jax.costs.chips import has_libtpu, libtpu_requirement
 from drpo_jax.learner import TokenTrace
@@ -22,7 +22,7 @@ from drpo_jax.programs import Programs
 ROOT = Path(__file__).parents[1]
 SMALLEST = str(ROOT / "tests" / "smallest.py")
 MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}
-KINDS = {"arguments", "beside", "results", "temporaries", "total"}
+KINDS = {"arguments", "resident", "results", "temporaries", "total"}
 
 
 def run(*arguments, **environment):
@@ -69,7 +69,7 @@ def test_eight_cpu_devices(tmp_path):
     update = found["programs"]["update"]
     memory = update["memory"]
     assert memory["arguments"]["learner state"] == costs.device_bytes(state)
-    assert found["programs"]["sync"]["memory"]["beside"] == {
+    assert found["programs"]["sync"]["memory"]["resident"] == {
         "optimizer state": costs.device_bytes(state.opt_state)
     }
     assert memory["total"] > costs.device_bytes(state) and memory["results"] < memory["total"]
@@ -92,15 +92,15 @@ def test_what_does_not_fit(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "sync does not fit: " in out and "KiB too much" in out and "It fits" not in out
 
-    def advice(largest, program="update", relief="less", problem="", **more):
+    def advice(largest, program="update", remedy="less", problem="", **more):
         resolved, mesh = config(**more), SimpleNamespace(shape={"data": more.pop("mesh__data", 1)})
-        known = costs.Program(program, None, {}, relief=relief)
+        known = costs.Program(program, None, {}, remedy=remedy)
         parts = {"temporaries": 1.0, "results": 0.0} | largest
         own = {name: parts.pop(name) for name in ("temporaries", "results")}
         cost = costs.Cost(known, 0.0, parts, {}, available=2.0, work=None, problem=problem, **own)
         return preflight.advice(cost, resolved, mesh)
 
-    text = advice({"temporaries": 3 * 2**30}, relief="a smaller train.micro_batch")
+    text = advice({"temporaries": 3 * 2**30}, remedy="a smaller train.micro_batch")
     assert "update does not fit: 3 GiB too much" in text
     assert "temporaries takes the most, 3 GiB. Try a smaller train.micro_batch." in text
     unread = advice({}, problem="RESOURCE_EXHAUSTED: vmem")
@@ -114,7 +114,7 @@ def test_what_does_not_fit(monkeypatch, capsys):
     assert "mesh.fsdp instead of mesh.data = 2" in copies
 
 
-def test_relief_of_the_temporaries():
+def test_remedies_for_large_temporaries():
     known = new_programs(train__micro_batch=8)
     assert preflight.smaller(known, "train") == "compute.remat = 'full'"
     below = "train.micro_batch below 8, a multiple of 4"
@@ -166,8 +166,8 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     data, _, _ = loop.objective_inputs(fake, None, rollouts, reward.astype(np.float32), 0, False)
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, data)
-    names, replay = preflight.update_arrays(programs), programs.config.train.routing_replay
-    expected = preflight.abstract_batch(programs, 8, names, replay)
+    names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
+    expected = calls.abstract_batch(programs, 8, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -178,7 +178,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     assert listed["update"].calls == 2 and listed["warm start"].calls == 0
     old = [names for names in scored if names] or [set()]
     assert set(listed["rescore"].arguments["batch"].inputs) == old[0]
-    assert ("reference model" in listed["update"].beside) == ("k3" in case)
+    assert ("reference model" in listed["update"].resident) == ("k3" in case)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
@@ -190,7 +190,7 @@ def test_configs_need_no_checkpoint(path):
     ("arguments", "message"),
     [
         ((), "--topology=SLICE is missing"),
-        (("--topology=v5p:4x4",), "topology 'v5p:4x4' is none"),
+        (("--topology=v5p:4x4",), "unknown topology 'v5p:4x4'"),
         (("--topology=cpu:6", "--config.mesh.fsdp=4"), "needs 4 devices, there are 6"),
         (
             ("--topology=cpu:1", "--programs=updat"),

@@ -1,11 +1,11 @@
-"""What programs cost on chips that one does not have.
+"""Memory, FLOPs and traffic of compiled programs, for accelerators that need not be present.
 
-chips    the chips, their numbers, and how to compile for them
-hlo      the text of a compiled program, taken apart
-counts   what it does: collectives, matmuls, memory traffic
-flops    what the model's equations need
-program  a program of a run, compiled and counted
-table    for people, and for tools
+chips    accelerators, their peak rates, and how to compile for them
+hlo      parser for the text of a compiled program
+counts   collectives, matmul FLOPs and memory traffic of that text
+flops    FLOPs by the equations of the model
+program  one program of a run, compiled and counted
+table    the results as tables and as JSON
 """
 
 from drpo_jax.costs.chips import CHIPS, Chip, get_devices

@@ -1,4 +1,4 @@
-"""The chips that programs are compiled for, and how to get at their compiler without having them."""
+"""Accelerators that programs are compiled for, and access to their compilers without the hardware."""
 
 import dataclasses
 import importlib.metadata
@@ -16,14 +16,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device as JAX lists it (v4 and v5p: a chip with two cores; tpu7x: half a chip).
+    """One device as JAX lists it: a chip with two cores on v4 and v5p, half a chip on tpu7x.
 
     Attributes:
-      name: as topologies name it.
+      name: the name in topologies, such as "v5p".
       memory: bytes of HBM that the compiler lets a program use.
-      flops: peak FLOP/s by dtype of the operands: bfloat16, and float8 and int8 where they are faster.
-      bandwidth: bytes/s from and to HBM.
-      links: bytes/s that it can send to other chips, over all its links together.
+      flops: peak FLOP/s by operand dtype: bfloat16, and float8 and int8 where they are faster.
+      bandwidth: HBM bandwidth in bytes/s, reads and writes together.
+      links: bytes/s that the device can send to others, over all its links together.
     """
 
     name: str
@@ -33,17 +33,17 @@ class Chip:
     links: float
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of matmuls that compute in `dtype`; 0 where it is not known.
+        """Peak FLOP/s of matmuls that compute in `dtype`; 0 where it is unknown.
 
-        float32 is multiplied as such (`precision.dot_precision`): six passes of bfloat16.
+        A float32 matmul takes six passes of bfloat16, see `precision.dot_precision`.
         """
         peak = self.flops.get("bfloat16", 0.0)
         return peak / 6 if dtype == "float32" else peak
 
 
-# Memory: what the compiler (libtpu 0.0.42) names as available when a program is too large. The rest:
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; half of the interconnect's bandwidth in both
-# directions, and for v4 its six links of 50 GB/s (Jouppi et al., arXiv 2304.01433).
+# Memory is what the compiler (libtpu 0.0.42) reports as available when a program is too large. The
+# other figures are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; `links` is half of the
+# bidirectional interconnect bandwidth. v4 has six links of 50 GB/s (Jouppi et al., arXiv 2304.01433).
 CHIPS = {
     "v4": Chip("v4", 30.75 * GIB, {"bfloat16": 275e12}, 1200e9, 300e9),
     "v5e": Chip("v5e", 15.75 * GIB, {"bfloat16": 197e12, "int8": 393e12}, 819e9, 200e9),
@@ -57,31 +57,32 @@ CHIPS = {
         600e9 / 2,
     ),
 }
+# Dimensions of a slice.
 SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3, "cpu": 1}
-# Accelerator types count TensorCores, two on a chip, where chips have two: v5p:4x4x4 is a v5p-128.
+# Accelerator types count TensorCores: with two cores on a chip, v5p:4x4x4 is a v5p-128.
 TYPES = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 TYPES["tpu7x"] = ("tpu7x", 2)
 
 
 def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
-    """'v5p:4x4x4' → ('v5p', (4, 4, 4)); 'cpu:8' → ('cpu', (8,)).
+    """Parses a topology: 'v5p:4x4x4' → ('v5p', (4, 4, 4)), 'cpu:8' → ('cpu', (8,)).
 
     Raises:
-      ValueError: another text.
+      ValueError: the text is not a topology.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     name = match[1] if match else ""
     sides = tuple(int(n) for n in match[2].split("x")) if match else ()
     if name not in SIDES or len(sides) != SIDES[name] or min(sides) < 1:
         raise ValueError(
-            f"topology {text!r} is none: v4, v5p and tpu7x have three sides (v5p:4x4x4), v5e and v6e "
-            "two (v6e:4x4), and cpu a number (cpu:8)"
+            f"unknown topology {text!r}: v4, v5p and tpu7x have three dimensions (v5p:4x4x4), v5e and "
+            "v6e have two (v6e:4x4), and cpu takes a number of devices (cpu:8)"
         )
     return name, sides
 
 
 def accelerator_type(name: str, sides: Sequence[int]) -> str:
-    """What Google Cloud calls a slice of that shape, such as v5p-128."""
+    """The accelerator type of a slice at Google Cloud, such as v5p-128."""
     prefix, count = TYPES[name]
     for side in sides:
         count *= side
@@ -89,15 +90,15 @@ def accelerator_type(name: str, sides: Sequence[int]) -> str:
 
 
 def get_devices(topology: str) -> tuple[list, Chip]:
-    """The devices of a topology, to compile for and not to run on, and what each of them is.
+    """The devices of a topology, for compilation only, and the kind of each.
 
-    For a TPU this sets the variables that libtpu reads and keeps JAX from looking for accelerators;
-    for "cpu:8" it makes JAX take this machine for eight devices (each with an eighth of its memory).
-    Both need a process in which JAX has not started yet.
+    For a TPU this sets the environment variables that libtpu reads, and keeps JAX from looking for
+    accelerators. For "cpu:8" it makes JAX present this machine as eight devices, each with an eighth of
+    the memory. Both require a process in which JAX has not initialized its backends.
 
     Raises:
-      ValueError: no topology, or one that the chip is not built in; libtpu is missing (the message has
-        the command that installs it); or JAX has started already.
+      ValueError: the topology is unknown, or no slice of the chip has this shape; libtpu is missing
+        (the message has the command that installs it); or JAX has already initialized.
     """
     name, sides = parse_topology(topology)
     try:
@@ -106,41 +107,42 @@ def get_devices(topology: str) -> tuple[list, Chip]:
             jax.config.update("jax_num_cpu_devices", sides[0])
     except RuntimeError as error:
         raise ValueError(
-            f"topology {topology} has to be chosen before JAX starts, in a new process: {error}"
+            f"topology {topology} has to be set before JAX initializes, in a new process: {error}"
         ) from None
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return jax.devices(), Chip("cpu", memory / sides[0], {}, 0.0, 0.0)
     if not has_libtpu():
         raise ValueError(
-            f"topology {topology} needs the TPU's compiler, libtpu, which needs no TPU: "
+            f"topology {topology} needs the TPU compiler, libtpu (no TPU required): "
             f"pip install --no-deps '{libtpu_requirement()}'"
         )
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=accelerator_type(name, sides),
         TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # compiles only, takes no TPU
     )
     options = {"chips_per_host_bounds": (*(min(2, side) for side in sides[:2]), 1)}
     if name == "v4":
-        options["chip_config_name"] = "megacore"  # as it is on a TPU VM: a chip is a device
+        options["chip_config_name"] = "megacore"  # as on a TPU VM, where a chip is a device
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"there is no topology {topology}: the first two sides must be even, or 1 ({error})"
+            f"no {name} slice has the shape of {topology}: the first two dimensions must be even, or 1 "
+            f"({error})"
         ) from None
-    return list(found.devices), CHIPS[name]
+    return list(slice_.devices), CHIPS[name]
 
 
 def has_libtpu() -> bool:
-    """Whether the TPU's compiler is there, as a package or where TPU_LIBRARY_PATH points."""
+    """Whether the TPU compiler is available, as a package or at TPU_LIBRARY_PATH."""
     path = os.environ.get("TPU_LIBRARY_PATH")
     return Path(path).is_file() if path else importlib.util.find_spec("libtpu") is not None
 
 
 def libtpu_requirement() -> str:
-    """The version of libtpu that the installed JAX asks for, as pip writes it."""
+    """The libtpu requirement of the installed JAX, in pip's syntax."""
     needs = importlib.metadata.requires("jax") or ()
     return next(need for need in needs if need.startswith("libtpu")).split(";")[0].strip()

@@ -1,6 +1,7 @@
-"""What a compiled program does, counted in its text: collectives, matmuls, memory traffic.
+"""Collectives, matmul FLOPs and memory traffic of a compiled program, counted in its text.
 
-The compiler's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs.
+The compiler's own `cost_analysis` counts the body of a loop once. These counts multiply it by the
+loop's trip count.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program.
+    """One collective of a program.
 
     Attributes:
       kind: one of `KINDS`.
-      sent: bytes that a device sends each time, round a ring: of n devices with s bytes each, (n − 1) s
-        for an all-gather, (n − 1) / n s for a reduce-scatter or an all-to-all, and both of the latter
-        for an all-reduce.
-      times: how often, in one call of the program.
-      certain: False in a loop whose length is not known.
-      shapes: of what a device gives, such as "f32[37984,2560]".
+      sent: bytes that a device sends in one execution, on a ring. With n devices and s bytes on each,
+        an all-gather sends (n − 1) s, a reduce-scatter or an all-to-all (n − 1) / n s, and an
+        all-reduce 2 (n − 1) / n s.
+      times: executions in one call of the program.
+      certain: False inside a loop of unknown trip count.
+      shapes: shapes of a device's operands, such as "f32[37984,2560]".
       source: the operation in the model's code that it comes from, as JAX names it.
     """
 
@@ -43,37 +44,37 @@ class Collective:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Every collective that runs; an asynchronous one counts where it starts."""
-    found = []
+    """Every collective that runs. An asynchronous one counts at its start."""
+    listed = []
     for site in module.sites():
         instruction = site.instruction
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
         fused = {i.opcode for i in site.computation.values()} if site.fused else ()
-        if kind == "all-reduce" and "dynamic-slice" in fused:  # so TPUs reduce and scatter
+        if kind == "all-reduce" and "dynamic-slice" in fused:  # a reduce-scatter on TPU
             kind = "reduce-scatter"
         count = 1 if kind == "ragged-all-to-all" else len(instruction.operands)
-        given = [shape for i in range(count) for shape in site.operand(i).shapes]
+        operands = [shape for i in range(count) for shape in site.operand(i).shapes]
         n = _group_size(instruction, module.devices)
         share = {
             "all-gather": n - 1,
             "all-reduce": 2 * (n - 1) / n,
             "collective-permute": 1,
         }.get(kind, (n - 1) / n)
-        shapes = " ".join(f"{s.dtype}[{','.join(map(str, s.sizes))}]" for s in given)
+        shapes = " ".join(f"{s.dtype}[{','.join(map(str, s.sizes))}]" for s in operands)
         source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        found.append(
+        listed.append(
             Collective(
-                kind, share * sum(s.bytes for s in given), site.times, site.certain, shapes,
+                kind, share * sum(s.bytes for s in operands), site.times, site.certain, shapes,
                 source[1] if source else "",
             )
         )  # fmt: skip
-    return found
+    return listed
 
 
 def matmul_flops(module: Module) -> float:
-    """FLOPs of all matmuls and convolutions on a device; kernels (Pallas) are not looked into."""
+    """FLOPs of all matmuls and convolutions on a device, Pallas kernels not included."""
     flops = 0
     for site in module.sites():
         instruction = site.instruction
@@ -90,7 +91,7 @@ def matmul_flops(module: Module) -> float:
 
 
 def memory_traffic(module: Module) -> float:
-    """Bytes that a device moves from and to HBM: what each instruction, or fusion, reads and writes."""
+    """Bytes that a device reads from and writes to HBM, summed over instructions and fusions."""
     return sum(
         site.times * _traffic(site, module)
         for site in module.sites()
@@ -99,8 +100,11 @@ def memory_traffic(module: Module) -> float:
 
 
 def out_of_memory(message: str) -> float | None:
-    """The bytes of HBM that a program needs, arguments and results included, as the error says with
-    which the compiler gives up; None where it says nothing of the kind."""
+    """Bytes of HBM that a program needs, arguments and results included, from the compiler's error.
+
+    Returns:
+      None if the message does not contain them.
+    """
     number = r"([\d.]+)([KMGT]?)"
     for pattern in (rf"total memory required[^()]*\({number}\)", rf"Used {number} of \S+ hbm"):
         if match := re.search(pattern, message):
@@ -109,6 +113,7 @@ def out_of_memory(message: str) -> float | None:
     return None
 
 
+# Instructions without memory traffic of their own.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
     "after-all", "add-dependency", "async-start", "partition-id", "replica-id", "opt-barrier", "iota",
@@ -116,7 +121,7 @@ _FREE = {
 
 
 def _group_size(instruction, devices):
-    """Over how many devices a collective goes."""
+    """The number of devices that take part in a collective."""
     groups = re.search(
         r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})",
         instruction.attributes,
@@ -133,7 +138,7 @@ def _group_size(instruction, devices):
 
 
 def _convolution(site):
-    """Multiplications of a convolution, which is how the TPU's compiler writes every matmul."""
+    """Multiplications of a convolution. The TPU compiler writes every matmul as one."""
     instruction = site.instruction
     left, right, out = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
     sizes = [site.operand(0).shapes[0].sizes, site.operand(1).shapes[0].sizes]
@@ -150,7 +155,7 @@ def _convolution(site):
         )
         before = int(number("pad", "0_0").split("_")[0])
         inputs = (sizes[0][left.index(str(i))] - 1) * spread + 1
-        # Output o and window w meet at one place of the input, if it is neither padding nor a gap.
+        # Output o and window w meet at one position of the input; padding and gaps do not count.
         count *= sum(
             0 <= place < inputs and place % spread == 0
             for o in range(result[out.index(str(i))])
@@ -167,11 +172,11 @@ def _traffic(site, module):
         return 0
     operands = [site.computation[name] for name in instruction.operands]
     shapes = instruction.shapes
-    if opcode.endswith("-start"):  # its result lists what it was given, too
-        given = [s for operand in operands for s in operand.shapes]
-        n = len(given)
+    if opcode.endswith("-start"):  # its results repeat its operands
+        arguments = [s for operand in operands for s in operand.shapes]
+        n = len(arguments)
         results = shapes[:1] if opcode == "copy-start" else shapes[n : 2 * n] or shapes
-        return _main(given) + _main(results)
+        return _main(arguments) + _main(results)
     if opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * _main(shapes)
     if opcode == "dynamic-update-slice":
@@ -196,11 +201,12 @@ def _inside(fusion, module):
 
 
 def _read(place, shapes, inside, module):
-    """What a fusion reads of an operand: all of it, unless it only takes slices or is written into.
+    """Bytes that a fusion reads of an operand: all of it, unless the fusion only takes slices of it or
+    writes into it.
 
     Args:
-      place: of the operand.
-      shapes: the operand's.
+      place: the operand's index.
+      shapes: the operand's shapes.
       inside: the fusion's computation.
     """
     total, parts = _main(shapes), 0
@@ -221,7 +227,7 @@ def _read(place, shapes, inside, module):
 
 
 def _written(name, shape, inside):
-    """What a fusion writes of a result: all of it, or the slice that it puts into an operand."""
+    """Bytes that a fusion writes of a result: all of it, or the slice that it updates in an operand."""
     instruction = inside[name]
     while instruction.opcode == "bitcast":
         instruction = inside[instruction.operands[0]]

@@ -1,8 +1,9 @@
-"""Analytic FLOPs: what the model's equations need, a multiplication and an addition each counted.
+"""Analytic FLOPs: what the equations of the model need. A multiply-add counts as two.
 
-Matmuls, attention and the recurrences; norms, softmax and other elementwise work are left out. A token
-of a mixture of experts pays for the experts that it visits. Attention is counted at the mean number of
-keys that a token sees; a gated DeltaNet by its recurrence, not by the larger matmuls of its chunks.
+The counts cover matmuls, attention and recurrences, and omit norms, softmax and other elementwise work.
+A token of a mixture of experts pays only for the experts that it visits. Attention counts the mean
+number of keys that a token attends to. A gated DeltaNet counts by its recurrence, not by the larger
+matmuls of its chunked form.
 """
 
 import dataclasses
@@ -11,10 +12,12 @@ from drpo_jax.models import ModelConfig
 
 
 def layers_flops(config: ModelConfig, keys: float) -> float:
-    """FLOPs of one token through all layers, forward.
+    """FLOPs of the forward pass of one token through all layers.
 
     Args:
-      keys: that the token attends to, itself included; (T + 1) / 2 in the mean of T tokens.
+      config: the architecture.
+      keys: number of keys that the token attends to, itself included. The mean over T tokens is
+        (T + 1) / 2.
     """
     d, heads = config.hidden_size, config.heads * config.head_dim
     queries = heads * (2 if config.attention_gate else 1)
@@ -40,18 +43,18 @@ def _delta_net(config):
     values = state * config.linear_value_dim
     channels = 2 * config.linear_key_heads * config.linear_key_dim + values
     projections = 2 * d * (channels + 2 * values + 2 * state)
-    # S read for k and for q, and its update: three multiply-adds for each of its entries.
+    # Reading S for k and for q, and updating it: three multiply-adds for each of its entries.
     recurrence = 6 * values * config.linear_key_dim
     return projections + 2 * config.linear_conv_kernel * channels + recurrence
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of one call of a program, on all devices together.
+    """FLOPs of one call of a program, summed over all devices.
 
     Attributes:
-      model: what the equations need.
-      executed: and what is computed again in the backward pass to save memory.
+      model: FLOPs of the equations.
+      executed: the same, plus what the backward pass recomputes to save memory.
     """
 
     model: float
@@ -59,7 +62,13 @@ class Work:
 
 
 def scoring(config: ModelConfig, sequences: int, prompt: int, response: int) -> Work:
-    """The logprobs of the responses, each with its prompt."""
+    """The forward pass that scores responses: layers on prompt and response, head on the response.
+
+    Args:
+      config: the architecture.
+      sequences: number of responses.
+      prompt, response: lengths in tokens.
+    """
     length = prompt + response
     layers = length * layers_flops(config, (length + 1) / 2)
     flops = sequences * (layers + response * head_flops(config))
@@ -67,9 +76,11 @@ def scoring(config: ModelConfig, sequences: int, prompt: int, response: int) -> 
 
 
 def training(config: ModelConfig, sequences: int, prompt: int, response: int, remat: str) -> Work:
-    """A gradient: two more matmuls for each of the forward pass; the head's logits are never computed
-    again. remat "full" runs every layer once more; "dots" keeps the matmuls, which is all that counts
-    here."""
+    """Forward and backward pass: the backward pass has two matmuls for each one of the forward pass.
+
+    The head never recomputes its logits. remat = "full" runs every layer once more. "dots" keeps the
+    results of matmuls, so it recomputes nothing that counts here.
+    """
     length = prompt + response
     layers = sequences * length * layers_flops(config, (length + 1) / 2)
     head = sequences * response * head_flops(config)
@@ -78,20 +89,28 @@ def training(config: ModelConfig, sequences: int, prompt: int, response: int, re
 
 
 def reading(config: ModelConfig, tokens: int, context: float) -> Work:
-    """Tokens of prompts, each seeing half of `context` tokens in the mean; without the head."""
+    """Prefill of prompt tokens that attend to half of `context` tokens on average, without the head."""
     flops = tokens * layers_flops(config, (context + 1) / 2)
     return Work(flops, flops)
 
 
 def decoding(config: ModelConfig, tokens: int, context: float) -> Work:
-    """Tokens that are sampled one after another, each seeing `context` tokens in the mean."""
+    """Decoding of tokens that attend to `context` tokens on average."""
     flops = tokens * (layers_flops(config, context) + head_flops(config))
     return Work(flops, flops)
 
 
-def generating(config: ModelConfig, sequences: int, prompts: int, prompt: int, response: int):
-    """FLOPs of responses that are sampled token by token; each prompt is read once, for all of its
-    samples."""
+def generating(
+    config: ModelConfig, sequences: int, prompts: int, prompt: int, response: int
+) -> float:
+    """FLOPs of sampling responses token by token. Each prompt is prefilled once for all its samples.
+
+    Args:
+      config: the architecture.
+      sequences: number of responses.
+      prompts: number of prompts.
+      prompt, response: lengths in tokens.
+    """
     reading = prompts * (prompt * layers_flops(config, (prompt + 1) / 2) + head_flops(config))
     token = layers_flops(config, prompt + (response + 1) / 2) + head_flops(config)
     return reading + sequences * response * token

@@ -1,8 +1,8 @@
-"""The text of a compiled program, taken apart: its instructions, and how often each of them runs.
+"""Parser for the text of a compiled program: its instructions, and how often each of them runs.
 
-The body of a loop runs as often as XLA has noted (`known_trip_count`), or as the loop counts from a
-constant to a constant (on TPU the note is gone from the text). How often any other loop runs has to be
-told. Both branches of a conditional count.
+The trip count of a loop is the one that XLA notes (`known_trip_count`). On TPU the text lacks this note,
+and the trip count follows from a counter that runs from one constant to another. For all other loops the
+caller supplies it. Both branches of a conditional count.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from functools import cached_property
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array of an instruction: dtype, sizes, and whether it lies in HBM (or host memory)."""
+    """One array of an instruction: dtype, sizes, and whether it is in HBM or host memory."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -29,7 +29,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`%name = shapes opcode(operands), attributes`; `inner` is the text between the brackets."""
+    """`%name = shapes opcode(operands), attributes`. `inner` is the text between the parentheses."""
 
     name: str
     shapes: tuple[Shape, ...]
@@ -43,21 +43,21 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", self.inner)
 
     def attribute(self, name: str) -> str:
-        """The computation's name, number or {text} behind `name=`, '' where there is none."""
+        """The value of the attribute `name`: a name, a number or {text}; '' if it is missing."""
         match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
         return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """An instruction where it runs.
+    """One place where an instruction runs.
 
     Attributes:
       instruction: the instruction.
-      computation: name → Instruction of the computation that it is in.
-      times: how often it runs in one call of the program.
-      certain: False in a loop whose length is not known.
-      fused: it is part of a fusion (and what it reads and writes is not memory traffic).
+      computation: name → Instruction of the enclosing computation.
+      times: executions in one call of the program.
+      certain: False inside a loop of unknown trip count.
+      fused: whether it is part of a fusion. Its reads and writes are then no memory traffic.
     """
 
     instruction: Instruction
@@ -71,19 +71,21 @@ class Site:
 
 
 class Module:
-    """The text of a compiled program, `compiled.as_text()`, taken apart.
+    """A compiled program, parsed from `compiled.as_text()`.
 
     Args:
-      turns: how often a loop of unknown length is taken to run.
-      rare: a name (`jax.named_scope`) of loops that are taken not to run.
+      text: the compiled program.
+      trips: trip count to assume for loops of unknown trip count.
+      rare: `jax.named_scope` of loops that are assumed not to run at all.
     """
 
-    def __init__(self, text: str, turns: int = 1, rare: str | None = None):
-        self.computations, self.entry, self.turns, self.rare = {}, "", turns, rare
+    def __init__(self, text: str, trips: int = 1, rare: str | None = None):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry, self.trips, self.rare = "", trips, rare
         header = re.search(r"^HloModule.*", text, re.MULTILINE)
         partitions = re.search(r"num_partitions=(\d+)", header[0]) if header else None
         self.devices = int(partitions[1]) if partitions else 1
-        current = {}
+        current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line.endswith("{") and "->" in line and not line[0].isspace():
                 entry = line.startswith("ENTRY ")
@@ -94,7 +96,7 @@ class Module:
                 current[match[2]] = _instruction(match, line)
 
     def sites(self) -> Iterator[Site]:
-        """All instructions that run, those of loops and fusions included."""
+        """All instructions that run, including those of loops and fusions."""
         yield from self._visit(self.entry, 1, True, False, None)
 
     def _visit(self, name, times, certain, fused, loop):
@@ -107,7 +109,7 @@ class Module:
                 inner = _Loop(self, instruction, computation, loop)
                 trips = inner.trips()
                 known = certain and trips is not None
-                repeated = times * (self.turns if trips is None else trips)
+                repeated = times * (self.trips if trips is None else trips)
                 yield from self._visit(inner.body, repeated, known, fused, inner)
                 continue
             for called in _called(instruction):
@@ -116,7 +118,7 @@ class Module:
 
 
 class _Loop:
-    """A `while`, and the loop whose body it is in."""
+    """A `while` instruction, and the loop that encloses it."""
 
     def __init__(self, module, instruction, computation, outer):
         self.instruction, self.computation, self.outer = instruction, computation, outer
@@ -125,7 +127,7 @@ class _Loop:
         self.condition = module.computations[instruction.attribute("condition").lstrip("%")]
 
     def trips(self) -> int | None:
-        """How often it runs; None where the text does not tell."""
+        """The trip count; None if the text does not determine it."""
         noted = re.search(r'known_trip_count\W+n\W+(\d+)"', self.instruction.attributes)
         if noted:
             return int(noted[1])
@@ -156,11 +158,11 @@ class _Loop:
         return None
 
     def value(self, name, computation):
-        """The integer that a scalar of the loop's body or condition always is; None: not known."""
+        """The constant value of an integer scalar of the loop's body or condition; None if unknown."""
         instruction = _original(name, computation)
         if instruction.opcode != "get-tuple-element":
             return _integer(instruction)
-        # A constant may have been moved out of the loop, and comes in with its state.
+        # The compiler may hoist a constant out of the loop; it then arrives as part of the state.
         place = int(instruction.attribute("index"))
         root = root_of(self.bodies)
         after = _original(root.operands[place], self.bodies)
@@ -168,7 +170,7 @@ class _Loop:
         return self.initial(place) if unchanged else None
 
     def initial(self, place):
-        """The integer in that place of the loop's state as it begins; None: not known."""
+        """The integer at index `place` of the loop's initial state; None if unknown."""
         state = self.computation[self.instruction.operands[0]]
         if state.opcode != "tuple":
             return None
@@ -178,7 +180,7 @@ class _Loop:
         return _integer(_original(name, self.computation))
 
 
-# ------------------------------------------------------------------------------- reading the text
+# ---------------------------------------------------------------------------------------- parsing
 
 
 def _instruction(match, line):
@@ -192,29 +194,29 @@ def _instruction(match, line):
 
 
 def _closing(text, start):
-    """The place of the bracket that closes the one at `start`."""
+    """The position of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
         if not depth:
             return match.start()
-    raise ValueError(f"a bracket is never closed: {text[:100]}")
+    raise ValueError(f"unbalanced parentheses: {text[:100]}")
 
 
 def _shapes(types):
-    found = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", types)
+    matches = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", types)
     return tuple(
         Shape(
             dtype,
             tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n),
-            re.search(r"S\([1-46-9]\)", layout) is None,  # S(5) is the host's
+            re.search(r"S\([1-46-9]\)", layout) is None,  # S(5) is host memory
         )
-        for dtype, sizes, layout in found
+        for dtype, sizes, layout in matches
     )
 
 
 def _original(name, computation):
-    """The instruction that a value comes from, past copies."""
+    """The instruction that produces a value, looking through copies."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
@@ -227,13 +229,16 @@ def _integer(instruction):
 
 
 def root_of(computation: dict[str, Instruction]) -> Instruction:
-    """The instruction whose result is the computation's."""
+    """The instruction whose result is that of the computation."""
     return next(i for i in reversed(computation.values()) if i.root)
 
 
 def _called(instruction):
-    """The computations that an instruction runs once (those of a `reduce` or a `sort` are not looked
-    into, nor those of an asynchronous one a second time where it ends)."""
+    """The computations that an instruction runs once.
+
+    Those of a `reduce` or a `sort` do not count, and those of an asynchronous instruction count at its
+    start only.
+    """
     names = {"fusion": ("calls",), "async-start": ("calls",), "call": ("to_apply",)}
     names["conditional"] = ("branch_computations", "true_computation", "false_computation")
     return [

@@ -1,4 +1,4 @@
-"""What a program costs on a chip: compiled for it, without having one."""
+"""Memory, FLOPs and traffic of one program, compiled for a chip that need not be present."""
 
 import dataclasses
 import math
@@ -24,56 +24,57 @@ from drpo_jax.models.experts import RARE
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of a run, and what it is called with.
+    """A jitted function of a run and its arguments.
 
     Attributes:
-      name: for people.
+      name: its name in tables.
       function: the jitted function.
-      arguments: name → pytree of `ShapeDtypeStruct`s with their shardings, in order.
-      keywords: the static ones.
-      beside: name → pytree of what else lies in the devices' memory while it runs.
-      calls: in one rollout step of the run; 0 for one that runs now and then.
-      work: of one call, on all devices; None where it multiplies nothing.
-      turns: how often a loop runs whose length the compiler does not know.
-      relief: what to change where its temporaries are too large.
+      arguments: name → pytree of `ShapeDtypeStruct`s with shardings, in the order of the call.
+      keywords: static keyword arguments.
+      resident: name → pytree of other arrays in device memory while the program runs.
+      calls: calls in one rollout step; 0 for a program outside the step.
+      work: FLOPs of one call by the equations; None for a program without matmuls.
+      trips: trip count of loops whose length the compiler does not know.
+      remedy: what to change if its temporaries are too large.
     """
 
     name: str
     function: Callable
     arguments: Mapping[str, Any]
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    resident: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calls: float = 0
     work: Work | None = None
-    turns: int = 1
-    relief: str = "more devices"
+    trips: int = 1
+    remedy: str = "more devices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one call of a program costs a device, in bytes, FLOPs and seconds.
+    """Cost of one call of a program on one device, in bytes, FLOPs and seconds.
 
     Attributes:
       program: the Program.
-      compile_seconds: of lowering and compiling.
-      arguments, beside: by name. What the compiler pads them with is "padding".
-      results: those that do not take an argument's place.
-      temporaries: the program's own code included; where it did not fit, all that the compiler asked
-        for beyond the arguments.
-      available: what the device has.
-      work: the program's, a device's share.
-      flops: of its matmuls, in loops as often as they run.
-      reported_flops: by the compiler's own count, which takes a loop's body once.
-      traffic: from and to HBM.
-      collectives: what it sends to other devices.
-      seconds: that "compute", "memory" traffic and the "links" take at the chip's peak rates.
-      problem: why it did not compile, else "".
+      compile_seconds: time of lowering and compiling.
+      arguments: name → bytes. The entry "padding" is what the compiler pads them with.
+      resident: name → bytes of the other arrays in device memory.
+      results: bytes of results that do not reuse the buffer of a donated argument.
+      temporaries: bytes of temporaries and of the program's code. If the program did not fit, all
+        bytes that the compiler requested beyond the arguments.
+      available: bytes of device memory.
+      work: the device's share of the program's work.
+      flops: FLOPs of the compiled matmuls, loop bodies times their trip counts.
+      reported_flops: the compiler's own count, which counts a loop body once.
+      traffic: bytes from and to HBM.
+      collectives: the collectives that the device takes part in.
+      seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links".
+      problem: the reason why it did not compile; "" if it did.
     """
 
     program: Program
     compile_seconds: float
     arguments: Mapping[str, float]
-    beside: Mapping[str, float]
+    resident: Mapping[str, float]
     results: float
     temporaries: float
     available: float
@@ -87,33 +88,35 @@ class Cost:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Everything in memory while it runs."""
+        """Bytes in device memory while it runs, by name."""
         own = {"results": self.results, "temporaries": self.temporaries}
-        return {**self.arguments, **self.beside, **own}
+        return {**self.arguments, **self.resident, **own}
 
     @property
     def total(self) -> float:
+        """Bytes in device memory while it runs."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
+        """Whether it compiles and its memory is available."""
         return not self.problem and self.total <= self.available
 
     @property
     def bound(self) -> float:
-        """Seconds that a call takes at least, if all else is done meanwhile."""
+        """Lower bound on the seconds of a call: compute, memory and links overlap completely."""
         return max(self.seconds.values(), default=0.0)
 
     def sent(self) -> Counter:
-        """Bytes that it sends, by kind of collective."""
-        by_kind = Counter()
+        """Bytes sent, by kind of collective."""
+        by_kind: Counter = Counter()
         for c in self.collectives:
             by_kind[c.kind] += c.sent * c.times
         return by_kind
 
 
 def device_bytes(tree) -> float:
-    """Bytes of a pytree's arrays on one device, by their shardings."""
+    """Bytes of the arrays of a pytree on one device, according to their shardings."""
     return sum(
         math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
         for a in jax.tree.leaves(tree)
@@ -121,18 +124,25 @@ def device_bytes(tree) -> float:
 
 
 def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
-    """Compiles a program for the devices of its arguments' shardings, and reads what came of it.
+    """Compiles a program for the devices of its arguments' shardings, and counts its cost.
 
     Args:
-      chip: what each of them is.
-      devices: their number.
-      dtype: of its matmuls.
+      program: the Program.
+      chip: the kind of the devices.
+      devices: the number of devices.
+      dtype: compute dtype of the matmuls.
+
+    Returns:
+      The Cost. A program that is too large for the compiler has a `problem`.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
     """
     arguments = {name: device_bytes(tree) for name, tree in program.arguments.items()}
     work = program.work and Work(program.work.model / devices, program.work.executed / devices)
-    known = {
+    known: dict[str, Any] = {
         "program": program,
-        "beside": {name: device_bytes(tree) for name, tree in program.beside.items()},
+        "resident": {name: device_bytes(tree) for name, tree in program.resident.items()},
         "available": chip.memory,
         "work": work,
     }
@@ -143,35 +153,35 @@ def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        asked = out_of_memory(str(error))
+        requested = out_of_memory(str(error))
         return Cost(
             **known,
             compile_seconds=time.monotonic() - started,
             arguments=arguments,
             results=0.0,
-            temporaries=max(asked - sum(arguments.values()), 0.0) if asked else 0.0,
+            temporaries=max(requested - sum(arguments.values()), 0.0) if requested else 0.0,
             problem=str(error).strip().splitlines()[0],
         )
     seconds = time.monotonic() - started
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis() or {}
     padding = memory.argument_size_in_bytes - sum(arguments.values())
-    module = Module(compiled.as_text(), program.turns, RARE)
-    found, flops, traffic = collectives(module), matmul_flops(module), memory_traffic(module)
+    module = Module(compiled.as_text(), program.trips, RARE)
+    flops, traffic, sent = matmul_flops(module), memory_traffic(module), collectives(module)
     rates = {
         "compute": (max(flops, work.model if work else 0.0), chip.peak(dtype)),
         "memory": (traffic, chip.bandwidth),
-        "links": (sum(c.sent * c.times for c in found), chip.links),
+        "links": (sum(c.sent * c.times for c in sent), chip.links),
     }
     return Cost(
         **known,
         compile_seconds=seconds,
-        # An argument that the program never looks at is not in the compiler's sum, but in memory.
+        # The compiler does not count arguments that the program never reads, but they are in memory.
         arguments=arguments | ({"padding": padding} if padding > 0 else {}),
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         flops=flops,
         reported_flops=reported.get("flops", 0.0),
         traffic=traffic,
-        collectives=found,
+        collectives=sent,
         seconds={name: amount / rate for name, (amount, rate) in rates.items() if rate},
     )

@@ -1,4 +1,4 @@
-"""Costs as tables for people, and as figures for tools."""
+"""Costs as tables, and as figures for JSON."""
 
 import dataclasses
 from collections import Counter
@@ -12,31 +12,31 @@ BINARY = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
 DECIMAL = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1}
 
 
-def memory_table(found: Sequence[Cost]) -> str:
-    """Memory of a device, by program."""
-    name, unit = pick(BINARY, max(cost.total for cost in found))
+def memory_table(measured: Sequence[Cost]) -> str:
+    """Device memory by program."""
+    name, unit = pick(BINARY, max(cost.total for cost in measured))
     rows = []
-    for cost in found:
-        held = sum(cost.arguments.values()), sum(cost.beside.values())
+    for cost in measured:
+        held = sum(cost.arguments.values()), sum(cost.resident.values())
         parts = (*held, cost.results, cost.temporaries, cost.total)
         share = f"{cost.total / cost.available:.1%}"
         rows.append([cost.program.name, *(number(part / unit) for part in parts), share])
-    head = ["", "arguments", "beside", "results", "temporaries", "total", "of the device"]
+    head = ["", "arguments", "resident", "results", "temporaries", "total", "of the device"]
     note = (
-        "beside: what lies there meanwhile; results: those that take no argument's place; temporaries: "
-        "with the\nprogram's own code"
+        "resident: other buffers in memory at the same time; results: those that reuse no argument's "
+        "buffer;\ntemporaries: with the program's code"
     )
-    if any(cost.problem for cost in found):
-        note += ", and where it was too large all that the compiler asked for beyond the arguments"
-    return f"Memory of a device, {name}\n{grid(head, rows)}\n{note}"
+    if any(cost.problem for cost in measured):
+        note += "; for a program that is too large, all bytes requested beyond the arguments"
+    return f"Memory per device, {name}\n{grid(head, rows)}\n{note}"
 
 
-def work_table(found: Sequence[Cost]) -> str:
-    """What a device does in one call, and how long it takes at least."""
-    prefix, unit = pick(DECIMAL, max(cost.flops for cost in found))
-    wide, byte = pick(DECIMAL, max(cost.traffic for cost in found))
+def work_table(measured: Sequence[Cost]) -> str:
+    """FLOPs, traffic and lower bounds on the time of one call on one device."""
+    prefix, unit = pick(DECIMAL, max(cost.flops for cost in measured))
+    wide, byte = pick(DECIMAL, max(cost.traffic for cost in measured))
     rows = []
-    for cost in found:
+    for cost in measured:
         flops = (cost.work.model, cost.work.executed) if cost.work else (0.0, 0.0)
         moved = (cost.traffic / byte, sum(cost.sent().values()) / byte)
         times = (cost.seconds.get(name, 0.0) * 1e3 for name in ("compute", "memory", "links"))
@@ -53,26 +53,28 @@ def work_table(found: Sequence[Cost]) -> str:
     head = ["", "calls", "needed", "+ remat", "compiled", f"HBM {wide}B", f"sent {wide}B"]
     head += ["compute ms", "HBM ms", "links ms", "compile s"]
     return (
-        f"Work of a device in one call, {prefix}FLOP\n{grid(head, rows)}\n"
-        "calls: in a rollout step. needed: by the equations; + remat: with what is computed again; "
-        "compiled: of the\nmatmuls as compiled (not those of kernels such as attention's). Times are "
-        "what it takes at the peak rates"
+        f"Work per device and call, {prefix}FLOP\n{grid(head, rows)}\n"
+        "calls: per rollout step; needed: by the equations; + remat: with recomputation; compiled: the "
+        "compiled matmuls\n(without those of kernels such as attention); times: at the peak rates"
     )
 
 
-def transfer_table(found: Sequence[Cost]) -> str:
-    """What a device sends to others in one call, by kind, and the largest transfers of all."""
-    kinds = [kind for kind in KINDS if any(cost.sent()[kind] for cost in found)]
+def transfer_table(measured: Sequence[Cost]) -> str:
+    """Bytes that a device sends in one call, by kind of collective, and the five largest transfers."""
+    kinds = [kind for kind in KINDS if any(cost.sent()[kind] for cost in measured)]
     if not kinds:
-        return "Nothing is sent between devices"
-    prefix, unit = pick(DECIMAL, max(sum(cost.sent().values()) for cost in found))
+        return "No bytes are sent between devices"
+    prefix, unit = pick(DECIMAL, max(sum(cost.sent().values()) for cost in measured))
     rows = [
         [cost.program.name, *(number(cost.sent()[kind] / unit) for kind in kinds)]
-        for cost in found
+        for cost in measured
         if not cost.problem
     ]
-    lines = [f"Sent by a device in one call, {prefix}B\n{grid(['', *kinds], rows)}", "the largest:"]
-    every = [(c.sent * c.times, c, cost) for cost in found for c in cost.collectives]
+    lines = [
+        f"Sent per device and call, {prefix}B\n{grid(['', *kinds], rows)}",
+        "largest transfers:",
+    ]
+    every = [(c.sent * c.times, c, cost) for cost in measured for c in cost.collectives]
     for total, c, cost in sorted(every, key=lambda entry: -entry[0])[:5]:
         shapes = Counter(c.shapes.split())
         named = ", ".join(f"{n} × {s}" if n > 1 else s for s, n in shapes.most_common(3))
@@ -84,17 +86,17 @@ def transfer_table(found: Sequence[Cost]) -> str:
     return "\n".join(lines)
 
 
-def figures(found: Sequence[Cost], chip: Chip) -> dict:
-    """All of it, for JSON: bytes, FLOPs and seconds of a device and a call."""
+def figures(measured: Sequence[Cost], chip: Chip) -> dict:
+    """All costs for JSON: bytes, FLOPs and seconds per device and call."""
     programs = {}
-    for cost in found:
+    for cost in measured:
         largest = sorted(cost.collectives, key=lambda c: -c.sent * c.times)[:20]
         programs[cost.program.name] = {
             "fits": cost.fits,
             "problem": cost.problem,
             "memory": {
                 "arguments": dict(cost.arguments),
-                "beside": dict(cost.beside),
+                "resident": dict(cost.resident),
                 "results": cost.results,
                 "temporaries": cost.temporaries,
                 "total": cost.total,
@@ -116,7 +118,7 @@ def figures(found: Sequence[Cost], chip: Chip) -> dict:
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first to the left and the others to the right."""
+    """A table: the first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
@@ -126,18 +128,18 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def pick(units: dict[str, float], largest: float) -> tuple[str, float]:
-    """The unit, by name and size, in which the largest of some values is at least 1."""
+    """The largest unit, as (name, size), that does not exceed `largest`; the smallest if none does."""
     return next(((n, u) for n, u in units.items() if largest >= u), list(units.items())[-1])
 
 
 def number(value: float) -> str:
-    """Three figures or so; '–' for nothing."""
+    """About three significant digits; '–' for zero."""
     if not value:
         return "–"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else "<0.01"
 
 
 def amount(bytes_: float) -> str:
-    """Bytes with their unit, such as 95.7 GiB."""
+    """Bytes with a unit, such as 95.7 GiB."""
     name, unit = pick(BINARY, bytes_)
     return f"{number(bytes_ / unit)} {name}"

@@ -33,7 +33,16 @@ from drpo_jax.objectives import OBJECTIVES, kl_penalty, table
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
-LOGITS = 2**26  # of a chunk on a device, 256 MiB
+# Logits per chunk and device; 2**26 float32 values are 256 MiB.
+LOGITS = 2**26
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens per chunk where a device holds `vocabulary` columns of the head.
+
+    As many as make `LOGITS` logits, but at least 512: a small vocabulary is not worth a loop.
+    """
+    return max(LOGITS // vocabulary, 512)
 
 
 class TokenTrace(NamedTuple):
@@ -172,37 +181,24 @@ def _head_pass(static, hidden, weight, arrays, gradient):
     )(hidden, weight.astype(hidden.dtype), *arrays)  # cast first: half the bytes to gather
 
 
-def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, inputs):
-    """One device's tokens and slice of the vocabulary; `mesh` is None without one."""
+def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_weight, inputs):
+    """The head on one device: its tokens and its slice of the vocabulary.
+
+    Args:
+      static: (objective, temperature, chunk, entropy_bonus), see `head_loss`.
+      gradient: compute gradients.
+      mesh: the mesh of the enclosing `shard_map`; None without one.
+
+    Returns:
+      (loss of all devices, TokenTrace of the device's tokens, gradients for hidden and weight or None).
+    """
     objective, temperature, chunk, entropy_bonus = static
-    n, vocab = hidden.shape[0], weight.shape[1]
-    chunk = min(chunk or max(LOGITS // vocab, 512), n)
-    weight = weight.astype(hidden.dtype)
-    sharded = mesh is not None and mesh.shape["tensor"] > 1
-    first = jax.lax.axis_index("tensor") * vocab if sharded else 0
-
-    def over_vocab(x, reduce=jax.lax.psum):
-        return reduce(x, "tensor") if sharded else x
-
-    def dot(a, b, contract):
-        dims = ((contract[:1], contract[1:]), ((), ()))
-        precision = dot_precision(a.dtype)
-        return jax.lax.dot_general(
-            a, b, dims, precision=precision, preferred_element_type=jnp.float32
-        )
-
-    def at(logits, ids):
-        """The logits [chunk, V] of ids [chunk, K], wherever they are."""
-        local = ids - first
-        mine = (local >= 0) & (local < vocab)
-        found = jnp.take_along_axis(logits, jnp.where(mine, local, 0), axis=-1)
-        return over_vocab(jnp.where(mine, found, 0.0))
-
-    # The tokens that count; n, beyond the last one, fills the last chunk up: zeros, of weight 0.
-    counted = token_weight != 0
-    room = n + -n % chunk
-    order = jnp.nonzero(counted, size=room, fill_value=n)[0]
-    rank = jnp.cumsum(counted) - 1
+    n, width = hidden_NxD.shape
+    weight_DxV = weight_DxV.astype(hidden_NxD.dtype)
+    vocabulary = _Slice(weight_DxV.shape[1], mesh is not None and mesh.shape["tensor"] > 1)
+    chunk = min(chunk or chunk_tokens(vocabulary.size), n)
+    order, expand = _compaction(token_weight != 0, chunk)
+    room = len(order)
 
     def one_chunk(i, carry):
         loss, trace, gradients = carry
@@ -211,59 +207,139 @@ def _local_pass(static, gradient, mesh, hidden, weight, targets, token_weight, i
         def put(a, b):
             return jax.lax.dynamic_update_slice_in_dim(a, b, i * chunk, 0)
 
-        h, target, weight_t, inputs_t = jax.tree.map(
+        h_CxD, target, weight, inputs_C = jax.tree.map(
             lambda a: jnp.take(a, rows, axis=0, mode="fill", fill_value=0),
-            (hidden, targets, token_weight, inputs),
+            (hidden_NxD, targets, token_weight, inputs),
         )
-        logits = dot(h, weight, (1, 0)) / temperature
-        logits -= over_vocab(jnp.max(logits, axis=-1), jax.lax.pmax)[:, None]
-        exps = jnp.exp(logits)
-        # A gather of the target's logit would make the TPU copy the logits; a masked sum does not.
-        hit = target[:, None] - first == jnp.arange(vocab)
-        total, moment, target_logit = over_vocab(
-            tuple(jnp.sum(x, axis=-1) for x in (exps, exps * logits, jnp.where(hit, logits, 0.0)))
-        )
-        lse = jnp.log(total)
-        logp, entropy = target_logit - lse, lse - moment / total
+        softmax = _softmax(_dot(h_CxD, weight_DxV, (1, 0)) / temperature, target, vocabulary)
         topk_logp = jnp.zeros((chunk, 0))
-        if "topk_ids" in inputs_t:
-            topk_logp = at(logits, inputs_t.pop("topk_ids")) - lse[:, None]
-            inputs_t["topk_logp"] = topk_logp
-        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(logp, **inputs_t))
-        loss -= jnp.sum(weight_t * (J + entropy_bonus * entropy))
-        new = TokenTrace(logp, c, entropy, topk_logp)
-        trace = jax.tree.map(put, trace, new)
+        if "topk_ids" in inputs_C:
+            topk_ids = inputs_C.pop("topk_ids")
+            topk_logp = vocabulary.take(softmax.logits, topk_ids) - softmax.lse[:, None]
+            inputs_C["topk_logp"] = topk_logp
+        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
+        loss -= jnp.sum(weight * (J + entropy_bonus * softmax.entropy))
+        seen = TokenTrace(softmax.logp, c, softmax.entropy, topk_logp)
+        trace = jax.tree.map(put, trace, seen)
         if gradient:
             d_hidden, d_weight = gradients
-            p = exps / total[:, None]
-            d_logits = c[:, None] * (hit - p)
-            if entropy_bonus:
-                d_logits -= entropy_bonus * p * (logits - lse[:, None] + entropy[:, None])
-            d_logits = (-weight_t[:, None] / temperature * d_logits).astype(h.dtype)
-            d_h = over_vocab(dot(d_logits, weight, (1, 1))).astype(h.dtype)
-            gradients = put(d_hidden, d_h), d_weight + dot(h, d_logits, (0, 0))
+            d_logits = -weight[:, None] / temperature * softmax.gradient(c, entropy_bonus)
+            d_logits = d_logits.astype(h_CxD.dtype)
+            d_h = vocabulary.sum(_dot(d_logits, weight_DxV, (1, 1))).astype(h_CxD.dtype)
+            gradients = put(d_hidden, d_h), d_weight + _dot(h_CxD, d_logits, (0, 0))
         return loss, trace, gradients
 
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
     trace = TokenTrace(zeros(room), zeros(room), zeros(room), zeros((room, topk)))
-    d_hidden = jnp.zeros((room, hidden.shape[1]), hidden.dtype)
-    gradients = (d_hidden, zeros(weight.shape)) if gradient else None
-    pieces = (jnp.sum(counted) + chunk - 1) // chunk
-    if mesh is not None:  # one trip count everywhere: the loop has collectives inside
-        pieces = jax.lax.pmax(pieces, BATCH_AXES)
-    loss, trace, gradients = jax.lax.fori_loop(0, pieces, one_chunk, (zeros(()), trace, gradients))
+    d_hidden = jnp.zeros((room, width), hidden_NxD.dtype)
+    gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
+    chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk
+    if mesh is not None:  # the loop contains collectives, so all devices need the same trip count
+        chunks = jax.lax.pmax(chunks, BATCH_AXES)
+    loss, trace, gradients = jax.lax.fori_loop(0, chunks, one_chunk, (zeros(()), trace, gradients))
+    trace = jax.tree.map(expand, trace)
+    if gradient:
+        gradients = expand(gradients[0]), gradients[1]
+    return _reduced(mesh, loss, trace, gradients)
 
-    def back(a):  # by a gather: a scatter in the loop would not fuse with its matmul
+
+def _compaction(counted, chunk):
+    """The order in which the head visits tokens: those that count, in chunks.
+
+    Args:
+      counted: bool [N].
+
+    Returns:
+      order: int32 [M], the indices of the tokens that count, then N, which is out of range and stands
+        for a row of zeros. M is N rounded up to whole chunks.
+      expand: [M, …] arrays in that order → [N, …], 0 for tokens that do not count.
+    """
+    n = len(counted)
+    order = jnp.nonzero(counted, size=n + -n % chunk, fill_value=n)[0]
+    rank = jnp.cumsum(counted) - 1
+
+    def expand(a):  # by a gather: a scatter in the loop would not fuse with its matmul
         return jnp.where(counted.reshape(-1, *[1] * (a.ndim - 1)), a[jnp.maximum(rank, 0)], 0)
 
-    trace = jax.tree.map(back, trace)
-    if gradient:
-        gradients = back(gradients[0]), gradients[1]
-    if mesh is not None:
-        loss = jax.lax.psum(loss, BATCH_AXES)
-    if mesh is not None and gradient:
+    return order, expand
+
+
+def _reduced(mesh, loss, trace, gradients):
+    """Loss and weight gradient summed over the devices, the latter scattered over `fsdp`."""
+    if mesh is None:
+        return loss, trace, gradients
+    if gradients is not None:
         d_hidden, d_weight = gradients
         d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=0, tiled=True)
         gradients = d_hidden, jax.lax.psum(d_weight, ("data", "expert"))
-    return loss, trace, gradients
+    return jax.lax.psum(loss, BATCH_AXES), trace, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """A device's slice of the vocabulary, one of several over the mesh axis `tensor` if sharded."""
+
+    size: int
+    sharded: bool
+
+    @property
+    def first(self):
+        """The id of the slice's first token."""
+        return jax.lax.axis_index("tensor") * self.size if self.sharded else 0
+
+    def sum(self, x):
+        return jax.lax.psum(x, "tensor") if self.sharded else x
+
+    def max(self, x):
+        return jax.lax.pmax(x, "tensor") if self.sharded else x
+
+    def take(self, logits_CxV, ids_CxK):
+        """The logits [C, K] of token ids, from whichever device holds them."""
+        local = ids_CxK - self.first
+        mine = (local >= 0) & (local < self.size)
+        values = jnp.take_along_axis(logits_CxV, jnp.where(mine, local, 0), axis=-1)
+        return self.sum(jnp.where(mine, values, 0.0))
+
+
+class _Softmax(NamedTuple):
+    """The softmax of a chunk, float32. `logits` are relative to their maximum.
+
+    `exps` = exp(logits), `total` their sum and `lse` its logarithm; `hit` marks the target.
+    """
+
+    logits: jax.Array  # [C, V]
+    exps: jax.Array  # [C, V]
+    hit: jax.Array  # bool [C, V]
+    total: jax.Array  # [C]
+    lse: jax.Array  # [C]
+    logp: jax.Array  # [C]
+    entropy: jax.Array  # [C], nats
+
+    def gradient(self, c, entropy_bonus):
+        """∂(J + entropy_bonus · H)/∂logits, [C, V]."""
+        p = self.exps / self.total[:, None]
+        d_logits = c[:, None] * (self.hit - p)
+        if entropy_bonus:
+            log_p = self.logits - self.lse[:, None]
+            d_logits -= entropy_bonus * p * (log_p + self.entropy[:, None])
+        return d_logits
+
+
+def _softmax(logits_CxV, target, vocabulary):
+    logits = logits_CxV - vocabulary.max(jnp.max(logits_CxV, axis=-1))[:, None]
+    exps = jnp.exp(logits)
+    # A gather of the target's logit would make the TPU copy the logits. A masked sum does not.
+    hit = target[:, None] - vocabulary.first == jnp.arange(vocabulary.size)
+    total, moment, target_logit = vocabulary.sum(
+        tuple(jnp.sum(x, axis=-1) for x in (exps, exps * logits, jnp.where(hit, logits, 0.0)))
+    )
+    lse = jnp.log(total)
+    return _Softmax(logits, exps, hit, total, lse, target_logit - lse, lse - moment / total)
+
+
+def _dot(a, b, contract):
+    """The float32 product of two matrices, summed over axis `contract[0]` of a, `contract[1]` of b."""
+    dims = ((contract[:1], contract[1:]), ((), ()))
+    precision = dot_precision(a.dtype)
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

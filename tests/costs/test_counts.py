@@ -1,4 +1,4 @@
-"""What is read in compiled programs: known transfers and matmuls, in loops of known length."""
+"""Counts in compiled programs: known transfers and matmuls, in loops of known trip count."""
 
 from functools import partial
 
@@ -23,12 +23,12 @@ def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile()
 
 
-def sent(text, turns=1):
-    return {(c.kind, c.sent, c.times, c.certain) for c in collectives(Module(text, turns))}
+def sent(text, trips=1):
+    return {(c.kind, c.sent, c.times, c.certain) for c in collectives(Module(text, trips))}
 
 
 def on_mesh(local, *shape):
-    """The program of a function that runs on N devices, each with an array of that shape."""
+    """The compiled text of a function that runs on N devices, each with an array of this shape."""
     mesh = jax.make_mesh(
         (N, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()
     )
@@ -39,7 +39,7 @@ def on_mesh(local, *shape):
 
 
 def scanned(step):
-    """TRIPS times x ← step(x), something in between so that no two of them are one."""
+    """TRIPS times x ← step(x), with a sine in between so that XLA merges no two steps."""
     return lambda x: jax.lax.scan(lambda x, _: (jnp.sin(step(x)), None), x, length=TRIPS)[0]
 
 
@@ -70,7 +70,7 @@ def test_known_transfers_in_a_scan(kind, share, step):
     assert sent(text) == {(kind, share * 8 * 16 * 4, TRIPS, True)}
 
 
-def test_loops_in_loops_and_loops_of_unknown_length():
+def test_nested_loops_and_loops_of_unknown_trip_count():
     def local(x):
         def until(x):
             return jax.lax.while_loop(
@@ -85,7 +85,7 @@ def test_loops_in_loops_and_loops_of_unknown_length():
     text = on_mesh(local, 8)
     kind = "all-reduce"
     assert sent(text) == {(kind, one, 3 * TRIPS, True), (kind, one, 7, False)}
-    assert sent(text, turns=6) == {(kind, one, 3 * TRIPS, True), (kind, one, 42, False)}
+    assert sent(text, trips=6) == {(kind, one, 3 * TRIPS, True), (kind, one, 42, False)}
 
 
 TPU = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]}, num_partitions=8
@@ -134,13 +134,13 @@ ENTRY %main (x.1: bf16[16,128]) -> f32[16] {
 
 
 def test_the_text_of_a_tpu_program():
-    """From 1 to 8 by twos, both carried by the loop; what is asynchronous counts once."""
+    """A counter from 1 to 8 by twos, both in the loop's state. Asynchronous operations count once."""
     gather, reduce = 3 * 16 * 128 * 2, 2 * 3 / 4 * 16 * 4
     assert sent(TPU) == {("all-gather", gather, 4, True), ("all-reduce", reduce, 1, True)}
     (source,) = {c.source for c in collectives(Module(TPU)) if c.times == 4}
     assert source == "jit(f)/while/body/all_gather"
-    # Outside of the core's own memory, S(1): x is read; the sum is read and written; the gathered array
-    # is written and read. And some scalars.
+    # Traffic outside of the core's own memory, S(1): x is read; the sum is read and written; the
+    # gathered array is written and read. Scalars add a little.
     expected = 16 * 128 * 2 + 2 * 16 * 4 + 4 * 2 * 64 * 128 * 2
     assert memory_traffic(Module(TPU)) == pytest.approx(expected, abs=200)
 
@@ -190,11 +190,11 @@ def test_without_loops_the_compiler_counts_the_same():
     program = compiled(
         function, struct(512, 64), struct(64, 256), struct(256, 32), struct(dtype=jnp.int32)
     )
-    module, told = Module(program.as_text()), program.cost_analysis()
+    module, reported = Module(program.as_text()), program.cost_analysis()
     matmuls = 2 * 512 * 64 * 256 + 2 * 512 * 256 * 32
     assert matmul_flops(module) == matmuls
-    assert 0 <= told["flops"] - matmuls < 0.02 * matmuls  # and the elementwise work
-    assert memory_traffic(module) == pytest.approx(told["bytes accessed"], rel=0.01)
+    assert 0 <= reported["flops"] - matmuls < 0.02 * matmuls  # plus elementwise work
+    assert memory_traffic(module) == pytest.approx(reported["bytes accessed"], rel=0.01)
 
 
 def test_a_scan_costs_its_body_as_often_as_it_runs():

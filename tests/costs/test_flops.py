@@ -1,4 +1,4 @@
-"""Analytic FLOPs against the parameters that are multiplied, and against what the compiler counts."""
+"""Analytic FLOPs against the multiplied parameters, and against the compiled matmuls."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ def abstract(config):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_two_flops_for_every_parameter_that_a_token_meets(name):
-    """Of every family; and besides, the recurrence of the DeltaNets."""
+    """For every family. The recurrence of the DeltaNets adds its own."""
     config, met = PRESETS[name], 0
     leaves = jax.tree_util.tree_leaves_with_path(
         abstract(config).blocks, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
@@ -44,7 +44,7 @@ def test_two_flops_for_every_parameter_that_a_token_meets(name):
 
 
 def test_a_forward_pass_as_compiled():
-    """With all scores at once, every token meets as many keys as there are tokens."""
+    """With all scores computed at once, every token multiplies with the keys of all tokens."""
     length = 24
     compute, tokens = Compute(attention="full"), jnp.zeros((2, length), jnp.int32)
     run = jax.jit(lambda model: model(tokens, compute=compute))
@@ -55,8 +55,8 @@ def test_a_forward_pass_as_compiled():
 
 @pytest.mark.parametrize(("remat", "layers"), [("none", 3), ("full", 4)])
 def test_a_training_step_as_compiled(remat, layers):
-    """Three forward passes, with remat four (but for the last matmul of a layer, whose result the
-    backward pass does not look at)."""
+    """Three forward passes, or four with remat. The recomputation omits the last matmul of a layer,
+    whose result the backward pass does not read."""
     compute, tokens = Compute(attention="full", remat=remat), jnp.zeros((2, 16), jnp.int32)
 
     def loss(model):
@@ -69,7 +69,7 @@ def test_a_training_step_as_compiled(remat, layers):
 
 
 def test_the_work_of_a_step():
-    keys, n, p, r = 3.5, 6, 2, 4  # the mean of 1 … 6
+    keys, n, p, r = 3.5, 6, 2, 4  # mean of 1 … 6
     assert scoring(DENSE, n, p, r).model == n * (
         6 * layers_flops(DENSE, keys) + 4 * head_flops(DENSE)
     )

@@ -1,4 +1,4 @@
-"""Programs on chips: what lies in memory, what fits, and the errors."""
+"""Programs on chips: their memory, whether they fit, and the errors."""
 
 import dataclasses
 from functools import partial
@@ -56,13 +56,13 @@ PROGRAM = Program(
     "step",
     jax.jit(step, donate_argnums=0, out_shardings=X.sharding),
     {"state": X, "weights": W, "batch": struct((100,))},
-    beside={"optimizer": [X, W]},
+    resident={"optimizer": [X, W]},
     calls=2,
     work=Work(8e6, 9e6),
 )
 
 
-def test_bytes_of_a_device():
+def test_bytes_per_device():
     key = jax.eval_shape(lambda: jax.random.key(0))
     assert device_bytes([X, W]) == 128 * 64 + 64 * 64 * 2
     assert device_bytes({"half": struct((8, 6), ("a", "b"), dtype=jnp.bfloat16)}) == 12
@@ -72,16 +72,20 @@ def test_bytes_of_a_device():
 def test_a_program_that_fits():
     cost = measure(PROGRAM, CHIP, 8, "bfloat16")
     x, w = 32 * 64 * 4, 64 * 32 * 4
-    assert cost.arguments == {"state": x, "weights": w, "batch": 400}  # batch is never looked at
-    assert cost.beside == {"optimizer": x + w}
-    assert cost.results == 0  # it takes the place of the state
+    assert cost.arguments == {
+        "state": x,
+        "weights": w,
+        "batch": 400,
+    }  # the program does not read batch
+    assert cost.resident == {"optimizer": x + w}
+    assert cost.results == 0  # donated: it takes the place of the state
     assert 0 < cost.temporaries < 10 * x
     assert cost.total == 2 * (x + w) + 400 + cost.temporaries and cost.fits
     assert cost.flops == 3 * 2 * 32 * 64 * 32
     assert cost.sent() == {"all-gather": 3 * x / 2}
     assert cost.work == Work(1e6, 9e6 / 8)
     assert cost.seconds == {
-        "compute": pytest.approx(1e6 / 6e9),  # more than was compiled
+        "compute": pytest.approx(1e6 / 6e9),  # more than the compiled matmuls
         "memory": pytest.approx(cost.traffic / 2e9),
         "links": pytest.approx(3 * x / 2 / 1e6),
     }
@@ -108,17 +112,17 @@ class TooLarge:
         raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_a_program_that_the_compiler_finds_too_large():
+def test_a_program_that_is_too_large_for_the_compiler():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
         "(2.00M) exceeds available HBM (1.00M).\nmore"
     )
     cost = measure(dataclasses.replace(PROGRAM, function=TooLarge(message)), CHIP, 8, "bfloat16")
     held = 2 * (32 * 64 * 4 + 64 * 32 * 4) + 400
-    assert cost.total == 2 * 2**20 + sum(cost.beside.values()) and not cost.fits
+    assert cost.total == 2 * 2**20 + sum(cost.resident.values()) and not cost.fits
     assert cost.temporaries == cost.total - held
     assert cost.problem == message.splitlines()[0]
-    assert "?" in work_table([cost]) and "asked for" in memory_table([cost])
+    assert "?" in work_table([cost]) and "requested" in memory_table([cost])
     assert figures([cost], CHIP)["programs"]["step"]["fits"] is False
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         measure(dataclasses.replace(PROGRAM, function=TooLarge("INTERNAL: x")), CHIP, 8, "bfloat16")
@@ -143,13 +147,13 @@ def test_topologies(topology, parsed, kind):
 @pytest.mark.parametrize(
     "text", ["v5p", "v5p:4x4", "v6e:4x4x4", "v7x:2x2x1", "cpu:2x2", "v5p:0x4x4"]
 )
-def test_what_is_no_topology(text):
-    with pytest.raises(ValueError, match=f"topology '{text}' is none: .*v5p:4x4x4"):
+def test_unknown_topologies(text):
+    with pytest.raises(ValueError, match=f"unknown topology '{text}': .*v5p:4x4x4"):
         parse_topology(text)
 
 
-def test_what_cannot_be_compiled_for_here(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="cpu:3 has to be chosen before JAX starts"):
+def test_topologies_without_their_compiler(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="cpu:3 has to be set before JAX initializes"):
         get_devices("cpu:3")
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
     with pytest.raises(ValueError, match=f"pip install --no-deps '{libtpu_requirement()}'"):

@@ -1,0 +1,159 @@
+"""The calls of a rollout step: which programs run, how often, and with which arguments.
+
+A step of `loop` makes these calls, in this order:
+
+    sync                                   once
+    prefill, first_tokens, admit, decode   until every response is sampled
+    rescore                                a mini-batch at a time, once for log π_old where the updates
+                                           need it, and once for the reference of a KL penalty
+    update                                 a mini-batch at a time, in every epoch
+
+and before the first step, `warm start` makes the supervised updates. `preflight` compiles this list.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from drpo_jax.costs import Program
+from drpo_jax.learner import Batch
+from drpo_jax.parallel import named_sharding
+from drpo_jax.programs import Programs
+
+
+def needs_old_logp(programs: Programs) -> bool:
+    """Whether the updates need log π_old, the learner's own score of the rollout."""
+    rescored = programs.config.objective.behavior == "rescored"
+    return rescored or "old_logp" in programs.objective.arrays
+
+
+def update_inputs(programs: Programs) -> list[str]:
+    """The names of `Batch.inputs` in the policy's updates."""
+    needed, names = programs.objective.arrays, ["behavior_logp", "advantage"]
+    if "topk_logp" in needed:
+        names += ["topk_ids", "behavior_topk_logp"]
+    names += [name for name in ("old_logp", "ref_logp") if name in needed]
+    return names + ["correction"] * (programs.config.objective.correction != "none")
+
+
+def score_inputs(programs: Programs) -> list[str]:
+    """The names of `Batch.inputs` where the rollout is scored for log π_old."""
+    return [name for name in update_inputs(programs) if name == "topk_ids"]
+
+
+def rollout_step(programs: Programs) -> list[Program]:
+    """The calls of a rollout step and of the warm start.
+
+    Prompts and responses have their maximal lengths, and rows are not packed. Arguments are
+    `jax.ShapeDtypeStruct`s with shardings.
+    """
+    config, state = programs.config, programs.abstract_state
+    train, updates = config.train, programs.updates_per_epoch
+    model = {"parameters": state.model}
+    optimizer = {"optimizer state": state.opt_state}
+    reference = {} if config.objective.kl == "none" else {"reference model": state.model}
+
+    def batch(names):
+        return abstract_batch(programs, programs.sequences_per_update, names, train.routing_replay)
+
+    scores = needs_old_logp(programs) + bool(reference)
+    learner = [
+        Program("sync", programs.sync, model, resident=optimizer | reference, calls=1),
+        Program(
+            "rescore",
+            programs.rescore,
+            model | {"batch": batch(score_inputs(programs))},
+            resident=optimizer | reference,
+            calls=updates * scores,
+        ),
+        Program(
+            "update",
+            programs.policy_update,
+            {"learner state": state, "batch": batch(update_inputs(programs))},
+            resident=reference,
+            calls=updates * train.epochs,
+        ),
+    ]
+    return _warm_start(programs) + learner + _sampling(programs, model | optimizer | reference)
+
+
+def _warm_start(programs: Programs) -> list[Program]:
+    sft = programs.config.sft
+    if not sft.steps:
+        return []
+    batch = abstract_batch(programs, sft.batch, ())
+    arguments = {"learner state": programs.abstract_sft_state, "batch": batch}
+    return [Program("warm start", programs.supervised_update, arguments)]
+
+
+def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
+    """The sampler's calls for all responses of a rollout; a call of decode is `decode_steps` tokens.
+
+    Args:
+      resident: name → arrays of the learner in device memory meanwhile.
+    """
+    sampler, train = programs.config.sampler, programs.config.train
+    prompt, response = sampler.max_prompt_length, sampler.max_response_length
+    largest = programs.sampler.largest(
+        programs.abstract_weights, programs.sampling_params, programs.mesh
+    )
+    prompts_at_once, chunk = largest["prefill"][1]["tokens"].shape
+    prefills = -(-train.prompts // prompts_at_once)
+    waves = -(-train.prompts * train.samples // sampler.slots)
+    calls = {
+        "prefill": prefills * -(-prompt // chunk),
+        "first_tokens": prefills,
+        "admit": prefills,
+        "decode": waves * response / sampler.decode_steps,
+    }
+    # The buffers of each program stay in device memory while the others run.
+    buffers = {
+        name: array
+        for _, arguments, _ in largest.values()
+        for name, array in arguments.items()
+        if name in ("sampler weights", "caches", "prompts")
+    }
+    return [
+        Program(
+            name,
+            function,
+            arguments,
+            keywords,
+            resident={**resident, **{k: v for k, v in buffers.items() if k not in arguments}},
+            calls=calls[name],
+        )
+        for name, (function, arguments, keywords) in largest.items()
+    ]
+
+
+def abstract_batch(
+    programs: Programs, sequences: int, names: Sequence[str], replay: bool = False
+) -> Batch:
+    """The Batch of sequences of maximal length, one a row, as `jax.ShapeDtypeStruct`s.
+
+    Args:
+      sequences: rows P of the batch.
+      names: of its `inputs`.
+      replay: with the sampler's routes.
+    """
+    sampler, model = programs.config.sampler, programs.model_config
+    rows = named_sharding(programs.mesh, ("batch",))
+    shape = sequences, sampler.max_prompt_length + sampler.max_response_length
+
+    def array(dtype, *more):
+        return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=rows)
+
+    def of_tokens(name):
+        top = (sampler.top_logprobs,) if "topk" in name else ()
+        return array(jnp.int32 if name == "topk_ids" else jnp.float32, *top)
+
+    return Batch(
+        tokens=array(jnp.int32),
+        segment_ids=array(jnp.int32),
+        positions=array(jnp.int32),
+        mask=array(jnp.int32),
+        inputs={name: of_tokens(name) for name in names},
+        routes=array(jnp.int16, model.layers, model.experts_per_token) if replay else None,
+    )

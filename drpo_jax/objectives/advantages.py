@@ -1,17 +1,19 @@
-"""Advantages: from the rewards of grouped samples to one Â per sample.
+"""Advantages: one Â per sample from the rewards of grouped samples.
 
-Rewards come as [batch], the samples of one prompt next to each other (batch = groups·group_size).
-A group whose rewards are all equal gets exactly 0, not a rounding error that a division by its
-standard deviation would blow up: it carries no signal, and `informative` says which groups do.
-Standard deviations are those of a sample (division by n − 1), as in the trainers compared with.
+Rewards are [batch] arrays in which the samples of a prompt are contiguous (batch = groups · group_size).
+A group with equal rewards carries no signal. Its advantages are exactly 0, not a rounding error that
+the division by a standard deviation would amplify; `informative` marks the other groups. Standard
+deviations divide by n − 1, as in other RL trainers.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 
-EPSILON = 1e-6  # added to standard deviations
+# Added to standard deviations.
+EPSILON = 1e-6
 
 
 def grpo(reward: jax.Array) -> jax.Array:
@@ -20,12 +22,12 @@ def grpo(reward: jax.Array) -> jax.Array:
 
 
 def dr_grpo(reward: jax.Array) -> jax.Array:
-    """r − group mean: Dr. GRPO (arXiv 2503.20783), the setting of DRPO."""
+    """r − group mean: Dr. GRPO (arXiv 2503.20783), which DRPO uses."""
     return _centred(reward)
 
 
 def rloo(reward: jax.Array) -> jax.Array:
-    """r − mean of the group's other samples: leave-one-out (arXiv 2402.14740)."""
+    """r − mean of the other samples of the group: leave-one-out (arXiv 2402.14740)."""
     size = reward.shape[1]
     return _centred(reward) * (size / (size - 1))
 
@@ -33,31 +35,32 @@ def rloo(reward: jax.Array) -> jax.Array:
 def batch_norm(reward: jax.Array) -> jax.Array:
     """(r − group mean)/(batch std + 1e-6): REINFORCE++ with baseline (arXiv 2501.03262).
 
-    With one sample per prompt the mean is the batch's as well: plain REINFORCE++.
+    With one sample per prompt the mean is that of the batch: plain REINFORCE++.
     """
     centred = _centred(reward if reward.shape[1] > 1 else reward.T).reshape(reward.shape)
-    ddof = min(1, reward.size - 1)  # a batch of one sample: 0, not 0/0
+    ddof = min(1, reward.size - 1)  # a single sample gives 0 instead of 0/0
     return centred / (jnp.std(centred, ddof=ddof) + EPSILON)
 
 
 ADVANTAGES = {function.__name__: function for function in (grpo, dr_grpo, rloo, batch_norm)}
-NEEDS_GROUPS = ("grpo", "dr_grpo", "rloo")  # of two samples or more
+# These compare the samples of a group, so a group needs at least two.
+NEEDS_GROUPS = ("grpo", "dr_grpo", "rloo")
 
 
-def advantages(name: str, reward, group_size: int) -> jax.Array:
-    """Â of each sample.
+def advantages(name: str, reward: ArrayLike, group_size: int) -> jax.Array:
+    """The advantage Â of each sample.
 
     Args:
       name: a key of `ADVANTAGES`.
-      reward: [batch], groups contiguous. The whole rollout: `batch_norm` averages over it.
-      group_size: samples per prompt; divides batch. At least 2, but for `batch_norm`.
+      reward: [batch], groups contiguous. `batch_norm` needs the whole rollout, over which it averages.
+      group_size: samples per prompt, a divisor of batch; at least 2 except for `batch_norm`.
 
     Returns:
       float32 [batch], in the order of `reward`.
 
     Raises:
-      ValueError: an unknown name, a reward that does not split into groups, or a group of one
-        under a name that compares a sample with the others of its group.
+      ValueError: the name is unknown, the reward does not split into groups, or groups have one sample
+        and the name compares the samples of a group.
     """
     if name not in ADVANTAGES:
         raise unknown("advantage", name, ADVANTAGES)
@@ -69,16 +72,24 @@ def advantages(name: str, reward, group_size: int) -> jax.Array:
     return ADVANTAGES[name](_grouped(reward, group_size)).reshape(-1)
 
 
-def informative(advantage, group_size: int) -> jax.Array:
-    """bool [groups]: True where a sample of the group has an Â other than 0.
+def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
+    """Which groups have a sample with Â ≠ 0.
 
-    Args and errors: `advantage` [batch] and `group_size` as those of `advantages`.
+    Args:
+      advantage: [batch], groups contiguous.
+      group_size: samples per prompt.
+
+    Returns:
+      bool [groups].
+
+    Raises:
+      ValueError: the advantage does not split into groups.
     """
     return _grouped(advantage, group_size).any(axis=1)
 
 
-def _grouped(reward, group_size: int) -> jax.Array:
-    """float32 [groups, group_size]."""
+def _grouped(reward: ArrayLike, group_size: int) -> jax.Array:
+    """The rewards as float32 [groups, group_size]."""
     reward = jnp.asarray(reward, jnp.float32)
     if reward.ndim != 1 or group_size < 1 or reward.shape[0] % group_size:
         raise ValueError(
@@ -89,6 +100,6 @@ def _grouped(reward, group_size: int) -> jax.Array:
 
 
 def _centred(reward: jax.Array) -> jax.Array:
-    """Minus the mean over the last axis, and exactly 0 where that axis is constant."""
+    """Subtracts the mean over the last axis; exactly 0 where that axis is constant."""
     constant = (reward == reward[:, :1]).all(axis=1, keepdims=True)
     return jnp.where(constant, 0.0, reward - reward.mean(axis=1, keepdims=True))

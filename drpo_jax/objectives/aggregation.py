@@ -1,16 +1,17 @@
-"""Aggregation: how the objectives of tokens become one loss.
+"""Aggregation: from the objectives of tokens to one loss.
 
     loss = −sum(weight·J) / denominator
 
-A token's weight depends on its own response only, and the denominator is a plain sum over the
-responses. So compute both once, on the mask of the whole mini-batch; `weight` may then be cut into
-micro-batches, packed or sharded in any way, each part adding its sum(weight·J): the total, and its
-gradient, are those of the uncut batch. (An average of the micro-batches' own losses is not: it
-counts the tokens of a short micro-batch for more.)
+The weight of a token depends only on its own response, and the denominator is a plain sum over
+responses. Both are computed once, from the mask of the whole mini-batch. The weights may then be split
+into micro-batches, packed or sharded in any way: the parts sum(weight·J) add up to the loss, and the
+gradient, of the whole mini-batch. An average of the losses of micro-batches would not; it would give
+more weight to the tokens of a short micro-batch.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.sequences import sequence_count, sequence_sum
@@ -26,28 +27,31 @@ AGGREGATIONS = {
     ),
     # The policy gradient itself: sum over time, mean over samples.
     "seq-mean-token-sum": lambda mask, horizon: (1.0, sequence_count(mask)),
-    # The same, in units of a fixed horizon; Dr. GRPO, and the setting of DRPO.
+    # The same, in units of a fixed horizon; Dr. GRPO and DRPO.
     "seq-mean-token-sum-norm": lambda mask, horizon: (1 / horizon, sequence_count(mask)),
 }
 
 
-def token_weights(name: str, mask, horizon: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """The weight of each token in the loss, and what the sum is divided by.
+def token_weights(
+    name: str, mask: ArrayLike, horizon: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The weight of each token in the loss, and the denominator of the sum.
 
     Args:
       name: a key of `AGGREGATIONS`.
       mask: [batch, time], the response tokens: bool or 0/1 with one sequence per row, or the
         numbers of the sequences that share a row (see `sequences`).
-      horizon: tokens; the fixed length that `seq-mean-token-sum-norm` divides by (the maximal
-        response length). The other names ignore it.
+      horizon: the fixed length in tokens by which `seq-mean-token-sum-norm` divides, usually the
+        maximal response length. The other names ignore it.
 
     Returns:
-      (weight float32 [batch, time], denominator float32 scalar). Without any token the weights
-      are 0 and the denominator is 1: the loss is 0.
+      weight: float32 [batch, time].
+      denominator: float32 scalar. Without any token the weights are 0 and the denominator is 1, so
+        the loss is 0.
 
     Raises:
-      ValueError: an unknown name, a mask that is not [batch, time], or no positive horizon where
-        one is needed.
+      ValueError: the name is unknown, the mask is not [batch, time], or `seq-mean-token-sum-norm`
+        gets no positive horizon.
     """
     if name not in AGGREGATIONS:
         raise unknown("aggregation", name, AGGREGATIONS)

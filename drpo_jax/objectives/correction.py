@@ -1,22 +1,23 @@
-"""Correction of the train-inference mismatch where µ is rescored by the learner.
+"""Importance weights that correct the train–inference mismatch.
 
-With `behavior="rescored"` the ratio π/π_old is anchored on the learner's own logprobs, and what the
-sampler's numerics add is left to an importance weight ρ of the token or of its response, which
-multiplies the token's J and c alike (it does not depend on π):
+With `behavior="rescored"` the ratio π/π_old is anchored on the learner's own logprobs. An importance
+weight ρ of the token or of its response corrects for the numerics of the sampler. It does not depend on
+π, so it multiplies J and c of the token alike:
 
     log ρ = log π_old − log µ                 level "token"
-    log ρ = Σ (log π_old − log µ)             level "sequence": all tokens of the response
+    log ρ = Σ (log π_old − log µ)             level "sequence", over all tokens of the response
     log ρ = mean (log π_old − log µ)          level "geometric"
 
     tis     min(ρ, cap)                       truncated importance sampling
-    mis     ρ·[floor ≤ ρ ≤ cap]               masked: tokens (or responses) outside count for nothing
+    mis     ρ·[floor ≤ ρ ≤ cap]               masked: tokens or responses outside count for nothing
 
-Sources: TIS as FlashRL introduced it (cap 2 on tokens); IcePop (token-level mask, 0.5 to 5) and the
-sequence-level mask of "When Speed Kills Stability" (cap 2).
+Sources: TIS of FlashRL (cap 2 on tokens); IcePop (token-level mask, 0.5 to 5); the sequence-level mask
+of "When Speed Kills Stability" (cap 2).
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.sequences import sequence_sum
@@ -30,22 +31,28 @@ LEVELS = ("token", "sequence", "geometric")
 
 
 def mismatch_weight(
-    name: str, old_logp, full_logp, mask, level: str = "token", cap=2.0, floor=0.0
+    name: str,
+    old_logp: ArrayLike,
+    full_logp: ArrayLike,
+    mask: ArrayLike,
+    level: str = "token",
+    cap: float = 2.0,
+    floor: float = 0.0,
 ) -> jax.Array:
-    """The weight of each token by which J and c are multiplied.
+    """The factor of J and c for each token.
 
     Args:
       name: a key of `CORRECTIONS`.
       old_logp, full_logp: [..., time], log π_old and log µ, nats.
       mask: [..., time], the response tokens, see `sequences`.
       level: one of `LEVELS`.
-      cap, floor: bounds of ρ; the floor concerns `mis` alone.
+      cap, floor: bounds of ρ. Only `mis` uses the floor.
 
     Returns:
-      float32 [..., time], 0 for tokens of no response. log ρ is clipped to ±20.
+      float32 [..., time], 0 outside of responses. log ρ is clipped to ±20.
 
     Raises:
-      ValueError: an unknown name or level.
+      ValueError: the name or the level is unknown.
     """
     if name not in CORRECTIONS:
         raise unknown("correction", name, CORRECTIONS)

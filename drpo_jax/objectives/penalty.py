@@ -1,19 +1,20 @@
-"""The KL penalty to a reference policy, as a loss on the sampled tokens or inside the reward.
+"""The KL penalty to a reference policy, as a loss on the sampled tokens or as part of the reward.
 
-With d = log π_ref − log π of a token that µ sampled, and r = π/µ taken as a constant (sg[r]: the
-penalty estimates an expectation under π):
+For a token sampled from µ, let d = log π_ref − log π. The ratio r = π/µ is constant in the penalty,
+sg[r], because the penalty estimates an expectation under π:
 
-    k2 = d²/2             its gradient is on average that of KL(π‖π_ref)
-    k3 = exp(d) − d − 1   never negative; its gradient is on average that of KL(π_ref‖π)
+    k2 = d²/2             its expected gradient is that of KL(π‖π_ref)
+    k3 = exp(d) − d − 1   never negative; its expected gradient is that of KL(π_ref‖π)
 
     J −= β·sg[r]·k        c −= β·r·∂k/∂logp
 
-k1 = −d is unbiased as an estimate, but as a loss its expected gradient is zero: it belongs in the
-reward (`reward_penalty`). The estimators and their names: J. Schulman, "Approximating KL Divergence".
+k1 = −d is an unbiased estimate, but as a loss its expected gradient is zero. It belongs in the reward,
+see `reward_penalty`. The estimators and their names are from J. Schulman, "Approximating KL Divergence".
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, clamped, token
@@ -26,16 +27,21 @@ ESTIMATORS = {
 KL = ("none", "k1", *ESTIMATORS)
 
 
-def kl_penalty(estimator: str, logp, behavior_logp, ref_logp) -> tuple[jax.Array, jax.Array]:
-    """(sg[r]·k, r·∂k/∂logp) of each token: what J and c lose, times β.
+def kl_penalty(
+    estimator: str, logp: ArrayLike, behavior_logp: ArrayLike, ref_logp: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The penalty of each token and its derivative, both to be multiplied by β.
 
     Args:
       estimator: "k2" or "k3".
-      logp, behavior_logp, ref_logp: log π, log µ and log π_ref of the sampled tokens, nats; they
-        broadcast. d is clipped to ±20, with gradient 0 beyond, like log r.
+      logp, behavior_logp, ref_logp: log π, log µ and log π_ref of the sampled tokens, nats, which
+        broadcast. d is clipped to ±20 with gradient 0 beyond, like log r.
+
+    Returns:
+      (sg[r]·k, r·∂k/∂logp), to be subtracted from J and c.
 
     Raises:
-      ValueError: another estimator; k1 is `reward_penalty`'s.
+      ValueError: another estimator. k1 is part of the reward, see `reward_penalty`.
     """
     if estimator not in ESTIMATORS:
         raise unknown("KL penalty as a loss", estimator, ESTIMATORS)
@@ -48,11 +54,14 @@ def kl_penalty(estimator: str, logp, behavior_logp, ref_logp) -> tuple[jax.Array
     return r * k, jnp.where(inside, r * slope, 0.0)
 
 
-def reward_penalty(behavior_logp, ref_logp, mask) -> jax.Array:
-    """Σ (log µ − log π_ref) over each response [batch]: k1, to be taken from its reward times β.
+def reward_penalty(behavior_logp: ArrayLike, ref_logp: ArrayLike, mask: ArrayLike) -> jax.Array:
+    """The k1 penalty Σ (log µ − log π_ref) of each response, to be subtracted from its reward times β.
 
     Args:
-      behavior_logp, ref_logp: [batch, time], nats.
+      behavior_logp, ref_logp: [batch, time], log µ and log π_ref, nats.
       mask: bool [batch, time], one response per row.
+
+    Returns:
+      float32 [batch].
     """
     return jnp.where(mask, clamped(behavior_logp) - clamped(ref_logp), 0.0).sum(axis=-1)

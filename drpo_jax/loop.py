@@ -542,10 +542,10 @@ def learn(run: Run, state, rollouts, inputs, step: int, keep: bool):
         for rows in mini_batches(run.config, step, epoch):
             batch, layout = programs.rollout_batch(rollouts, rows, inputs)
             state, report = programs.policy_update(state, batch)
-            pairs, extremes, weight = programs.summarize(report.trace, batch)
+            pairs, extremes = programs.summarize(report.trace, batch)
             reports.append((pairs, extremes, report.metrics, report.skipped))
             if keep and epoch == 0:
-                seen = report.trace._asdict() | {"weight": weight}
+                seen = report.trace._asdict()
                 seen.pop("topk_logp")
                 kept.append((seen, layout))
                 order.append(rows)

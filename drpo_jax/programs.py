@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -199,7 +200,7 @@ class Programs:
             partial(gradients, settings=gradient_settings),
             out_shardings=(self.state_shardings.model, None, None),
         )
-        self.summarize = jax.jit(partial(summarize, objective=self.objective))
+        self.summarize = jax.jit(summarize)
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
@@ -364,5 +365,5 @@ def _shardings_of(tree: Any) -> Any:
 
 
 def _by_coefficient(logp, coefficient):
-    """(J, c) for coefficients that are inputs of the batch."""
-    return coefficient * logp, coefficient
+    """(J, c, w) for coefficients that are inputs of the batch; w is not needed."""
+    return coefficient * logp, coefficient, jnp.ones_like(logp)

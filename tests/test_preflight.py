@@ -158,7 +158,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
 
     def score(run, model, rollouts, step, data, replay=True):
         scored.append(set(data))
-        return TokenTrace(logp, logp, logp, ids.astype(np.float32))
+        return TokenTrace(logp, logp, logp, logp, ids.astype(np.float32))
 
     monkeypatch.setattr(loop, "score", score)
     fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)

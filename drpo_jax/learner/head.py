@@ -51,12 +51,14 @@ class TokenTrace(NamedTuple):
     Attributes:
       logp: log π at the sampling temperature, nats.
       coefficient: c = ∂J/∂logp, of the objective and the KL penalty, correction included.
+      weight: the gradient weight w = c / (r·Â) of the objective alone.
       entropy: of π, nats.
       topk_logp: float32 [N, K], log π of `topk_ids`; K = 0 without.
     """
 
     logp: jax.Array
     coefficient: jax.Array
+    weight: jax.Array
     entropy: jax.Array
     topk_logp: jax.Array
 
@@ -85,17 +87,17 @@ class Policy:
 
     def __call__(self, logp, behavior_logp, advantage, ref_logp=None, correction=1.0, **arrays):
         # Looked up at call time: what replaces it there replaces it here and in policy_objective.
-        J, c = table.token_objective(
+        J, c, w = table.token_terms(
             self.name, logp, behavior_logp, advantage, **dict(self.hyper), **arrays
         )
         if self.kl != "none":
             k, slope = kl_penalty(self.kl, logp, behavior_logp, ref_logp)
             J, c = J - self.kl_coefficient * k, c - self.kl_coefficient * slope
-        return J * correction, c * correction
+        return J * correction, c * correction, w
 
 
 def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
-    """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c).
+    """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c, w).
 
     Args:
       name, hyper: of `objectives.token_objective`.
@@ -112,13 +114,13 @@ def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
 
 
 def likelihood(logp, **_):
-    """J = logp, c = 1: supervised learning."""
-    return logp, jnp.ones_like(logp)
+    """J = logp, c = w = 1: supervised learning."""
+    return logp, jnp.ones_like(logp), jnp.ones_like(logp)
 
 
-def given(logp, J, coefficient):
-    """J and c that were computed before, from the logprobs of a first pass."""
-    return J, coefficient
+def given(logp, J, coefficient, weight):
+    """J, c and w that were computed before, from the logprobs of a first pass."""
+    return J, coefficient, weight
 
 
 def head_loss(
@@ -134,7 +136,7 @@ def head_loss(
       token_weight_N: float32, 0 for tokens that do not count (see `objectives.aggregation`).
       inputs: arrays [N, …] that the objective takes by name: behavior_logp, advantage, …; from
         `topk_ids` int32 [N, K] the head makes the objective's `topk_logp`.
-      objective: (logp, **inputs) → (J, c) elementwise, such as `policy(...)`, `likelihood`, `given`.
+      objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`, `given`.
       temperature: of the sampling distribution.
       chunk: tokens per piece; peak memory is a few times chunk · vocab floats. None: as many as make
         `LOGITS`, but at least 512 (a small vocabulary is not worth a loop).
@@ -198,7 +200,6 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     vocabulary = _Slice(weight_DxV.shape[1], mesh is not None and mesh.shape["tensor"] > 1)
     chunk = min(chunk or chunk_tokens(vocabulary.size), n)
     order, expand = _compaction(token_weight != 0, chunk)
-    room = len(order)
 
     def one_chunk(i, carry):
         loss, trace, gradients = carry
@@ -217,9 +218,9 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
             topk_ids = inputs_C.pop("topk_ids")
             topk_logp = vocabulary.take(softmax.logits, topk_ids) - softmax.lse[:, None]
             inputs_C["topk_logp"] = topk_logp
-        J, c = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
+        J, c, w = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
         loss -= jnp.sum(weight * (J + entropy_bonus * softmax.entropy))
-        seen = TokenTrace(softmax.logp, c, softmax.entropy, topk_logp)
+        seen = TokenTrace(softmax.logp, c, w, softmax.entropy, topk_logp)
         trace = jax.tree.map(put, trace, seen)
         if gradient:
             d_hidden, d_weight = gradients
@@ -229,9 +230,9 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
             gradients = put(d_hidden, d_h), d_weight + _dot(h_CxD, d_logits, (0, 0))
         return loss, trace, gradients
 
-    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    room, zeros = len(order), partial(jnp.zeros, dtype=jnp.float32)
     topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
-    trace = TokenTrace(zeros(room), zeros(room), zeros(room), zeros((room, topk)))
+    trace = TokenTrace(*[zeros(room)] * 4, topk_logp=zeros((room, topk)))
     d_hidden = jnp.zeros((room, width), hidden_NxD.dtype)
     gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
     chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk

@@ -1,38 +1,29 @@
 """Metrics of one update over its response tokens, from what the head recorded of them."""
 
-import jax
 import jax.numpy as jnp
 
-from drpo_jax.learner.head import Policy, TokenTrace
+from drpo_jax.learner.head import TokenTrace
 from drpo_jax.learner.state import Batch
-from drpo_jax.objectives import OBJECTIVES, gradient_weight, kl_penalty, weight_summary
+from drpo_jax.objectives import kl_penalty, weight_summary
 from drpo_jax.objectives.diagnostics import Extremes, Sums
 
 
-def summarize(
-    trace: TokenTrace, batch: Batch, *, objective: Policy
-) -> tuple[Sums, Extremes, jax.Array]:
-    """Sums and extremes over the response tokens of a mini-batch, and their weights.
+def summarize(trace: TokenTrace, batch: Batch) -> tuple[Sums, Extremes]:
+    """Sums and extremes over the response tokens of a mini-batch.
 
     Args:
-      trace: of the update, [P, T] arrays.
-      batch: the Batch of the update; its `inputs` have behavior_logp and advantage.
-      objective: what the update maximized.
+      trace: the trace of the update, [P, T] arrays.
+      batch: the Batch of the update. Its `inputs` have behavior_logp and advantage.
 
     Returns:
-      (name → (sum, count), name → extreme, w float32 [P, T]): those of `objectives.weight_summary`,
-      and the sums entropy, correction/mean, correction/dropped (with a correction) and
-      policy/kl_reference (with a KL penalty in the loss).
+      (name → (sum, count), name → extreme): those of `objectives.weight_summary`, and the sums
+      entropy, correction/mean and correction/dropped (with a correction), and policy/kl_reference (with
+      a KL penalty in the loss).
     """
     inputs, mask = batch.inputs, batch.mask > 0
     behavior_logp, advantage = inputs["behavior_logp"], inputs["advantage"]
-    known = inputs | {"mask": batch.mask, "topk_logp": trace.topk_logp}
-    arrays = {name: known[name] for name in OBJECTIVES[objective.name].arrays}
-    weight = gradient_weight(
-        objective.name, trace.logp, behavior_logp, advantage, **arrays, **dict(objective.hyper)
-    )
     sums, extremes = weight_summary(
-        weight, trace.logp, behavior_logp, advantage, trace.coefficient, mask
+        trace.weight, trace.logp, behavior_logp, advantage, trace.coefficient, mask
     )
     count = jnp.sum(mask)
     sums = sums | {"entropy": (jnp.sum(trace.entropy * mask), count)}
@@ -42,4 +33,4 @@ def summarize(
     if "ref_logp" in inputs:
         k3, _ = kl_penalty("k3", trace.logp, behavior_logp, inputs["ref_logp"])
         sums["policy/kl_reference"] = jnp.sum(jnp.where(mask, k3, 0.0)), count
-    return sums, extremes, jnp.where(mask, weight, 0.0)
+    return sums, extremes

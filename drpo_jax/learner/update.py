@@ -21,7 +21,7 @@ class UpdateSettings:
     """What an update does, static.
 
     Attributes:
-      objective: (logp, **Batch.inputs) → (J, c); see `head.policy` and `head.likelihood`.
+      objective: (logp, **Batch.inputs) → (J, c, w); see `head.policy` and `head.likelihood`.
       aggregation, horizon: how tokens become a loss, see `objectives.aggregation`.
       micro_batches: pieces the mini-batch is computed in.
       temperature: of the sampling distribution.
@@ -159,8 +159,8 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         # c of a token depends on the whole response: one pass for the logprobs, one for the rest.
         every = (batch.mask > 0).astype(jnp.float32)
         _, first = loss_of(likelihood, jax.lax.stop_gradient(operands), every, {})
-        J, c = objective(first.logp, **inputs, mask=batch.mask)
-        objective, inputs = given, {"J": J, "coefficient": c}
+        J, c, w = objective(first.logp, **inputs, mask=batch.mask)
+        objective, inputs = given, {"J": J, "coefficient": c, "weight": w}
     loss, trace = loss_of(objective, operands, weight_PxT, inputs)
     total = loss
     if settings.load_balance:

@@ -24,6 +24,7 @@ from drpo_jax.objectives.table import (
     gradient_weight,
     resolve_hyper,
     token_objective,
+    token_terms,
 )
 from drpo_jax.objectives.tokens import Token, beyond_clip
 
@@ -48,6 +49,7 @@ __all__ = [
     "resolve_hyper",
     "reward_penalty",
     "token_objective",
+    "token_terms",
     "token_weights",
     "weight_summary",
     "with_spread",

@@ -15,9 +15,9 @@ def policy_objective(
 ) -> jax.Array:
     """J of each token, whose gradient with respect to `logp` is exactly the score coefficient c.
 
-    Arguments and errors are those of `table.token_objective`, which computes both J and c. The forward
-    pass computes c along with J and keeps nothing else. The backward pass is one multiplication,
-    cotangent·c. The gradient is zero for every argument but `logp`. Only reverse mode is supported.
+    Arguments and errors are those of `table.token_objective`. The forward pass computes c along with J
+    and keeps nothing else. The backward pass is one multiplication, cotangent·c. The gradient is zero
+    for every argument but `logp`. Only reverse mode is supported.
 
     J of `gspo` depends on all tokens of the response. The product is then the gradient wherever the
     cotangent is constant within a response, which holds for every aggregation.
@@ -30,7 +30,8 @@ def policy_objective(
 
     # Looked up in the module at call time, so that a replacement there replaces both J and c.
     def forward(logp, behavior_logp, advantage, arrays):  # J is the output, c the only residual
-        return table.token_objective(name, logp, behavior_logp, advantage, **arrays, **hyper)
+        J, c, _ = table.token_terms(name, logp, behavior_logp, advantage, **arrays, **hyper)
+        return J, c
 
     @jax.custom_vjp
     def objective(*inputs):

@@ -358,7 +358,7 @@ def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
     Raises:
       ValueError: an unknown name or hyperparameter, a value it cannot take, or a missing array.
     """
-    J, c, _ = _terms(name, logp, behavior_logp, advantage, hyper)
+    J, c, _ = token_terms(name, logp, behavior_logp, advantage, **hyper)
     return J, c
 
 
@@ -369,7 +369,7 @@ def gradient_weight(name: str, logp, behavior_logp, advantage, **hyper) -> jax.A
     module's docstring). The ablations without advantage report 1 where |Â| ≤ 1e-6. 0 beyond the
     clip of log r.
     """
-    return _terms(name, logp, behavior_logp, advantage, hyper)[2]
+    return token_terms(name, logp, behavior_logp, advantage, **hyper)[2]
 
 
 def resolve_hyper(name: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,9 +426,12 @@ def split_arrays(name: str, given: Mapping[str, Any]) -> tuple[dict, dict]:
     return {array: given[array] for array in needed}, hyper
 
 
-def _terms(name: str, logp, behavior_logp, advantage, given: Mapping[str, Any]) -> Terms:
-    """(J, c, w) of objective `name`, with c and w set to 0 beyond the clip of log r."""
-    arrays, hyper = split_arrays(name, given)
+def token_terms(name: str, logp, behavior_logp, advantage, **hyper) -> Terms:
+    """(J, c, w) of each token, with c and w set to 0 beyond the clip of log r.
+
+    Arguments and errors are those of `token_objective`. The learner takes all three from here.
+    """
+    arrays, hyper = split_arrays(name, hyper)
     J, c, w = OBJECTIVES[name].equation(token(logp, behavior_logp, advantage), **arrays, **hyper)
     clipped = beyond_clip(logp, behavior_logp)
     return J, jnp.where(clipped, 0.0, c), jnp.where(clipped, 0.0, w)

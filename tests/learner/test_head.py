@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from drpo_jax.learner import head_loss, likelihood, policy
 from drpo_jax.learner.head import given
-from drpo_jax.objectives import OBJECTIVES, policy_objective, table
+from drpo_jax.objectives import OBJECTIVES, gradient_weight, policy_objective, table
 from drpo_jax.parallel import BATCH_AXES, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -45,11 +45,11 @@ def DRPO(logp, behavior_logp, advantage, **_):
 
 
 def any_of(logp, which, **data):
-    """(J, c) of the objective number `which` of HEADS, token by token."""
+    """(J, c, w) of the objective number `which` of HEADS, token by token."""
     terms = []
     for head in HEADS.values():
         if head is given:
-            names = ("J", "coefficient")
+            names = ("J", "coefficient", "weight")
         else:
             names = ("behavior_logp", "advantage", *getattr(head, "arrays", ()))
         terms.append(head(logp, **{name: data[name] for name in names}))
@@ -88,6 +88,7 @@ def example(dtype=np.float32):
         "behavior_topk_logp": near(np.take_along_axis(logp, topk_ids, 1), 0.3),
         "J": np.zeros(N, np.float32),
         "coefficient": np.zeros(N, np.float32),
+        "weight": np.zeros(N, np.float32),
     }
     token_weight = (rng.uniform(0.1, 1, size=N) * (rng.uniform(size=N) < 0.8)).astype(np.float32)
     return hidden, weight, targets, token_weight, data
@@ -184,9 +185,24 @@ def arrays_of(name, run):
         first = run(*arrays[:3], np.ones(N, np.float32), data | {"which": number("likelihood")})
         rows = first[1].logp, data["behavior_logp"], data["advantage"]
         mask = np.ones((N // ROW, ROW), bool)
-        J, c = policy("gspo")(*(x.reshape(-1, ROW) for x in rows), mask=mask)
-        data = data | {"J": np.ravel(J), "coefficient": np.ravel(c)}
+        terms = policy("gspo")(*(x.reshape(-1, ROW) for x in rows), mask=mask)
+        data = data | dict(zip(("J", "coefficient", "weight"), map(np.ravel, terms)))
     return *arrays, data | {"which": number(name)}
+
+
+def weights(name):
+    """w of every token, by the table in float64."""
+    *_, data = example()
+    _, logp, _, topk_logp = reference()
+    if name == "likelihood":
+        return np.ones(N)
+    name = name.partition(" + ")[0]
+    arrays = data | {"topk_logp": topk_logp, "mask": np.ones(N, bool)}
+    rows = {key: a.reshape(-1, ROW, *a.shape[1:]) for key, a in arrays.items()}
+    needed = {key: rows[key] for key in OBJECTIVES[name].arrays}
+    with jax.enable_x64(True):
+        common = logp.reshape(-1, ROW), rows["behavior_logp"], rows["advantage"]
+        return np.ravel(gradient_weight(name, *common, **needed))
 
 
 def error(ours, expected):
@@ -204,7 +220,7 @@ def agree(ours, expected, tolerance=3e-6):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_objective_equals_float64_autodiff(mesh):
-    """loss, logp, d_hidden and d_weight, on 1 and on 8 devices; masked tokens have a trace of 0."""
+    """loss, trace, d_hidden and d_weight on 1 and on 8 devices. Masked tokens have a trace of 0."""
     expected, logp, entropy, topk_logp = reference()
     run = program(mesh, any_of)
     counts = example()[3] != 0
@@ -215,6 +231,7 @@ def test_every_objective_equals_float64_autodiff(mesh):
             assert error(ours, reference_) <= 5e-6, name
         assert error(trace.logp, logp * counts) <= 5e-6
         assert error(trace.entropy, entropy * counts) <= 5e-6
+        assert error(trace.weight, weights(name) * counts) <= 5e-6, name
         assert error(trace.topk_logp, topk_logp * counts[:, None]) <= 5e-6
         for array in (*trace, d_hidden):
             assert not np.any(array[~counts])
@@ -335,7 +352,7 @@ def test_a_cotangent_scales_the_gradient():
 
 
 def test_head_and_custom_vjp_share_one_coefficient(monkeypatch):
-    """Replacing token_objective in the table moves both gradients, in the same way."""
+    """Replacing token_terms in the table moves both gradients, in the same way."""
     *arrays, data = example()
     counts = arrays[-1] != 0
     mu, advantage = data["behavior_logp"], data["advantage"]
@@ -348,13 +365,13 @@ def test_head_and_custom_vjp_share_one_coefficient(monkeypatch):
         return through_vjp[counts], trace.coefficient[counts], d_weight
 
     before = gradients()
-    original = table.token_objective
+    original = table.token_terms
 
     def perturbed(*args, **hyper):
-        J, c = original(*args, **hyper)
-        return J, 2 * c + 0.25
+        J, c, w = original(*args, **hyper)
+        return J, 2 * c + 0.25, w
 
-    monkeypatch.setattr(table, "token_objective", perturbed)
+    monkeypatch.setattr(table, "token_terms", perturbed)
     after = gradients()
     for through_vjp, coefficient, _ in (before, after):
         np.testing.assert_allclose(through_vjp, coefficient, rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def loss_of_definition(model, batch, settings):
     log_p = jnp.roll(jax.nn.log_softmax(logits), 1, axis=1)
     logp = jnp.take_along_axis(log_p, batch.tokens[..., None], axis=-1)[..., 0]
     sequences = {"mask": mask} if settings.objective.needs_sequences else {}
-    value, _ = settings.objective(logp, **batch.inputs, **sequences)
+    value, *_ = settings.objective(logp, **batch.inputs, **sequences)
     value -= settings.entropy_bonus * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     weight, denominator = token_weights(settings.aggregation, mask, settings.horizon)
     return -jnp.sum(jnp.where(mask, weight * value, 0.0)) / denominator

@@ -157,13 +157,13 @@ def test_a_hyperparameter_may_have_a_value_for_every_row(tokens):
 
 def test_the_coefficient_comes_from_the_table_alone(tokens, monkeypatch):
     gradient = jax.grad(lambda logp: policy_objective("drpo", logp, *tokens[1:]).sum())
-    before, original = gradient(tokens[0]), table.token_objective
+    before, original = gradient(tokens[0]), table.token_terms
 
     def perturbed(*args, **hyper):
-        J, c = original(*args, **hyper)
-        return J, c + 7.0
+        J, c, w = original(*args, **hyper)
+        return J, c + 7.0, w
 
-    monkeypatch.setattr(table, "token_objective", perturbed)
+    monkeypatch.setattr(table, "token_terms", perturbed)
     np.testing.assert_array_equal(gradient(tokens[0]), before + 7.0)
 
 

@@ -79,6 +79,7 @@ class Programs:
     Attributes:
       config, mesh, model_config: what the programs are built from.
       objective: the `Policy` that the updates maximize.
+      policy_settings: the `UpdateSettings` of the policy's updates.
       sampling_params: the `SamplingParams` of the rollouts.
       optimizer, sft_optimizer: optax optimizers of the policy and of supervised learning.
       state_shardings: the shardings of the policy's TrainState.
@@ -161,7 +162,7 @@ class Programs:
             load_balance=config.model.load_balance,
             compute=dataclasses.replace(compute, matmul=recipe, one_segment=not train.pack),
         )
-        policy_settings = UpdateSettings(
+        self.policy_settings = UpdateSettings(
             objective=self.objective,
             aggregation=config.objective.aggregation,
             micro_batches=self.sequences_per_update // train.micro_batch,
@@ -177,25 +178,24 @@ class Programs:
             **shared,
         )
         gradient_settings = dataclasses.replace(
-            policy_settings,
+            self.policy_settings,
             objective=_by_coefficient,
             micro_batches=1,
             entropy_bonus=0.0,
             load_balance=0.0,
             pack=False,
         )
-        self._micro_batches = policy_settings.micro_batches
         self.supervised_update = jax.jit(
             partial(update, settings=sft_settings, optimizer=self.sft_optimizer),
             donate_argnums=0,
             out_shardings=(self._sft_shardings, None),
         )
         self.policy_update = jax.jit(
-            partial(update, settings=policy_settings, optimizer=self.optimizer),
+            partial(update, settings=self.policy_settings, optimizer=self.optimizer),
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )
-        self.rescore = jax.jit(partial(response_trace, settings=policy_settings))
+        self.rescore = jax.jit(partial(response_trace, settings=self.policy_settings))
         self.gradients = jax.jit(
             partial(gradients, settings=gradient_settings),
             out_shardings=(self.state_shardings.model, None, None),
@@ -274,7 +274,7 @@ class Programs:
             response_lengths,
             width=tokens.shape[1],
             pack=pack and self.config.train.pack,
-            micro_batches=self._micro_batches,
+            micro_batches=self.policy_settings.micro_batches,
         )
         batch = make_batch(layout, tokens, inputs, routes)
         rows = named_sharding(self.mesh, ("batch",))

@@ -31,11 +31,15 @@ class Layout:
     shape: tuple[int, int]
 
     def place(self, values, at="response"):
-        """[N, R, …] → [P, T, …]: each response's values at its tokens, zeros elsewhere.
+        """Places values of sequences or of their tokens into rows, with zeros elsewhere.
 
         Args:
-          values: the array; or [N], a value per sequence.
-          at: "response", or "sequence" for [N, T'] arrays of prompt and response.
+          values: [N, R, …], one value per response token, or [N], one value per sequence.
+          at: "response": at the positions that predict the response tokens, each one before its token.
+            "sequence": at the tokens of prompt and response, for values [N, T', …].
+
+        Returns:
+          [P, T, …].
         """
         values = np.asarray(values)
         row, column, source = self._responses if at == "response" else self._sequences
@@ -44,7 +48,7 @@ class Layout:
         return placed
 
     def take(self, values, length):
-        """[P, T, …] → [N, length, …]: the inverse of `place`, zeros behind each response."""
+        """The inverse of `place` for response tokens: [P, T, …] → [N, length, …], padded with zeros."""
         values = np.asarray(values)
         row, column, source = self._responses
         taken = np.zeros((len(self.rows), length, *values.shape[2:]), values.dtype)
@@ -53,7 +57,8 @@ class Layout:
 
     @cached_property
     def _responses(self):
-        return self._indices(self.starts + self.prompt_lengths, self.response_lengths)
+        # The position before a token predicts it. Prompts are never empty.
+        return self._indices(self.starts + self.prompt_lengths - 1, self.response_lengths)
 
     @cached_property
     def _sequences(self):

@@ -40,9 +40,11 @@ class Batch:
       tokens: int32 [P, T]; a sequence is a prompt and its response without a gap.
       segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
       positions: int32 [P, T], from 0 in every sequence.
-      mask: int32 [P, T], the segment id on response tokens, 0 elsewhere.
-      inputs: name → float32 [P, T, …], what the objective takes of each response token besides logp:
-        behavior_logp, advantage, and others by name (topk_ids int32 [P, T, K], correction, …).
+      mask: int32 [P, T], the segment id at positions that predict a response token, 0 elsewhere. The
+        position before a token predicts it.
+      inputs: name → float32 [P, T, …], what the objective takes of each response token besides logp, at
+        the position that predicts the token: behavior_logp, advantage, and others by name (topk_ids
+        int32 [P, T, K], correction, …).
       routes: int16 [P, T, L, k], the experts that the sampler visited, for the learner to visit too
         (rollout routing replay); −1 leaves the choice to the router. None: all of them.
     """

@@ -48,7 +48,7 @@ class Report(NamedTuple):
     """What an update tells.
 
     Attributes:
-      trace: TokenTrace of [P, T] arrays, as the objective saw the response tokens; 0 elsewhere.
+      trace: TokenTrace of [P, T] arrays, at the positions that predict a response token; 0 elsewhere.
       metrics: name → float32 scalar: loss, gradient norm, router metrics.
       skipped: int32 scalar, non-finite updates in a row, this one included.
     """
@@ -138,21 +138,18 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         batch.tokens, batch.positions, batch.segment_ids, settings.compute, routes=batch.routes
     )
     operands = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
+    targets = jnp.roll(batch.tokens, -1, axis=1)  # position t predicts token t + 1
 
     def loss_of(objective, operands, weight_PxT, inputs):
-        """Each token is predicted one place before it, so what belongs to it moves there."""
-        arrays = jax.tree.map(_before, (batch.tokens, weight_PxT, inputs))
-
         def flat(a):
             return a.reshape(weight_PxT.size, *a.shape[2:])
 
         loss, trace = head_loss(
-            *operands, *jax.tree.map(flat, arrays),
+            *operands, *jax.tree.map(flat, (targets, weight_PxT, inputs)),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
             entropy_bonus=settings.entropy_bonus,
         )  # fmt: skip
-        trace = jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
-        return loss, jax.tree.map(lambda a: jnp.roll(a, 1, axis=1), trace)
+        return loss, jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
 
     objective, inputs = settings.objective, batch.inputs
     if getattr(objective, "needs_sequences", False):
@@ -184,11 +181,6 @@ def _unless_empty(step, settings):
 def _zeros_of(step, piece):
     shapes = jax.eval_shape(step, piece)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
-
-def _before(x):
-    """[P, T, …] → the same one place earlier in every row, zeros last."""
-    return jnp.pad(x[:, 1:], [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _split(x, n):

@@ -87,13 +87,14 @@ def test_a_batch_follows_from_the_lengths():
         [1, 1, 1, 1, 0, 0, 0],
         [1, 0, 0, 0, 0, 0, 0],
     ]
-    assert batch.mask.tolist() == [[0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0], [0] * 7]
+    # A token is predicted one position before it.
+    assert batch.mask.tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0] * 7]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0]
     np.testing.assert_array_equal(batch.tokens, np.where(batch.segment_ids, tokens, 0))
-    assert batch.inputs["logp"].tolist() == [[0, 0, 1, 2, 3, 4, 0], [0, 0, 0, 5, 0, 0, 0], [0] * 7]
+    assert batch.inputs["logp"].tolist() == [[0, 1, 2, 3, 4, 0, 0], [0, 0, 5, 0, 0, 0, 0], [0] * 7]
     assert batch.inputs["advantage"].tolist() == [
-        [0, 0, 7, 7, 7, 7, 0],
-        [0] * 3 + [8] + [0] * 3,
+        [0, 7, 7, 7, 7, 0, 0],
+        [0] * 2 + [8] + [0] * 4,
         [0] * 7,
     ]
     np.testing.assert_array_equal(batch.inputs["topk"][..., 1], -batch.inputs["logp"])

@@ -91,8 +91,9 @@ def loss_of_definition(model, batch, settings):
     """The loss from whole logits and autodiff, one row per sequence."""
     mask = batch.mask > 0
     logits = model(batch.tokens, segment_ids=batch.segment_ids) / settings.temperature
-    log_p = jnp.roll(jax.nn.log_softmax(logits), 1, axis=1)
-    logp = jnp.take_along_axis(log_p, batch.tokens[..., None], axis=-1)[..., 0]
+    log_p = jax.nn.log_softmax(logits)
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    logp = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     sequences = {"mask": mask} if settings.objective.needs_sequences else {}
     value, *_ = settings.objective(logp, **batch.inputs, **sequences)
     value -= settings.entropy_bonus * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -113,7 +113,7 @@ def test_the_gradient_arrives_where_the_page_says(step):
 
             head_weight = model.head_weight
 
-        learner = dataclasses.replace(programs._policy_settings, load_balance=0.0)
+        learner = dataclasses.replace(programs.policy_settings, load_balance=0.0)
 
         def loss(hidden):
             return _micro_loss(Head(hidden), batch, weight, 1.0, learner)[0]

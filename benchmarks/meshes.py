@@ -166,8 +166,8 @@ def differences(ours, expected):
         return float(np.max([abs(a - b) / max(abs(b), 1e-30) for a, b in pairs]))
 
     return {
-        "losses": relative(expected.metrics[0].keys() - {"grad_norm"}),
-        "gradient": relative(["grad_norm"]),
+        "losses": relative(expected.metrics[0].keys() - {"grad_norm", "update_norm"}),
+        "gradient": relative(["grad_norm", "update_norm"]),
         "parameters": largest((ours.start, ours.end), (expected.start, expected.end)),
         "logprobs": largest(ours.rollouts.sampled_logp, expected.rollouts.sampled_logp),
         "tokens": int(np.sum(ours.rollouts.tokens != expected.rollouts.tokens)),

@@ -29,6 +29,7 @@ from drpo_jax.learner import (
     likelihood,
     make_batch,
     make_optimizer,
+    make_schedule,
     policy,
     response_trace,
     summarize,
@@ -125,6 +126,7 @@ class Programs:
         config, train, sft = self.config, self.config.train, self.config.sft
         updates = train.steps * train.epochs * self.updates_per_epoch
         self.optimizer = make_optimizer(config.optimizer, updates)
+        self._schedule = make_schedule(config.optimizer, updates)
         sft_optimizer = ConfigDict(config.optimizer)
         sft_optimizer.update(
             learning_rate=sft.learning_rate,
@@ -133,6 +135,7 @@ class Programs:
             final_fraction=0.1,
         )
         self.sft_optimizer = make_optimizer(sft_optimizer, sft.steps)
+        self._sft_schedule = make_schedule(sft_optimizer, sft.steps)
 
         def new_model(key):
             return Transformer(self.model_config, key)
@@ -186,12 +189,22 @@ class Programs:
             pack=False,
         )
         self.supervised_update = jax.jit(
-            partial(update, settings=sft_settings, optimizer=self.sft_optimizer),
+            partial(
+                update,
+                settings=sft_settings,
+                optimizer=self.sft_optimizer,
+                schedule=self._sft_schedule,
+            ),
             donate_argnums=0,
             out_shardings=(self._sft_shardings, None),
         )
         self.policy_update = jax.jit(
-            partial(update, settings=self.policy_settings, optimizer=self.optimizer),
+            partial(
+                update,
+                settings=self.policy_settings,
+                optimizer=self.optimizer,
+                schedule=self._schedule,
+            ),
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )

@@ -2,7 +2,14 @@
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy
 from drpo_jax.learner.packing import Layout, lay_out
-from drpo_jax.learner.state import Batch, TrainState, init_state, make_batch, make_optimizer
+from drpo_jax.learner.state import (
+    Batch,
+    TrainState,
+    init_state,
+    make_batch,
+    make_optimizer,
+    make_schedule,
+)
 from drpo_jax.learner.summary import summarize
 from drpo_jax.learner.update import Report, UpdateSettings, gradients, response_trace, update
 
@@ -21,6 +28,7 @@ __all__ = [
     "likelihood",
     "make_batch",
     "make_optimizer",
+    "make_schedule",
     "policy",
     "response_trace",
     "summarize",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from drpo_jax.learner.packing import Layout
 
@@ -77,33 +78,43 @@ def make_batch(layout: Layout, tokens, inputs, routes=None) -> Batch:
     )
 
 
-def make_optimizer(config, total_updates):
-    """AdamW behind a global-norm clip, with the config's schedule.
+def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
+    """The learning rate as a function of the number of updates applied before.
 
     Args:
-      config: with the fields of `config.optimizer`.
-      total_updates: length of the linear and cosine schedules, in optimizer updates.
+      optimizer: the config's section of this name.
+      total_updates: length of the linear and cosine schedules, warmup included.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     decay = max(total_updates - warmup, 1)
-    final = peak * config.final_fraction
+    final = peak * optimizer.final_fraction
     schedule = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, decay),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, decay, config.final_fraction),
-    }[config.schedule]()
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay, optimizer.final_fraction),
+    }[optimizer.schedule]()
     if warmup:
         rise = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
         schedule = optax.join_schedules([rise, schedule], [warmup])
+    return schedule
+
+
+def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientTransformation:
+    """AdamW after a clip by the global norm, with the learning rate of `make_schedule`.
+
+    Args:
+      optimizer: the config's section of this name.
+      total_updates: see `make_schedule`.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=config.mu_dtype,
-            weight_decay=config.weight_decay,
+            make_schedule(optimizer, total_updates),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+            mu_dtype=optimizer.mu_dtype,
+            weight_decay=optimizer.weight_decay,
         ),
     )
 

@@ -49,7 +49,9 @@ class Report(NamedTuple):
 
     Attributes:
       trace: TokenTrace of [P, T] arrays, at the positions that predict a response token; 0 elsewhere.
-      metrics: name → float32 scalar: loss, gradient norm, router metrics.
+      metrics: name → float32 scalar: loss, router metrics, and L2 norms over all parameters: grad_norm
+        before the clip, update_norm of the change that is applied (0 for a skipped update), param_norm
+        of the parameters after it; learning_rate.
       skipped: int32 scalar, non-finite updates in a row, this one included.
     """
 
@@ -68,7 +70,7 @@ def response_trace(model, batch, settings):
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
-def update(state, batch, *, settings, optimizer):
+def update(state, batch, *, settings, optimizer, schedule):
     """One optimizer update on one mini-batch.
 
     A non-finite loss or gradient leaves model and optimizer as they were and is counted in
@@ -79,6 +81,7 @@ def update(state, batch, *, settings, optimizer):
       batch: Batch; micro-batch i takes the rows i, i + n, i + 2n, …, so that no row leaves its device.
       settings: UpdateSettings.
       optimizer: optax optimizer.
+      schedule: its learning rate by the number of updates applied.
 
     Returns:
       (new state, Report).
@@ -93,6 +96,9 @@ def update(state, batch, *, settings, optimizer):
         (model, opt_state),
         (state.model, state.opt_state),
     )
+    metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
+    metrics["update_norm"] = jnp.where(finite, optax.tree.norm(changes), 0.0)
+    metrics["param_norm"] = optax.tree.norm(model)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = dataclasses.replace(
         state, model=model, opt_state=opt_state, updates=state.updates + finite, skipped=skipped

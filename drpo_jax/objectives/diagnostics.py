@@ -48,7 +48,7 @@ def weight_summary(
         weight/tail_mean, /tail_square: the same over the tail, µ ≤ 0.01.
         Over all tokens of `mask`:
         weight/coefficient_mean: |c|;
-        policy/shift, /ratio: |π − µ| and r;
+        policy/shift, /ratio, /ratio_square: |π − µ|, r and (r − 1)²;
         policy/kl: the k3 estimate of KL(µ‖π), nats;
         policy/tail, /beyond_clip: shares of the tail and of tokens beyond the clip of log r;
         by_mu/LOW-HIGH/tokens, /gradient: shares of the tokens, and of Σ|c|, with LOW < µ ≤ HIGH
@@ -95,6 +95,7 @@ def _policy_sums(t: Token, coefficient: jax.Array, beyond: jax.Array, mask: jax.
         "weight/coefficient_mean": _pair(abs(coefficient), mask),
         "policy/shift": _pair(abs(t.shift), mask),
         "policy/ratio": _pair(t.r, mask),
+        "policy/ratio_square": _pair((t.r - 1) ** 2, mask),
         "policy/kl": _pair(_k3(t.log_r), mask),
         "policy/tail": _pair(t.mu <= TAIL, mask),
         "policy/beyond_clip": _pair(beyond, mask),
@@ -161,19 +162,27 @@ def mismatch_summary(
 def with_spread(means: dict[str, float]) -> dict[str, float]:
     """Replaces the squares among the means of `weight_summary` by spreads.
 
-    The squares are those of w − 1: float32 sums of w² would lose a spread below 1e-3 (as at δ = 12.5)
-    to cancellation.
+    The squares are those of w − 1 and r − 1: float32 sums of w² would lose a spread below 1e-3 (as at
+    δ = 12.5) to cancellation.
 
     Args:
       means: name → sum / count, NaN where the count is 0.
 
     Returns:
-      The means with weight/std and weight/tail_variance. NaN (no token in the tail) stays NaN.
+      The means with weight/std, weight/tail_variance and policy/effective_sample_size, the share
+      (Σr)² / (n · Σr²) of the n tokens. NaN (no token in the tail) stays NaN.
     """
     means = dict(means)
-    variance = means.pop("weight/square") - (means["weight/mean"] - 1) ** 2
-    tail = means.pop("weight/tail_square") - (means["weight/tail_mean"] - 1) ** 2
-    return means | {"weight/std": max(variance, 0.0) ** 0.5, "weight/tail_variance": max(tail, 0.0)}
+
+    def variance(mean, square):
+        return max(means.pop(square) - (means[mean] - 1) ** 2, 0.0)
+
+    ratio = means["policy/ratio"]
+    spread = variance("policy/ratio", "policy/ratio_square")
+    means["weight/std"] = variance("weight/mean", "weight/square") ** 0.5
+    means["weight/tail_variance"] = variance("weight/tail_mean", "weight/tail_square")
+    means["policy/effective_sample_size"] = ratio**2 / (ratio**2 + spread)
+    return means
 
 
 def _k3(log_r: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from drpo_jax.config import default_config
 from drpo_jax.learner import (
     Batch,
     UpdateSettings,
@@ -17,6 +18,8 @@ from drpo_jax.learner import (
     init_state,
     lay_out,
     make_batch,
+    make_optimizer,
+    make_schedule,
     policy,
     response_trace,
     update,
@@ -30,6 +33,7 @@ MOE = ModelConfig(vocab_size=64, **SIZES, experts=5, experts_per_token=2, expert
 N, P, R = 8, 5, 6
 SETTINGS = UpdateSettings(policy("drpo"), "token-mean", horizon=R, temperature=0.9, head_chunk=16)
 SGD = optax.sgd(1.0)  # the change of a parameter is its gradient
+ONE = optax.constant_schedule(1.0)
 PROMPTS = np.array([3, 1, 5, 2, 2, 4, 1, 3], np.int32)
 RESPONSES = np.array([6, 1, 3, 6, 0, 2, 5, 4], np.int32)
 
@@ -57,8 +61,9 @@ def batch():
     return new_batch()[0]
 
 
-def run(state, batch, settings, optimizer=SGD):
-    return jax.jit(lambda s, b: update(s, b, settings=settings, optimizer=optimizer))(state, batch)
+def run(state, batch, settings, optimizer=SGD, schedule=ONE):
+    step = functools.partial(update, settings=settings, optimizer=optimizer, schedule=schedule)
+    return jax.jit(step)(state, batch)
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +189,40 @@ def test_a_correction_scales_the_tokens(state, batch):
     assert_gradients(ours, expected)
 
 
+def test_learning_rate_and_norms_are_those_of_numpy(batch):
+    """Over three updates with warmup and weight decay: what the parameters say, in float64."""
+    config = default_config().optimizer
+    config.update(learning_rate=0.01, warmup_steps=2, schedule="linear", weight_decay=0.1)
+    optimizer, schedule = make_optimizer(config, 10), make_schedule(config, 10)
+    state = init_state(new_model(MOE), optimizer)
+    step = jax.jit(
+        functools.partial(update, settings=SETTINGS, optimizer=optimizer, schedule=schedule)
+    )
+
+    def norm(leaves):
+        return math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
+
+    for rate in (0.005, 0.01, 0.01):
+        before = [np.float64(leaf) for leaf in jax.tree.leaves(state.model)]
+        state, report = step(state, batch)
+        after = [np.float64(leaf) for leaf in jax.tree.leaves(state.model)]
+        assert report.metrics["learning_rate"] == pytest.approx(rate)
+        assert report.metrics["param_norm"] == pytest.approx(norm(after), rel=1e-5)
+        change = norm([b - a for a, b in zip(before, after)])
+        assert report.metrics["update_norm"] == pytest.approx(change, rel=1e-4)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
     advantage = np.where(np.arange(N)[:, None] == 0, np.float32(bad), batch.inputs["advantage"])
     poisoned = dataclasses.replace(batch, inputs=batch.inputs | {"advantage": advantage})
     adam = optax.adam(1e-3)
     start = init_state(state.model, adam)
-    step = jax.jit(lambda s, b: update(s, b, settings=SETTINGS, optimizer=adam))
+    step = jax.jit(
+        functools.partial(update, settings=SETTINGS, optimizer=adam, schedule=lambda n: 1 / (1 + n))
+    )
     once, report = step(start, poisoned)
+    assert report.metrics["update_norm"] == 0 and report.metrics["learning_rate"] == 1
     twice, _ = step(once, poisoned)
     assert report.skipped == 1 and twice.skipped == 2 and twice.updates == 0
     for kept, old in zip(jax.tree.leaves(twice.model), jax.tree.leaves(start.model)):
@@ -200,6 +231,7 @@ def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
         np.testing.assert_array_equal(kept, old)
     after, report = step(twice, batch)
     assert report.skipped == 0 and after.skipped == 0 and after.updates == 1
+    assert report.metrics["learning_rate"] == 1  # that of the first update that is applied
     assert np.any(after.model.embed[...] != start.model.embed[...])
 
 
@@ -211,7 +243,7 @@ def test_nothing_holds_the_logits_of_a_batch():
     ints, floats = (jax.ShapeDtypeStruct((rows, 8 + room), t) for t in (jnp.int32, jnp.float32))
     batch = Batch(ints, ints, ints, ints, {"behavior_logp": floats, "advantage": floats})
     for step in (
-        lambda s, b: update(s, b, settings=SETTINGS, optimizer=SGD),
+        lambda s, b: update(s, b, settings=SETTINGS, optimizer=SGD, schedule=ONE),
         lambda s, b: response_trace(s.model, b, SETTINGS),
     ):
         shapes = set(all_shapes(jax.make_jaxpr(step)(state, batch).jaxpr))

@@ -51,7 +51,8 @@ def step(family, layers):
     settings = UpdateSettings(policy("drpo"), "token-mean", T, micro_batches=2, compute=compute)
     optimizer = optax.adamw(1e-3)
     state = jax.eval_shape(lambda m: init_state(m, optimizer), new_model(family, layers))
-    return lines(lambda s, b: update(s, b, settings=settings, optimizer=optimizer), state, batch)
+    static = {"settings": settings, "optimizer": optimizer, "schedule": lambda _: 1e-3}
+    return lines(lambda s, b: update(s, b, **static), state, batch)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

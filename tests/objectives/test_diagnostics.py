@@ -51,6 +51,7 @@ def test_by_hand():
         "weight/coefficient_mean": size.sum(),
         "policy/shift": abs(PI - MU)[counted].sum(),
         "policy/ratio": ratio.sum(),
+        "policy/ratio_square": ((ratio - 1) ** 2).sum(),
         "policy/kl": (ratio - 1 - np.log(ratio)).sum(),
         "policy/tail": 1,
         "policy/beyond_clip": 1,
@@ -142,6 +143,20 @@ def test_the_spread_is_that_of_numpy_even_where_it_is_small(spread):
     assert "weight/square" not in means and "weight/tail_square" not in means
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.3, 3.0])
+def test_the_effective_sample_size_is_that_of_numpy(spread):
+    rng = np.random.default_rng(0)
+    logp = np.log(rng.uniform(0.1, 0.9, 5_000)).astype("float32")
+    behavior_logp = (logp - spread * rng.normal(size=logp.size)).astype("float32")
+    ones = np.ones_like(logp)
+    sums, _ = summarize(ones, logp, behavior_logp, ones, ones, ones)
+    ratio = np.exp(np.float64(logp) - np.float64(behavior_logp))
+    expected = ratio.sum() ** 2 / (ratio.size * (ratio**2).sum())
+    ours = with_spread(divided(sums))["policy/effective_sample_size"]
+    assert ours == pytest.approx(expected, rel=1e-5) and ours <= 1
+    assert 1 - ours == pytest.approx(1 - expected, rel=0.01)
+
+
 def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
     ones, logp = np.full(8, 0.7, "float32"), np.full(8, -1.0, "float32")
     means = with_spread(divided(summarize(ones, logp, logp, ones, ones, ones > 0)[0]))
@@ -149,9 +164,10 @@ def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
     assert np.isnan(means["weight/tail_variance"])
     means = {"weight/mean": 2.0, "weight/square": 1.0, "weight/tail_mean": 1.0}
     means |= {"weight/tail_square": 0.25, "other": 3.0}
+    means |= {"policy/ratio": 2.0, "policy/ratio_square": 2.0}
     assert with_spread(means) == {
-        "weight/mean": 2.0, "weight/tail_mean": 1.0, "other": 3.0,
-        "weight/std": 0.0, "weight/tail_variance": 0.25,
+        "weight/mean": 2.0, "weight/tail_mean": 1.0, "other": 3.0, "policy/ratio": 2.0,
+        "weight/std": 0.0, "weight/tail_variance": 0.25, "policy/effective_sample_size": 0.8,
     }  # fmt: skip
     assert means["weight/square"] == 1.0  # its argument is left alone
 

@@ -1,29 +1,28 @@
-"""The fused policy-gradient head: lm_head matmul, log-softmax, objective and their gradients at once.
+"""The fused policy-gradient head: lm_head matmul, log-softmax, objective and gradients in one pass.
 
-Every objective's score coefficient c is known as soon as a token's logprob is, so the head needs no
-backward pass of its own. Per chunk of tokens it computes the logits once and from them
+The score coefficient c of a token follows from its logprob, so the head needs no backward pass of its
+own. For each chunk of tokens it computes the logits once, and from them
 
     logp, entropy H, J, c       and  loss = −Σ_t weight_t · (J_t + β·H_t)
     d(logits) = −weight · (c·(onehot(target) − p) − β·p·(log p + H)) / temperature
     d(hidden) = d(logits) Wᵀ,   d(W) += hiddenᵀ d(logits)
 
-with p the softmax: three matmuls, and never more than [chunk, vocab] of logits. The backward pass of
-the `custom_vjp` multiplies what is already there by the incoming cotangent.
+where p is the softmax. This takes three matmuls and never more than [chunk, vocab] logits. The backward
+pass of the `custom_vjp` multiplies these gradients by the incoming cotangent.
 
-Chunks are made of the tokens that count, in their order. Tokens of weight zero (prompts, padding) are
-never looked at and cost nothing.
+Chunks contain the tokens that count, in order. Tokens of weight zero (prompts, padding) cost nothing.
 
-On a mesh it runs under `shard_map`: tokens stay on their devices, the vocabulary is split over
-`tensor` (the log-sum-exp is summed over it), and the weight's gradient is reduced once per call, after
-the loop over chunks, straight into its `fsdp` shards.
+On a mesh the head runs under `shard_map`. Tokens stay on their devices. The vocabulary is split over
+`tensor`, and the log-sum-exp is summed over it. The gradient of the weight is reduced once per call,
+after the loop over chunks, directly into its `fsdp` shards.
 
-Axis letters: N tokens, D model width, V vocabulary, K top tokens.
+Axis letters: N tokens, C tokens of a chunk, D model width, V vocabulary, K top tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +45,14 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 class TokenTrace(NamedTuple):
-    """What the head saw of each token, float32 [N], without gradient; 0 where its weight is 0.
+    """What the head computed for each token, float32 [N], without gradient; 0 where its weight is 0.
 
     Attributes:
       logp: log π at the sampling temperature, nats.
-      coefficient: c = ∂J/∂logp, of the objective and the KL penalty, correction included.
+      coefficient: c = ∂J/∂logp, including KL penalty and correction.
       weight: the gradient weight w = c / (r·Â) of the objective alone.
-      entropy: of π, nats.
-      topk_logp: float32 [N, K], log π of `topk_ids`; K = 0 without.
+      entropy: entropy of π, nats.
+      topk_logp: float32 [N, K], log π of the tokens `topk_ids`; K = 0 if there are none.
     """
 
     logp: jax.Array
@@ -65,28 +64,34 @@ class TokenTrace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """An objective of the table as the head takes it, with an optional KL penalty; see `policy`.
+    """An objective of the table in the form that the head takes, with an optional KL penalty.
 
-    An array `correction` (the weights of `objectives.mismatch_weight`) multiplies J and c.
+    Calling it returns (J, c, w), float32 arrays of the shape of logp. An array `correction`, the weights
+    of `objectives.mismatch_weight`, multiplies J and c. Neither it nor the penalty changes w.
+
+    Attributes:
+      name, hyper: the objective and its hyperparameters, as (name, value) pairs.
+      kl, kl_coefficient: the KL penalty, see `policy`.
     """
 
     name: str
-    hyper: tuple
+    hyper: tuple[tuple[str, Any], ...]
     kl: str
     kl_coefficient: float
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """What it needs of a token besides behavior_logp and advantage, by name."""
+        """The names of the arrays it takes besides logp, behavior_logp and advantage."""
         return OBJECTIVES[self.name].arrays + (("ref_logp",) if self.kl != "none" else ())
 
     @property
     def needs_sequences(self) -> bool:
-        """c depends on all tokens of the response."""
+        """Whether c of a token depends on all tokens of its response."""
         return "mask" in self.arrays
 
     def __call__(self, logp, behavior_logp, advantage, ref_logp=None, correction=1.0, **arrays):
-        # Looked up at call time: what replaces it there replaces it here and in policy_objective.
+        # Looked up at call time, so that a replacement in the table applies here and in
+        # policy_objective.
         J, c, w = table.token_terms(
             self.name, logp, behavior_logp, advantage, **dict(self.hyper), **arrays
         )
@@ -96,15 +101,16 @@ class Policy:
         return J * correction, c * correction, w
 
 
-def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
+def policy(name: str, kl: str = "none", kl_coefficient: float = 0.0, **hyper: Any) -> Policy:
     """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c, w).
 
     Args:
-      name, hyper: of `objectives.token_objective`.
-      kl, kl_coefficient: "k2" or "k3" takes β times that penalty from J, see `objectives.penalty`.
+      name, hyper: arguments of `objectives.token_objective`.
+      kl: "k2" or "k3" subtracts β times this penalty from J, see `objectives.penalty`.
+      kl_coefficient: β.
 
     Raises:
-      ValueError: one of the two without the other.
+      ValueError: a penalty without its coefficient, or the reverse.
     """
     if (kl != "none") != (kl_coefficient > 0):
         raise ValueError(
@@ -113,37 +119,46 @@ def policy(name, kl="none", kl_coefficient=0.0, **hyper) -> Policy:
     return Policy(name, tuple(hyper.items()), kl, kl_coefficient)
 
 
-def likelihood(logp, **_):
-    """J = logp, c = w = 1: supervised learning."""
+def likelihood(logp: jax.Array, **_: jax.Array) -> table.Terms:
+    """The objective of supervised learning: J = logp, c = w = 1."""
     return logp, jnp.ones_like(logp), jnp.ones_like(logp)
 
 
-def given(logp, J, coefficient, weight):
-    """J, c and w that were computed before, from the logprobs of a first pass."""
+def given(logp: jax.Array, J: jax.Array, coefficient: jax.Array, weight: jax.Array) -> table.Terms:
+    """The objective whose J, c and w are inputs, computed from the logprobs of a first pass."""
     return J, coefficient, weight
 
 
 def head_loss(
-    hidden_NxD, weight_DxV, targets_N, token_weight_N, inputs: Mapping[str, jax.Array],
-    *, objective, temperature=1.0, chunk=None, entropy_bonus=0.0,
-):  # fmt: skip
-    """−Σ token_weight · (J + entropy_bonus · H) over the tokens, and its trace.
+    hidden_NxD: jax.Array,
+    weight_DxV: jax.Array,
+    targets_N: jax.Array,
+    token_weight_N: jax.Array,
+    inputs: Mapping[str, jax.Array],
+    *,
+    objective: Callable,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    entropy_bonus: float = 0.0,
+) -> tuple[jax.Array, TokenTrace]:
+    """The loss −Σ token_weight · (J + entropy_bonus · H) over tokens.
 
     Args:
-      hidden_NxD: the model's output, compute dtype.
-      weight_DxV: the head, float32; cast to hidden's dtype for the matmuls, which accumulate float32.
+      hidden_NxD: output of the model, compute dtype.
+      weight_DxV: the head, float32. It is cast to the dtype of `hidden_NxD` for the matmuls, which
+        accumulate in float32.
       targets_N: int32, the sampled tokens.
-      token_weight_N: float32, 0 for tokens that do not count (see `objectives.aggregation`).
-      inputs: arrays [N, …] that the objective takes by name: behavior_logp, advantage, …; from
-        `topk_ids` int32 [N, K] the head makes the objective's `topk_logp`.
+      token_weight_N: float32, 0 for tokens that do not count, see `objectives.aggregation`.
+      inputs: name → [N, …], arrays that the objective takes by name: behavior_logp, advantage, … The
+        head turns `topk_ids` int32 [N, K] into the objective's `topk_logp`.
       objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`, `given`.
-      temperature: of the sampling distribution.
-      chunk: tokens per piece; peak memory is a few times chunk · vocab floats. None: as many as make
-        `LOGITS`, but at least 512 (a small vocabulary is not worth a loop).
+      temperature: temperature of the sampling distribution, which divides the logits.
+      chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
+        values.
       entropy_bonus: β.
 
     Returns:
-      (loss, TokenTrace): the loss has gradients for hidden and weight.
+      The loss, a float32 scalar with gradients for hidden and weight, and the TokenTrace.
     """
     static = (objective, temperature, chunk, entropy_bonus)
     return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(inputs)))
@@ -180,7 +195,7 @@ def _head_pass(static, hidden, weight, arrays, gradient):
         in_specs=(P(BATCH_AXES, None), P(None, "tensor"), tokens, tokens, tokens),
         out_specs=(replicated, tokens, gradients),
         check_vma=False,
-    )(hidden, weight.astype(hidden.dtype), *arrays)  # cast first: half the bytes to gather
+    )(hidden, weight.astype(hidden.dtype), *arrays)  # cast before the gather: half the bytes
 
 
 def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_weight, inputs):

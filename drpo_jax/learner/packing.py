@@ -1,15 +1,18 @@
-"""Where the sequences of a batch lie: one per row, or several packed into a row.
+"""The layout of a batch: one sequence per row, or several packed into a row.
 
-The learner sees tokens in rows [P, T]; what belongs to a response is recorded as [N, R], one response
-per row. A `Layout` carries arrays from the one shape to the other, on the host.
+The learner computes on rows [P, T], while responses are recorded as [N, R], one per row. A `Layout`
+moves arrays between the two shapes, on the host. In rows, what belongs to a response token is at the
+position that predicts the token, one before it.
 
 Axis letters: N sequences, R response tokens, P rows, T tokens per row.
 """
 
 import dataclasses
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +20,9 @@ class Layout:
     """Places of N sequences in rows [P, T].
 
     Attributes:
-      rows, starts: int32 [N], the row of a sequence and its first token's place there.
-      numbers: int32 [N], its number in the row, from 1.
-      prompt_lengths, response_lengths: int32 [N].
+      rows, starts: int32 [N], the row of each sequence and the position of its first token there.
+      numbers: int32 [N], the number of each sequence in its row, from 1.
+      prompt_lengths, response_lengths: int32 [N], tokens. Prompts are never empty.
       shape: (P, T).
     """
 
@@ -30,13 +33,15 @@ class Layout:
     response_lengths: np.ndarray
     shape: tuple[int, int]
 
-    def place(self, values, at="response"):
+    def place(
+        self, values: ArrayLike, at: Literal["response", "sequence"] = "response"
+    ) -> np.ndarray:
         """Places values of sequences or of their tokens into rows, with zeros elsewhere.
 
         Args:
           values: [N, R, …], one value per response token, or [N], one value per sequence.
-          at: "response": at the positions that predict the response tokens, each one before its token.
-            "sequence": at the tokens of prompt and response, for values [N, T', …].
+          at: "response": at the positions that predict the response tokens. "sequence": at the tokens of
+            prompt and response, for values [N, T', …].
 
         Returns:
           [P, T, …].
@@ -47,7 +52,7 @@ class Layout:
         placed[row, column] = values[source[0]] if values.ndim == 1 else values[source]
         return placed
 
-    def take(self, values, length):
+    def take(self, values: ArrayLike, length: int) -> np.ndarray:
         """The inverse of `place` for response tokens: [P, T, …] → [N, length, …], padded with zeros."""
         values = np.asarray(values)
         row, column, source = self._responses
@@ -57,7 +62,6 @@ class Layout:
 
     @cached_property
     def _responses(self):
-        # The position before a token predicts it. Prompts are never empty.
         return self._indices(self.starts + self.prompt_lengths - 1, self.response_lengths)
 
     @cached_property
@@ -65,24 +69,30 @@ class Layout:
         return self._indices(self.starts, self.prompt_lengths + self.response_lengths)
 
     def _indices(self, starts, lengths):
-        """Of every token: its row, its column, and (sequence, offset)."""
+        """The row, the column and (sequence, offset) of each of `lengths` positions from `starts`."""
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         offset = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return self.rows[sequence], starts[sequence] + offset, (sequence, offset)
 
 
-def lay_out(prompt_lengths, response_lengths, width, pack=False, micro_batches=1) -> Layout:
-    """Places sequences into as many rows of `width` tokens, of which packing leaves the last empty.
+def lay_out(
+    prompt_lengths: ArrayLike,
+    response_lengths: ArrayLike,
+    width: int,
+    pack: bool = False,
+    micro_batches: int = 1,
+) -> Layout:
+    """Lays out N sequences in N rows of `width` tokens. Packing leaves some rows empty.
 
-    Packing is first-fit decreasing. Row r belongs to micro-batch r mod `micro_batches` (the rows of
-    a micro-batch lie on all devices), so the rows are filled micro-batch by micro-batch: whole
+    Packing is first-fit decreasing. Row r belongs to micro-batch r mod `micro_batches`, so that the rows
+    of a micro-batch are on all devices. Rows are filled one micro-batch after the other: whole
     micro-batches stay empty, and the update skips them.
 
     Args:
-      prompt_lengths, response_lengths: int [N], tokens; their sums are at most `width`.
+      prompt_lengths, response_lengths: int [N], tokens. Their sums are at most `width`.
       width: T.
-      pack: several sequences per row.
-      micro_batches: of the update; divides N.
+      pack: put several sequences into a row.
+      micro_batches: number of micro-batches of the update; divides N.
     """
     prompt_lengths = np.asarray(prompt_lengths, np.int32)
     response_lengths = np.asarray(response_lengths, np.int32)

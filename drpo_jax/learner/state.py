@@ -1,9 +1,10 @@
-"""What the learner holds: model, optimizer state, counters; and a batch of rollouts.
+"""The state of the learner, its batches, and its optimizer.
 
 Axis letters: N sequences, R response tokens, P rows, T tokens per row, K top tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from drpo_jax.learner.packing import Layout
+from drpo_jax.models import Transformer
 
 
 @jax.tree_util.register_dataclass
@@ -20,14 +22,14 @@ class TrainState:
     """Everything that an update replaces.
 
     Attributes:
-      model: a `Transformer`, float32 master weights.
-      opt_state: optax state.
-      updates: int32 scalar, optimizer updates applied.
-      skipped: int32 scalar, non-finite updates in a row up to now.
+      model: the model with float32 master weights.
+      opt_state: the state of the optax optimizer.
+      updates: int32 scalar, optimizer updates applied so far.
+      skipped: int32 scalar, consecutive non-finite updates up to now.
     """
 
-    model: object
-    opt_state: object
+    model: Transformer
+    opt_state: optax.OptState
     updates: jax.Array
     skipped: jax.Array
 
@@ -35,37 +37,42 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, one sequence or several packed ones in each, with what the objective needs.
+    """Rows of tokens, each with one sequence or several packed ones, and the inputs of the objective.
 
     Attributes:
-      tokens: int32 [P, T]; a sequence is a prompt and its response without a gap.
+      tokens: int32 [P, T]. A sequence is a prompt and its response without a gap.
       segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
-      positions: int32 [P, T], from 0 in every sequence.
+      positions: int32 [P, T], counted from 0 in every sequence.
       mask: int32 [P, T], the segment id at positions that predict a response token, 0 elsewhere. The
         position before a token predicts it.
       inputs: name → float32 [P, T, …], what the objective takes of each response token besides logp, at
         the position that predicts the token: behavior_logp, advantage, and others by name (topk_ids
         int32 [P, T, K], correction, …).
-      routes: int16 [P, T, L, k], the experts that the sampler visited, for the learner to visit too
-        (rollout routing replay); −1 leaves the choice to the router. None: all of them.
+      routes: int16 [P, T, L, k], the experts that the sampler visited and the learner visits too
+        (rollout routing replay). −1 leaves the choice to the router, and None leaves all of them to it.
     """
 
     tokens: jax.Array
     segment_ids: jax.Array
     positions: jax.Array
     mask: jax.Array
-    inputs: dict
+    inputs: dict[str, jax.Array]
     routes: jax.Array | None = None
 
 
-def make_batch(layout: Layout, tokens, inputs, routes=None) -> Batch:
-    """The Batch of N sequences, NumPy arrays.
+def make_batch(
+    layout: Layout,
+    tokens: np.ndarray,
+    inputs: Mapping[str, np.ndarray],
+    routes: np.ndarray | None = None,
+) -> Batch:
+    """The Batch of N sequences, as NumPy arrays.
 
     Args:
-      layout: where they lie.
-      tokens: int32 [N, T'], prompt and response without a gap, anything behind.
-      inputs: name → [N] or [N, R, …], see Batch.
-      routes: int16 [N, T', L, k], see Batch.
+      layout: the places of the sequences.
+      tokens: int32 [N, T'], prompt and response without a gap; what follows them is ignored.
+      inputs: name → [N] or [N, R, …], see `Batch`.
+      routes: int16 [N, T', L, k], see `Batch`.
     """
     steps = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Batch(
@@ -79,7 +86,7 @@ def make_batch(layout: Layout, tokens, inputs, routes=None) -> Batch:
 
 
 def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates applied before.
+    """The learning rate as a function of the number of updates applied so far.
 
     Args:
       optimizer: the config's section of this name.
@@ -119,7 +126,7 @@ def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientT
     )
 
 
-def init_state(model, optimizer):
+def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """The state of a run that begins with `model`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(model, optimizer.init(model), zero, zero)

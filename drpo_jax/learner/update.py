@@ -1,9 +1,10 @@
-"""The update step: one mini-batch of rollouts, accumulated over micro-batches, one optimizer update.
+"""The update step: gradients of a mini-batch, accumulated over micro-batches, and an optimizer update.
 
-Axis letters: P rows of the mini-batch, T tokens, D model width.
+Axis letters: P rows of the mini-batch, T tokens of a row, D model width.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,27 +13,30 @@ import jax.numpy as jnp
 import optax
 
 from drpo_jax.learner.head import TokenTrace, given, head_loss, likelihood
-from drpo_jax.models import Compute, router_metrics
+from drpo_jax.learner.state import Batch, TrainState
+from drpo_jax.models import Compute, Transformer, router_metrics
 from drpo_jax.objectives import token_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What an update does, static.
+    """Static settings of the learner's programs. Hashable, so they can be static arguments.
 
     Attributes:
-      objective: (logp, **Batch.inputs) → (J, c, w); see `head.policy` and `head.likelihood`.
-      aggregation, horizon: how tokens become a loss, see `objectives.aggregation`.
-      micro_batches: pieces the mini-batch is computed in.
-      temperature: of the sampling distribution.
-      entropy_bonus: weight of the entropy, beside J.
-      load_balance: coefficient of the load-balancing loss (per micro-batch).
-      pack: rows may be empty, and micro-batches of empty rows are skipped.
-      compute: how the learner computes.
-      head_chunk: tokens per piece of the head; None: by the size of the vocabulary.
+      objective: (logp, **Batch.inputs) → (J, c, w), arrays of the shape of logp, float32. See
+        `head.policy` and `head.likelihood`.
+      aggregation, horizon: how tokens add up to a loss, see `objectives.token_weights`. The horizon is
+        in tokens.
+      micro_batches: number of parts of a mini-batch; divides its rows P.
+      temperature: temperature of the sampling distribution, which divides the logits.
+      entropy_bonus: coefficient of the entropy that is added to J.
+      load_balance: coefficient of the load-balancing loss of each micro-batch.
+      pack: rows may be empty. Micro-batches of empty rows are skipped.
+      compute: how the learner computes the forward pass.
+      head_chunk: tokens per chunk of the head; None: see `head.chunk_tokens`.
     """
 
-    objective: object
+    objective: Callable
     aggregation: str
     horizon: int
     micro_batches: int = 1
@@ -45,23 +49,27 @@ class UpdateSettings:
 
 
 class Report(NamedTuple):
-    """What an update tells.
+    """What an update returns besides the state.
 
     Attributes:
       trace: TokenTrace of [P, T] arrays, at the positions that predict a response token; 0 elsewhere.
-      metrics: name → float32 scalar: loss, router metrics, and L2 norms over all parameters: grad_norm
-        before the clip, update_norm of the change that is applied (0 for a skipped update), param_norm
-        of the parameters after it; learning_rate.
-      skipped: int32 scalar, non-finite updates in a row, this one included.
+      metrics: name → float32 scalar: loss, learning_rate, router metrics, and three L2 norms over all
+        parameters: grad_norm before the clip, update_norm of the change that was applied (0 for a
+        skipped update), and param_norm of the new parameters.
+      skipped: int32 scalar, consecutive non-finite updates up to this one.
     """
 
     trace: TokenTrace
-    metrics: dict
+    metrics: dict[str, jax.Array]
     skipped: jax.Array
 
 
-def response_trace(model, batch, settings):
-    """TokenTrace [P, T] of the response tokens under `model`, without an objective or gradients."""
+def response_trace(model: Transformer, batch: Batch, settings: UpdateSettings) -> TokenTrace:
+    """Scores the response tokens of a batch, without an objective and without gradients.
+
+    Returns:
+      TokenTrace of [P, T] arrays, at the positions that predict a response token; 0 elsewhere.
+    """
     settings = dataclasses.replace(settings, objective=likelihood)
     weight = (batch.mask > 0).astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, weight))
@@ -70,21 +78,29 @@ def response_trace(model, batch, settings):
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
-def update(state, batch, *, settings, optimizer, schedule):
+def update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    settings: UpdateSettings,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Report]:
     """One optimizer update on one mini-batch.
 
-    A non-finite loss or gradient leaves model and optimizer as they were and is counted in
+    A non-finite loss or gradient leaves model and optimizer state unchanged and is counted in
     `state.skipped`.
 
     Args:
-      state: TrainState (donate it).
-      batch: Batch; micro-batch i takes the rows i, i + n, i + 2n, …, so that no row leaves its device.
-      settings: UpdateSettings.
-      optimizer: optax optimizer.
-      schedule: its learning rate by the number of updates applied.
+      state: the state to replace; donate it.
+      batch: the mini-batch. Micro-batch i takes the rows i, i + n, i + 2n, …, so no row moves to another
+        device.
+      settings: see `UpdateSettings`.
+      optimizer: the optimizer of `state.opt_state`.
+      schedule: its learning rate as a function of the updates applied before, for the metrics.
 
     Returns:
-      (new state, Report).
+      The new state, and the Report.
     """
     grads, trace, metrics = gradients(state.model, batch, settings=settings)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -106,14 +122,16 @@ def update(state, batch, *, settings, optimizer, schedule):
     return state, Report(trace, metrics, skipped)
 
 
-def gradients(model, batch, *, settings):
-    """The gradient of the loss of one mini-batch (what an optimizer descends).
+def gradients(
+    model: Transformer, batch: Batch, *, settings: UpdateSettings
+) -> tuple[Transformer, TokenTrace, dict[str, jax.Array]]:
+    """The gradient of the loss of one mini-batch, which the optimizer descends.
 
-    The weight of every token and the denominator are fixed on the whole mini-batch before it is cut
-    into micro-batches, so their number never changes the loss.
+    The weights of the tokens and the denominator come from the whole mini-batch, so the number of
+    micro-batches never changes the loss.
 
     Returns:
-      (grads like `model`, float32; TokenTrace [P, T]; metrics: loss and router metrics).
+      A pytree like `model`, float32; the TokenTrace [P, T]; the loss and the router metrics by name.
     """
     weight, denominator = token_weights(settings.aggregation, batch.mask, settings.horizon)
     n = settings.micro_batches
@@ -138,8 +156,16 @@ def gradients(model, batch, *, settings):
 
 
 def _micro_loss(model, batch, weight_PxT, share, settings):
-    """The micro-batch's share of what is minimised, and (trace [P, T], its share of the
-    objective's loss alone, router sums)."""
+    """The part of the loss that one micro-batch contributes.
+
+    Args:
+      weight_PxT: token weights over the denominator.
+      share: the micro-batch's share of the load-balancing loss.
+
+    Returns:
+      The part of the total loss, and (TokenTrace [P, T], the part of the objective's loss without load
+      balancing, router sums).
+    """
     out = model.hidden(
         batch.tokens, batch.positions, batch.segment_ids, settings.compute, routes=batch.routes
     )
@@ -159,7 +185,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
 
     objective, inputs = settings.objective, batch.inputs
     if getattr(objective, "needs_sequences", False):
-        # c of a token depends on the whole response: one pass for the logprobs, one for the rest.
+        # c of a token depends on its whole response: one pass for the logprobs, one for the gradient.
         every = (batch.mask > 0).astype(jnp.float32)
         _, first = loss_of(likelihood, jax.lax.stop_gradient(operands), every, {})
         J, c, w = objective(first.logp, **inputs, mask=batch.mask)
@@ -173,7 +199,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
 
 
 def _unless_empty(step, settings):
-    """`step` of a piece (batch, …), or zeros where packing has left it without a sequence."""
+    """`step`, or zeros of its results for a micro-batch that packing left without a sequence."""
     if not settings.pack:
         return step
 
@@ -185,14 +211,16 @@ def _unless_empty(step, settings):
 
 
 def _zeros_of(step, piece):
+    """Zeros like the results of step(piece)."""
     shapes = jax.eval_shape(step, piece)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def _split(x, n):
-    """[P, …] → [n, P / n, …], piece i holding the rows i, i + n, …"""
+    """[P, …] → [n, P / n, …], part i with the rows i, i + n, …"""
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
 
 
 def _merge(x, n):
+    """The inverse of `_split`."""
     return jnp.swapaxes(x, 0, 1).reshape(n * x.shape[1], *x.shape[2:])

@@ -1,22 +1,22 @@
-"""Float8 codes and block scales, and the rounding that makes them the same on every backend.
+"""Float8 codes and block scales, with a rounding that gives the same codes on every backend.
 
-A block of x shares one float32 scale s; its codes are the float8 values nearest to x / s (ties to
-even), s chosen so that the largest magnitude of the block still fits. Axis letters: R rows, C
-columns (the last two axes of any array), r, c sides of a block, P, Q blocks per axis.
+Each block of x has one float32 scale s. Its codes are the float8 values nearest to x / s, with ties to
+even, and s is such that the largest magnitude of the block still fits. Axis letters: R rows, C columns
+(the last two axes of any array), r, c sides of a block, P, Q blocks per axis.
 
-Scales. "pow2": the smallest power of two with amax / s ≤ fmax, from the exponent bits, exact on all
-backends. "float32": amax / fmax, which compilers round differently in the last bit. A block of
-zeros has scale 1. The scale never goes below 2⁻¹¹⁶ (e4m3) or 2⁻¹⁰⁹ (e5m2): then no subnormal
-float32, which backends may flush, can reach a nonzero code, and no dequantized value is subnormal.
+Scales. "pow2" is the smallest power of two with amax / s ≤ fmax. It comes from the exponent bits and is
+exact on all backends. "float32" is amax / fmax, whose last bit depends on the compiler. A block of zeros
+has scale 1. Scales are at least 2⁻¹¹⁶ (e4m3) or 2⁻¹⁰⁹ (e5m2), so no subnormal float32, which backends
+may flush, reaches a nonzero code, and no dequantized value is subnormal.
 
-Infinities and NaN. They come out as they went in (the scale of their block is so large that the
-largest code times it is Inf); the other values of that block, unless they are huge, become zero. A
-finite value within 7 % of the largest float32 may round to Inf, as in any narrower format.
+Infinities and NaN pass through unchanged: the scale of their block is so large that the largest code
+times the scale is Inf. The other values of that block become zero unless they are huge. A finite value
+within 7 % of the largest float32 may round to Inf, as in any narrower format.
 
-Rounding. It is done in float32 arithmetic, and the cast to float8 only stores a value that float8
-represents. So the codes do not depend on a backend's cast, and a compiler that deletes the
-float32 → float8 → float32 round trip (XLA may, on GPU) changes nothing. Adding and subtracting a
-constant is no substitute: XLA folds the pair away.
+Rounding happens in float32 arithmetic, and the cast to float8 only stores a value that float8
+represents. The codes therefore do not depend on the cast of a backend. A compiler that deletes the round
+trip float32 → float8 → float32, as XLA may on GPU, changes nothing. Adding and subtracting a constant
+would not do: XLA folds the pair away.
 """
 
 import dataclasses
@@ -24,10 +24,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 SCALES = ("pow2", "float32")
 
-LARGE = 2**26  # values of an array that TPUs round column by column
+# Arrays with at least this many values are rounded by columns on TPU, see `_in_one_pass`.
+LARGE = 2**26
 
 _EXPONENT = 0x7F800000  # the exponent bits of a float32, and the bits of +Inf
 _MAGNITUDE = 0x7FFFFFFF  # all but the sign
@@ -37,9 +39,9 @@ _ONE = 0x3F800000  # the bits of 1.0
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["block"])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A float8 array with one scale per block of its last two axes; see `quantize`.
+    """A float8 array with one scale per block of its last two axes, see `quantize`.
 
-    Leading axes are batch, so a stack of matrices can be scanned, vmapped or indexed leaf by leaf.
+    Leading axes are batch axes, so a stack of matrices can be scanned, vmapped or indexed leaf by leaf.
 
     Attributes:
       codes: float8 [..., R, C].
@@ -54,11 +56,11 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """What the arithmetic needs of a float8 dtype; exponents are unbiased."""
+    """The parameters of a float8 dtype. Exponents are unbiased; `min_exponent` is of normal values."""
 
     largest: float
     mantissa_bits: int
-    min_exponent: int  # of the smallest normal value
+    min_exponent: int
     max_exponent: int
     min_scale_exponent: int
 
@@ -69,22 +71,27 @@ _FORMATS = {
 }
 
 
-def quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
+def quantize(
+    x: jax.Array,
+    block: tuple[int, int] | None = (128, 128),
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    scale: str = "pow2",
+) -> Quantized:
     """Rounds x to float8 codes with one scale per block of its last two axes.
 
     Args:
-      x: floating [..., R, C]; computed on in float32.
-      block: (r, c); a side larger than the matrix falls back to the matrix side, and sides that the
-        block does not divide leave a smaller last block. (1, 128) makes tiles along the last axis.
-        None makes the whole matrix one block.
+      x: floating [..., R, C], converted to float32.
+      block: (r, c). A side larger than the matrix is reduced to the side of the matrix. If the block
+        does not divide the matrix, the last blocks are smaller. (1, 128) makes tiles along the last
+        axis, and None makes the whole matrix one block.
       dtype: float8_e4m3fn or float8_e5m2.
-      scale: "pow2" or "float32" (see the module's docstring).
+      scale: "pow2" or "float32", see the module's docstring.
 
     Returns:
-      `Quantized`. Not differentiable in a useful sense: see `drpo_jax.precision.matmul`.
+      The codes and scales. They have no useful derivative, see `drpo_jax.precision.matmul`.
 
     Raises:
-      ValueError: fewer than two axes, a bad block, dtype or scale.
+      ValueError: x has fewer than two axes, or the block, dtype or scale is invalid.
     """
     fmt, block = _check(x, block, dtype, scale)
 
@@ -99,18 +106,23 @@ def quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
     return Quantized(*_in_one_pass(rounded, x, block), block)
 
 
-def dequantize(q, dtype=jnp.float32):
-    """codes · scales of a `Quantized`, as `dtype` [..., R, C] (exact in bfloat16 for "pow2")."""
+def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """The values codes · scales, `dtype` [..., R, C]. With "pow2" scales they are exact in bfloat16."""
     codes_PrQc = _blocked(q.codes.astype(jnp.float32), q.block)
     x = codes_PrQc * q.scales[..., :, None, :, None]
     return _unblocked(x, q.codes.shape).astype(dtype)
 
 
-def fake_quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
-    """The values of `dequantize(quantize(x, …))` in x's dtype, without making the codes.
+def fake_quantize(
+    x: jax.Array,
+    block: tuple[int, int] | None = (128, 128),
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    scale: str = "pow2",
+) -> jax.Array:
+    """The values of `dequantize(quantize(x, …))` in the dtype of x, without the codes.
 
-    Equal bit for bit for "pow2", and idempotent: fake_quantize(fake_quantize(x)) ==
-    fake_quantize(x). Arguments and errors as for `quantize`.
+    With "pow2" scales they agree bit for bit and the function is idempotent: fake_quantize(
+    fake_quantize(x)) == fake_quantize(x). Arguments and errors are those of `quantize`.
     """
     fmt, block = _check(x, block, dtype, scale)
 
@@ -128,12 +140,12 @@ def fake_quantize(x, block=(128, 128), dtype=jnp.float8_e4m3fn, scale="pow2"):
 
 
 def _in_one_pass(rounded, x, block):
-    """rounded(x); on TPU block by block along the last axis, which gives the same.
+    """rounded(x); on TPU one block after the other along the last axis, with the same result.
 
-    There XLA fuses nothing with an axis that is split into blocks, and writes the scale of every value
-    to memory: five times the traffic of the slices of its 128 lanes, which are read and written once.
-    (Not where the axis may lie on several devices: a slice would be fetched from the one that has it.
-    And not for small arrays, such as the sampler's, whose layers are unrolled: the program is longer.)
+    XLA on TPU does not fuse across an axis that is split into blocks. It writes the scale of every value
+    to memory, five times the traffic of slices of 128 lanes, which are read and written once. Two cases
+    are excluded: an axis that may be sharded, because slices would be fetched from other devices, and
+    small arrays such as the weights of the sampler's unrolled layers, because the program gets longer.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if x.size < LARGE or (mesh.size > 1 and not mesh.are_all_axes_manual):
@@ -144,25 +156,25 @@ def _in_one_pass(rounded, x, block):
 
 
 def _by_columns(rounded, x, block):
-    """rounded(x), one column of blocks after the other, where these are whole lanes of a TPU."""
+    """rounded(x), one column of blocks after the other, if blocks are whole lanes of a TPU."""
     width = block[1]
-    if width % 128 or not width < x.shape[-1] <= 64 * width:  # more is a program too long
+    if width % 128 or not width < x.shape[-1] <= 64 * width:  # more would make the program too long
         return rounded(x)
     parts = [rounded(x[..., i : i + width]) for i in range(0, x.shape[-1], width)]
     return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=-1), *parts)
 
 
 def _check(x, block, dtype, scale):
-    """(format, block clipped to the matrix), or a ValueError."""
+    """The format and the block clipped to the matrix. Raises ValueError for invalid arguments."""
     if x.ndim < 2:
-        raise ValueError(f"quantization blocks need at least two axes, got shape {x.shape}")
+        raise ValueError(f"quantization needs at least two axes, not shape {x.shape}")
     if jnp.dtype(dtype) not in _FORMATS:
         names = ", ".join(d.name for d in _FORMATS)
         raise ValueError(f"cannot quantize to {jnp.dtype(dtype).name}; known: {names}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     if block is not None and (len(block) != 2 or min(block) < 1):
-        raise ValueError(f"a block is two positive sides or None, got {block}")
+        raise ValueError(f"a block must be two positive sides or None, not {block}")
     sides = tuple(max(1, side) for side in x.shape[-2:])
     return _FORMATS[jnp.dtype(dtype)], tuple(map(min, block, sides)) if block else sides
 
@@ -183,7 +195,7 @@ def _unblocked(x_PrQc, shape):
 
 def _block_scales(x_PrQc, fmt, scale):
     """float32 [..., P, 1, Q, 1], the scale of each block."""
-    # NaN counts as Inf, made so in integers: XLA's maximum over an axis drops NaN on CPU.
+    # NaN counts as Inf. The conversion is in integers, because XLA's maximum drops NaN on CPU.
     magnitude = _float(jnp.minimum(_bits(x_PrQc) & _MAGNITUDE, _EXPONENT))
     amax = jnp.max(magnitude, axis=(-3, -1), keepdims=True)
     bits = _bits(amax)
@@ -198,18 +210,18 @@ def _block_scales(x_PrQc, fmt, scale):
 
 
 def _divide(x, scales, scale):
-    """x / scales; by the exact reciprocal when it is a power of two."""
+    """x / scales, by the exact reciprocal if the scales are powers of two."""
     return x * _float((254 << 23) - _bits(scales)) if scale == "pow2" else x / scales
 
 
 def _round(x, scale_bits, fmt):
-    """x, float32, rounded to the values of the format times a power of two, ties to even.
+    """Rounds x, float32, to the values of the format times a power of two, ties to even.
+
+    The step between representable values is 2^(exponent of x − mantissa bits), and constant below the
+    smallest normal value. The step and its reciprocal are powers of two, built from exponent bits.
 
     Args:
-      scale_bits: int32, the bits of that power of two, broadcast against x.
-
-    The step between representable values is 2^(exponent of x − mantissa bits), and constant below
-    the smallest normal value; it and its reciprocal are powers of two made from exponent bits.
+      scale_bits: int32, the bits of that power of two; broadcasts against x.
     """
     smallest_normal = scale_bits + (fmt.min_exponent << 23)
     exponent = jnp.maximum(_bits(x) & _EXPONENT, smallest_normal)

@@ -1,8 +1,8 @@
-"""The one matmul that knows about FP8. Layers hand it a `MatmulRecipe` and nothing else.
+"""The one matmul that knows about FP8. Layers pass it a `MatmulRecipe` and nothing else.
 
-Operands are rounded to float8 values (`fake_quantize`) and multiplied in x's dtype, accumulated in
-float32: the simulation, which runs everywhere and which the native form (`recipe.native`, float8
-operands) has to agree with. Axis letters: K summed over, N out.
+The simulation rounds operands to float8 values (`fake_quantize`), multiplies them in the dtype of x and
+accumulates in float32. It runs everywhere, and the native form (`recipe.native`, float8 operands) has to
+agree with it. Axis letters: K the axis that is summed over, N the output axis.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize
 from drpo_jax.precision.native import scaled_dot
@@ -20,15 +21,16 @@ from drpo_jax.precision.recipes import MatmulRecipe
 
 
 class Ops(NamedTuple):
-    """A bilinear op and its two transposes; `args` are arrays without gradient, such as group sizes.
+    """A bilinear op and its two transposes.
+
+    They accumulate in float32, and their results are cast to the dtypes of x, x and w. `args` are arrays
+    without gradient, such as group sizes.
 
     Attributes:
       dot: (x, w, *args) → y.
       dot_dx: (g, w, *args) → gradient for x.
       dot_dw: (x, g, *args) → gradient for w.
-      native: the same three on two `Quantized`; None where there are none.
-
-    They accumulate in float32; the results are cast to the dtypes of x, x and w.
+      native: the same three for two `Quantized`; None if there is no native form.
     """
 
     dot: Callable
@@ -37,9 +39,12 @@ class Ops(NamedTuple):
     native: "Ops | None" = None
 
 
-def dot_precision(dtype):
-    """The `precision` of a dot: float32 operands are multiplied as float32, also on TPU and GPU,
-    whose default for them is one pass of bfloat16 or TF32. Other dtypes take the default."""
+def dot_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """The `precision` of a dot with operands of `dtype`.
+
+    Float32 operands are multiplied in float32, also on TPU and GPU, whose default is one pass of
+    bfloat16 or TF32. Other dtypes use the default.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -58,14 +63,14 @@ def _dense_dw(x, g):
     return _dot(x, g, (tokens, tokens), jnp.float32)
 
 
-# On two `Quantized`, x and g with their leading axes in one.
+# For two `Quantized`; the leading axes of x and g are flattened into one.
 _NATIVE = Ops(
     dot=partial(scaled_dot, axes=(1, 0)),
     dot_dx=partial(scaled_dot, axes=(1, 1)),
     dot_dw=partial(scaled_dot, axes=(0, 0)),
 )
-# x [..., K] @ w [K, N]. Devices that each sum over a part of K or N add up what the dot gives: in x's
-# dtype half of what float32 would send.
+# x [..., K] @ w [K, N]. Where K or N is sharded, devices add up the results of their dots. In bfloat16
+# they send half the bytes of float32, so `dot` and `dot_dx` return the dtype of x.
 DENSE = Ops(
     dot=lambda x, w: _dot(x, w, ((x.ndim - 1,), (0,)), x.dtype),
     dot_dx=lambda g, w: _dot(g, w, ((g.ndim - 1,), (1,)), g.dtype),
@@ -74,26 +79,32 @@ DENSE = Ops(
 )
 
 
-def matmul(x, w, recipe=None, ops=DENSE, *args):
-    """x @ w as the recipe says, with straight-through gradients.
+def matmul(
+    x: jax.Array,
+    w: jax.Array | Quantized,
+    recipe: MatmulRecipe | None = None,
+    ops: Ops = DENSE,
+    *args: jax.Array,
+) -> jax.Array:
+    """x @ w by a recipe, with straight-through gradients.
 
-    Forward, x is rounded in tiles along K and w in blocks. Backward, without `recipe.gradient`, is
-    that of the plain matmul at the unrounded x and w. With it, both backward matmuls run on float8
-    values: the incoming gradient in tiles along the axis that is summed over (N for dx, tokens for
-    dw), and x and w rounded again from high precision along that axis.
+    The forward pass rounds x in tiles along K, and w in blocks. Without `recipe.gradient` the backward
+    pass is that of the plain matmul at the unrounded x and w. With it, both backward matmuls run on
+    float8 values: the incoming gradient is rounded in tiles along the axis that is summed over (N for
+    dx, tokens for dw), and x and w are rounded again from high precision along that axis.
 
     Args:
-      x: floating [..., K]; with other ops than DENSE, [rows, K].
-      w: floating [K, N] of any dtype (with other ops, as they take it), or a `Quantized` made at a
-        weight sync, which is only dequantized (native: multiplied as it is) and gets no gradient.
-      recipe: `MatmulRecipe`, or None for a plain matmul. `native` counts where x and w are both float8
-        and the ops have a native form.
-      ops: the bilinear op, a static `Ops`.
-      *args: arrays handed on to the ops.
+      x: floating [..., K], or [rows, K] for other ops than DENSE.
+      w: floating [K, N] of any dtype (or the shape that other ops take), or a `Quantized` from a weight
+        sync. The latter is only dequantized (in native form: multiplied as it is) and gets no gradient.
+      recipe: None for a plain matmul. `native` has an effect only if x and w are both float8 and the ops
+        have a native form.
+      ops: the bilinear op, static.
+      *args: arrays that are passed on to the ops.
 
     Returns:
-      [..., N] in x's dtype, named "matmul" for remat policies (the `dots_…` policies do not see
-      into a `custom_vjp`). The gradient for w has w's dtype. Reverse mode only.
+      [..., N] in the dtype of x, named "matmul" for remat policies, because the `dots_…` policies do not
+      see into a `custom_vjp`. The gradient for w has the dtype of w. Only reverse mode is supported.
     """
     recipe = MatmulRecipe() if recipe is None else recipe
     codes = isinstance(w, Quantized)
@@ -103,21 +114,21 @@ def matmul(x, w, recipe=None, ops=DENSE, *args):
         w = jax.lax.stop_gradient(w if recipe.native else dequantize(w, x.dtype))
         recipe = dataclasses.replace(recipe, weight=None)
     rows = jnp.atleast_2d(x)
-    if recipe.native or recipe.tile is None:  # a scale of all tokens
+    if recipe.native or recipe.tile is None:  # one scale for all tokens
         rows = x.reshape(-1, x.shape[-1])
     y = checkpoint_name(_matmul(recipe, ops, rows, w, args), "matmul")
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def weight_values(w, recipe, dtype):
-    """The values of w [..., K, N] that a simulated matmul multiplies: rounded as `recipe` has it."""
+def weight_values(w: jax.Array, recipe: MatmulRecipe, dtype: DTypeLike) -> jax.Array:
+    """The values of w [..., K, N] that a simulated matmul multiplies: rounded by `recipe`, `dtype`."""
     return _operand(
         dataclasses.replace(recipe, native=False), dtype, w, recipe.weight, recipe.weight_block
     )
 
 
-def quantize_weight(w, recipe):
-    """w [..., K, N] as the `Quantized` that `recipe` asks for; w itself if it asks for none."""
+def quantize_weight(w: jax.Array, recipe: MatmulRecipe) -> jax.Array | Quantized:
+    """Quantizes w [..., K, N] by `recipe`. Returns w itself if the recipe does not quantize weights."""
     if recipe.weight is None:
         return w
     return quantize(w, recipe.weight_block, recipe.weight, recipe.scale)
@@ -159,7 +170,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def _operand(recipe, low, a, dtype, block):
-    """What a matmul takes for `a`: codes, or float8 values in the dtype `low`."""
+    """An operand of the matmul: codes in native form, otherwise float8 values in the dtype `low`."""
     if recipe.native:
         return a if isinstance(a, Quantized) else quantize(a, block, dtype, recipe.scale)
     return (a if dtype is None else fake_quantize(a, block, dtype, recipe.scale)).astype(low)

@@ -1,12 +1,14 @@
 """Matmuls of float8 codes, for devices with float8 matrix units.
 
-The product of two `Quantized` matrices is that of their codes, summed in float32, times the scales.
-With one scale per matrix this is one dot: XLA compiles it to cuBLASLt's FP8 matmul on NVIDIA GPUs
-(or to a Triton one, where its autotuner finds that faster; both want sides that are multiples of 16,
-XLA pads others) and to a native dot on TPU v7. Scales in blocks of the summed axis need one partial
-product per block, and scaling and adding those costs more than float8 saves: of the three products of
-a 4096³ learner matmul TPU v7's compiler expects 1.2 times the speed of bfloat16 with one scale, and a
-tenth of it with a block per 128 (`python -m benchmarks.fp8_matmul`). So they are for measuring.
+The product of two `Quantized` matrices is the product of their codes, summed in float32, times the
+scales. With one scale per matrix this is one dot. XLA compiles it to the FP8 matmul of cuBLASLt on
+NVIDIA GPUs, or to a Triton kernel if autotuning finds that faster; both require sides that are multiples
+of 16, and XLA pads others. On TPU v7 it is a native dot.
+
+Scales in blocks of the summed axis need one partial product per block. Scaling and adding these costs
+more than float8 saves: for the three products of a 4096³ learner matmul, the TPU v7 compiler estimates
+1.2 times the speed of bfloat16 with one scale, and a tenth of it with a block per 128
+(`python -m benchmarks.fp8_matmul`). Block scales are therefore supported for measurements only.
 """
 
 import re
@@ -14,24 +16,29 @@ import re
 import jax
 import jax.numpy as jnp
 
+from drpo_jax.precision.float8 import Quantized
 
-def multiplies_float8(device):
-    """Whether a jax device has float8 matrix units: NVIDIA compute capability ≥ 8.9, TPU v7."""
+
+def multiplies_float8(device: jax.Device) -> bool:
+    """Whether a device has float8 matrix units: NVIDIA compute capability ≥ 8.9, or TPU v7."""
     if device.platform == "tpu":
         return device.device_kind.startswith("TPU7")
     capability = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
     return capability is not None and tuple(map(int, capability.groups())) >= (8, 9)
 
 
-def scaled_dot(a, b, axes):
-    """The product of two matrices given as `Quantized`, float32, summed over one axis of each.
+def scaled_dot(a: Quantized, b: Quantized, axes: tuple[int, int]) -> jax.Array:
+    """The product of two quantized matrices, summed over one axis of each.
 
-    It equals the product of their `dequantize`d values up to the order of the float32 sum, but where a
-    block is not finite: a tile's Inf makes everything NaN or Inf that the block's scale multiplies.
+    It equals the product of their dequantized values up to the order of the float32 sum, except where a
+    block is not finite: everything that its scale multiplies becomes NaN or Inf.
 
     Args:
-      a, b: `Quantized` of two axes, not both float8_e5m2, with equal blocks along the summed axes.
+      a, b: matrices, not both float8_e5m2, with equal blocks along the summed axes.
       axes: the summed axis of each, 0 or 1.
+
+    Returns:
+      float32 [R, C], the remaining axes of a and b.
 
     Raises:
       ValueError: the blocks along the summed axes differ.
@@ -39,7 +46,7 @@ def scaled_dot(a, b, axes):
     blocks = [(q.block[axis], q.scales.shape[axis]) for q, axis in zip((a, b), axes)]
     if blocks[0] != blocks[1]:
         raise ValueError(
-            f"a float8 product needs the same blocks on both sides of the sum, got sides and counts "
+            "a float8 product needs the same blocks along both summed axes, not (side, count) = "
             f"{blocks[0]} and {blocks[1]}"
         )
     size, count = blocks[0]
@@ -50,7 +57,7 @@ def scaled_dot(a, b, axes):
             jax.lax.dynamic_slice_in_dim(c, k * size, size, axis) if count > 1 else c
             for c, axis in zip(codes, axes)
         )
-        # HIGHEST: on NVIDIA GPUs the default sums float8 products in less than float32.
+        # The default precision on NVIDIA GPUs accumulates float8 products in less than float32.
         product = jax.lax.dot_general(
             x,
             y,
@@ -71,16 +78,16 @@ def scaled_dot(a, b, axes):
 
 
 def _padded(codes, axis, size):
-    """Codes with zeros behind them, up to `size` along the axis."""
+    """Codes, padded with zeros to `size` along the axis."""
     widths = [(0, 0), (0, 0)]
     widths[axis] = (0, size - codes.shape[axis])
     return jnp.pad(codes, widths) if size > codes.shape[axis] else codes
 
 
 def _scales(q, axis, k):
-    """The scales of the k-th block of the summed axis: one per line of the other axis, or [1]."""
+    """The scales of block k of the summed axis: one per row of the other axis, or [1]."""
     scales = jax.lax.dynamic_index_in_dim(q.scales, k, axis, keepdims=False)
-    # Infinity is a code as finite as any other; only its value, code · scale, is not.
+    # The code of an infinity is finite; only its value, code · scale, is not.
     largest = float(jnp.finfo(q.codes.dtype).max)
     scales = jnp.where(jnp.isinf(scales * largest), jnp.inf, scales)
     if scales.size == 1:

@@ -1,28 +1,29 @@
-"""FP8 recipes by name: what each side, sampler and learner, does with its matmuls."""
+"""FP8 recipes by name: how sampler and learner compute their matmuls."""
 
 import dataclasses
 import difflib
+from typing import Any
 
 from drpo_jax.precision.float8 import SCALES
 
 
 @dataclasses.dataclass(frozen=True)
 class MatmulRecipe:
-    """What one matmul y = x w does with its operands. Hashable, so it can be a static argument.
+    """How one matmul y = x w treats its operands. Hashable, so it can be a static argument.
 
     Attributes:
-      weight: float8 dtype of w by name ("float8_e4m3fn", "float8_e5m2"), None for high precision.
+      weight: float8 dtype of w by name, "float8_e4m3fn" or "float8_e5m2"; None: high precision.
       activation: the same for x.
-      gradient: the same for the incoming gradient in both backward matmuls; None leaves the whole
+      gradient: the same for the incoming gradient in both backward matmuls. None leaves the whole
         backward pass in high precision (straight-through).
-      weight_block: block of w that shares a scale; None: all of one matrix, so that in a stack [E, K, N]
-        every expert has a scale of its own, and every layer.
-      tile: tile of x that shares a scale, along the axis that is summed over; gradients and the
-        operands of the backward matmuls use it too, turned where they are summed over tokens. None:
-        all of x, every token of it, padding included, and the rows of all experts.
+      weight_block: block of w that shares a scale. None: the whole matrix, so that every layer and, in a
+        stack [E, K, N], every expert has a scale of its own.
+      tile: tile of x that shares a scale, along the axis that is summed over. Gradients and the operands
+        of the backward matmuls use it too, transposed where the sum is over tokens. None: one scale for
+        all of x, including padding and the rows of all experts.
       scale: "pow2" or "float32", see `drpo_jax.precision.float8`.
-      native: multiply the codes themselves where both operands have some, for devices that
-        `multiplies_float8`; experts' grouped matmuls stay simulated.
+      native: multiply the codes themselves if both operands are float8, on devices for which
+        `multiplies_float8` is true. The grouped matmuls of experts stay simulated.
     """
 
     weight: str | None = None
@@ -36,9 +37,9 @@ class MatmulRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The matmul recipes of the two sides.
+    """The matmul recipes of sampler and learner.
 
-    Kept in high precision on both, whatever the recipe: embeddings, head, norms, router.
+    Both sides keep embeddings, head, norms and router in high precision, whatever the recipe.
     """
 
     sampler: MatmulRecipe
@@ -50,13 +51,12 @@ GRADIENTS = {"e5m2": "float8_e5m2", "e4m3": "float8_e4m3fn"}
 _HIGH = MatmulRecipe()
 _BLOCKS = MatmulRecipe(weight="float8_e4m3fn", activation="float8_e4m3fn")
 _TENSOR = dataclasses.replace(_BLOCKS, weight_block=None, tile=None)
-_HYBRID = {"gradient": "float8_e5m2"}  # e4m3 forward, e5m2 gradients
+_HYBRID: dict[str, Any] = {"gradient": "float8_e5m2"}  # e4m3 forward, e5m2 gradients
 
-# none: no FP8. rollout: FP8-rollout. e2e: FP8-E2E. tensorwise: e2e with one scale per tensor, taken
-# from the tensor at hand. The sampler's tensor is a decode step of all slots, the learner's a batch:
-# their scales differ, so (as in any engine) a token's logprob depends on its neighbours. Powers of two
-# leave of that only what falls below the smallest code. Where experts lie on several devices, the
-# tensor is what one device has of it.
+# none: no FP8. rollout: FP8-rollout. e2e: FP8-E2E. tensorwise: e2e with one dynamic scale per tensor.
+# A tensor is a decode step of all slots in the sampler, and a batch in the learner. Their scales differ,
+# so a token's logprob depends on its neighbors, as in any inference engine. With powers of two, only
+# values below the smallest code are affected. If experts are sharded, the tensor is one device's part.
 RECIPES = {
     "none": Recipe(sampler=_HIGH, learner=_HIGH),
     "rollout": Recipe(sampler=_BLOCKS, learner=_HIGH),
@@ -65,16 +65,19 @@ RECIPES = {
 }
 
 
-def get_recipe(name, scale="pow2", gradient="e5m2", native=False):
-    """The `Recipe` called `name`.
+def get_recipe(
+    name: str, scale: str = "pow2", gradient: str = "e5m2", native: bool = False
+) -> Recipe:
+    """The recipe called `name`.
 
     Args:
-      scale: "pow2" or "float32", of all scales.
-      gradient: "e5m2" (hybrid) or "e4m3": of the gradients, in recipes that quantize them.
-      native: see `MatmulRecipe`, on both sides.
+      name: a key of `RECIPES`.
+      scale: "pow2" or "float32", for all scales.
+      gradient: "e5m2" (hybrid) or "e4m3", for gradients in recipes that quantize them.
+      native: see `MatmulRecipe`; applies to both sides.
 
     Raises:
-      ValueError: no such recipe (names the nearest), scale or gradient.
+      ValueError: the recipe (the error names the nearest one), scale or gradient format is unknown.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(str(name), RECIPES, n=1, cutoff=0.0)[0]

@@ -1,27 +1,32 @@
 """Supervised warm start: python -m drpo_jax.sft --config=configs/tiny.py --workdir=runs/warm
 
-Learns the task's demonstrations (`config.sft`) and writes a checkpoint that RL starts from with
-`--config.data.init_from=runs/warm`. `drpo_jax.train` runs the same by itself when none is given.
+Trains on the task's demonstrations (`config.sft`) and saves checkpoints that RL starts from with
+`--config.data.init_from=runs/warm`. Without data.init_from, `drpo_jax.train` makes the same warm start
+itself.
 """
 
+from pathlib import Path
+
 import jax
+from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli, loop
 from drpo_jax.errors import BadInput
+from drpo_jax.evaluation import evaluate
 
 
-def main(config, workdir):
+def main(config: FrozenConfigDict, workdir: Path) -> None:
     if not config.sft.steps:
-        raise BadInput("sft.steps = 0: there is nothing to learn; give the number of updates")
+        raise BadInput("sft.steps = 0: set the number of supervised updates")
     if config.data.init_from:
         raise BadInput(
-            "data.init_from is for drpo_jax.train: this run makes a warm start of its own"
+            f"data.init_from = {config.data.init_from!r}: must be empty, because drpo_jax.sft makes a "
+            "warm start; drpo_jax.train starts from one"
         )
-    run = loop.Run(config, workdir)
+    run = loop.Run.create(config, workdir)
     loop.claim(run)
     with jax.set_mesh(run.mesh):
-        model = loop.supervised(run)
-        metrics = loop.evaluate(run, model)
+        metrics = evaluate(run, loop.make_warm_start(run))
     print("held-out: " + "   ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     print(f"start RL from it with --config.data.init_from={workdir}")
 

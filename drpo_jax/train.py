@@ -1,12 +1,13 @@
 """Trains a model by RL: python -m drpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-The same command on the same workdir resumes. At the end: a table of held-out accuracy before and
-after, a plot in the terminal, and `learning.png`.
+The same command on the same workdir resumes. At the end it prints a table of held-out accuracy before
+and after training and a plot, and writes `learning.png`.
 
 With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
-one of them came to the gradient.
+one of them contributes to the gradient; the workdir is left unchanged.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from drpo_jax.reporting.explain import explain
 EXPLAIN = flags.DEFINE_bool(
     "explain_batch",
     False,
-    "Make one update, print a problem's way to the gradient, and leave the workdir as it is.",
+    "Make one update, print how one problem contributes to it, and leave the workdir unchanged.",
 )
 
 
-def main(config, workdir, explained=False):
+def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> None:
     if explained:
         if page := explain_batch(config, workdir):
             print(page)
@@ -38,33 +39,44 @@ def main(config, workdir, explained=False):
         return
     before, after = evaluations
     print("\n" + summary_table(before, after, config.evaluate.samples))
-    records = read_metrics(workdir)
-    print("\n" + text_plot(records))
-    compiled = [r for r in records if r.get("compile/count")]
-    if compiled:
-        count, seconds = (sum(r[f"compile/{k}"] for r in compiled) for k in ("count", "seconds"))
-        last = compiled[-1]["step"]
-        print(f"\n{count:.0f} programs compiled in {seconds:.0f} s, the last in step {last}")
+    print("\n" + text_plot(read_metrics(workdir)))
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
 
 
-def explain_batch(config, workdir):
-    """`explain` of one update on the first `train.mini_batch_prompts` problems; where the run's warm
-    start is not there, of a model without one. "" on all processes but the first."""
-    config = ConfigDict(config)
-    config.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
-    run = loop.Run(FrozenConfigDict(config), workdir)
-    print(run.report + "making one step: a minute or two on a CPU\n", flush=True)
+def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
+    """Makes one update from the run's initial model on the first `train.mini_batch_prompts` problems.
+
+    Returns:
+      The page of `reporting.explain` about it, which begins with a warning if the run's warm start is
+      missing and a random model takes its place; "" on all processes but the first.
+    """
+    changed = ConfigDict(config)
+    changed.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
+    run = loop.Run.create(FrozenConfigDict(changed), workdir)
+    print(run.report + "making one update: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
-        model = loop.initial_model(run, supervise=False)
+        model = loop.warm_start.existing_model(run)
+        warning = _warning(config, workdir) if model is None and config.sft.steps else ""
+        if model is None:
+            model = loop.warm_start.random_model(run)
+        run = dataclasses.replace(run, workdir=Path(directory))
         if config.objective.kl != "none":
-            run.reference = model
-            model = jax.tree.map(jnp.copy, model)  # the update donates it
-        run.workdir = Path(directory)
-        loop.rl_step(run, run.programs.restart(model), 0)
+            # The update donates the arrays of its model.
+            run = dataclasses.replace(run, reference=jax.tree.map(jnp.copy, model))
+        loop.rl_step(run, run.programs.restart(model), 0, first=True)
         if not multihost.is_main():
             return ""
-        return explain(load_rollout(rollout_path(run.workdir, 0)), run.tokenizer, config)
+        page = explain(load_rollout(rollout_path(run.workdir, 0)), run.tokenizer, run.config)
+    return warning + page
+
+
+def _warning(config, workdir):
+    return (
+        f"WARNING: the model is random, because {workdir} holds no finished warm start (sft.steps = "
+        f"{config.sft.steps}).\nIts responses are noise, and so is what they are rewarded for; the "
+        "arithmetic below is that of any update.\nFor the model that training starts from, first run\n"
+        f"    python -m drpo_jax.sft --config=… --workdir={workdir}\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def test_saving_says_nothing_unless_the_best_cannot_be_known(tmp_path, monkeypat
     with Checkpoints(tmp_path, best_metric="eval/av") as checkpoints:
         checkpoints.save(2, state(), {"eval/avg": 1.0, "loss": 2.0})
     assert said == [
-        "checkpoint.best_metric = 'eval/av' is no metric of step 2, so no checkpoint is the best; "
-        "there are eval/avg, loss"
+        "checkpoint.best_metric = 'eval/av' is not a metric of step 2, so no checkpoint is kept as the "
+        "best; the metrics are eval/avg, loss"
     ]
 
 

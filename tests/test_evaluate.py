@@ -1,4 +1,4 @@
-"""Evaluation: whose checkpoint is evaluated, on which problems, and what is computed from responses."""
+"""Evaluation: which checkpoint and problems are evaluated, and what is computed from responses."""
 
 import json
 from functools import partial
@@ -13,6 +13,11 @@ from drpo_jax import evaluate, loop
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.errors import BadInput
+from drpo_jax.evaluation import Response
+from drpo_jax.evaluation.accuracy import by_problem, estimates, eval_metrics
+from drpo_jax.evaluation.files import shard_places
+from drpo_jax.evaluation.source import checkpoint_directory
+from drpo_jax.evaluation.tables import accuracy_table, problem_table
 from drpo_jax.parallel import make_mesh
 from drpo_jax.rewards import after_hash
 
@@ -35,15 +40,15 @@ def save(directory):
 
 def test_which_checkpoints(tmp_path):
     with pytest.raises(BadInput, match="holds no run"):
-        evaluate.check_workdir(tmp_path / "none", config())
+        checkpoint_directory(tmp_path / "none", config())
     C.claim_workdir(tmp_path, config())
     with pytest.raises(BadInput, match="no checkpoint yet"):
-        evaluate.check_workdir(tmp_path, config())
+        checkpoint_directory(tmp_path, config())
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     save(tmp_path / "sft" / "checkpoints")
-    assert evaluate.check_workdir(tmp_path, config()) == tmp_path / "sft" / "checkpoints"
+    assert checkpoint_directory(tmp_path, config()) == tmp_path / "sft" / "checkpoints"
     save(tmp_path / "checkpoints")
-    assert evaluate.check_workdir(tmp_path, config()) == tmp_path / "checkpoints"
+    assert checkpoint_directory(tmp_path, config()) == tmp_path / "checkpoints"
 
 
 def test_another_model_or_split_is_refused(tmp_path):
@@ -52,15 +57,15 @@ def test_another_model_or_split_is_refused(tmp_path):
     save(tmp_path / "task" / "checkpoints")
     save(tmp_path / "file" / "checkpoints")
     fine = dict(seed=3, evaluate__problems=5, data__digits=1, train__steps=9)
-    assert evaluate.check_workdir(tmp_path / "task", config(**fine))
-    assert evaluate.check_workdir(tmp_path / "file", config(data__problems="q.jsonl", seed=3))
+    assert checkpoint_directory(tmp_path / "task", config(**fine))
+    assert checkpoint_directory(tmp_path / "file", config(data__problems="q.jsonl", seed=3))
     with pytest.raises(BadInput) as error:
-        evaluate.check_workdir(tmp_path / "task", config(model__layers=3, model__hidden_size=64))
+        checkpoint_directory(tmp_path / "task", config(model__layers=3, model__hidden_size=64))
     lines = str(error.value).splitlines()[1:]
     assert lines == ["  model.hidden_size: 32 -> 64", "  model.layers: 2 -> 3"]
     # Problems that this split holds out were trained on.
     with pytest.raises(BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
-        evaluate.check_workdir(
+        checkpoint_directory(
             tmp_path / "file", config(data__problems="p.jsonl", seed=3, evaluate__problems=5)
         )
 
@@ -72,13 +77,15 @@ def test_accuracy_by_hand():
         ("a", "+", "greedy"): [("#5", 1)],
         ("b", "-", "greedy"): [("", 0)],
     }
-    generations = [
-        {"id": i, "kind": kind, "mode": mode, "response": text, "reward": float(reward),
-         "answer": "5" if i == "a" else "1", "tokens": len(text), "finished": mode == "avg"}
+    responses = [
+        Response(
+            id=i, kind=kind, mode=mode, prompt="", response=text, reward=float(reward),
+            answer="5" if i == "a" else "1", tokens=len(text), finished=mode == "avg",
+        )
         for (i, kind, mode), group in responses.items()
         for text, reward in group
     ]  # fmt: skip
-    result = evaluate.accuracy(evaluate.by_problem(generations, after_hash))
+    result = estimates(by_problem(responses, after_hash))
     means = {
         group: {name: value["mean"] for name, value in metrics.items() if name != "problems"}
         for group, metrics in result.items()
@@ -91,25 +98,30 @@ def test_accuracy_by_hand():
     assert (greedy["low"], greedy["high"]) == (0, 1) and result["all"]["problems"] == 2
     assert result["+"]["greedy"] == {"mean": 1, "low": 1, "high": 1}
 
-    lines = evaluate.table(result).splitlines()
+    lines = accuracy_table(result).splitlines()
     assert lines[0].split() == "problems | avg@3 | pass@2 | pass@3 | maj@3 | greedy".split()
     assert lines[2].startswith("all         2 |  50.0 ( 33.3– 66.7)")
     assert len({len(line) for line in lines}) == 1
-    only = [g | {"kind": ""} for g in generations if g["mode"] == "avg"]
-    assert list(evaluate.accuracy(evaluate.by_problem(only, after_hash))) == ["all"]
-    header, first, second = evaluate.problem_table(
-        evaluate.by_problem(generations, after_hash)
-    ).splitlines()
+    only = [response._replace(kind="") for response in responses if response.mode == "avg"]
+    assert list(estimates(by_problem(only, after_hash))) == ["all"]
+    header, first, second = problem_table(by_problem(responses, after_hash)).splitlines()
     assert header.split("\t")[:5] == ["id", "kind", "avg", "maj", "most_frequent"]
     assert first.split("\t") == ["b", "-", "0.333", "0", "5", "1", "0", "2", "0.250"]
     assert second.split("\t") == ["a", "+", "0.667", "1", "5", "5", "1", "2", "0.250"]
 
+    metrics = eval_metrics(responses)
+    assert metrics == pytest.approx({
+        "eval/avg": 1 / 2, "eval/avg/+": 2 / 3, "eval/avg/-": 1 / 3, "eval/length": 13 / 6,
+        "eval/truncated": 0, "eval/greedy": 1 / 2, "eval/greedy/+": 1, "eval/greedy/-": 0,
+    })  # fmt: skip
+    assert list(eval_metrics(only)) == ["eval/avg", "eval/length", "eval/truncated"]
 
-def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickly):
-    """And gives what it would have given: every response depends on its problem's place alone."""
-    monkeypatch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+
+def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickly):
+    """With the same result, because every response depends on its problem's place alone."""
+    monkeypatch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     settings = config(**FIELDS)
-    run = loop.Run(settings, tmp_path)
+    run = loop.Run.create(settings, tmp_path)
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -140,7 +152,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
 
     for kept, expected in (
         (30, [[], []]),
-        (23, [[], but(order[20:23])]),  # some of the greedy ones
+        (23, [[], but(order[20:23])]),  # some greedy responses
         (7, [but(order[:6]), list(range(10))]),  # half a problem does not count
         (0, [list(range(10))] * 2),
     ):
@@ -166,7 +178,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
     assert [path.read_text() for path in results] == whole
     sampled.clear()
     evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
-    assert sampled == [list(range(10))] * 2  # another evaluation begins anew, elsewhere
+    assert sampled == [list(range(10))] * 2  # other settings: another evaluation, in another folder
     assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
     with pytest.raises(BadInput, match="--step=4: there is no such checkpoint; there are 3"):
         evaluate.main(settings, tmp_path, step=4)
@@ -175,9 +187,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch, compile_quickl
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3"])
 def test_wrong_shards(text):
     with pytest.raises(BadInput, match=f"--shard={text}: must be .* such as 1/4"):
-        evaluate.share(text, 10)
+        shard_places(text, 10)
 
 
 def test_a_model_without_a_run(tmp_path):
     with pytest.raises(BadInput, match="--config.model.path"):
-        evaluate.check_workdir(tmp_path, config())
+        checkpoint_directory(tmp_path, config())

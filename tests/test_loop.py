@@ -31,7 +31,7 @@ def quick_and_rewarding(compile_quickly):
     a model without skill gets as well."""
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr(loop, "make_mesh", one)
+        patch.setattr(loop.run, "make_mesh", one)
 
         def reward(prompt, text, answer):
             return float(len(text) % 2 or text == f"#{answer}")
@@ -59,17 +59,17 @@ class Killed(Exception):
     pass
 
 
-def killed_at(name, step):
-    """Replaces `loop.name(…, step)` by one that raises `Killed` at that step; undone after."""
-    original = getattr(loop, name)
+def killed_at(module, name, step):
+    """Replaces `module.name(…, step)` with a function that raises `Killed` at that step."""
+    original = getattr(module, name)
 
-    def run(*args):
+    def run(*args, **keywords):
         if args[-1] == step:
             raise Killed
-        return original(*args)
+        return original(*args, **keywords)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(loop, name, run)
+    patch.setattr(module, name, run)
     return patch
 
 
@@ -104,8 +104,13 @@ def other(whole, tmp_path_factory):
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
-    for name, step in (("demonstration_batch", 2), ("rl_step", 0), ("rl_step", 3)):
-        patch = killed_at(name, step)
+    kills = (
+        (loop.warm_start, "demonstration_batch", 2),
+        (loop.loop, "rl_step", 0),
+        (loop.loop, "rl_step", 3),
+    )
+    for module, name, step in kills:
+        patch = killed_at(module, name, step)
         with pytest.raises(Killed):
             loop.train(config(), tmp_path)
         patch.undo()
@@ -177,7 +182,7 @@ def test_nothing_is_corrected_beyond_every_boundary(other, whole):
 def test_rescored_logprobs_are_the_learners(other, whole):
     for workdir, rescored in ((other, True), (whole, False)):
         saved = load_rollout(rollout_path(workdir, 0))
-        first = loop.mini_batches(config(), 0, 0)[0]  # the update before which nothing moved
+        first = loop.learn.mini_batches(config(), 0, 0)[0]  # the update before which nothing moved
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
         assert (gap < 1e-5) == rescored
@@ -230,8 +235,8 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
         seen.append((mu, reference, loop_penalty(mu, reference, mask)))
         return seen[0][2]
 
-    loop_penalty = loop.reward_penalty
-    monkeypatch.setattr(loop, "reward_penalty", penalty)
+    loop_penalty = loop.learn.reward_penalty
+    monkeypatch.setattr(loop.learn, "reward_penalty", penalty)
     loop.train(settings, tmp_path)
     saved = load_rollout(rollout_path(tmp_path, 0))
     mask = saved["response_mask"]
@@ -245,7 +250,7 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
     expected = advantages("dr_grpo", saved["reward"] - 0.5 * found, settings.train.samples)
     np.testing.assert_allclose(saved["advantage"], expected, atol=1e-5)
     # π/π_old is 1 in the first mini-batch, so nothing is clipped: c = min(π/µ, 5)·Â.
-    first = loop.mini_batches(settings, 0, 0)[0]
+    first = loop.learn.mini_batches(settings, 0, 0)[0]
     ratio = np.minimum(np.exp(-log_ratio), 5)[first][mask[first]]
     advantage = np.broadcast_to(expected[:, None], mask.shape)[first][mask[first]]
     found = saved["coefficient"][first][mask[first]]
@@ -270,7 +275,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
         reward = saved["reward"]
         assert set(reward) == {0, 1} and metrics(other)[step + 1]["reward/mean"] == reward.mean()
         np.testing.assert_array_equal(reward, [len(r) % 2 for r in saved["response"]])
-        rng = np.random.default_rng([settings.seed, step, loop.SHUFFLE, 1])
+        rng = np.random.default_rng([settings.seed, step, loop.run.SHUFFLE, 1])
         shuffled = rng.permutation(reward)
         assert sorted(shuffled) == sorted(reward)
         expected = advantages(settings.objective.advantage, shuffled, settings.train.samples)
@@ -280,7 +285,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
 
 
 def test_problems_from_a_file(other):
-    heldout = loop.Run(config(data__problems=str(other / "problems.jsonl")), other).heldout
+    heldout = loop.Run.create(config(data__problems=str(other / "problems.jsonl")), other).heldout
     trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
@@ -308,18 +313,18 @@ def test_bad_problem_files_cost_nothing(tmp_path):
 def test_a_run_without_a_warm_start_to_begin_with(tmp_path, whole):
     missing = config(data__init_from=str(tmp_path / "typo"))
     with pytest.raises(BadInput, match="typo.*no checkpoint of a warm start below it"):
-        loop.initial_model(loop.Run(missing, tmp_path))
+        loop.initial_model(loop.Run.create(missing, tmp_path))
     assert not (tmp_path / "typo").exists()
     wider = config(data__init_from=str(whole), model__vocab_size=48)
     with pytest.raises(BadInput, match=r"model.embed: wanted \(48, 32\), .* has \(32, 32\)"):
-        loop.initial_model(loop.Run(wider, tmp_path))
+        loop.initial_model(loop.Run.create(wider, tmp_path))
 
 
 def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkeypatch, caplog):
     settings = config(data__init_from=str(whole), train__steps=9, train__max_skipped=3)
     original, skipped = loop.rl_step, []
 
-    def poisoned(run, state, step):
+    def poisoned(run, state, step, first):
         """From step 2 on, a weight is NaN."""
         if step == 2:
             head = state.model.lm_head[...].at[0, 0].set(jnp.nan)
@@ -328,11 +333,11 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
             flat[place[0]] = head
             state = jax.tree.unflatten(tree, flat)
         before = int(state.updates)
-        state, record = original(run, state, step)
+        state, *rest = original(run, state, step, first)
         skipped.append((int(state.skipped), int(state.updates) - before))
-        return state, record
+        return state, *rest
 
-    monkeypatch.setattr(loop, "rl_step", poisoned)
+    monkeypatch.setattr(loop.loop, "rl_step", poisoned)
     with pytest.raises(TrainingStopped) as error:
         loop.train(settings, tmp_path)
     assert skipped == [(0, 2), (0, 2), (2, 0), (4, 0)]
@@ -340,7 +345,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     assert message.startswith("step 4: the last 4 updates had a non-finite loss or gradient")
     assert "step 2 in" in message and "train.max_skipped = 3" in message
     assert "2 update(s) in a row skipped" in caplog.text
-    run = loop.Run(settings, tmp_path)
+    run = loop.Run.create(settings, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 2
         state = checkpoints.restore(2, run.programs.abstract_state)
@@ -353,9 +358,9 @@ def test_what_is_added_to_the_verdicts():
         reward__format=0.5, reward__overlong_buffer=4, sampler__max_response_length=40
     )
     texts = [r"so \boxed{1}", "so 1", "so 1"]
-    added = loop.shaping(settings, texts, np.array([30, 38, 40]))
+    added = loop.rollout.shaping(settings, texts, np.array([30, 38, 40]))
     np.testing.assert_allclose(added, [0.5, -0.5, -1.0])
-    assert loop.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
+    assert loop.rollout.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("parity", ["warn", "stop", "off"])

@@ -122,7 +122,7 @@ def test_a_small_run(name, variant, tmp_path, monkeypatch, compile_quickly):
     """On one of the eight devices, which compiles for less long; with a reward for a random model."""
     reward = lambda prompt, text, answer: float(len(text) % 2 or text == f"#{answer}")  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "arithmetic", reward)
-    monkeypatch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     config, full = complete(name, f"{variant},smoke"), complete(name, variant)
     assert (config.compute, config.precision) == (full.compute, full.precision)
     loop.train(config, tmp_path)

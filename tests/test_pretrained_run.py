@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def one_device_and_mixed_rewards():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2 or text == answer)  # noqa: E731
         patch.setitem(rewards.REWARDS, "integer", reward)
         yield
@@ -127,7 +127,7 @@ def test_what_is_exported_can_be_trained_on(checkpoint, run, tmp_path):
     assert fields["dtype"] == "bfloat16"
     ids = TextTokenizer(tmp_path / "trained", chat=True).prompt("1 + 2")
     assert ids == TextTokenizer(checkpoint[0], chat=True).prompt("1 + 2")
-    again = loop.Run(config(tmp_path / "trained"), tmp_path / "run")
+    again = loop.Run.create(config(tmp_path / "trained"), tmp_path / "run")
     with jax.set_mesh(again.mesh):
         started = leaves(loop.initial_model(again))
     trained = leaves(exported(run, step=2))
@@ -148,7 +148,7 @@ def test_a_model_has_to_be_as_large_as_its_tokenizer(checkpoint, tmp_path):
     save_pretrained(Transformer(small, jax.random.key(0)), small, tmp_path)
     write_tokenizer(tmp_path)
     with pytest.raises(BadInput, match="vocab_size = 256: must be at least the tokenizer's 260"):
-        loop.Run(config(tmp_path), tmp_path)
+        loop.Run.create(config(tmp_path), tmp_path)
 
 
 # ------------------------------------------------------------------------------------ math problems

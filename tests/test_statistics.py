@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from drpo_jax import statistics as S
+from drpo_jax.evaluation import statistics as S
 
 
 def test_pass_at_k_by_hand():

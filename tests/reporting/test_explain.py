@@ -29,7 +29,7 @@ SMALLEST = str(Path(__file__).parents[1] / "smallest.py")
 @pytest.fixture(scope="module", autouse=True)
 def one_device_and_mixed_rewards(compile_quickly):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2 or text == f"#{answer}")  # noqa: E731
         patch.setitem(rewards.REWARDS, "arithmetic", reward)
         yield
@@ -48,7 +48,7 @@ def settings(path):
 def step(tmp_path_factory):
     """(run, model, the rollout of its first step)."""
     directory = tmp_path_factory.mktemp("run")
-    run = loop.Run(settings(directory / "problems.jsonl"), directory)
+    run = loop.Run.create(settings(directory / "problems.jsonl"), directory)
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
         loop.rl_step(run, run.programs.restart(model), 0)

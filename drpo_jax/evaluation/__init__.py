@@ -1,0 +1,15 @@
+"""Held-out accuracy: sampling, grouping, estimates, tables, files.
+
+    heldout      samples and verifies responses to the held-out problems; `evaluate` for a running run
+    accuracy     responses -> accuracy, by problem and by kind of problem
+    statistics   avg@k, pass@k, maj@k and their bootstrap intervals
+    tables       accuracy and problems as text
+    files        an evaluation's directory: settings, responses to resume from, results
+    source       which model a workdir holds to evaluate
+
+The entry point is `drpo_jax.evaluate`.
+"""
+
+from drpo_jax.evaluation.heldout import Response, evaluate, in_order, sample_heldout
+
+__all__ = ["Response", "evaluate", "in_order", "sample_heldout"]

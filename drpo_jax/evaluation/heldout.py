@@ -1,0 +1,138 @@
+"""Samples responses to the held-out problems and verifies them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from drpo_jax.evaluation import accuracy
+from drpo_jax.models import Transformer
+from drpo_jax.parallel import multihost
+from drpo_jax.sampler import SamplingParams
+
+if TYPE_CHECKING:  # the loop evaluates, so that this package must not import it
+    from drpo_jax.loop.run import Group, Run
+
+GATHER = 32  # problems whose verdicts the processes exchange at once
+
+
+class Response(NamedTuple):
+    """One response to a held-out problem; its fields are those of responses.jsonl.
+
+    Attributes:
+      id, kind: of the problem.
+      mode: "avg", sampled at evaluate.temperature, or "greedy".
+      prompt, response, answer: text.
+      reward: the verifier's verdict.
+      tokens: length of the response, the stop token included.
+      finished: whether the response ended with a stop token rather than at the limit.
+    """
+
+    id: str
+    kind: str
+    mode: str
+    prompt: str
+    response: str
+    answer: str
+    reward: float
+    tokens: int
+    finished: bool
+
+
+def evaluate(run: Run, model: Transformer) -> dict[str, float]:
+    """Held-out accuracy of the unquantized model; does not disturb the random streams of training.
+
+    Returns:
+      eval/avg, the mean reward of evaluate.samples responses to each problem at evaluate.temperature;
+      eval/greedy; both per kind of problem; eval/length and eval/truncated. See
+      `accuracy.eval_metrics`.
+    """
+    responses = list(itertools.chain.from_iterable(sample_heldout(run, model)))
+    return accuracy.eval_metrics(in_order(run, responses))
+
+
+def sample_heldout(
+    run: Run,
+    model: Transformer,
+    done: Iterable[Response] = (),
+    places: Sequence[int] | None = None,
+) -> Iterator[list[Response]]:
+    """Samples and verifies responses with the unquantized model.
+
+    A response depends on the weights and on its problem's place alone, so that a part of an evaluation,
+    or the rest of an interrupted one, gives the same responses as the whole.
+
+    Args:
+      done: responses that exist already: all or none of a problem's in each mode.
+      places: indices into run.heldout of the problems to evaluate; None: all.
+
+    Yields:
+      The responses to one problem in one mode, in the order in which they are verified.
+    """
+    sampler = run.programs.exact_sampler
+    sampler.load(run.programs.sync_exact(model))
+    have = {(response.mode, response.id) for response in done}
+    places = range(len(run.heldout)) if places is None else places
+    for mode, params in _modes(run).items():
+        missing = [i for i in places if (mode, run.heldout[i].id) not in have]
+        problems = [run.heldout[i] for i in missing]
+        groups = run.sample(sampler, problems, params, run.evaluation_key, missing)
+        for group, verdicts in _verified(groups):
+            problem, rollouts = problems[group.index], group.rollouts
+            texts = group.texts or rollouts.texts(run.tokenizer)
+            yield [
+                Response(
+                    id=problem.id,
+                    kind=problem.kind,
+                    mode=mode,
+                    prompt=problem.prompt,
+                    response=text,
+                    answer=problem.answer,
+                    reward=float(reward),
+                    tokens=int(tokens),
+                    finished=bool(finished),
+                )
+                for text, reward, tokens, finished in zip(
+                    texts, verdicts, rollouts.response_lengths, rollouts.finished
+                )
+            ]
+    sampler.load(None)
+
+
+def in_order(run: Run, responses: Iterable[Response]) -> list[Response]:
+    """The responses in the order of modes and held-out problems, however they arrived."""
+    order = {problem.id: i for i, problem in enumerate(run.heldout)}
+    return sorted(responses, key=lambda response: (response.mode, order[response.id]))
+
+
+def _modes(run: Run) -> dict[str, SamplingParams]:
+    config = run.config.evaluate
+    limits = dict(max_tokens=run.config.sampler.max_response_length, stop=run.tokenizer.stop_ids)
+    modes = {
+        "avg": SamplingParams(samples=config.samples, temperature=config.temperature, **limits)
+    }
+    if config.greedy:
+        modes["greedy"] = SamplingParams(temperature=0.0, **limits)
+    return modes
+
+
+def _verified(groups: Iterator[Group]):
+    """Yields each group with its rewards, once they have arrived on all processes.
+
+    Waits for the rewards of GATHER groups when as many again have been sampled, so that verification
+    overlaps with sampling.
+    """
+    parts = iter(lambda: list(itertools.islice(groups, GATHER)), [])
+    for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
+        own = [(group.index, group.rewards.result()) for group in part if group.rewards is not None]
+        gathered = multihost.gather(
+            "verdicts", of=[i for i, _ in own], reward=[reward for _, reward in own]
+        )
+        verdicts = {
+            i: reward
+            for process in gathered
+            for i, reward in zip(process["of"].tolist(), process["reward"])
+        }
+        for group in part:
+            yield group, verdicts[group.index]

@@ -1,0 +1,67 @@
+"""Which model a workdir holds to evaluate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.config import flatten, run_config
+from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.models import Transformer
+
+if TYPE_CHECKING:
+    from drpo_jax.loop.run import Run
+
+
+def checkpoint_directory(workdir: Path, config) -> Path | None:
+    """The directory of the checkpoints to evaluate; None where the model is that of model.path.
+
+    Raises:
+      BadInput: the workdir holds no run and the config names no model; or the run has another model, no
+        checkpoint yet, or trained on problems that this config holds out.
+    """
+    if not (workdir / "config.json").exists():
+        if config.model.path:
+            return None
+        raise BadInput(
+            f"{workdir} holds no run (there is no config.json); give the --workdir of one, or "
+            "--config.model.path"
+        )
+    theirs, ours = flatten(run_config(workdir)), flatten(config)
+    # With a file of problems, these fields decide which of them are held out.
+    same_file = ours["data.problems"] == theirs["data.problems"] != ""
+    split = ("seed", "evaluate.problems") if same_file and not ours["evaluate.sets"] else ()
+    differing = [
+        f"{field}: {theirs[field]!r} -> {ours[field]!r}"
+        for field in ours
+        if (field.startswith("model.") or field in split)
+        and ours[field] != theirs[field]
+        and field != "model.path"
+    ]
+    if differing:
+        raise BadInput(
+            f"{workdir} holds a run with another model or other held-out problems (the run's value -> "
+            "this config's value):\n  " + "\n  ".join(differing)
+        )
+    for directory in (workdir / "checkpoints", workdir / "sft" / "checkpoints"):
+        with Checkpoints(directory) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                return directory
+    raise BadInput(f"{workdir} has no checkpoint yet")
+
+
+def load_checkpoint(run: "Run", directory: Path, step: int | None) -> tuple[int, Transformer]:
+    """The step and the model of a checkpoint.
+
+    Args:
+      step: which one; None: the latest.
+
+    Raises:
+      BadInput: there is no such checkpoint, or it holds another model.
+    """
+    with bad_input(), Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step not in checkpoints.steps():
+            steps = ", ".join(map(str, checkpoints.steps()))
+            raise BadInput(f"--step={step}: there is no such checkpoint; there are {steps}")
+        like = {"model": run.programs.abstract_state.model}
+        return step, checkpoints.restore(step, like)["model"]

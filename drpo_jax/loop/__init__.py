@@ -1,0 +1,54 @@
+"""The RL loop: sample, verify, advantages, updates, metrics, checkpoint.
+
+Axis letters: N responses (prompts · samples, the samples of a prompt next to each other), R response
+tokens, T prompt and response tokens. One step, `loop.rl_step`, on the host's side:
+
+    sync         the policy's weights, quantized as the precision recipe has them -> the sampler
+    sample       train.prompts problems -> `sampler.Rollouts`: tokens [N, T]; sampled_logp and
+                 full_logp [N, R]
+    verify       prompt, response and answer as text -> reward [N]
+    score        the learner's own logprobs of the rollout, where they are needed -> old_logp [N, R]
+    advantages   reward [N] -> advantage [N], each response against its group
+    inputs       what the objective takes of each token besides logp: behavior_logp [N, R],
+                 advantage [N], … (`learner.Batch.inputs`)
+    updates      one optimizer update per mini-batch of whole groups, all against the same µ
+    metrics      one record per step -> metrics.jsonl, TensorBoard, console
+    checkpoint   model, optimizer state and step number, every checkpoint.every steps
+
+The modules, in reading order:
+
+    run         `Run`: what the phases share (config, problems, reward, mesh, programs); frozen
+    loop        `train` and `rl_step`
+    rollout     sample and verify: `Rollout`, the record of one rollout
+    learn       inputs of the objective, scoring, mini-batches, updates
+    parity      how far sampler and learner disagree about the same tokens
+    warm_start  the model that RL starts from
+    guard       stops a run whose updates are no longer finite
+    console     what `train` prints besides the metrics
+    timer       seconds per phase
+
+All randomness is a function of (config.seed, step, purpose), so a run that is killed and restarted
+computes what it would have computed without the interruption.
+"""
+
+from drpo_jax.loop import console, guard, learn, parity, rollout, run, warm_start
+from drpo_jax.loop.loop import rl_step, train
+from drpo_jax.loop.run import Run, claim, keep_report
+from drpo_jax.loop.warm_start import initial_model, make_warm_start
+
+__all__ = [
+    "Run",
+    "claim",
+    "console",
+    "guard",
+    "initial_model",
+    "keep_report",
+    "learn",
+    "make_warm_start",
+    "parity",
+    "rl_step",
+    "rollout",
+    "run",
+    "train",
+    "warm_start",
+]

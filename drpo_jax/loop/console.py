@@ -1,0 +1,128 @@
+"""What `train` prints besides the metrics: what will happen, notices, and sampled responses."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+
+from drpo_jax.config import objective_hyper
+from drpo_jax.loop.rollout import Example
+from drpo_jax.loop.run import Run
+from drpo_jax.metrics import Record
+from drpo_jax.models.huggingface import write_config
+from drpo_jax.objectives import resolve_hyper
+
+SAMPLES_EVERY = 10  # rollout steps between printed responses
+LONGEST = 400  # characters of a printed text
+
+# Printed when the phase begins for the first time, because compilation is silent and may take minutes.
+FIRST_STEP = {
+    "sync": "compiling the weight sync …",
+    "sample": "compiling prefill and decode, sampling the first rollout …",
+    "update": "compiling the update, making the first updates …",
+}
+
+
+def introduction(run: Run) -> str:
+    """What the run does, in words: model, objective, precision, batches, devices, files."""
+    config, devices = run.config, run.mesh.devices
+    train, sampler, evaluate = config.train, config.sampler, config.evaluate
+    updates = train.prompts // train.mini_batch_prompts * train.epochs
+    axes = " × ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    files = {
+        "metrics.jsonl, tensorboard/": 1,
+        f"checkpoints/ every {config.checkpoint.every} steps": config.checkpoint.every,
+        f"rollouts/ every {train.save_rollout_every} steps": train.save_rollout_every,
+    }
+    noun = "problem" if len(run.heldout) == 1 else "problems"
+    lines = {
+        "model": f"{_model(run)}, {_start(config)}",
+        "objective": f"{_objective(config)}; advantage {config.objective.advantage}",
+        "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
+        "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
+        f"({config.data.problems or config.data.task}), reward {config.reward.name!r}",
+        "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
+        f"{sampler.max_response_length:,}",
+        "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
+        f"each, learning rate {config.optimizer.learning_rate:g}",
+        "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} responses to each, "
+        + (f"every {evaluate.every} steps" if evaluate.every else "before and after training"),
+        "devices": f"{devices.size} × {devices.flat[0].device_kind}"
+        + (f", {axes}" if axes else ""),
+        "seed": f"{config.seed}",
+        "files": f"{run.workdir}: " + ", ".join(text for text, every in files.items() if every),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _model(run: Run) -> str:
+    model = run.programs.model_config
+    size = sum(leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.model))
+    unit, scale = ("B", 1e9) if size >= 1e9 else ("M", 1e6)
+    text = f"{write_config(model)['model_type']}, {size / scale:.1f}{unit} parameters, "
+    text += f"{model.layers} layers"
+    if model.experts:
+        text += f" of {model.experts} experts ({model.experts_per_token} per token)"
+    return text
+
+
+def _start(config) -> str:
+    """Where the weights come from that RL starts with."""
+    if config.model.path:
+        return f"from {config.model.path}"
+    if config.data.init_from:
+        return f"from {config.data.init_from}"
+    if config.sft.steps:
+        return f"from a warm start of {config.sft.steps} supervised updates"
+    return "from random weights"
+
+
+def _objective(config) -> str:
+    name = config.objective.name
+    hyper = resolve_hyper(name, objective_hyper(config))
+    known = ", ".join(f"{key} {value:g}" for key, value in hyper.items() if value is not None)
+    return f"{name}, {known}" if known else name
+
+
+def show_example(step: int, example: Example) -> str:
+    """A sampled response with its reward, for the console and TensorBoard."""
+    return "\n".join(
+        [
+            f"step {step}, a sampled response with reward {example.reward:g}:",
+            f"    prompt    {_shortened(example.prompt)}",
+            f"    response  {_shortened(example.response)}",
+            f"    answer    {_shortened(example.answer)}",
+        ]
+    )
+
+
+def no_gradient(step: int, example: Example) -> str:
+    """The notice of a rollout whose groups all have equal rewards."""
+    return (
+        f"step {step}: no group has mixed rewards: no gradient; first response "
+        f"(reward {example.reward:g}): {_shortened(example.response)!r}"
+    )
+
+
+def _shortened(text: str) -> str:
+    """The text with its middle left out where it is longer than LONGEST, lines indented."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return text.replace("\n", "\n" + " " * 14)
+
+
+def compilations(records: Iterable[Mapping[str, float]]) -> str:
+    """How many programs were compiled, from the records of a run; "" where none were."""
+    compiled = [r for r in records if r.get("compile/count")]
+    if not compiled:
+        return ""
+    count, seconds = (sum(r[f"compile/{k}"] for r in compiled) for k in ("count", "seconds"))
+    return (
+        f"{count:.0f} programs compiled in {seconds:.0f} s, the last in step {compiled[-1]['step']}"
+    )
+
+
+def first_and_last_evaluation(records: Iterable[Record]) -> tuple[Record, Record]:
+    """The records of the evaluations before and after training."""
+    evaluations = [record for record in records if "eval/avg" in record]
+    return evaluations[0], evaluations[-1]

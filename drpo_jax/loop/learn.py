@@ -1,0 +1,195 @@
+"""From a verified rollout to a new policy: inputs of the objective, scoring, updates.
+
+Axis letters: N responses, R response tokens, P rows of a mini-batch, T tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from drpo_jax.learner import TokenTrace, TrainState
+from drpo_jax.loop.run import SHUFFLE, Run
+from drpo_jax.metrics import reduce_pairs
+from drpo_jax.models import Transformer
+from drpo_jax.objectives import advantages, mismatch_weight, reward_penalty, with_spread
+from drpo_jax.parallel import multihost
+from drpo_jax.sampler import Rollouts
+
+
+class Inputs(NamedTuple):
+    """What the updates take of a rollout besides its tokens.
+
+    Attributes:
+      arrays: `learner.Batch.inputs`: [N] or [N, R, …] arrays by name.
+      old_logp: float32 [N, R], log π_old, the rollout as the learner scores it before the first
+        update; None where nothing needs it.
+      metrics: what a KL penalty took from the reward, if there is one.
+    """
+
+    arrays: dict[str, np.ndarray]
+    old_logp: np.ndarray | None
+    metrics: dict[str, float]
+
+
+def objective_inputs(
+    run: Run,
+    model: Transformer,
+    rollouts: Rollouts,
+    reward: np.ndarray,
+    step: int,
+    rescore: bool,
+) -> Inputs:
+    """The objective's inputs for one rollout.
+
+    Args:
+      model: the policy before its updates.
+      reward: float32 [N], the reward to learn from.
+      rescore: score the rollout with `model` even where the objective does not need it.
+    """
+    objective, arrays = run.config.objective, run.programs.objective.arrays
+    rescored = objective.behavior == "rescored"
+    topk = {"topk_ids": rollouts.top_ids} if "topk_logp" in arrays else {}
+    old = None
+    if rescore or rescored or "old_logp" in arrays:
+        old = score(run, model, rollouts, step, topk)
+    # π is the full softmax at the sampling temperature, and so is the default µ.
+    recorded = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.sampled_logp}
+    inputs = {"behavior_logp": old.logp if rescored else recorded[objective.behavior]}
+    if topk:
+        inputs |= topk | {"behavior_topk_logp": old.topk_logp if rescored else rollouts.top_logp}
+    if "old_logp" in arrays:
+        inputs["old_logp"] = old.logp
+    metrics = {}
+    if objective.kl != "none":
+        ref_logp = score(run, run.reference, rollouts, step, {}, replay=False).logp
+        if objective.kl == "k1":
+            # µ before top-k and top-p, because π_ref is never filtered.
+            start = old.logp if rescored else rollouts.full_logp
+            penalty = np.asarray(reward_penalty(start, ref_logp, rollouts.mask()))
+            penalty = objective.kl_coefficient * penalty
+            reward, metrics = reward - penalty, {"reward/kl_penalty": penalty.mean()}
+        else:
+            inputs["ref_logp"] = ref_logp
+    if objective.correction != "none":
+        inputs["correction"] = _correction(objective, old.logp, rollouts)
+    samples = run.config.train.samples
+    inputs["advantage"] = np.asarray(advantages(objective.advantage, reward, samples))
+    return Inputs(inputs, old.logp if old else None, metrics)
+
+
+def _correction(objective, old_logp, rollouts):
+    """float32 [N, R]: importance weights of π_old over the sampler's µ."""
+    weight = mismatch_weight(
+        objective.correction,
+        old_logp,
+        rollouts.full_logp,
+        rollouts.mask(),
+        level=objective.correction_level,
+        cap=objective.correction_cap,
+        floor=objective.correction_floor,
+    )
+    return np.asarray(weight)
+
+
+def score(
+    run: Run,
+    model: Transformer,
+    rollouts: Rollouts,
+    step: int,
+    inputs: Mapping[str, np.ndarray],
+    replay: bool = True,
+) -> TokenTrace:
+    """The rollout's response tokens as `model` scores them.
+
+    Args:
+      inputs: `topk_ids` [N, R, K], or nothing.
+      replay: route the tokens as the sampler did, where train.routing_replay is set.
+
+    Returns:
+      TokenTrace of [N, R] arrays on the host.
+    """
+    pieces, order = [], mini_batches(run.config, step, 0)
+    for rows in order:
+        batch, layout = run.programs.rollout_batch(rollouts, rows, inputs, replay)
+        pieces.append((run.programs.rescore(model, batch), layout))
+    return _by_response(pieces, order, rollouts)
+
+
+def _by_response(pieces, order, rollouts):
+    """Joins the traces of mini-batches.
+
+    Args:
+      pieces: a pytree of [P, T, …] device arrays and its Layout, per mini-batch.
+      order: the row indices of each mini-batch.
+
+    Returns:
+      One pytree of [N, R, …] arrays on the host, in the order of the rollout.
+    """
+    length = rollouts.sampled_logp.shape[1]
+    taken = [
+        jax.tree.map(lambda a: layout.take(a, length), multihost.fetch(tree))  # noqa: B023
+        for tree, layout in pieces
+    ]
+    back = np.argsort(np.concatenate(order))
+    return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
+
+
+def make_updates(
+    run: Run,
+    state: TrainState,
+    rollouts: Rollouts,
+    inputs: Mapping[str, np.ndarray],
+    step: int,
+    keep: bool,
+) -> tuple[TrainState, dict[str, np.ndarray], dict[str, float]]:
+    """All updates on one rollout. The later ones are off-policy: µ stays the rollout's.
+
+    Args:
+      state: donated.
+      inputs: `Inputs.arrays`.
+      keep: fetch the learner's view of the rollout.
+
+    Returns:
+      The new state; the learner's view of the rollout in the first epoch (logp, coefficient, entropy
+      and weight, float32 [N, R] by name), or {} unless `keep`; the metrics over all updates.
+    """
+    programs = run.programs
+    reports, traces, order = [], [], []
+    for epoch in range(run.config.train.epochs):
+        for rows in mini_batches(run.config, step, epoch):
+            batch, layout = programs.rollout_batch(rollouts, rows, inputs)
+            state, report = programs.policy_update(state, batch)
+            pairs, extremes = programs.summarize(report.trace, batch)
+            reports.append((pairs, extremes, report.metrics, report.skipped))
+            if keep and epoch == 0:
+                trace = report.trace._asdict()
+                del trace["topk_logp"]
+                traces.append((trace, layout))
+                order.append(rows)
+    metrics = _reduced(jax.device_get(reports))
+    return state, _by_response(traces, order, rollouts) if keep else {}, metrics
+
+
+def _reduced(reports: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+    """Metrics over the updates on a rollout, from (pairs, extremes, metrics, skipped) of each."""
+    pairs, extremes, updates, skipped = zip(*reports)
+    sums = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *pairs)
+    metrics = with_spread(reduce_pairs(sums))
+    for name in extremes[0]:
+        combine = min if name.endswith("_min") else max
+        metrics[name] = combine(e[name] for e in extremes)
+    metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+    metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
+    metrics["updates/skipped"] = sum(count > 0 for count in skipped)
+    metrics["updates/skipped_in_a_row"] = max(skipped)
+    return metrics
+
+
+def mini_batches(config, step: int, epoch: int) -> list[np.ndarray]:
+    """Row indices of each mini-batch: whole groups, in an order drawn from (seed, step, epoch)."""
+    prompts, samples = config.train.prompts, config.train.samples
+    order = np.random.default_rng([config.seed, step, SHUFFLE, 2 + epoch]).permutation(prompts)
+    rows = (order[:, None] * samples + np.arange(samples)).reshape(-1)
+    return np.split(rows, prompts // config.train.mini_batch_prompts)

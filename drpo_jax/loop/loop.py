@@ -1,0 +1,152 @@
+"""The loop itself: `train` runs it, `rl_step` is one rollout and its updates."""
+
+import contextlib
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from drpo_jax.checkpoint import Checkpoints, saved_steps
+from drpo_jax.config import claim_workdir
+from drpo_jax.errors import bad_input
+from drpo_jax.evaluation import evaluate
+from drpo_jax.learner import TrainState
+from drpo_jax.learner.record import save_rollout
+from drpo_jax.loop import console, guard, parity
+from drpo_jax.loop.learn import make_updates, objective_inputs
+from drpo_jax.loop.rollout import Example, collect, training_reward
+from drpo_jax.loop.run import Run, claim
+from drpo_jax.loop.timer import PhaseTimer
+from drpo_jax.loop.warm_start import initial_model
+from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics
+from drpo_jax.objectives import informative
+from drpo_jax.parallel import multihost
+
+
+def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
+    """Warm start, then RL. Resumes the run that `workdir` holds; does nothing if it is complete.
+
+    Returns:
+      The records of the evaluations before and after training; None on all processes but the first.
+
+    Raises:
+      BadInput: the config, the problems or the workdir do not fit together.
+      TrainingStopped: updates are no longer finite, or sampler and learner disagree.
+    """
+    done = max(saved_steps(workdir / "checkpoints"), default=-1)
+    if done >= config.train.steps:
+        with bad_input():
+            multihost.on_main("claim the workdir", partial(claim_workdir, workdir, config))
+        print(f"{workdir}: this run is complete (step {done} of {config.train.steps})")
+    else:
+        run = Run.create(config, workdir)
+        claim(run)
+        print(console.introduction(run), flush=True)
+        _train(run)
+    if not multihost.is_main():
+        return None
+    records = read_metrics(workdir)
+    if done < config.train.steps and (text := console.compilations(records)):
+        print(f"\n{text}")
+    return console.first_and_last_evaluation(records)
+
+
+def _train(run: Run) -> None:
+    """The steps of a run from its last checkpoint to train.steps."""
+    config, total = run.config, run.config.train.steps
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(run.mesh))
+        checkpoints = stack.enter_context(run.checkpoints())
+        run, state, start = _start(run, checkpoints)
+        log = stack.enter_context(MetricLogger(run.workdir, total, first_step=start + bool(start)))
+        clock = CompileClock()
+        if start == 0:
+            print(f"compiling the sampler, evaluating {len(run.heldout)} held-out problems …")
+            metrics = evaluate(run, state.model)
+            log.log(0, metrics)
+            checkpoints.save(0, state, metrics)
+        mixed = True
+        for step in range(start + 1, total + 1):
+            state, metrics, example = rl_step(run, state, step - 1, first=step == start + 1)
+            skipped = int(metrics["updates/skipped_in_a_row"])
+            stuck, last = guard.too_many_skipped(run, skipped, step), step == total
+            if not stuck and (last or _due(step, config.evaluate.every)):
+                metrics |= evaluate(run, state.model)
+            evaluated = "eval/avg" in metrics
+            if stuck or last or evaluated or _due(step, config.log.every):
+                log.log(step, metrics | clock.read())
+            was_mixed, mixed = mixed, metrics["reward/informative_groups"] > 0
+            if was_mixed and not mixed:
+                print(console.no_gradient(step, example), flush=True)
+            if _due(step, console.SAMPLES_EVERY):
+                print(console.show_example(step, example), flush=True)
+            if stuck:
+                guard.stop(run, skipped, step, checkpoints)
+            if last or evaluated or _due(step, config.checkpoint.every):
+                checkpoints.save(step, state, metrics)
+
+
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
+    """The run with its KL reference, the state to go on from, and the number of steps behind it."""
+    step = checkpoints.latest_step()
+    if step is None:
+        print("initializing the model …", flush=True)
+        state, step = run.programs.restart(initial_model(run)), 0
+    else:
+        print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
+        state = checkpoints.restore(step, run.programs.abstract_state)
+    if run.config.objective.kl != "none":
+        # A model of its own: the updates donate the arrays of the state.
+        run = dataclasses.replace(run, reference=initial_model(run))
+    return run, state, step
+
+
+def rl_step(
+    run: Run, state: TrainState, step: int, first: bool = False
+) -> tuple[TrainState, dict[str, float], Example]:
+    """One rollout and its updates.
+
+    Args:
+      state: donated.
+      step: steps completed so far; the rollout, its random keys and its file are numbered by it.
+      first: the first step of this process: announces what is compiled, and compares the sampler's
+        logprobs with the learner's (sampler.parity).
+
+    Returns:
+      The new state, the metrics (host scalars), and one of the responses.
+    """
+    config = run.config
+    timer = PhaseTimer(console.FIRST_STEP if first else {})
+    rollout, metrics = collect(run, state.model, step, timer)
+    responses = rollout.responses
+    with timer("update"):
+        save = _due(step, config.train.save_rollout_every)
+        measure = save or _due(step, config.log.mismatch_every)
+        check = first and config.sampler.parity != "off"
+        reward = training_reward(config, rollout, step)
+        inputs, old_logp, penalties = objective_inputs(
+            run, state.model, responses, reward, step, rescore=measure or check
+        )
+        synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
+        if check:
+            parity.check_parity(run, responses, synced_logp)
+        state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
+        metrics |= learned | penalties
+        if measure:
+            metrics |= parity.mismatch(run, responses, old_logp, synced_logp, trace["logp"], inputs)
+    if save and multihost.is_main():
+        anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
+        arrays = rollout.arrays(run.tokenizer) | trace | anchors
+        save_rollout(run.workdir, step, **arrays, old_logp=old_logp)
+    metrics |= rollout.metrics() | timer.metrics()
+    metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
+    mixed = informative(inputs["advantage"], config.train.samples)
+    metrics["reward/informative_groups"] = np.mean(mixed)
+    return state, metrics, rollout.example(run.tokenizer)
+
+
+def _due(step, every):
+    return every and step % every == 0

@@ -1,0 +1,164 @@
+"""Sample and verify: one rollout of the current policy.
+
+Axis letters: N responses, R response tokens, T prompt and response tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from drpo_jax import rewards
+from drpo_jax.data import Problem
+from drpo_jax.loop.run import NOISE, SAMPLE, SHUFFLE, Group, Run
+from drpo_jax.loop.timer import PhaseTimer
+from drpo_jax.models import Transformer
+from drpo_jax.parallel import multihost
+from drpo_jax.sampler import Rollouts
+
+
+class Example(NamedTuple):
+    """One sampled response, for a person to read."""
+
+    prompt: str
+    response: str
+    answer: str
+    reward: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One rollout on the host: N = prompts · samples responses, the samples of a prompt adjacent.
+
+    Attributes:
+      problems: the problem of every response, N of them.
+      responses: `sampler.Rollouts`: tokens [N, T], logprobs [N, R], lengths [N].
+      reward: float32 [N], the verifier's verdict.
+      added: float32 [N], what `config.reward` adds to it.
+    """
+
+    problems: Sequence[Problem]
+    responses: Rollouts
+    reward: np.ndarray
+    added: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """reward/… and response/… of the rollout."""
+        lengths = self.responses.response_lengths
+        return {
+            "reward/mean": self.reward.mean(),
+            "reward/added": self.added.mean(),
+            "response/length": lengths.mean(),
+            "response/length_max": lengths.max(),
+            "response/truncated": 1 - self.responses.finished.mean(),
+        }
+
+    def arrays(self, tokenizer: Any) -> dict[str, np.ndarray]:
+        """What `learner.record` saves of a rollout apart from the learner's view of it."""
+        responses, problems = self.responses, self.problems
+        piece_ids, piece_texts = responses.pieces(tokenizer)
+        return dict(
+            tokens=responses.tokens,
+            prompt_lengths=responses.prompt_lengths,
+            response_lengths=responses.response_lengths,
+            response_mask=responses.mask(),
+            sampled_logp=responses.sampled_logp,
+            reward=self.reward,
+            finished=responses.finished,
+            version=responses.version,
+            piece_ids=piece_ids,
+            piece_texts=piece_texts,
+            id=np.array([p.id for p in problems]),
+            prompt=np.array([p.prompt for p in problems]),
+            response=responses.texts(tokenizer),
+            answer=np.array([p.answer for p in problems]),
+            kind=np.array([p.kind for p in problems]),
+        )
+
+    def example(self, tokenizer: Any) -> Example:
+        """The first response."""
+        problem, text = self.problems[0], tokenizer.decode(self.responses.response(0))
+        return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
+
+
+def collect(
+    run: Run, model: Transformer, step: int, timer: PhaseTimer
+) -> tuple[Rollout, dict[str, float]]:
+    """Samples and verifies the rollout of a step.
+
+    Args:
+      model: the policy.
+      timer: measures the phases sync, sample and reward.
+
+    Returns:
+      The rollout, and metrics of the weight sync and the sampler.
+    """
+    config, sampler = run.config, run.programs.sampler
+    with timer("sync"):
+        noise = run.key(step, NOISE)
+        sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=step)
+    synced_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler.model))
+    with timer("sample"):
+        problems = run.train_problems.batch(step, config.train.prompts)
+        params, key = run.programs.sampling_params, run.key(step, SAMPLE)
+        groups = sorted(run.sample(sampler, problems, params, key), key=lambda group: group.index)
+        sampler.load(None)  # frees the memory of its weights for the updates
+        counts = sampler.read_statistics()
+        responses = Rollouts.concatenate([group.rollouts for group in groups])
+    with timer("reward"):
+        reward, added = _verify(run, groups, responses.response_lengths)
+    metrics = {
+        "sync/gigabytes": synced_bytes / 1e9,
+        "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
+        "sampler/decode_steps": counts["steps"],
+    }
+    of_responses = [problem for problem in problems for _ in range(config.train.samples)]
+    return Rollout(of_responses, responses, reward, added), metrics
+
+
+def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
+    """Waits for the rewards of this process's share of the groups and gathers those of all.
+
+    Args:
+      groups: in the order of the rollout.
+      lengths: int32 [N], tokens of each response.
+
+    Returns:
+      float32 [N] verdicts, and float32 [N] what is added to them.
+    """
+    own = [group for group in groups if group.rewards is not None]
+    texts = [text for group in own for text in group.texts]
+    own_lengths = multihost.share(lengths.reshape(-1, run.config.train.samples)).reshape(-1)
+    parts = multihost.gather(
+        "rewards",
+        reward=np.concatenate([np.zeros(0, np.float32), *(g.rewards.result() for g in own)]),
+        added=shaping(run.config, texts, own_lengths),
+    )
+    reward, added = (np.concatenate([part[name] for part in parts]) for name in ("reward", "added"))
+    return reward, added
+
+
+def shaping(config, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
+    """What `config.reward` adds to the verdicts, float32 [N].
+
+    Args:
+      texts: N responses.
+      lengths: int32 [N], their tokens.
+    """
+    added = np.zeros(len(texts), np.float32)
+    if config.reward.format:
+        added += config.reward.format * rewards.format_reward(texts)
+    if buffer := config.reward.overlong_buffer:
+        added += rewards.overlong_penalty(lengths, config.sampler.max_response_length, buffer)
+    return added
+
+
+def training_reward(config, rollout: Rollout, step: int) -> np.ndarray:
+    """float32 [N], the reward to learn from: verdict and shaping, permuted for the control experiment
+    train.shuffle_rewards."""
+    reward = rollout.reward + rollout.added
+    if config.train.shuffle_rewards:
+        reward = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)
+    return reward

@@ -1,0 +1,214 @@
+"""What the phases of a run share, and the binding of a workdir to one run."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from drpo_jax import data, rewards
+from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.config import claim_workdir, from_json
+from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.models import Transformer
+from drpo_jax.parallel import make_mesh, multihost
+from drpo_jax.problems import encode, load
+from drpo_jax.programs import Programs
+from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
+from drpo_jax.storage import path_of
+
+# Purposes of randomness: folded into the PRNG key after the step.
+INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
+
+
+class Group(NamedTuple):
+    """The responses to one problem.
+
+    Attributes:
+      index: position of the problem in the list that was sampled from.
+      rollouts: `Rollouts` of params.samples rows.
+      texts: the responses as text; None where another process verifies them.
+      rewards: their rewards, as they arrive; None where another process verifies them.
+    """
+
+    index: int
+    rollouts: Rollouts
+    texts: list[str] | None
+    rewards: rewards.Pending | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """Problems, reward, mesh and programs of a run; `Run.create` makes one from a config.
+
+    Attributes:
+      config: the resolved config.
+      workdir: directory of the run.
+      tokenizer: of the prompts and responses.
+      reward: a value of `rewards.REWARDS`.
+      train_problems: the problems of every rollout; None for an evaluation.
+      heldout: the problems to evaluate on.
+      report: what loading the problems reports (see `problems.load`); "" where there is nothing.
+      mesh: the devices.
+      programs: the compiled programs.
+      reference: the model that a KL penalty refers to; None without one.
+    """
+
+    config: FrozenConfigDict
+    workdir: Path
+    tokenizer: Any
+    reward: Any
+    train_problems: data.ProblemStream | None
+    heldout: list[data.Problem]
+    report: str
+    mesh: jax.sharding.Mesh
+    programs: Programs
+    reference: Transformer | None = None
+
+    @classmethod
+    def create(cls, config: FrozenConfigDict, workdir: Path, train: bool = True) -> "Run":
+        """Loads the problems, lays out the mesh and builds the programs (compiling none).
+
+        Args:
+          config: a resolved config.
+          workdir: directory of the run; nothing is written there.
+          train: False for an evaluation, which needs no training problems.
+
+        Raises:
+          BadInput: the problems, the warm start or the mesh do not fit the config.
+        """
+        with bad_input():
+            tokenizer = data.make_tokenizer(config.data, config.model.path)
+            if tokenizer.vocab_size > config.model.vocab_size:
+                raise BadInput(
+                    f"model.vocab_size = {config.model.vocab_size}: must be at least the "
+                    f"tokenizer's {tokenizer.vocab_size}"
+                )
+            loaded = load(config, tokenizer, train)
+            stream = data.ProblemStream(loaded.train, config.seed) if train else None
+            _check_init_from(config)
+            mesh = make_mesh(**config.mesh)
+            programs = Programs(config, mesh, stop=tokenizer.stop_ids)
+        reward = rewards.REWARDS[config.reward.name]
+        return cls(
+            config=config,
+            workdir=workdir,
+            tokenizer=tokenizer,
+            reward=reward,
+            train_problems=stream,
+            heldout=loaded.heldout,
+            report=loaded.report,
+            mesh=mesh,
+            programs=programs,
+        )
+
+    def key(self, step: int, purpose: int) -> jax.Array:
+        """The PRNG key of one purpose at one step."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        return jax.random.fold_in(key, purpose)
+
+    @property
+    def evaluation_key(self) -> jax.Array:
+        """The PRNG key of every evaluation, so that evaluations differ in the weights only."""
+        return self.key(0, EVALUATE)
+
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of RL."""
+        return _open_checkpoints(self.config, self.workdir)
+
+    def warm_start_checkpoints(self) -> Checkpoints:
+        """The checkpoints of the warm start: this run's own, or those of data.init_from."""
+        source = self.config.data.init_from
+        return _open_checkpoints(self.config, path_of(source or self.workdir) / "sft")
+
+    def sample(
+        self,
+        sampler: Sampler,
+        problems: Sequence[data.Problem],
+        params: SamplingParams,
+        key: jax.Array,
+        places: Sequence[int] | None = None,
+    ) -> Iterator[Group]:
+        """Samples responses to problems and starts to verify each group when it is complete.
+
+        Verification runs while the remaining problems are sampled. Each process verifies a contiguous
+        share of the problems.
+
+        Args:
+          sampler: with its weights loaded.
+          problems: what to sample responses to.
+          params: params.samples responses are sampled to each problem.
+          key: PRNG key.
+          places: position of each problem in a longer list, if `problems` is a part of one.
+
+        Yields:
+          One `Group` per problem, in the order in which they are completed.
+        """
+        prompts = encode(self.config, self.tokenizer, problems)
+        own = multihost.share(range(len(problems)))
+        for index, rollouts in sampler.stream(prompts, params, key, places):
+            if index not in own:
+                yield Group(index, rollouts, None, None)
+                continue
+            texts, problem = rollouts.texts(self.tokenizer), problems[index]
+            questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)
+            pending = rewards.submit(self.reward, questions, texts, answers)
+            yield Group(index, rollouts, texts, pending)
+
+
+def claim(run: Run) -> None:
+    """Binds the workdir to the run's config and problems.
+
+    Raises:
+      BadInput: the workdir holds another run.
+    """
+
+    def write():
+        claim_workdir(run.workdir, run.config)
+        if run.report:
+            keep_report(run.report, run.workdir / "problems.txt")
+
+    with bad_input():
+        multihost.on_main("claim the workdir", write)
+
+
+def keep_report(report: str, path: Path) -> None:
+    """Writes the report of `problems.load` into the workdir, unless it is already there.
+
+    Raises:
+      BadInput: the report there is another one: the resumed run began with other problems.
+    """
+    if path.exists() and path.read_text() != report:
+        raise BadInput(
+            f"the problems are no longer those that the run began with (listed in {path}): restore "
+            "them, or choose another --workdir"
+        )
+    path.write_text(report)
+    print(f"{report.strip().splitlines()[-1]} ({path})")
+
+
+def _open_checkpoints(config, directory):
+    options = config.checkpoint
+    return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
+
+
+def _check_init_from(config):
+    """Raises BadInput unless data.init_from, where it is set, names a finished warm start."""
+    source = config.data.init_from
+    if not source:
+        return
+    with _open_checkpoints(config, path_of(source) / "sft") as checkpoints:
+        step = checkpoints.latest_step()
+    if step is None:
+        raise BadInput(
+            f"data.init_from = {source!r}: there is no checkpoint of a warm start below it; give the "
+            "workdir of a run of drpo_jax.sft or drpo_jax.train"
+        )
+    total = from_json((path_of(source) / "config.json").read_text()).sft.steps
+    if step < total:
+        raise BadInput(
+            f"data.init_from = {source!r}: its warm start is at step {step} of {total}; let it "
+            "finish first"
+        )

@@ -1,0 +1,129 @@
+"""The model that RL starts from, and the supervised warm start that may make it."""
+
+import contextlib
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drpo_jax import data
+from drpo_jax.errors import bad_input
+from drpo_jax.learner import Batch
+from drpo_jax.loop import guard
+from drpo_jax.loop.run import INIT, Run
+from drpo_jax.metrics import CompileClock, MetricLogger
+from drpo_jax.models import Transformer, from_pretrained
+from drpo_jax.parallel import shardings
+
+
+def initial_model(run: Run) -> Transformer:
+    """The model that RL starts from.
+
+    Returns:
+      The weights in model.path; else those of the warm start that data.init_from names; else those of
+      the run's own warm start, which is made if it is not there yet; else (sft.steps = 0) random ones.
+    """
+    model = existing_model(run)
+    if model is not None:
+        return model
+    if run.config.sft.steps:
+        return make_warm_start(run)
+    return random_model(run)
+
+
+def existing_model(run: Run) -> Transformer | None:
+    """`initial_model` where its weights exist: in model.path, or in a finished warm start."""
+    config = run.config
+    if config.model.path:
+        place = partial(shardings, run.mesh)
+        with bad_input():
+            return from_pretrained(config.model.path, shardings=place)[0]
+    if not config.data.init_from and not config.sft.steps:
+        return None
+    with bad_input(), run.warm_start_checkpoints() as checkpoints:
+        step = checkpoints.latest_step()
+        if config.data.init_from or step == config.sft.steps:
+            like = {"model": run.programs.abstract_sft_state.model}
+            return checkpoints.restore(step, like)["model"]
+    return None
+
+
+def random_model(run: Run) -> Transformer:
+    """A model with the random weights that a run without any others starts from."""
+    return run.programs.init(run.key(0, INIT)).model
+
+
+def make_warm_start(run: Run) -> Transformer:
+    """Supervised learning on the task's demonstrations, resumed from its last checkpoint.
+
+    Returns:
+      The model after sft.steps updates.
+
+    Raises:
+      TrainingStopped: too many updates in a row were not finite.
+    """
+    config, programs = run.config, run.programs
+    total = config.sft.steps
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(run.warm_start_checkpoints())
+        step = checkpoints.latest_step() or 0
+        state = (
+            checkpoints.restore(step, programs.abstract_sft_state)
+            if step
+            else programs.init(run.key(0, INIT))
+        )
+        if step == total:
+            return state.model
+        log = stack.enter_context(MetricLogger(run.workdir / "sft", total, first_step=step + 1))
+        clock = CompileClock()
+        save_every = max(total // 4, 1)
+        print(f"supervised warm start: {total} updates of {config.sft.batch} demonstrations")
+        print("compiling the supervised update …", flush=True)
+        while step < total:
+            started = time.monotonic()
+            batch = demonstration_batch(run, step)
+            state, report = programs.supervised_update(state, batch)
+            step += 1
+            metrics = _supervised_metrics(report, batch, started)
+            if guard.too_many_skipped(run, skipped := int(report.skipped), step):
+                guard.stop(run, skipped, step, checkpoints)
+            if step % max(total // 15, 1) == 0 or step in (1, total):
+                log.log(step, metrics | clock.read())
+            if step % save_every == 0 or step == total:
+                checkpoints.save(step, state)
+        return state.model
+
+
+def _supervised_metrics(report, batch, started):
+    """Metrics of one supervised update that began at `started` (seconds); waits for the update."""
+    tokens, nll = jnp.sum(batch.mask > 0), -jnp.sum(report.trace.logp)
+    metrics, tokens, nll = jax.device_get((report.metrics, tokens, nll))
+    seconds = time.monotonic() - started
+    return metrics | {"loss": nll / tokens, "tokens_per_second": tokens / seconds}
+
+
+def demonstration_batch(run: Run, step: int) -> Batch:
+    """The demonstrations of one supervised update."""
+    config, tokenizer = run.config, run.tokenizer
+    sft, sampler = config.sft, config.sampler
+    pairs = data.demonstrations(
+        config.data,
+        config.seed,
+        step,
+        sft.batch,
+        sft.direct_share,
+        sft.direct_error,
+        sft.worked_error,
+    )
+    tokens = np.zeros(
+        (sft.batch, sampler.max_prompt_length + sampler.max_response_length), np.int32
+    )
+    prompt_lengths, response_lengths = np.zeros((2, sft.batch), np.int32)
+    for row, (prompt, response) in enumerate(pairs):
+        prompt, response = tokenizer.encode(prompt), tokenizer.encode(response)
+        response = response + [tokenizer.eos_id]
+        tokens[row, : len(prompt) + len(response)] = prompt + response
+        prompt_lengths[row], response_lengths[row] = len(prompt), len(response)
+    return run.programs.batch(tokens, prompt_lengths, response_lengths, {})[0]

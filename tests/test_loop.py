@@ -1,4 +1,4 @@
-"""The loop end to end: resume, streams of randomness, controls, files, stops."""
+"""The loop end to end: resuming, random streams, control experiments, files, early stops."""
 
 import json
 import re
@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from drpo_jax import config as C
-from drpo_jax import loop, rewards
+from drpo_jax import loop, rewards, train
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.learner import record
 from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.loop.rollout import Example
+from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import read_metrics
 from drpo_jax.objectives import advantages, token_objective
 from drpo_jax.parallel import make_mesh
@@ -27,8 +29,8 @@ SMALLEST = str(Path(__file__).parent / "smallest.py")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One of the eight devices (sharding has its own tests and compiles for long), and a reward that
-    a model without skill gets as well."""
+    """One of the eight devices (sharding has tests of its own and compiles slowly), and a reward that an
+    untrained model receives as well."""
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr(loop.run, "make_mesh", one)
@@ -41,13 +43,13 @@ def quick_and_rewarding(compile_quickly):
 
 
 def config(**fields):
-    """The smallest config with fields (a__b for a.b) changed."""
+    """The smallest config with changed fields (a__b for a.b)."""
     flat = C.flatten(load_config(SMALLEST))
     return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
 
 
 def metrics(workdir):
-    """The records without what may differ between two equal runs: clocks and compilations."""
+    """The records without what differs between two equal runs: times and compilations."""
     clocks = ("time/", "compile/", "tokens_per_second")
     return [
         {k: v for k, v in record.items() if not k.startswith(clocks)}
@@ -91,8 +93,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(whole, tmp_path_factory):
-    """Two steps from the same warm start: problems from a file, shuffled rewards, rescored µ, a
-    boundary that nothing reaches."""
+    """The workdir of two steps from the same warm start: problems from a file, shuffled rewards,
+    rescored µ, and a boundary that no token reaches."""
     workdir = tmp_path_factory.mktemp("other")
     settings = config(
         data__problems=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
@@ -114,7 +116,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
         with pytest.raises(Killed):
             loop.train(config(), tmp_path)
         patch.undo()
-    # Steps 1 and 2 and their checkpoint are done; step 3 was logged and will be done again.
+    # The checkpoint is that of step 2; step 3 was logged and is computed again.
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
     loop.train(config(), tmp_path)
     assert [r["step"] for r in metrics(whole)] == [0, 1, 2, 3, 4]
@@ -133,11 +135,11 @@ def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, t
     for mine, theirs in zip(records, expected, strict=True):
         assert {k: mine[k] for k in theirs} == theirs
     assert not (tmp_path / "sft").exists()
-    # The sampler draws the same for the same weights, whatever was sampled before.
+    # The same weights sample the same responses, whatever was sampled before.
     assert records[0]["eval/avg"] == expected[0]["eval/avg"]
 
 
-def test_a_saved_rollout_is_what_its_documentation_says(whole):
+def test_a_saved_rollout_matches_its_documentation(whole):
     saved = load_rollout(rollout_path(whole, 0))
     settings = config()
     documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
@@ -182,7 +184,7 @@ def test_nothing_is_corrected_beyond_every_boundary(other, whole):
 def test_rescored_logprobs_are_the_learners(other, whole):
     for workdir, rescored in ((other, True), (whole, False)):
         saved = load_rollout(rollout_path(workdir, 0))
-        first = loop.learn.mini_batches(config(), 0, 0)[0]  # the update before which nothing moved
+        first = loop.learn.mini_batches(config(), 0, 0)[0]  # updated first, with unchanged weights
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
         assert (gap < 1e-5) == rescored
@@ -191,8 +193,8 @@ def test_rescored_logprobs_are_the_learners(other, whole):
 
 
 def test_everything_at_once_packed_or_not(whole, tmp_path):
-    """Top-k masks, rescored µ, masked correction, KL to the reference, entropy: through the loop."""
-    found = []
+    """Top-k masks, rescored µ, masked correction, KL to the reference and entropy bonus together."""
+    results = []
     for pack in (False, True):
         workdir = tmp_path / str(pack)
         settings = config(
@@ -204,22 +206,22 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
         )  # fmt: skip
         assert settings.sampler.top_logprobs == 20
         loop.train(settings, workdir)
-        found.append((metrics(workdir)[1], load_rollout(rollout_path(workdir, 0))))
-    (ours, saved), (packed, repacked) = found
+        results.append((metrics(workdir)[1], load_rollout(rollout_path(workdir, 0))))
+    (ours, saved), (packed, repacked) = results
     for name in ours:
-        if not name.startswith("router/"):  # of micro-batches that hold other rows
+        if not name.startswith("router/"):  # per micro-batch, and packing changes their rows
             np.testing.assert_allclose(packed[name], ours[name], rtol=1e-3, atol=1e-6, err_msg=name)
     for name in ("logp", "coefficient", "weight", "entropy", "old_logp"):
         np.testing.assert_allclose(repacked[name], saved[name], rtol=1e-3, atol=1e-4, err_msg=name)
     mask = saved["response_mask"]
     ratio = np.exp(saved["old_logp"] - saved["sampled_logp"])[mask]
-    assert (saved["logp"][mask] < 0).all()  # also of the tokens that the correction drops
+    assert (saved["logp"][mask] < 0).all()  # dropped by the correction or not
     kept = (ratio >= 0.98) & (ratio <= 1.05)
     assert 0 < kept.mean() < 1
     assert ours["correction/dropped"] == pytest.approx(1 - kept.mean())
     assert ours["correction/mean"] == pytest.approx((ratio * kept).mean(), rel=1e-4)
     assert ours["mismatch/ratio"] == pytest.approx(ratio.mean(), rel=1e-5)
-    assert 0 < ours["policy/kl_reference"] < 1  # the reference is the model it began with
+    assert 0 < ours["policy/kl_reference"] < 1  # the reference is the initial model
     assert not saved["coefficient"][mask][~kept].any() and saved["coefficient"][mask][kept].any()
 
 
@@ -230,34 +232,34 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
         objective__kl_coefficient=0.5,
     )  # fmt: skip
     seen = []
+    original = loop.learn.reward_penalty
 
-    def penalty(mu, reference, mask):
-        seen.append((mu, reference, loop_penalty(mu, reference, mask)))
+    def recorded(mu, reference, mask):
+        seen.append((mu, reference, original(mu, reference, mask)))
         return seen[0][2]
 
-    loop_penalty = loop.learn.reward_penalty
-    monkeypatch.setattr(loop.learn, "reward_penalty", penalty)
+    monkeypatch.setattr(loop.learn, "reward_penalty", recorded)
     loop.train(settings, tmp_path)
     saved = load_rollout(rollout_path(tmp_path, 0))
     mask = saved["response_mask"]
     np.testing.assert_array_equal(saved["behavior_logp"], saved["sampled_logp"])
     log_ratio = np.where(mask, saved["behavior_logp"] - saved["old_logp"], 0)
-    # k1 compares full softmaxes: what FP8 does is in it, the mass that the filter drops is not.
-    mu, reference, found = seen[0]
+    # k1 compares full softmaxes: it includes the effect of FP8, but not the mass that top-p drops.
+    mu, reference, penalty = seen[0]
     np.testing.assert_allclose(reference, saved["old_logp"], atol=1e-5)  # the first policy
     assert (mu <= saved["sampled_logp"] + 1e-6).all()
-    assert abs(found.mean()) < 0.3 * log_ratio.sum(1).mean()
-    expected = advantages("dr_grpo", saved["reward"] - 0.5 * found, settings.train.samples)
+    assert abs(penalty.mean()) < 0.3 * log_ratio.sum(1).mean()
+    expected = advantages("dr_grpo", saved["reward"] - 0.5 * penalty, settings.train.samples)
     np.testing.assert_allclose(saved["advantage"], expected, atol=1e-5)
     # π/π_old is 1 in the first mini-batch, so nothing is clipped: c = min(π/µ, 5)·Â.
     first = loop.learn.mini_batches(settings, 0, 0)[0]
     ratio = np.minimum(np.exp(-log_ratio), 5)[first][mask[first]]
     advantage = np.broadcast_to(expected[:, None], mask.shape)[first][mask[first]]
-    found = saved["coefficient"][first][mask[first]]
-    np.testing.assert_allclose(found, ratio * advantage, rtol=1e-3, atol=1e-4)
+    coefficient = saved["coefficient"][first][mask[first]]
+    np.testing.assert_allclose(coefficient, ratio * advantage, rtol=1e-3, atol=1e-4)
 
 
-def test_the_mismatch_is_looked_at_when_it_is_due(whole):
+def test_the_mismatch_is_measured_when_it_is_due(whole):
     assert ["mismatch/kl" in r for r in metrics(whole)] == [False, True, False, True, False]
     saved = load_rollout(rollout_path(whole, 2))
     mask = saved["response_mask"]
@@ -307,10 +309,10 @@ def test_bad_problem_files_cost_nothing(tmp_path):
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(BadInput, match=message):
             loop.train(config(data__problems=str(path)), tmp_path / "run")
-        assert not (tmp_path / "run").exists()  # so that the mended config can take it
+        assert not (tmp_path / "run").exists()  # a corrected config can use the directory
 
 
-def test_a_run_without_a_warm_start_to_begin_with(tmp_path, whole):
+def test_a_missing_warm_start_is_an_error(tmp_path, whole):
     missing = config(data__init_from=str(tmp_path / "typo"))
     with pytest.raises(BadInput, match="typo.*no checkpoint of a warm start below it"):
         loop.initial_model(loop.Run.create(missing, tmp_path))
@@ -325,7 +327,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     original, skipped = loop.rl_step, []
 
     def poisoned(run, state, step, first):
-        """From step 2 on, a weight is NaN."""
+        """From step 2 on, one weight is NaN."""
         if step == 2:
             head = state.model.lm_head[...].at[0, 0].set(jnp.nan)
             flat, tree = jax.tree.flatten(state)
@@ -353,7 +355,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     assert int(state.updates) == 4
 
 
-def test_what_is_added_to_the_verdicts():
+def test_reward_shaping():
     settings = config(
         reward__format=0.5, reward__overlong_buffer=4, sampler__max_response_length=40
     )
@@ -366,7 +368,7 @@ def test_what_is_added_to_the_verdicts():
 @pytest.mark.parametrize("parity", ["warn", "stop", "off"])
 def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path, caplog, capsys):
     fields = dict(train__steps=1, sft__steps=0, evaluate__greedy=False, sampler__parity=parity)
-    if parity == "warn":  # the recipe rounds the sampler's weights, and the bound knows of it
+    if parity == "warn":  # the bound allows for the recipe's rounding of the weights
         loop.train(config(**fields), tmp_path / "a")
         assert re.search(r"first rollout: mean .* over \d+ tokens \(bound", capsys.readouterr().out)
     fields["sampler__parity_bound"] = 1e-7
@@ -379,7 +381,7 @@ def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path,
 
 
 def test_replayed_routes_bring_sampler_and_learner_together(tmp_path):
-    """FP8 rollouts change routes; replayed, what remains is the rounding of the experts' matmuls."""
+    """FP8 rollouts change routes. With replay, only the rounding of the experts' matmuls remains."""
     gaps, changed = {}, {}
     for replay in (False, True):
         fields = dict(train__steps=1, evaluate__greedy=False, train__routing_replay=replay)
@@ -390,3 +392,72 @@ def test_replayed_routes_bring_sampler_and_learner_together(tmp_path):
         changed[replay] = record.get("router/changed")
     assert changed[False] is None and 0 < changed[True] < 0.2
     assert gaps[True] < gaps[False]
+
+
+def test_a_complete_run_computes_nothing(whole, monkeypatch, capsys):
+    def fail(*args, **keywords):
+        raise AssertionError("a complete run has nothing to compute")
+
+    monkeypatch.setattr(loop.run, "make_mesh", fail)
+    monkeypatch.setattr(jax, "devices", fail)
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    first, last = loop.train(config(), whole)
+    assert (first["step"], last["step"]) == (0, 4)
+    assert "this run is complete (step 4 of 4)" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match="holds a run with another config"):
+        loop.train(config(seed=1), whole)
+
+
+def test_the_console_begins_with_what_will_happen(tmp_path):
+    settings = config(objective__delta=0.15, evaluate__every=3, model__load_balance=0.0)
+    text = loop.console.introduction(loop.Run.create(settings, tmp_path))
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+    model = r"qwen3_moe, \d+K parameters, 2 layers of 4 experts \(2 per token\), from a warm start"
+    assert re.match(model, lines["model"])
+    assert lines["model"].endswith("from a warm start of 4 supervised updates")
+    assert lines["objective"].startswith("drpo") and "0.15" in lines["objective"]
+    assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
+    assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
+    assert lines["updates"].startswith("2 per rollout, on 8 responses each")
+    assert lines["evaluation"] == "6 held-out problems, 2 responses to each, every 3 steps"
+    assert lines["devices"].startswith("1 × ") and str(tmp_path) in lines["files"]
+
+
+def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(rewards.REWARDS, "arithmetic", lambda prompt, text, answer: 0.0)
+    monkeypatch.setattr(loop.console, "SAMPLES_EVERY", 2)
+    settings = config(data__init_from=str(whole), train__steps=3, evaluate__greedy=False)
+    loop.train(settings, tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("no group has mixed rewards: no gradient; first response (reward 0): ") == 1
+    saved = load_rollout(rollout_path(tmp_path, 0))
+    assert "step 1: no group has mixed rewards: no gradient; first response (reward 0): " in out
+    assert repr(saved["response"][0]) in out
+    assert re.findall(r"step (\d+), a sampled response with reward 0:", out) == ["2"]
+    assert out.count("compiling the update") == 1
+
+
+def test_explaining_a_run_without_its_warm_start_warns(whole, tmp_path):
+    page = train.explain_batch(config(), tmp_path / "run")
+    assert page.startswith("WARNING: the model is random, because") and "\nPROBLEM " in page
+    assert not (tmp_path / "run").exists()
+    page = train.explain_batch(config(data__init_from=str(whole)), tmp_path / "run")
+    assert page.startswith("PROBLEM ")
+
+
+def test_long_responses_are_shortened():
+    text = loop.console.show_example(1, Example("a\nb", "x" * 1000 + "end", "3", 0.5))
+    assert "with reward 0.5:" in text and len(text) < 600
+    assert "    prompt    a\n              b" in text and text.splitlines()[-2].endswith("xend")
+
+
+def test_the_timer_measures_phases(capsys):
+    timer = PhaseTimer({"a": "compiling a"})
+    for phase in ("a", "b"):
+        with timer(phase):
+            pass
+    seconds = timer.metrics()
+    assert list(seconds) == ["time/step", "time/a", "time/b"]
+    assert seconds["time/step"] >= seconds["time/a"] + seconds["time/b"] >= 0
+    assert capsys.readouterr().out == "compiling a\n"

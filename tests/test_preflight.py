@@ -163,7 +163,9 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     monkeypatch.setattr(loop.learn, "score", score)
     fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)
     reward = np.arange(n) % 2.0
-    data, _, _ = loop.learn.objective_inputs(fake, None, rollouts, reward.astype(np.float32), 0, False)
+    data, _, _ = loop.learn.objective_inputs(
+        fake, None, rollouts, reward.astype(np.float32), 0, False
+    )
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, data)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay

@@ -57,8 +57,8 @@ def introduction(run: Run) -> str:
 def _model(run: Run) -> str:
     model = run.programs.model_config
     size = sum(leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.model))
-    unit, scale = ("B", 1e9) if size >= 1e9 else ("M", 1e6)
-    text = f"{write_config(model)['model_type']}, {size / scale:.1f}{unit} parameters, "
+    unit, scale = next(u for u in (("B", 1e9), ("M", 1e6), ("K", 1e3), ("", 1)) if size >= u[1])
+    text = f"{write_config(model)['model_type']}, {size / scale:.3g}{unit} parameters, "
     text += f"{model.layers} layers"
     if model.experts:
         text += f" of {model.experts} experts ({model.experts_per_token} per token)"

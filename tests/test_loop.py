@@ -413,7 +413,9 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     settings = config(objective__delta=0.15, evaluate__every=3, model__load_balance=0.0)
     text = loop.console.introduction(loop.Run.create(settings, tmp_path))
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
-    model = r"qwen3_moe, \d+K parameters, 2 layers of 4 experts \(2 per token\), from a warm start"
+    model = (
+        r"qwen3_moe, [\d.]+K parameters, 2 layers of 4 experts \(2 per token\), from a warm start"
+    )
     assert re.match(model, lines["model"])
     assert lines["model"].endswith("from a warm start of 4 supervised updates")
     assert lines["objective"].startswith("drpo") and "0.15" in lines["objective"]
@@ -425,7 +427,8 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
 
 
 def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(rewards.REWARDS, "arithmetic", lambda prompt, text, answer: 0.0)
+    exact = lambda prompt, text, answer: float(text == f"#{answer}")  # noqa: E731
+    monkeypatch.setitem(rewards.REWARDS, "arithmetic", exact)
     monkeypatch.setattr(loop.console, "SAMPLES_EVERY", 2)
     settings = config(data__init_from=str(whole), train__steps=3, evaluate__greedy=False)
     loop.train(settings, tmp_path)

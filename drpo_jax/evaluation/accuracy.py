@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +13,8 @@ from drpo_jax.evaluation.statistics import bootstrap_interval, majority, pass_at
 if TYPE_CHECKING:
     from drpo_jax.evaluation.heldout import Response
 
-T = TypeVar("T")
 
-
-def by_kind(items: Sequence[T]) -> dict[str, list[T]]:
+def by_kind(items: Sequence[Any]) -> dict[str, list[Any]]:
     """Groups responses or problems by their `kind`.
 
     Returns:

@@ -7,7 +7,6 @@ import jax
 from drpo_jax.config import objective_hyper
 from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.run import Run
-from drpo_jax.metrics import Record
 from drpo_jax.models.huggingface import write_config
 from drpo_jax.objectives import resolve_hyper
 
@@ -85,14 +84,11 @@ def _objective(config) -> str:
 
 def show_example(step: int, example: Example) -> str:
     """A sampled response with its reward, for the console and TensorBoard."""
-    return "\n".join(
-        [
-            f"step {step}, a sampled response with reward {example.reward:g}:",
-            f"    prompt    {_shortened(example.prompt)}",
-            f"    response  {_shortened(example.response)}",
-            f"    answer    {_shortened(example.answer)}",
-        ]
-    )
+    lines = [f"step {step}, a sampled response with reward {example.reward:g}:"]
+    for name in ("prompt", "response", "answer"):
+        text = _shortened(getattr(example, name)).replace("\n", "\n" + " " * 14)
+        lines.append(f"    {name:<10}{text}")
+    return "\n".join(lines)
 
 
 def no_gradient(step: int, example: Example) -> str:
@@ -104,15 +100,13 @@ def no_gradient(step: int, example: Example) -> str:
 
 
 def _shortened(text: str) -> str:
-    """The text with its middle left out where it is longer than LONGEST, lines indented."""
-    if len(text) > LONGEST:
-        half = LONGEST // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return text.replace("\n", "\n" + " " * 14)
+    """The text without its middle, if it is longer than LONGEST."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def compilations(records: Iterable[Mapping[str, float]]) -> str:
-    """How many programs were compiled, from the records of a run; "" where none were."""
+    """How many programs a run compiled, from its records; "" if it compiled none."""
     compiled = [r for r in records if r.get("compile/count")]
     if not compiled:
         return ""
@@ -120,9 +114,3 @@ def compilations(records: Iterable[Mapping[str, float]]) -> str:
     return (
         f"{count:.0f} programs compiled in {seconds:.0f} s, the last in step {compiled[-1]['step']}"
     )
-
-
-def first_and_last_evaluation(records: Iterable[Record]) -> tuple[Record, Record]:
-    """The records of the evaluations before and after training."""
-    evaluations = [record for record in records if "eval/avg" in record]
-    return evaluations[0], evaluations[-1]

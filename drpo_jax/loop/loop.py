@@ -46,12 +46,12 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
         claim(run)
         print(console.introduction(run), flush=True)
         _train(run)
+        if text := console.compilations(read_metrics(workdir)):
+            print(f"\n{text}")
     if not multihost.is_main():
         return None
-    records = read_metrics(workdir)
-    if done < config.train.steps and (text := console.compilations(records)):
-        print(f"\n{text}")
-    return console.first_and_last_evaluation(records)
+    evaluations = [record for record in read_metrics(workdir) if "eval/avg" in record]
+    return evaluations[0], evaluations[-1]
 
 
 def _train(run: Run) -> None:
@@ -64,7 +64,7 @@ def _train(run: Run) -> None:
         log = stack.enter_context(MetricLogger(run.workdir, total, first_step=start + bool(start)))
         clock = CompileClock()
         if start == 0:
-            print(f"compiling the sampler, evaluating {len(run.heldout)} held-out problems …")
+            print("compiling prefill and decode, evaluating the held-out problems …", flush=True)
             metrics = evaluate(run, state.model)
             log.log(0, metrics)
             checkpoints.save(0, state, metrics)
@@ -90,7 +90,7 @@ def _train(run: Run) -> None:
 
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
-    """The run with its KL reference, the state to go on from, and the number of steps behind it."""
+    """Returns the run with its KL reference, the state to continue from, and the completed steps."""
     step = checkpoints.latest_step()
     if step is None:
         print("initializing the model …", flush=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from ml_collections import FrozenConfigDict
@@ -23,7 +23,8 @@ from drpo_jax.storage import path_of
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
 
 
-class Group(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Group:
     """The responses to one problem.
 
     Attributes:

@@ -50,9 +50,9 @@ class ProblemResult:
     """The responses to one problem.
 
     Attributes:
-      id, kind, answer: of the problem.
-      avg, greedy: (answer that the response gives, reward) of every response in that mode.
-      tokens, cut: length of every response, and whether it was cut off at the limit.
+      id, kind, answer: ID, kind and right answer of the problem.
+      avg, greedy: (extracted answer, reward) per response in that mode.
+      tokens, cut: length of each response, and whether it was cut off at the limit.
     """
 
     id: str

@@ -11,17 +11,18 @@ from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
 from drpo_jax.sampler import SamplingParams
 
-if TYPE_CHECKING:  # the loop evaluates, so that this package must not import it
+if TYPE_CHECKING:  # The loop imports this package, not the other way round.
     from drpo_jax.loop.run import Group, Run
 
-GATHER = 32  # problems whose verdicts the processes exchange at once
+# The processes exchange the verdicts of this many problems at once.
+GATHER = 32
 
 
 class Response(NamedTuple):
     """One response to a held-out problem; its fields are those of responses.jsonl.
 
     Attributes:
-      id, kind: of the problem.
+      id, kind: ID and kind of the problem.
       mode: "avg", sampled at evaluate.temperature, or "greedy".
       prompt, response, answer: text.
       reward: the verifier's verdict.

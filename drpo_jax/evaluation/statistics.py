@@ -64,7 +64,7 @@ def bootstrap_interval(
     Args:
       values_N: one number per problem.
       level: coverage of the interval.
-      seed: of the resampling.
+      seed: seeds the resampling.
 
     Returns:
       (low, high).

@@ -1,7 +1,7 @@
 """The RL loop: sample, verify, advantages, updates, metrics, checkpoint.
 
 Axis letters: N responses (prompts · samples, the samples of a prompt next to each other), R response
-tokens, T prompt and response tokens. One step, `loop.rl_step`, on the host's side:
+tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees it:
 
     sync         the policy's weights, quantized as the precision recipe has them -> the sampler
     sample       train.prompts problems -> `sampler.Rollouts`: tokens [N, T]; sampled_logp and

@@ -30,7 +30,15 @@ def too_many_skipped(run: Run, skipped: int, step: int) -> bool:
 
 
 def stop(run: Run, skipped: int, step: int, checkpoints: Checkpoints) -> NoReturn:
-    """Raises the TrainingStopped of `skipped` non-finite updates in a row."""
+    """Stops the run.
+
+    Args:
+      skipped: non-finite updates in a row.
+      step: steps completed.
+
+    Raises:
+      TrainingStopped: always; the message says where to continue from.
+    """
     raise TrainingStopped(
         f"step {step}: the last {skipped} updates had a non-finite loss or gradient and were skipped "
         f"(train.max_skipped = {run.config.train.max_skipped}). The last checkpoint is that of step "

@@ -104,7 +104,7 @@ def collect(
         problems = run.train_problems.batch(step, config.train.prompts)
         params, key = run.programs.sampling_params, run.key(step, SAMPLE)
         groups = sorted(run.sample(sampler, problems, params, key), key=lambda group: group.index)
-        sampler.load(None)  # frees the memory of its weights for the updates
+        sampler.load(None)  # The updates need the memory of its weights.
         counts = sampler.read_statistics()
         responses = Rollouts.concatenate([group.rollouts for group in groups])
     with timer("reward"):
@@ -114,12 +114,12 @@ def collect(
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
-    of_responses = [problem for problem in problems for _ in range(config.train.samples)]
-    return Rollout(of_responses, responses, reward, added), metrics
+    repeated = [problem for problem in problems for _ in range(config.train.samples)]
+    return Rollout(repeated, responses, reward, added), metrics
 
 
 def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
-    """Waits for the rewards of this process's share of the groups and gathers those of all.
+    """Waits for the rewards of this process's share of the groups and gathers the others'.
 
     Args:
       groups: in the order of the rollout.

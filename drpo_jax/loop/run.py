@@ -1,4 +1,4 @@
-"""What the phases of a run share, and the binding of a workdir to one run."""
+"""What the phases of a run share, and how a workdir is bound to one run."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import path_of
 
-# Purposes of randomness: folded into the PRNG key after the step.
+# Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
 
 
@@ -28,10 +28,10 @@ class Group:
     """The responses to one problem.
 
     Attributes:
-      index: position of the problem in the list that was sampled from.
-      rollouts: `Rollouts` of params.samples rows.
-      texts: the responses as text; None where another process verifies them.
-      rewards: their rewards, as they arrive; None where another process verifies them.
+      index: position of the problem in the list of problems.
+      rollouts: the responses as `Rollouts` with params.samples rows.
+      texts: the responses as text; None if another process verifies them.
+      rewards: their rewards, which may still be computed; None if another process verifies them.
     """
 
     index: int
@@ -47,14 +47,14 @@ class Run:
     Attributes:
       config: the resolved config.
       workdir: directory of the run.
-      tokenizer: of the prompts and responses.
-      reward: a value of `rewards.REWARDS`.
-      train_problems: the problems of every rollout; None for an evaluation.
+      tokenizer: encodes prompts and decodes responses.
+      reward: the verifier, a value of `rewards.REWARDS`.
+      train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
-      report: what loading the problems reports (see `problems.load`); "" where there is nothing.
-      mesh: the devices.
-      programs: the compiled programs.
-      reference: the model that a KL penalty refers to; None without one.
+      report: what was dropped when the problems were loaded, see `problems.load`; may be "".
+      mesh: the device mesh.
+      programs: the functions that the run compiles.
+      reference: the model that a KL penalty refers to; None without a penalty.
     """
 
     config: FrozenConfigDict
@@ -70,7 +70,7 @@ class Run:
 
     @classmethod
     def create(cls, config: FrozenConfigDict, workdir: Path, train: bool = True) -> "Run":
-        """Loads the problems, lays out the mesh and builds the programs (compiling none).
+        """Loads the problems, makes the mesh and builds the programs, without compiling them.
 
         Args:
           config: a resolved config.
@@ -179,7 +179,7 @@ def keep_report(report: str, path: Path) -> None:
     """Writes the report of `problems.load` into the workdir, unless it is already there.
 
     Raises:
-      BadInput: the report there is another one: the resumed run began with other problems.
+      BadInput: the file holds another report, because the run began with other problems.
     """
     if path.exists() and path.read_text() != report:
         raise BadInput(
@@ -196,7 +196,7 @@ def _open_checkpoints(config, directory):
 
 
 def _check_init_from(config):
-    """Raises BadInput unless data.init_from, where it is set, names a finished warm start."""
+    """Raises BadInput if data.init_from does not name a finished warm start."""
     source = config.data.init_from
     if not source:
         return

@@ -15,7 +15,7 @@ from drpo_jax.reporting.highlight import (
 
 
 def rollout(**arrays):
-    """Two prompts with two responses each; the second and the last are right."""
+    """Two prompts with two responses each; the second of each is right."""
     logp = np.log(np.full((4, 3), 0.5, np.float32))
     return {
         "tokens": np.array([[7, 2, 3, 9]] * 4),

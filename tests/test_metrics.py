@@ -14,6 +14,7 @@ import pytest
 from drpo_jax import metrics as M
 from drpo_jax.config import default_config
 from drpo_jax.metrics import environment
+from drpo_jax.objectives import mismatch_summary, weight_summary
 
 # ------------------------------------------------------------------------------- the catalogue
 
@@ -43,6 +44,14 @@ def test_values_are_reduced_as_the_catalogue_says():
         "unheard/of": 2,
     }.items():  # fmt: skip
         assert M.reduce_values(name, values) == reduced, name
+
+
+def test_extremes_are_in_the_catalogue_with_their_reduction():
+    ones = jnp.ones((1, 2))
+    _, weights = weight_summary(*[ones] * 6)
+    _, mismatch = mismatch_summary(*[ones] * 5, delta=0.1)
+    for name in [*weights, *mismatch]:
+        assert M.METRICS[name].reduce == ("min" if name.endswith("_min") else "max")
 
 
 def test_the_table_for_the_documentation_names_every_metric():

@@ -21,9 +21,7 @@ assert NOTEBOOKS, "no notebooks beside tests/"
 
 SAMPLES = {"fp8_mismatch"}  # These spend their time on sampling and scoring.
 LARGEST = 1_000_000  # bytes, with outputs
-ABSOLUTE = re.compile(
-    r"(?<![\w./\\<])(?:~/|/[\w.-]+/)[\w.-]"
-)  # a path from / or ~
+ABSOLUTE = re.compile(r"(?<![\w./\\<])(?:~/|/[\w.-]+/)[\w.-]")  # a path from / or ~
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

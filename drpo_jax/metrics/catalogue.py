@@ -10,17 +10,17 @@ weight.
 """
 
 import dataclasses
-import math
 import re
-import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {
-    "mean": statistics.fmean,
-    "sum": math.fsum,
-    "max": max,
-    "min": min,
+import numpy as np
+
+REDUCERS: dict[str, Callable[[Sequence[float]], Any]] = {
+    "mean": np.mean,
+    "sum": np.sum,
+    "max": np.max,
+    "min": np.min,
     "last": lambda values: values[-1],
 }
 
@@ -392,8 +392,8 @@ def describe(name: str) -> Metric:
 
 
 def reduce_values(name: str, values: Sequence[float]) -> float:
-    """Reduces several values of a metric to one, as its row says."""
-    return REDUCERS[describe(name).reduce](values)
+    """Reduces several values of a metric, oldest first, to one, as its row says."""
+    return float(REDUCERS[describe(name).reduce](values))
 
 
 def markdown_table() -> str:

@@ -14,10 +14,11 @@ A rollout is a dict of the arrays that `learner.record` describes.
 Axis letters: N sequences, R response tokens, L layers.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class Inspection:
         self.checkpoints = _steps(self.workdir / "checkpoints", "*")
         self.rollouts = _steps(self.workdir / "rollouts", "step_*.npz")
 
-    def model(self, step: int | str | None = None) -> Transformer:
+    def model(self, step: int | Literal["best"] | None = None) -> Transformer:
         """Loads the model of a checkpoint: the last one, the one of `step`, or the "best" one.
 
         Raises:
@@ -136,7 +137,8 @@ class Inspection:
 
         Processes one sequence at a time and keeps sums only, so it needs the memory of two gradients.
         """
-        count, mean, squares = len(rollout["tokens"]), None, {}
+        count, mean = len(rollout["tokens"]), None
+        squares: ByModule = {}
         for piece in self._gradients(model, rollout, 1):
             square = products(piece, piece)
             squares = {name: squares.get(name, 0) + x for name, x in square.items()}
@@ -169,14 +171,15 @@ class Inspection:
         """`Programs.batch` of N ≤ rows sequences, padded with empty rows."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
-        sequences, inputs = jax.tree.map(
+        (tokens, prompt_lengths, response_lengths), inputs = jax.tree.map(
             lambda a: np.pad(a, [(0, empty)] + [(0, 0)] * (a.ndim - 1)),
-            ([rollout[name] for name in names], dict(inputs)),
+            (tuple(rollout[name] for name in names), dict(inputs)),
         )
-        return self.programs.batch(*sequences, inputs)
+        return self.programs.batch(tokens, prompt_lengths, response_lengths, inputs)
 
 
-class Spread(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Spread:
     """The spread of the gradients g_i of single sequences around their mean.
 
     g_i is N times the sequence's share of the gradient, so the mean over i is the gradient.
@@ -213,9 +216,10 @@ def judge(rollout: Rollout, name: str, **hyper: float | bool) -> Rollout:
     arrays = {"mask": mask, "old_logp": rollout.get("old_logp")}
     needed = OBJECTIVES[name].arrays if name in OBJECTIVES else ()
     inputs = {k: v for k, v in arrays.items() if k in needed}
-    token = rollout["logp"], rollout["behavior_logp"], rollout["advantage"][:, None]
-    _, c = token_objective(name, *token, **hyper, **inputs)
-    w = gradient_weight(name, *token, **hyper, **inputs)
+    logp, behavior_logp = rollout["logp"], rollout["behavior_logp"]
+    advantage = rollout["advantage"][:, None]
+    _, c = token_objective(name, logp, behavior_logp, advantage, **hyper, **inputs)
+    w = gradient_weight(name, logp, behavior_logp, advantage, **hyper, **inputs)
     return rollout | {"weight": np.where(mask, w, 0), "coefficient": np.where(mask, c, 0)}
 
 
@@ -249,7 +253,7 @@ def cosines(a: Gradient, b: Gradient) -> ByModule:
 
 @jax.jit
 def _products(a: Gradient, b: Gradient) -> dict[str, jax.Array]:
-    sums = {}
+    sums: dict[str, Any] = {}
     for (path, x), y in zip(flatten(a).items(), jax.tree.leaves(b)):
         layers = path.startswith("blocks.")
         module = _module(path, x.ndim)

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable
 
-from drpo_jax.metrics.catalogue import COLUMNS, Metric
+from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric
 from drpo_jax.metrics.records import Record, series
 
 HEADER_EVERY = 20  # lines
@@ -26,30 +26,32 @@ class Console:
 
     def __init__(self, total_steps: int, without: Collection[str] = ()) -> None:
         self._total = total_steps
-        self._columns = [m for m in COLUMNS if m.name not in without]
+        self._columns = [(m, m.column) for m in COLUMNS if m.column and m.name not in without]
         self._printed = 0
         self._times: list[tuple[float, float]] = []  # (step, seconds) of the latest training steps
 
     def legend(self) -> list[str]:
         """Returns one line for each column that explains it."""
         lines = []
-        for metric in self._columns:
+        for metric, column in self._columns:
             unit = f" ({metric.unit})" if metric.unit not in ("", "%") else ""
-            lines.append(f"  {metric.column.title:<14}{metric.title}{unit}: {metric.definition}")
+            lines.append(f"  {column.title:<14}{metric.title}{unit}: {metric.definition}")
         return [*lines, f"  {'ETA':<14}time left at the median pace of the last {PACE} steps"]
 
     def lines(self, record: Record, now: float) -> list[str]:
         """Returns the lines for a record that arrived at time `now` in seconds."""
         step, lines = record["step"], []
-        if any(m.name in record for m in self._columns):
+        if any(m.name in record for m, _ in self._columns):
             self._times = [*self._times, (step, now)][-PACE - 1 :]
             if self._printed == 0:  # The warm start logs fewer metrics than RL.
-                self._columns = [m for m in self._columns if m.name in record]
+                self._columns = [pair for pair in self._columns if pair[0].name in record]
             if self._printed % HEADER_EVERY == 0:
-                titles = "".join(f"{m.column.title:>{_width(m)}}" for m in self._columns)
+                titles = "".join(f"{c.title:>{_width(c)}}" for _, c in self._columns)
                 lines.append(f"{'step':>{STEP}}{titles}{'ETA':>{ETA}}")
             self._printed += 1
-            values = "".join(_cell(m, record.get(m.name, math.nan)) for m in self._columns)
+            values = "".join(
+                _cell(*pair, record.get(pair[0].name, math.nan)) for pair in self._columns
+            )
             lines.append(f"{self._progress(step)}{values}{self._eta(step):>{ETA}}")
         if "eval/avg" in record:
             accuracies = {"avg": record["eval/avg"], "greedy": record.get("eval/greedy")}
@@ -68,14 +70,14 @@ class Console:
         return duration(pace * max(self._total - step, 0))
 
 
-def _cell(metric: Metric, value: float) -> str:
+def _cell(metric: Metric, column: Column, value: float) -> str:
     if math.isnan(value):
-        return f"{NOTHING:>{_width(metric)}}"
-    return format(metric.scale * value, metric.column.format)
+        return f"{NOTHING:>{_width(column)}}"
+    return format(metric.scale * value, column.format)
 
 
-def _width(metric: Metric) -> int:
-    return len(format(0.0, metric.column.format))
+def _width(column: Column) -> int:
+    return len(format(0.0, column.format))
 
 
 def duration(seconds: float) -> str:

@@ -61,4 +61,4 @@ def read_metrics(workdir: Path) -> list[Record]:
 def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
     """Returns (steps, values) of one metric, at the steps where it was logged and finite."""
     points = [(r["step"], r[name]) for r in records if math.isfinite(r.get(name, math.nan))]
-    return [s for s, _ in points], [v for _, v in points]
+    return [int(s) for s, _ in points], [v for _, v in points]

@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 372, 196  # SVG user units, of which the page makes a card's wid
 GREY = "#5f6672"
 SHARES = "YlGnBu"  # colours of the distribution of w
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
-DASHED = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
+DASHED: dict[str, Any] = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
 PAPER_TAIL = 7.8  # % of tail tokens that the DRPO paper finds on Qwen3-30B-A3B-Base
 POINTS = 150  # of a curve, at most about
 MARKED = 30  # Shorter curves show their points.
@@ -124,7 +124,9 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
         line = band(smoothed)
         if len(curves) > 1:
             axes.fill_between(*line[:1], *line[2:], color=group.colour, alpha=0.18, lw=0)
-        marks = {"marker": "o", "markersize": 4, "clip_on": False} if longest <= MARKED else {}
+        marks: dict[str, Any] = {}
+        if longest <= MARKED:
+            marks = {"marker": "o", "markersize": 4, "clip_on": False}
         axes.plot(line.steps, line.mean, color=group.colour, lw=1.6, **marks)
         drawn += line.low + line.high
         for step, mean, low, high in zip(*line):

@@ -34,7 +34,7 @@ HIDDEN = "Other"  # the section whose metrics have no charts
 def render(groups: Sequence[Group]) -> str:
     """Returns the page about groups of runs: self-contained HTML without scripts."""
     runs = [run for group in groups for run in group.runs]
-    last = max(1, *(run.records[-1]["step"] for run in runs))
+    last = max(1, *(int(run.records[-1]["step"]) for run in runs))
     limit = max(min(400, TOKENS // (8 * len(groups))), 40)
     ramp = matplotlib.colormaps[SHARES](range(0, 256, 51))
     sections = [metric_section(s, groups, last) for s in SECTIONS if s.title != HIDDEN]

@@ -36,17 +36,18 @@ class Run(NamedTuple):
 class Group(NamedTuple):
     """Runs that differ in nothing but the seed.
 
-    `fields` holds the config fields, with their values, in which the group differs from others.
+    `place` counts the groups of a report from 0. `fields` holds the config fields in which the group
+    differs from others, with their values.
     """
 
-    index: int
+    place: int
     label: str
     fields: dict[str, Any]
     runs: list[Run]
 
     @property
     def colour(self) -> str:
-        return COLOURS[self.index % len(COLOURS)]
+        return COLOURS[self.place % len(COLOURS)]
 
     def curves(self, name: str, width: int = 1) -> list[dict[int, float]]:
         """Returns the `curve` of every run that logged the metric."""
@@ -88,7 +89,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, default in objective.hyper.items() if objective else ():
         value = config.get(f"objective.{name}")
         if value is None:
-            value = THRESHOLDS.get(name, {}).get(config.get("objective.threshold"), default)
+            value = THRESHOLDS.get(name, {}).get(config.get("objective.threshold") or "", default)
         values[name] = value
     return values
 
@@ -128,7 +129,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that distinguish runs, without nulls."""
-    compared = config | {f"objective.{k}": v for k, v in hyperparameters(config).items()}
+    compared = dict(config) | {f"objective.{k}": v for k, v in hyperparameters(config).items()}
     compared = {
         f: v for f, v in compared.items() if v is not None and not NOT_COMPARED.fullmatch(f)
     }

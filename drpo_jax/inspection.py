@@ -1,22 +1,24 @@
-"""Looking at gradients: opens a run that `train` made, for a notebook.
+"""Gradients of a trained run, for notebooks.
 
     run = Inspection("runs/tiny")
     model, rollout = run.model(), run.rollout()
-    seen = run.score(model, rollout)              # π of this model at every sampled token
-    drpo = judge(seen, "drpo", delta=0.15)        # an objective's weights w and coefficients c
-    norms(run.gradient(model, drpo))["layer"]     # the gradient that they make
+    scored = run.score(model, rollout)            # π of this model at every sampled token
+    drpo = judge(scored, "drpo", delta=0.15)      # an objective's weights w and coefficients c
+    norms(run.gradient(model, drpo))["layer"]     # norms of the gradient that they produce
 
-An objective reaches the gradient through the score coefficients c alone, so the gradient is taken
-for coefficients: one compiled program serves every objective, and coefficients that are set to zero
-leave the gradient of the other tokens.
+An objective reaches the gradient through the score coefficients c alone. The gradient is therefore
+computed from coefficients: one compiled program serves every objective, and setting coefficients to zero
+leaves the gradient of the other tokens.
 
 A rollout is a dict of the arrays that `learner.record` describes.
 Axis letters: N sequences, R response tokens, L layers.
 """
 
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +30,34 @@ from drpo_jax.checkpoint import Checkpoints, flatten
 from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.models import Transformer
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
+
+Rollout = dict[str, np.ndarray]
+Gradient = Any  # a tree like the model, of float32 arrays
+ByModule = dict[str, np.ndarray]
 
 
 class Inspection:
     """A run that `train` made.
 
     Args:
-      workdir: of the run.
-      mesh: sizes of the mesh axes, see `make_mesh`; those of the run's config where it is None.
+      workdir: the run's directory.
+      mesh: sizes of the mesh axes, see `make_mesh`; None takes those of the run's config.
 
     Attributes:
-      config: the run's, resolved.
-      tokenizer, mesh, programs: as `train` would have them.
-      checkpoints, rollouts: the steps that are saved, ascending. A checkpoint's step counts the
-        rollout steps done: checkpoint 20 is the model that sampled rollout 20.
+      config: the run's resolved config.
+      tokenizer, mesh, programs: as `train` has them.
+      checkpoints, rollouts: the steps that are saved, ascending. The step of a checkpoint counts the
+        rollout steps before it: checkpoint 20 is the model that sampled rollout 20.
 
     Raises:
-      BadInput: no run, a config that this version does not take, or a mesh that does not fit.
+      BadInput: there is no run, this version does not accept its config, or the mesh does not fit.
     """
 
-    def __init__(self, workdir, mesh=None):
+    def __init__(self, workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> None:
         self.workdir = Path(workdir).expanduser()
         self.config = FrozenConfigDict(run_config(self.workdir))
         with bad_input():
@@ -60,11 +67,11 @@ class Inspection:
         self.checkpoints = _steps(self.workdir / "checkpoints", "*")
         self.rollouts = _steps(self.workdir / "rollouts", "step_*.npz")
 
-    def model(self, step=None):
-        """The model of a checkpoint: of the last one, of `step`, or of the "best" one.
+    def model(self, step: int | Literal["best"] | None = None) -> Transformer:
+        """Loads the model of a checkpoint: the last one, the one of `step`, or the "best" one.
 
         Raises:
-          BadInput: there is none, or none of that step.
+          BadInput: there is no checkpoint, or none of this step.
         """
         options = self.config.checkpoint
         directory = self.workdir / "checkpoints"
@@ -75,20 +82,25 @@ class Inspection:
                 like = {"model": self.programs.abstract_state.model}
                 return checkpoints.restore(step, like)["model"]
 
-    def rollout(self, step=None):
-        """A saved rollout, the last one or that of `step`: arrays by name, see `learner.record`.
+    def rollout(self, step: int | None = None) -> Rollout:
+        """Loads a saved rollout, the last one or the one of `step`; see `learner.record`.
 
         Raises:
-          BadInput: there is none (`train.save_rollout_every` sets how often), or none of that step.
+          BadInput: there is no rollout (`train.save_rollout_every` sets how often one is saved), or
+            none of this step.
         """
         step = _choose(
             step, self.rollouts, f"{self.workdir}: no rollout saved (train.save_rollout_every)"
         )
         return load_rollout(rollout_path(self.workdir, step))
 
-    def score(self, model, rollout):
-        """The rollout with `logp` and `entropy` [N, R] of its tokens under `model`, and without the
-        weight and the coefficient, which belong to another π."""
+    def score(self, model: Transformer, rollout: Rollout) -> Rollout:
+        """Scores the tokens of a rollout with another model.
+
+        Returns:
+          The rollout with `logp` and `entropy` [N, R] under `model`, without `weight` and
+          `coefficient`, which belong to another π.
+        """
         size = self.config.train.mini_batch_prompts * self.config.train.samples
         length = rollout["response_mask"].shape[1]
         traces = []
@@ -96,35 +108,37 @@ class Inspection:
             with jax.set_mesh(self.mesh):
                 batch, layout = self._batch(part, size, {})
                 trace = self.programs.rescore(model, batch)
-            taken = jax.tree.map(partial(layout.take, length=length), (trace.logp, trace.entropy))
-            traces.append([a[: len(part["tokens"])] for a in taken])
+            scores = jax.tree.map(partial(layout.take, length=length), (trace.logp, trace.entropy))
+            traces.append([a[: len(part["tokens"])] for a in scores])
         logp, entropy = (np.concatenate(a) for a in zip(*traces))
-        old = {k: v for k, v in rollout.items() if k not in ("weight", "coefficient")}
-        return old | {"logp": logp, "entropy": entropy}
+        kept = {k: v for k, v in rollout.items() if k not in ("weight", "coefficient")}
+        return kept | {"logp": logp, "entropy": entropy}
 
-    def gradient(self, model, rollout):
-        """The gradient of the loss Σ_t weight_t·(−J_t) that the rollout's coefficients make.
+    def gradient(self, model: Transformer, rollout: Rollout) -> Gradient:
+        """Returns the gradient of the loss Σ_t weight_t·(−J_t) from the rollout's coefficients.
 
-        The weights are those of the config's aggregation over all N sequences; an entropy bonus,
-        the load balancing, a KL penalty and mismatch correction are left out.
+        The weights are those of the config's aggregation over all N sequences. The gradient leaves out
+        the entropy bonus, load balancing, the KL penalty and mismatch correction.
 
         Args:
+          model: the model to differentiate.
           rollout: from `judge`; any number of sequences (see `select`).
 
         Returns:
-          A tree like `model`, float32: what an optimizer descends.
+          A tree like `model`, float32: the direction that an optimizer descends.
         """
         total = None
         for piece in self._gradients(model, rollout, self.config.train.micro_batch):
             total = piece if total is None else _add(total, piece)
         return total
 
-    def spread(self, model, rollout):
-        """Mean and variance of the gradients that single sequences make, see `Spread`.
+    def spread(self, model: Transformer, rollout: Rollout) -> "Spread":
+        """Returns the mean and the variance of the gradients of single sequences, see `Spread`.
 
-        It runs one sequence at a time and keeps sums: its memory is that of two gradients.
+        Processes one sequence at a time and keeps sums only, so it needs the memory of two gradients.
         """
-        count, mean, squares = len(rollout["tokens"]), None, {}
+        count, mean = len(rollout["tokens"]), None
+        squares: ByModule = {}
         for piece in self._gradients(model, rollout, 1):
             square = products(piece, piece)
             squares = {name: squares.get(name, 0) + x for name, x in square.items()}
@@ -133,80 +147,90 @@ class Inspection:
         variance = {name: count * x - signal[name] for name, x in squares.items()}
         return Spread(mean, signal, variance, count)
 
-    def _gradients(self, model, rollout, size):
-        """The share of every `size` sequences in the gradient of the whole rollout, one by one."""
+    def _gradients(self, model: Transformer, rollout: Rollout, size: int) -> Iterator[Gradient]:
+        """Yields the shares of every `size` sequences in the gradient of the whole rollout."""
         if "coefficient" not in rollout:
             raise BadInput("the rollout has no coefficients: call judge(rollout, objective) first")
         shards = batch_shards(self.mesh)
-        rows = -(-size // shards) * shards  # those behind the sequences stay empty
+        rows = -(-size // shards) * shards  # The rows after the sequences stay empty.
         whole = self._denominator(rollout)
         for part in _parts(rollout, size):
             share = self._denominator(part) / whole
             with jax.set_mesh(self.mesh):
                 batch, _ = self._batch(part, rows, {"coefficient": share * part["coefficient"]})
                 grads = self.programs.gradients(model, batch)[0]
-            yield grads  # outside of the block, which would be open while the caller works
+            yield grads  # outside the block, so that the mesh is not set while the caller works
 
-    def _denominator(self, rollout):
-        """What the aggregation divides by: a sum over sequences."""
-        settings = self.config.objective
+    def _denominator(self, rollout: Rollout) -> float:
+        """The denominator of the aggregation, a sum over sequences."""
+        objective = self.config.objective
         mask = rollout["response_mask"]
-        return float(token_weights(settings.aggregation, mask, settings.horizon)[1])
+        return float(token_weights(objective.aggregation, mask, objective.horizon)[1])
 
-    def _batch(self, rollout, rows, arrays):
-        """`Programs.batch` of N ≤ rows sequences, with empty rows behind."""
+    def _batch(self, rollout: Rollout, rows: int, inputs: Mapping[str, np.ndarray]):
+        """`Programs.batch` of N ≤ rows sequences, padded with empty rows."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
-        padded = jax.tree.map(
+        (tokens, prompt_lengths, response_lengths), inputs = jax.tree.map(
             lambda a: np.pad(a, [(0, empty)] + [(0, 0)] * (a.ndim - 1)),
-            ([rollout[name] for name in names], arrays),
+            (tuple(rollout[name] for name in names), dict(inputs)),
         )
-        return self.programs.batch(*padded[0], padded[1])
+        return self.programs.batch(tokens, prompt_lengths, response_lengths, inputs)
 
 
-class Spread(NamedTuple):
-    """How the gradients g_i that single sequences make lie around their mean.
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The spread of the gradients g_i of single sequences around their mean.
 
-    g_i is N times the sequence's share of the gradient, so that the mean over i is the gradient.
+    g_i is N times the sequence's share of the gradient, so the mean over i is the gradient.
 
     Attributes:
-      mean: the gradient, a tree.
-      signal: ‖mean‖² by module, see `products`. Of this, variance / N is expected by chance alone.
+      mean: the gradient, a tree like the model.
+      signal: ‖mean‖² by module, see `products`. Chance alone contributes variance / N to it.
       variance: mean over i of ‖g_i − mean‖², by module.
       count: N.
     """
 
-    mean: object
-    signal: dict
-    variance: dict
+    mean: Gradient
+    signal: ByModule
+    variance: ByModule
     count: int
 
 
-def judge(rollout, name, **hyper):
-    """The rollout with the `weight` w and the `coefficient` c [N, R] of an objective at its `logp`.
+def judge(rollout: Rollout, name: str, **hyper: float | bool) -> Rollout:
+    """Evaluates an objective at the `logp` of a rollout.
+
+    Args:
+      rollout: from `Inspection.score`, or as saved.
+      name: a key of `OBJECTIVES`.
+      **hyper: hyperparameters of the objective.
+
+    Returns:
+      The rollout with the `weight` w and the `coefficient` c [N, R] of the objective.
 
     Raises:
-      ValueError: as `objectives.token_objective`; the top-k objectives need logprobs that a saved
+      ValueError: as `objectives.token_objective`. The top-k objectives need logprobs that a saved
         rollout does not hold.
     """
     mask = rollout["response_mask"]
     arrays = {"mask": mask, "old_logp": rollout.get("old_logp")}
     needed = OBJECTIVES[name].arrays if name in OBJECTIVES else ()
-    hyper |= {k: v for k, v in arrays.items() if k in needed}
-    token = rollout["logp"], rollout["behavior_logp"], rollout["advantage"][:, None]
-    _, c = token_objective(name, *token, **hyper)
-    w = gradient_weight(name, *token, **hyper)
+    inputs = {k: v for k, v in arrays.items() if k in needed}
+    logp, behavior_logp = rollout["logp"], rollout["behavior_logp"]
+    advantage = rollout["advantage"][:, None]
+    _, c = token_objective(name, logp, behavior_logp, advantage, **hyper, **inputs)
+    w = gradient_weight(name, logp, behavior_logp, advantage, **hyper, **inputs)
     return rollout | {"weight": np.where(mask, w, 0), "coefficient": np.where(mask, c, 0)}
 
 
-def select(rollout, rows):
-    """Some sequences of a rollout; `rows` as NumPy indexes an axis."""
+def select(rollout: Rollout, rows: slice | Sequence[int] | np.ndarray) -> Rollout:
+    """Returns some sequences of a rollout; `rows` indexes the first axis as in NumPy."""
     whole = ("step", "piece_ids", "piece_texts")
     return {name: a if name in whole else a[rows] for name, a in rollout.items()}
 
 
-def products(a, b):
-    """⟨a, b⟩ of two gradients, by module.
+def products(a: Gradient, b: Gradient) -> ByModule:
+    """Returns the inner products ⟨a, b⟩ of two gradients by module.
 
     Returns:
       name → float64 array: [L] for what every layer has (attention, mlp or experts, router, norms),
@@ -215,21 +239,21 @@ def products(a, b):
     return {name: np.asarray(x, np.float64) for name, x in _products(a, b).items()}
 
 
-def norms(grads):
-    """The L2 norms of a gradient by module, named and shaped as in `products`."""
+def norms(grads: Gradient) -> ByModule:
+    """Returns the L2 norms of a gradient by module, named and shaped as in `products`."""
     return {name: np.sqrt(x) for name, x in products(grads, grads).items()}
 
 
-def cosines(a, b):
-    """The cosines between two gradients by module, as `products`; NaN where one of them is zero."""
+def cosines(a: Gradient, b: Gradient) -> ByModule:
+    """Returns the cosines between two gradients by module, as `products`; NaN where one is zero."""
     ab, aa, bb = products(a, b), products(a, a), products(b, b)
     with np.errstate(invalid="ignore"):
         return {name: ab[name] / np.sqrt(aa[name] * bb[name]) for name in ab}
 
 
 @jax.jit
-def _products(a, b):
-    sums = {}
+def _products(a: Gradient, b: Gradient) -> dict[str, jax.Array]:
+    sums: dict[str, Any] = {}
     for (path, x), y in zip(flatten(a).items(), jax.tree.leaves(b)):
         layers = path.startswith("blocks.")
         module = _module(path, x.ndim)
@@ -239,8 +263,8 @@ def _products(a, b):
     return sums | {"layer": layer, "total": sum(map(jnp.sum, sums.values()))}
 
 
-def _module(path, ndim):
-    """Of a parameter, such as blocks.attention.q_proj."""
+def _module(path: str, ndim: int) -> str:
+    """The module of a parameter such as blocks.attention.q_proj."""
     if not path.startswith("blocks."):
         return {"embed": "embedding", "lm_head": "head"}.get(path, path)
     if path.endswith("norm"):
@@ -252,23 +276,23 @@ def _module(path, ndim):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(total, piece):
+def _add(total: Gradient, piece: Gradient) -> Gradient:
     return jax.tree.map(jnp.add, total, piece)
 
 
-def _parts(rollout, size):
+def _parts(rollout: Rollout, size: int) -> Iterator[Rollout]:
     count = len(rollout["tokens"])
     return (select(rollout, slice(i, i + size)) for i in range(0, count, size))
 
 
-def _steps(directory, pattern):
-    """The numbers in the names of files: of 20, of step_000020.npz."""
+def _steps(directory: Path, pattern: str) -> list[int]:
+    """The numbers in file names such as 20 and step_000020.npz."""
     names = [path.name.removeprefix("step_") for path in directory.glob(pattern)]
     names = [name.removesuffix(".npz") for name in names]
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _choose(step, steps, nothing):
+def _choose(step: int | None, steps: list[int], nothing: str) -> int:
     if not steps:
         raise BadInput(f"{nothing} yet")
     if step is not None and step not in steps:

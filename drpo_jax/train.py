@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
 from drpo_jax.learner.record import load_rollout, rollout_path
-from drpo_jax.metrics import plot_run, read_metrics, summary_table, text_plot
+from drpo_jax.metrics import read_metrics, summary_table, text_plot
 from drpo_jax.parallel import multihost
+from drpo_jax.reporting.curves import plot_run
 from drpo_jax.reporting.explain import explain
 
 EXPLAIN = flags.DEFINE_bool(

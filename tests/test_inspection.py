@@ -1,4 +1,4 @@
-"""Gradients of a saved rollout, against an unfused model and autodiff, by hand."""
+"""Gradients of a saved rollout against an unfused model, autodiff, and sums by hand."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def config(**fields):
     )  # fmt: skip
     config.data.digits, config.data.operations = 1, "+"
     config.sampler.update(max_prompt_length=PROMPT, max_response_length=RESPONSE, slots=16)
-    # Responses of different lengths weigh differently.
+    # Responses of different lengths have different weights.
     config.objective.update(delta=0.01, aggregation="token-mean")
     config.train.update(prompts=8, samples=2, mini_batch_prompts=8, micro_batch=8)
     config.sft.update(batch=16, micro_batch=8)
@@ -39,7 +39,7 @@ def config(**fields):
 
 
 def new_rollout(n=N):
-    """A rollout of n sequences, a third of their tokens in the tail."""
+    """Returns a rollout of n sequences with a third of their tokens in the tail."""
     rng = np.random.default_rng(0)
     lengths = np.resize([7, 2, 5, 1, 4, 6], n).astype(np.int32)
     mask = np.arange(RESPONSE) < lengths[:, None]
@@ -69,13 +69,13 @@ def workdir(tmp_path_factory):
             checkpoints.save(step, {"model": numbers(like, step)}, {"eval/avg": score})
     for step in (0, 4):
         save_rollout(directory, step, **new_rollout())
-    (directory / "rollouts" / "step_000008.tmp").touch()  # of a run that goes on
+    (directory / "rollouts" / "step_000008.tmp").touch()  # of a run in progress
     (directory / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
     return directory
 
 
 def numbers(like, seed):
-    """A tree of the shapes of `like`, of small random numbers around 0.1."""
+    """Returns a tree shaped like `like`, of small random numbers around 0.1."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: jnp.float32(rng.normal(0.1, 0.2, size=a.shape)), like)
 
@@ -95,19 +95,19 @@ def model(run):
 
 
 @pytest.fixture(scope="module")
-def seen(run, model):
+def scored(run, model):
     return run.score(model, run.rollout())
 
 
 @jax.jit
-def reference(model, tokens_T, first, data_R):
-    """The gradient of −Σ J of DRPO over one response, unfused, and logp [T − 1] of its row."""
+def reference(model, tokens_T, first, token_R):
+    """Returns the unfused gradient of DRPO's −Σ J over one response, and logp [T − 1] of its row."""
 
     def loss(model):
         logp = jax.nn.log_softmax(model(tokens_T[None])[0, :-1])
         logp = jnp.take_along_axis(logp, tokens_T[1:, None], axis=-1)[:, 0]
         of_response = jax.lax.dynamic_slice(logp, (first - 1,), (RESPONSE,))
-        mask, mu, advantage = data_R
+        mask, mu, advantage = token_R
         return -jnp.sum(
             mask * policy_objective("drpo", of_response, mu, advantage, delta=0.01)
         ), logp
@@ -116,14 +116,14 @@ def reference(model, tokens_T, first, data_R):
 
 
 @pytest.fixture(scope="module")
-def by_hand(model, seen):
-    """Of every sequence: its share of DRPO's gradient, {path: float64 array}, and its logp [R]."""
+def by_hand(model, scored):
+    """For every sequence, its share of DRPO's gradient, {path: float64 array}, and its logp [R]."""
     shares = []
     for i in range(N):
-        start, count = seen["prompt_lengths"][i], seen["response_lengths"][i]
-        token = seen["response_mask"][i], seen["behavior_logp"][i], seen["advantage"][i]
-        grads, logp = reference(model, seen["tokens"][i], start, token)
-        tokens = seen["response_mask"].sum()
+        start, count = scored["prompt_lengths"][i], scored["response_lengths"][i]
+        token = scored["response_mask"][i], scored["behavior_logp"][i], scored["advantage"][i]
+        grads, logp = reference(model, scored["tokens"][i], start, token)
+        tokens = scored["response_mask"].sum()
         share = {k: np.asarray(a, np.float64) / tokens for k, a in flatten(grads).items()}
         shares.append((share, logp[start - 1 :][:count]))
     return shares
@@ -135,16 +135,16 @@ def assert_close(ours, expected, tolerance=2e-5):
         assert error < tolerance, name
 
 
-def test_score_and_gradient_against_an_unfused_model(run, model, seen, by_hand):
+def test_score_and_gradient_against_an_unfused_model(run, model, scored, by_hand):
     for i, (_, logp) in enumerate(by_hand):
-        np.testing.assert_allclose(seen["logp"][i, : len(logp)], logp, atol=1e-5)
-    assert not seen["logp"][~seen["response_mask"]].any() and "weight" not in seen
-    grads = run.gradient(model, judge(seen, "drpo", delta=0.01))
+        np.testing.assert_allclose(scored["logp"][i, : len(logp)], logp, atol=1e-5)
+    assert not scored["logp"][~scored["response_mask"]].any() and "weight" not in scored
+    grads = run.gradient(model, judge(scored, "drpo", delta=0.01))
     assert_close(grads, {k: sum(g[k] for g, _ in by_hand) for k in by_hand[0][0]})
 
 
-def test_spread_by_hand(run, model, seen, by_hand):
-    spread = run.spread(model, judge(seen, "drpo", delta=0.01))
+def test_spread_by_hand(run, model, scored, by_hand):
+    spread = run.spread(model, judge(scored, "drpo", delta=0.01))
     each = [{k: N * a for k, a in g.items()} for g, _ in by_hand]
     mean = {k: sum(g[k] for g in each) / N for k in each[0]}
     assert spread.count == N
@@ -158,21 +158,21 @@ def test_spread_by_hand(run, model, seen, by_hand):
     np.testing.assert_allclose(spread.signal["total"], signal, rtol=1e-5)
 
 
-def test_the_gradient_has_the_norm_that_an_update_reports(run, model, seen):
+def test_the_gradient_has_the_norm_that_an_update_reports(run, model, scored):
     rollout = new_rollout(16)
-    data = {name: rollout[name] for name in ("behavior_logp", "advantage")}
+    inputs = {name: rollout[name] for name in ("behavior_logp", "advantage")}
     lengths = rollout["prompt_lengths"], rollout["response_lengths"]
     with jax.set_mesh(run.mesh):
-        batch, _ = run.programs.batch(rollout["tokens"], *lengths, data)
+        batch, _ = run.programs.batch(rollout["tokens"], *lengths, inputs)
         state = run.programs.restart(model)
         _, report = run.programs.policy_update(state, batch)
     grads = run.gradient(model, judge(run.score(model, rollout), "drpo", delta=0.01))
     np.testing.assert_allclose(norms(grads)["total"], report.metrics["grad_norm"], rtol=1e-5)
 
 
-def test_coefficients_set_to_zero_leave_the_other_tokens(run, model, seen):
-    whole = judge(seen, "spo")
-    tail = seen["behavior_logp"] < np.log(0.01)
+def test_coefficients_set_to_zero_leave_the_other_tokens(run, model, scored):
+    whole = judge(scored, "spo")
+    tail = scored["behavior_logp"] < np.log(0.01)
     parts = [
         run.gradient(model, whole | {"coefficient": whole["coefficient"] * tokens})
         for tokens in (tail, ~tail)
@@ -182,12 +182,12 @@ def test_coefficients_set_to_zero_leave_the_other_tokens(run, model, seen):
     assert_close(together, flatten(run.gradient(model, whole)))
 
 
-def test_eight_devices_see_what_one_does(run, workdir, model, seen):
+def test_eight_devices_agree_with_one(run, workdir, model, scored):
     mixed = Inspection(workdir, MIXED)
     ours = mixed.model()
-    drpo = judge(seen, "drpo", delta=0.01)
+    drpo = judge(scored, "drpo", delta=0.01)
     theirs = mixed.score(ours, mixed.rollout())
-    np.testing.assert_allclose(theirs["logp"], seen["logp"], atol=1e-5)
+    np.testing.assert_allclose(theirs["logp"], scored["logp"], atol=1e-5)
     assert_close(mixed.gradient(ours, drpo), flatten(jax.device_get(run.gradient(model, drpo))))
     few = select(drpo, slice(0, 2))
     a, b = mixed.spread(ours, few), run.spread(model, few)
@@ -233,19 +233,21 @@ def test_products_and_cosines_by_module(experts):
     assert np.isnan(cosines(a, jax.tree.map(jnp.zeros_like, a))["total"])
 
 
-def test_judge_gives_an_objective_what_it_needs():
+def test_judge_passes_the_arrays_that_an_objective_needs():
     rollout = new_rollout() | {"logp": new_rollout()["behavior_logp"] * 0.9}
     mask = rollout["response_mask"]
     for name in ("drpo", "gspo", "minirl"):
         judged = judge(rollout, name)
         assert judged["weight"].shape == judged["coefficient"].shape == mask.shape
         assert not judged["weight"][~mask].any() and not judged["coefficient"][~mask].any()
-    r = np.exp(rollout["logp"] - rollout["old_logp"])  # minirl's clip: π/π_old
+    r = np.exp(rollout["logp"] - rollout["old_logp"])  # MiniRL clips by π/π_old.
     up = (rollout["advantage"] > 0)[:, None]
     np.testing.assert_array_equal(
         judged["weight"] == 0, ~mask | (up & (r > 1.27)) | (~up & (r < 0.8))
     )
-    log_r = (rollout["logp"] - rollout["behavior_logp"])[0].mean()  # all seven places are tokens
+    log_r = (rollout["logp"] - rollout["behavior_logp"])[
+        0
+    ].mean()  # All seven positions are tokens.
     s = judge(rollout, "gspo", epsilon_low=9.0, epsilon_high=9.0)["coefficient"][0]
     np.testing.assert_allclose(s, np.exp(log_r) * rollout["advantage"][0], rtol=1e-5)
     with pytest.raises(ValueError, match="missing: topk_logp, behavior_topk_logp"):
@@ -254,7 +256,7 @@ def test_judge_gives_an_objective_what_it_needs():
         judge(rollout, "drop")
 
 
-def test_what_is_there(run, model):
+def test_saved_steps_are_listed_and_loaded(run, model):
     assert (run.checkpoints, run.rollouts) == ([2, 4, 6], [0, 4])
     assert run.rollout()["step"] == 4 and run.rollout(0)["step"] == 0
     best, second = (norms(run.model(step))["total"] for step in ("best", 2))
@@ -264,13 +266,13 @@ def test_what_is_there(run, model):
     assert few["step"] == 4
 
 
-def test_what_is_not_there_is_named(run, model, seen, workdir, tmp_path):
+def test_missing_steps_are_named(run, model, scored, workdir, tmp_path):
     with pytest.raises(BadInput, match="no checkpoint of step 3; there are 2, 4, 6"):
         run.model(3)
     with pytest.raises(BadInput, match="no rollout .* of step 2; there are 0, 4"):
         run.rollout(2)
     with pytest.raises(BadInput, match="call judge"):
-        run.gradient(model, seen)
+        run.gradient(model, scored)
     with pytest.raises(BadInput, match="needs 3 devices"):
         Inspection(workdir, dict(data=3))
     with pytest.raises(BadInput, match="holds no run"):

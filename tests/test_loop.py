@@ -20,7 +20,7 @@ from drpo_jax.learner import record
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
-from drpo_jax.metrics import read_metrics
+from drpo_jax.metrics import describe, read_metrics
 from drpo_jax.objectives import advantages, token_objective
 from drpo_jax.parallel import make_mesh
 
@@ -291,6 +291,13 @@ def test_problems_from_a_file(other):
     trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
+
+
+def test_every_metric_of_a_run_is_in_the_catalogue(whole, other):
+    records = [r for d in (whole, whole / "sft", other) for r in read_metrics(d)]
+    names = {name for record in records for name in record} - {"step"}
+    assert len(names) > 50
+    assert [name for name in sorted(names) if not describe(name).definition] == []
 
 
 def test_bad_problem_files_cost_nothing(tmp_path):

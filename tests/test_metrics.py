@@ -1,13 +1,68 @@
-"""Metrics: pairs reduce without bias, files survive a kill and a resume, the console fits."""
+"""Metrics: the catalogue, unbiased reduction, files that survive a kill and a resume, the console."""
 
+import collections
 import json
 import math
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from drpo_jax import metrics as M
+from drpo_jax.config import default_config
+from drpo_jax.metrics import environment
+from drpo_jax.objectives import mismatch_summary, weight_summary
+
+# ------------------------------------------------------------------------------- the catalogue
+
+
+def test_no_metric_is_defined_twice():
+    rows = [metric for section in M.SECTIONS for metric in section.metrics]
+    for values in ([m.name for m in rows], [m.column.title for m in rows if m.column]):
+        assert [name for name, count in collections.Counter(values).items() if count > 1] == []
+    assert all(m.title and m.definition for m in rows)
+    assert len(M.METRICS) == len(rows) > 60
+
+
+def test_a_member_of_a_family_has_the_row_of_its_family():
+    plus = M.describe("eval/avg/+")
+    assert plus.title == "Held-out accuracy, sampled: +" and plus.unit == "%"
+    assert M.describe("by_mu/1e-4-1e-3/tokens").title == "Tokens with µ in 1e-4-1e-3"
+    assert M.describe("eval/avg") is M.METRICS["eval/avg"]
+    assert M.describe("time/step") is M.METRICS["time/step"]
+    assert M.describe("time/save").title == "Time of save"
+    assert not M.describe("unheard/of").definition
+
+
+def test_values_are_reduced_as_the_catalogue_says():
+    values = [3.0, 1.0, 2.0]
+    for name, reduced in {
+        "loss": 2, "policy/ratio_max": 3, "weight/w_min": 1, "updates/skipped": 6, "param_norm": 2,
+        "unheard/of": 2,
+    }.items():  # fmt: skip
+        assert M.reduce_values(name, values) == reduced, name
+
+
+def test_extremes_are_in_the_catalogue_with_their_reduction():
+    ones = jnp.ones((1, 2))
+    _, weights = weight_summary(*[ones] * 6)
+    _, mismatch = mismatch_summary(*[ones] * 5, delta=0.1)
+    for name in [*weights, *mismatch]:
+        assert M.METRICS[name].reduce == ("min" if name.endswith("_min") else "max")
+
+
+def test_the_table_for_the_documentation_names_every_metric():
+    command = [sys.executable, "-m", "drpo_jax.metrics"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^\| `([^`]+)`", table, re.M) == [*M.METRICS]
+    widths = {len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines() if line[:1] == "|"}
+    assert widths == {7}
+
+
+# ---------------------------------------------------------------------------- records and files
 
 
 def test_pairs_are_divided_once():
@@ -15,6 +70,9 @@ def test_pairs_are_divided_once():
     total = {"a": tuple(sum(x) for x in zip(*(p["a"] for p in parts)))}
     reduced = M.reduce_pairs(total | {"none": (0.0, 0)})
     assert reduced["a"] == 0.5 and math.isnan(reduced["none"])
+
+
+KINDS = ("corrected", "masked", "attenuated", "amplified")
 
 
 def record(step):
@@ -31,7 +89,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     write(tmp_path / "whole", 0, 8)
     write(tmp_path / "killed", 0, 6)
     path = tmp_path / "killed" / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 7, "rew')  # killed within a line
+    path.write_text(path.read_text() + '{"step": 7, "rew')  # killed while writing a line
     assert [r["step"] for r in M.read_metrics(tmp_path / "killed")] == list(range(7))
     write(tmp_path / "killed", 4, 8)
     assert path.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -60,28 +118,122 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
         M.read_metrics(tmp_path)
 
 
+def events(workdir):
+    return b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+
+
 def test_tensorboard_gets_the_scalars(tmp_path):
     with M.MetricLogger(tmp_path, 10, console=False) as logger:
         logger.log(3, {"eval/avg/+": 0.5, "eval/avg/*": 0.25, "policy/ratio_max": -math.inf})
-    events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
-    assert b"eval/avg/plus" in events and b"eval/avg/times" in events
-    assert b"ratio_max" not in events
+    written = events(tmp_path)
+    assert b"eval/avg/plus" in written and b"eval/avg/times" in written
+    assert b"ratio_max" not in written
+
+
+def test_tensorboard_gets_definitions_config_and_texts(tmp_path):
+    with M.MetricLogger(tmp_path, 10, console=False, config=default_config()) as logger:
+        for step in (1, 2):
+            logger.log(step, {"entropy": 1.5})
+        logger.log_text("sample", "2 + 2 =\n# *4*", 2)
+    written = events(tmp_path)
+    assert written.count(M.METRICS["entropy"].definition.encode()) == 1
+    assert b"| optimizer.learning_rate | `1e-06` |" in written
+    assert b"_hparams_/session_start_info" in written
+    assert b"    2 + 2 =\n    # *4*" in written  # Markdown shows an indented text verbatim.
+
+
+def test_the_environment_is_recorded_at_every_start(tmp_path):
+    M.record_start(tmp_path, 0)
+    M.record_start(tmp_path, 20)
+    first, second = M.read_starts(tmp_path)
+    assert (first["step"], second["step"]) == (0, 20)
+    assert first["devices"] == jax.device_count() and first["device_kind"] == "cpu"
+    assert first["jax"] == jax.__version__ and first["time"].endswith("+00:00")
+    assert M.read_starts(tmp_path / "old") == []
+
+
+def test_the_commit_is_that_of_this_checkout_alone(monkeypatch, tmp_path):
+    package = tmp_path / "project" / "site-packages" / "drpo_jax" / "metrics"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    assert environment._commit() is None
+    git = ["git", "-C", str(tmp_path / "project"), "-c", "user.name=x", "-c", "user.email=x"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    assert environment._commit() is None  # another project's checkout
+    monkeypatch.setattr(environment, "__file__", str(package.parents[1] / "x" / "environment.py"))
+    assert re.fullmatch(r"[0-9a-f]{40}", environment._commit())
+
+
+# --------------------------------------------------------------------------------- the console
 
 
 def test_console_lines_fit_and_line_up(capsys, tmp_path):
-    largest = {c.metric: -0.98765 for c in M.COLUMNS}
+    largest = {m.name: -0.98765 for m in M.COLUMNS}
     largest |= {"response/length": 8192.0, "loss": -12.34567, "tokens_per_second": 6_000_000}
-    console = M.Console(10_000)
+    console = M.Console(10_000, without={"weight/masked"})
     header, *rows = console.lines({"step": 9_999} | largest, 0.0)
     rows += console.lines({"step": 10_000, "loss": 1.0, "eval/avg": 0.5}, 1.0)
     assert max(map(len, [header, *rows])) <= 120
     assert len(header) == len(rows[0]) == len(rows[1])
     assert all(title in header for title in ("reward", "corrected %", "ETA"))
     assert "-0.988  8192.0 -12.34567   -0.988  -0.9877       -98.77         -98.8" in rows[0]
-    assert rows[1].split() == "10000/10000 - - 1.00000 - - - - - 0s".split()
+    assert rows[1].split() == "10000/10000 – – 1.00000 – – – – – 0s".split()
     assert "held-out: avg 0.500" in rows[2]
     write(tmp_path, 0, 1, console=True)
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_all_columns_together_fit():
+    record = {m.name: 0.5 for m in M.COLUMNS}
+    assert max(map(len, M.Console(10_000).lines({"step": 1} | record, 0.0))) <= 120
+
+
+def test_a_value_that_is_not_a_number_is_a_dash():
+    console = M.Console(9)
+    record = {"step": 1, "loss": 0.0, "weight/corrected": math.nan, "weight/attenuated": math.nan}
+    assert console.lines(record, 0.0)[1].split() == "1/9 0.00000 – – –".split()
+
+
+def test_the_legend_has_a_line_for_each_column():
+    console = M.Console(9, without={"weight/masked"})
+    legend = console.legend()
+    header, _ = console.lines({"step": 1} | {m.name: 0.5 for m in M.COLUMNS}, 0.0)
+    titles = [re.split(r"  +", line.strip())[0] for line in legend]
+    assert ["step", *titles] == re.split(r"  +", header.strip())
+    assert max(map(len, legend)) <= 120 and "masked" not in str(legend)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "kinds"),
+    [
+        ("surrogate", {}, ""),
+        ("drpo", {}, "corrected attenuated amplified"),
+        ("drpo", {"delta": 12.5}, "attenuated amplified"),  # No token reaches the boundary.
+        ("drpo_no_correction", {}, "masked attenuated amplified"),
+        ("mask_drpo", {}, "corrected amplified"),
+        ("grpo", {}, "masked"),
+        ("dppo_kl", {}, "masked"),
+        ("dppo_topk_tv", {}, "masked"),
+        ("cispo", {}, "attenuated amplified"),
+        ("minirl", {}, "masked attenuated"),
+        ("sapo", {}, "attenuated"),
+        ("gspo", {}, "masked attenuated amplified"),
+    ],
+)
+def test_the_kinds_of_weight_of_an_objective(name, hyper, kinds):
+    impossible = M.impossible_shares(name, **hyper)
+    assert impossible == {f"weight/{k}" for k in KINDS} - {f"weight/{k}" for k in kinds.split()}
+
+
+def test_the_columns_follow_the_objective(tmp_path, capsys):
+    config = default_config()
+    config.objective.name = "grpo"
+    with M.MetricLogger(tmp_path, 9, config=config) as logger:
+        assert "masked %" in logger.legend() and "corrected %" not in logger.legend()
+        logger.log(1, {m.name: 0.5 for m in M.COLUMNS})
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "masked %" in header and "corrected" not in header and "attenuated" not in header
 
 
 def test_eta_follows_the_median_step():
@@ -90,7 +242,7 @@ def test_eta_follows_the_median_step():
     for step in range(1, 11):
         seconds += 60 if step == 2 else 3  # compilation
         shown.append(console.lines({"step": step, "loss": 0.0}, seconds)[-1].split()[-1])
-    assert shown[0] == "-" and shown[-1] == "4m30s"  # 90 steps of 3 s
+    assert shown[0] == "–" and shown[-1] == "4m30s"  # 90 steps of 3 s
     assert [M.duration(s) for s in (59.4, 75, 3700)] == ["59s", "1m15s", "1h01m"]
 
 
@@ -115,12 +267,6 @@ def test_text_plot_puts_the_points_where_they_are():
     assert [line[:4].strip() for line in lines[1:12]] == ["1.0", *[""] * 4, "0.5", *[""] * 4, "0.0"]
     assert "step 10" in lines[-1]
     M.text_plot([])
-
-
-def test_plot_run_draws_a_picture(tmp_path):
-    write(tmp_path, 0, 8)
-    assert M.plot_run(tmp_path) == tmp_path / "learning.png"
-    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_compile_clocks_count_on_their_own_with_one_listener(monkeypatch):

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is committed of them is small and of no one machine."""
+"""The notebooks run from top to bottom; the committed files are small and name no machine's paths."""
 
 import os
 import re
@@ -19,19 +19,19 @@ HERE = Path(__file__).parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS, "no notebooks beside tests/"
 
-SAMPLES = {"fp8_mismatch"}  # whose time goes into sampling and scoring
-LARGEST = 1_000_000  # bytes of a notebook with its outputs
-ABSOLUTE = re.compile(r"(?<![\w./\\<])(?:~/|/[\w.-]+/)[\w.-]")  # a path from the root or from home
+SAMPLES = {"fp8_mismatch"}  # These spend their time on sampling and scoring.
+LARGEST = 1_000_000  # bytes, with outputs
+ABSOLUTE = re.compile(r"(?<![\w./\\<])(?:~/|/[\w.-]+/)[\w.-]")  # a path from / or ~
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, compile_quickly):
-    """The directory of a tiny run, for the notebooks that look at one.
+    """The directory of a tiny run, for the notebooks that open one.
 
-    On one of the eight devices, which compiles for less long, and with a reward that a model
-    without skill gets as well: the saved rollouts have advantages of both signs.
+    It runs on one of the eight devices, which compiles faster. An untrained model also gets the reward,
+    so the saved rollouts have advantages of both signs.
     """
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,14 +47,14 @@ def test_a_notebook_runs(path, request, tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",  # one device, as its readers have it
-        # Which compiles for less long, but runs for longer.
+        "XLA_FLAGS": "",  # one device, as readers have
+        # This compiles faster but runs more slowly.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if path.stem in SAMPLES else "1",
         "IPYTHONDIR": str(tmp_path),
     }
     if "DRPO_WORKDIR" in path.read_text(encoding="utf-8"):
         environment["DRPO_WORKDIR"] = str(request.getfixturevalue("workdir"))
-    # Without kernel directories, "python3" can only be the interpreter that runs the tests.
+    # Without kernel directories, "python3" is the interpreter that runs the tests.
     settings = Config(KernelSpecManager={"kernel_dirs": []})
     client = NotebookClient(
         nbformat.read(path, as_version=4),
@@ -81,16 +81,16 @@ def test_a_notebook_is_committed_with_its_outputs(path):
 
 @each
 def test_a_notebook_holds_no_path_of_a_machine(path):
-    found = [
+    paths = [
         text[max(0, match.start() - 20) : match.end() + 40]
         for text in strings(nbformat.read(path, as_version=4))
         for match in ABSOLUTE.finditer(text)
     ]
-    assert not found
+    assert not paths
 
 
 def strings(node):
-    """Every text in a notebook but its images."""
+    """Yields every text in a notebook except its images."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, dict):

@@ -1,6 +1,9 @@
 """What a report is made of.
 
-runs       workdirs, put into groups that differ in nothing but the seed; curves and bands
-charts     what each metric is, and the drawings
-highlight  responses with their tokens coloured by weight
+runs        workdirs, grouped by config; curves and bands over seeds
+charts      SVG drawings of metrics and saved rollouts
+highlight   responses with their tokens coloured by weight
+page        the contents of the page; `report.html` is its template
+curves      `learning.png`, the learning curves of one run
+explain     one problem from its text to the gradient, as text
 """

@@ -1,138 +1,54 @@
-"""The charts of a report: what each metric is, and SVG drawings of runs that are put into groups."""
+"""The charts of a report: SVG drawings of metrics and of saved rollouts, by group of runs."""
 
+import html
 import io
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from drpo_jax.metrics import Metric
 from drpo_jax.objectives.diagnostics import MU_BINS
-from drpo_jax.reporting.runs import SMOOTHED, Group, band, evenly, smooth
+from drpo_jax.reporting.runs import Group, band, evenly, smooth
 
-# name; title; unit (for %, the logged share times 100); definition. Sections in the page's order.
-DEFINITIONS = """
-# learning
-reward/mean; Reward; ; mean over the sampled responses
-eval/avg; Held-out accuracy, sampled; %; mean over the problems and their k samples (avg@k)
-eval/greedy; Held-out accuracy, greedy; %; one response of likeliest tokens per problem
-response/length; Response length; tokens; mean, the stop token included
-response/truncated; Truncated responses; %; ended by the length limit, not by a stop token
-entropy; Entropy; nats; of π where a token was sampled, mean per token
-loss; Loss; ; −J, aggregated; mean over the step's updates
-grad_norm; Gradient norm; ; L2, before clipping; mean over the step's updates
-tokens_per_second; Throughput; tokens/s; sampled tokens / wall time of the whole step
-# weights
-weight/corrected; Corrected tokens; %; w < 0: the surrogate's step is reversed
-weight/masked; Masked tokens; %; w = 0: no step (a hard mask or clip, or beyond the log-ratio clip)
-weight/attenuated; Attenuated tokens; %; 0 < w < 1: a smaller step than the surrogate's
-weight/amplified; Amplified tokens; %; w > 1: a larger step than the surrogate's
-weight/mean; Mean w; ; w = c / (r·Â), 1 for the plain surrogate; tokens with Â = 0 left out
-weight/std; Standard deviation of w; ; over the step's tokens
-weight/tail_variance; Variance of w in the tail; ; over the tokens with µ ≤ 0.01
-weight/w_min; Smallest w; ; of any token of the step
-weight/w_max; Largest w; ; of any token of the step
-policy/tail; Tail tokens; %; sampled tokens to which µ gave at most 0.01
-weight/coefficient_mean; Mean |c|; ; c = ∂J/∂log π, as the backward pass emits it (with KL, correction)
-weight/coefficient_max; Largest |c|; ; of any token of the step; unbounded where µ is small
-policy/beyond_clip; Beyond the log-ratio clip; %; tokens with |log r| > 20: c = 0
-# mismatch
-policy/shift; Mean |π − µ|; ; Binary-TV of a token, π at the update that used it
-policy/shift_max; Largest |π − µ|; ; of any token of the step
-policy/kl; KL(µ‖π); nats; k3 estimate: mean of r − 1 − log r
-policy/ratio; Mean ratio; ; r = π/µ, 1 in expectation
-policy/ratio_max; Largest ratio; ; of any token of the step
-mismatch/shift; Engines: mean |π − µ|; ; sampler's µ against the learner's, at equal weights
-mismatch/shift_real; of it real; ; with precision.noise: between sampler and learner of equal weights
-mismatch/shift_injected; of it injected; ; with precision.noise: what the noise of the weights makes
-mismatch/logp; Engines: mean |Δ log p|; nats; sampler's µ against the learner's, at equal weights
-mismatch/kl; Engines: KL; nats; k3 estimate, sampler's µ against the learner's
-mismatch/ratio; Engines: mean ratio; ; learner's µ / sampler's µ
-mismatch/ratio_max; Engines: largest ratio; ; of any token of the step
-mismatch/mask_flips; DPPO mask flips; %; tokens whose mask changes when µ is the learner's
-mismatch/weight_change; Change of DRPO's w; ; mean |Δw| when µ is the learner's
-reward/added; Added reward; ; of the format, and the overlong punishment (config.reward); mean
-reward/kl_penalty; KL penalty of the reward; nats; k1 of a response, times β; mean
-policy/kl_reference; KL to the initial model; nats; k3 estimate, of the penalty
-correction/mean; Mean correction; ; importance weight ρ of the sampler's mismatch
-correction/dropped; Dropped by the correction; %; tokens with ρ = 0 (mis)
-# other
-weight/tail_mean; Mean w in the tail; ; over the tokens with µ ≤ 0.01
-grad_norm_max; Largest gradient norm; ; before clipping, of the step's updates
-response/length_max; Longest response; tokens; of the step
-reward/informative_groups; Informative groups; %; prompts with a response whose Â is not 0
-eval/length; Held-out response length; tokens; mean
-eval/truncated; Held-out truncated; %; ended by the length limit
-router/balance_loss; Load-balancing loss; ; 1 where the experts share the tokens evenly
-router/max_load; Largest expert load; ; tokens of the busiest expert / mean
-router/idle_experts; Idle experts; %; visited by no token
-router/changed; Routes that replay changed; %; prescribed experts that the router would not choose
-sampler/live_rows; Live rows; %; slots with a sequence, mean over the decode steps
-sampler/decode_steps; Decode steps; ; of the rollout
-sync; Weight sync; ; bytes of the sampler's weights (time: time/sync)
-by_mu; By probability; %; share of the tokens, of Σ|c| (gradient), in a bin of µ
-time; Time; s; wall time of a step and of its parts
-compile; Compilation; ; programs, and seconds for them, since the last record
-updates; Updates; ; non-finite and skipped, in the step and in a row
-"""
-LOGARITHMIC = ("tail_variance", "coefficient_max", "kl", "ratio_max")  # ends of metrics' names
+WIDTH, HEIGHT = 372, 196  # SVG user units, of which the page makes a card's width
 GREY = "#5f6672"
-SHARES = "YlGnBu"  # colours of the weights' distribution
+SHARES = "YlGnBu"  # colours of the distribution of w
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
-DASHED = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
-PAPER_TAIL = 7.8  # %, Qwen3-30B-A3B-Base
-POINTS = 150  # of a curve, about
-SNAPSHOTS = 40  # saved rollouts of a run in its histogram
+DASHED: dict[str, Any] = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
+PAPER_TAIL = 7.8  # % of tail tokens that the DRPO paper finds on Qwen3-30B-A3B-Base
+POINTS = 150  # of a curve, at most about
+MARKED = 30  # Shorter curves show their points.
+STRIPS = 60  # of a chart that show values on hover, at most
+SNAPSHOTS = 40  # saved rollouts of a run in its histogram, at most
 MU_LABELS = [edge.replace("1e-4", "10⁻⁴").replace("1e-3", "10⁻³") for edge in MU_BINS]
 
 
-class Metric(NamedTuple):
-    name: str
-    title: str = ""
-    unit: str = ""
-    definition: str = ""
+class Strip(NamedTuple):
+    """A strip of a chart, from `left` to `right` in data coordinates, that shows a text on hover."""
 
-    @property
-    def scale(self) -> int:
-        return 100 if self.unit == "%" else 1
-
-
-def _sections() -> dict[str, list[Metric]]:
-    titles, *blocks = [block.strip().split("\n") for block in DEFINITIONS.split("# ")]
-    return {
-        title: [Metric(*(part.strip() for part in line.split(";", 3))) for line in lines]
-        for title, *lines in blocks
-    }
-
-
-SECTIONS = _sections()
-METRICS = {metric.name: metric for section in SECTIONS.values() for metric in section}
-
-
-def describe(name: str) -> Metric:
-    """What is known of a metric, or of its family: eval/avg of eval/avg/KIND, time of time/step."""
-    for known in (name, name.rpartition("/")[0], name.partition("/")[0]):
-        if known in METRICS:
-            rest = name[len(known) :].replace("/", ": ", 1)
-            return METRICS[known]._replace(definition=METRICS[known].definition + rest)
-    return Metric(name)
+    left: float
+    right: float
+    text: str
 
 
 def number(value: float) -> str:
-    """At most four digits: 12345.6 -> '12,346', 0.00002 -> '2e−05'."""
+    """Formats at most four digits: 12345.6 → '12,346', 0.00002 → '2e−05'."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
     return text.replace("-", "−")
 
 
-def canvas(left: float = 50):
-    """(figure, axes) of a chart of 372 × 180 pixels; `left` of the axes."""
-    figure = Figure(figsize=(372 / 72, 180 / 72))
-    axes = figure.add_axes((left / 372, 0.14, (354 - left) / 372, 0.82))
+def canvas(left: float = 50, xlabel: str = "rollout step") -> tuple[Figure, Axes]:
+    """Returns an empty chart whose axes begin `left` units from its edge."""
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
+    axes = figure.add_axes((left / WIDTH, 0.2, (354 - left) / WIDTH, 0.76))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set(color=GREY, zorder=1)
     axes.grid(axis="y", color="#e8eaed", linewidth=1)
@@ -141,39 +57,81 @@ def canvas(left: float = 50):
     axes.tick_params(axis="y", length=0, pad=5)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(xlabel, color=GREY, size=10.5, labelpad=2)
     return figure, axes
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an SVG element: a font unit is a pixel, and the page chooses the font."""
+def svg(figure: Figure, strips: Iterable[Strip] = (), vertical: bool = True) -> str:
+    """Returns the figure as an SVG element that is as wide as its container.
+
+    Args:
+      figure: from `canvas`. Text stays text, in the page's font.
+      strips: the parts that show a text on hover.
+      vertical: whether the strips divide the x-axis; otherwise they divide the y-axis.
+    """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r' id="[\w.]+_\d+"|(?<=\d)pt(?=")|font-family: [^;]*; ', "", text[text.index("<svg") :]
+    text = re.sub(r"(<svg[^>]*?) width=\"\S+\" height=\"\S+\"", r"\1", text[text.index("<svg") :])
+    text = re.sub(r' id="[\w.]+_\d+"|(?<=\d)pt(?=")|font-family: [^;]*; ', "", text)
+    shorten = re.compile(r"(\.\d\d)\d+|\s+")  # in tags only, because labels are numbers as well
+    text = re.sub(r"<[^>]+>\s*", lambda tag: shorten.sub(lambda m: m[1] or " ", tag[0]), text)
+    hover = "".join(_strip(figure.axes[0], strip, vertical) for strip in strips)
+    end = text.rindex("</svg>")
+    return f'{text[:end]}<g class="hover">{hover}</g>{text[end:]}' if hover else text
+
+
+def _strip(axes: Axes, strip: Strip, vertical: bool) -> str:
+    """An invisible rectangle whose title is the strip's text."""
+    if vertical:
+        corners = axes.get_xaxis_transform().transform([(strip.left, 0), (strip.right, 1)])
+    else:
+        corners = axes.get_yaxis_transform().transform([(0, strip.left), (1, strip.right)])
+    (x0, y0), (x1, y1) = corners
+    (left, right), (low, high) = sorted((x0, x1)), sorted((y0, y1))
+    return (
+        f'<rect x="{left:.1f}" y="{HEIGHT - high:.1f}" width="{right - left:.1f}" '
+        f'height="{high - low:.1f}"><title>{html.escape(strip.text)}</title></rect>'
     )
-    shorten = re.compile(r"(\.\d\d)\d+|\s+")  # in tags alone: the labels are numbers as well
-    return re.sub(r"<[^>]+>\s*", lambda tag: shorten.sub(lambda m: m[1] or " ", tag[0]), text)
 
 
 def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
-    """The metric over steps, a line and a band for each group; '' where no group logged it."""
+    """Draws a metric over steps, with a line and a band for each group.
+
+    Args:
+      metric: the metric's row.
+      groups: the groups of the report.
+      last: the last step of the x-axis.
+
+    Returns:
+      SVG; '' if no group logged the metric.
+    """
     figure, axes = canvas()
-    drawn, runs = [], [run for group in groups for run in group.runs]
+    drawn: list[float] = []
+    values: dict[int, list[str]] = {}  # by step: what the groups' curves show there
+    single = sum(len(group.runs) for group in groups) == 1
     for group in groups:
         curves = group.curves(metric.name, max(math.ceil(last / POINTS), 1))
         curves = [{s: metric.scale * v for s, v in points.items()} for points in curves]
-        longest = max(map(len, curves), default=0)
-        if longest >= SMOOTHED and len(runs) == 1:
+        if not curves:
+            continue
+        longest = max(map(len, curves))
+        smoothed = [smooth(points, metric.name) for points in curves]
+        if single and smoothed != curves:
             axes.plot([*curves[0]], [*curves[0].values()], color=group.colour, alpha=0.25, lw=1)
-        line = band([smooth(points, metric.name) for points in curves])
+        line = band(smoothed)
         if len(curves) > 1:
             axes.fill_between(*line[:1], *line[2:], color=group.colour, alpha=0.18, lw=0)
-        marks = {"marker": "o", "markersize": 4, "clip_on": False} if longest < SMOOTHED else {}
+        marks: dict[str, Any] = {}
+        if longest <= MARKED:
+            marks = {"marker": "o", "markersize": 4, "clip_on": False}
         axes.plot(line.steps, line.mean, color=group.colour, lw=1.6, **marks)
         drawn += line.low + line.high
+        for step, mean, low, high in zip(*line):
+            spread = f" ({number(low)} to {number(high)})" if low < high else ""
+            values.setdefault(step, []).append(f"{group.label}: {number(mean)}{spread}")
     if not drawn:
         return ""
     if metric.name == "policy/tail":
@@ -185,7 +143,7 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
     axes.set_xlim(0, last)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
     low, high = min(drawn), max(drawn)
-    if metric.name.endswith(LOGARITHMIC) and high > 5 * low > 0:
+    if metric.log_axis and high > 5 * low > 0:
         axes.set_yscale("log")
         axes.minorticks_off()
         axes.yaxis.set_major_locator(
@@ -194,11 +152,21 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
         axes.yaxis.set_major_formatter("{x:g}")
     elif 0 <= low <= high / 2:
         axes.set_ylim(bottom=0)
-    return svg(figure)
+    return svg(figure, _step_strips(values, last))
+
+
+def _step_strips(values: Mapping[int, Sequence[str]], last: int) -> list[Strip]:
+    """Strips around steps that show the values at these steps."""
+    steps = evenly(sorted(values), STRIPS)
+    edges = [0.0, *((a + b) / 2 for a, b in zip(steps, steps[1:])), float(last)]
+    return [
+        Strip(left, right, "\n".join([f"step {step:,}", *values[step]]))
+        for step, left, right in zip(steps, edges, edges[1:])
+    ]
 
 
 def bend(w):
-    """An axis of w that is even around 1 and logarithmic in the distance from it."""
+    """Returns the place of w on an axis that is logarithmic in the distance from 1, and even near 1."""
     return np.sign(w - 1) * np.log1p(abs(w - 1) / 0.05)
 
 
@@ -206,21 +174,25 @@ WEIGHT_BINS = np.linspace(bend(-19), bend(21), 62)  # of bend(w)
 WEIGHT_TICKS = np.array([-10, -2, 0, 0.8, 1, 1.2, 2, 4, 12])
 
 
-def weight_shares(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Shares in `WEIGHT_BINS` of the tokens with Â ≠ 0; the outermost bins take what lies beyond."""
-    used = rollout["response_mask"] & (rollout["advantage"] != 0)[:, None]
-    bent = np.clip(bend(rollout["weight"][used]), WEIGHT_BINS[0], WEIGHT_BINS[-1])
-    return np.histogram(bent, WEIGHT_BINS)[0] / max(used.sum(), 1)
+def used_weights(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns w of the tokens with Â ≠ 0 as a flat array."""
+    return rollout["weight"][rollout["response_mask"] & (rollout["advantage"] != 0)[:, None]]
+
+
+def weight_shares(w: np.ndarray) -> np.ndarray:
+    """Returns the shares of the weights in `WEIGHT_BINS`; the outermost bins include all beyond."""
+    bent = np.clip(bend(w), WEIGHT_BINS[0], WEIGHT_BINS[-1])
+    return np.histogram(bent, WEIGHT_BINS)[0] / max(w.size, 1)
 
 
 def weight_map(group: Group) -> str:
-    """A heat map of w over the saved rollouts of the group's runs; '' where there is no token."""
-    shares: dict[int, list[np.ndarray]] = {}
+    """Draws the distribution of w over the saved rollouts of a group; '' if they hold no weight."""
+    weights: dict[int, list[np.ndarray]] = {}
     for run in group.runs:
         for step in evenly([*run.rollouts], SNAPSHOTS):
-            with np.load(run.rollouts[step]) as arrays:  # which reads those that are asked for
-                shares.setdefault(step, []).append(weight_shares(arrays))
-    columns = {step: np.mean(shares[step], axis=0) for step in sorted(shares)}
+            with np.load(run.rollouts[step]) as arrays:  # reads only the arrays that are indexed
+                weights.setdefault(step, []).append(used_weights(arrays))
+    columns = {s: np.mean([*map(weight_shares, weights[s])], axis=0) for s in sorted(weights)}
     if not np.any([*columns.values()]):
         return ""
     figure, axes = canvas()
@@ -236,14 +208,26 @@ def weight_map(group: Group) -> str:
     axes.set_yticks(bend(WEIGHT_TICKS), [number(w) for w in WEIGHT_TICKS])
     ticks = evenly([*enumerate(columns)], 5)
     axes.set_xticks([i + 0.5 for i, _ in ticks], [f"{step:,}" for _, step in ticks])
-    return svg(figure)
+    strips = [Strip(i, i + 1, _weights_text(s, weights[s])) for i, s in enumerate(columns)]
+    return svg(figure, strips)
+
+
+def _weights_text(step: int, weights: Sequence[np.ndarray]) -> str:
+    w = np.concatenate(weights)
+    if not w.size:
+        return f"step {step:,}: no token with Â ≠ 0"
+    shares = {"corrected": w < 0, "masked": w == 0, "attenuated": (w > 0) & (w < 1)}
+    shares |= {"equal to 1": w == 1, "amplified": w > 1}
+    lines = [f"{kind}: {number(100 * share.mean())} %" for kind, share in shares.items()]
+    return "\n".join([f"step {step:,}", *lines, f"w from {number(w.min())} to {number(w.max())}"])
 
 
 def mu_chart(group: Group) -> str:
-    """Shares of the tokens and of Σ|c| by bin of µ, mean over the run; '' where not logged."""
-    figure, axes = canvas(left=76)
+    """Draws the shares of the tokens and of Σ|c| by bin of µ, mean over the run; '' if not logged."""
+    figure, axes = canvas(left=76, xlabel="%")
+    strips = []
     for y, (low, high) in enumerate(zip(MU_BINS, MU_BINS[1:])):
-        names = (f"by_mu/{low}-{high}/{what}" for what in ("tokens", "gradient"))
+        names = (f"by_mu/{low}-{high}/{share}" for share in ("tokens", "gradient"))
         curves = [group.curves(name) for name in names]
         if not all(curves):
             return ""
@@ -252,10 +236,13 @@ def mu_chart(group: Group) -> str:
         axes.plot([tokens, gradient], [y, y], color=group.colour, lw=1.6)
         axes.plot(tokens, y, "o", color=GREY, markerfacecolor="white", markersize=7)
         axes.plot(gradient, y, "o", color=group.colour, markersize=7)
+        share, of_gradient = (number(100 * mean) for mean in means)
+        text = f"µ in {MU_LABELS[y]}–{MU_LABELS[y + 1]}\ntokens: {share} %\nΣ|c|: {of_gradient} %"
+        strips.append(Strip(y - 0.5, y + 0.5, text))
     axes.set_xscale("log")
     axes.set_xlim(8e-4, 150)
     axes.set_xticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["≤ 0.001", "0.01", "0.1", "1", "10", "100"])
     axes.minorticks_off()
     axes.set_yticks(range(y + 1), map("{}–{}".format, MU_LABELS, MU_LABELS[1:]))
     axes.set_ylim(y + 0.5, -0.5)
-    return svg(figure)
+    return svg(figure, strips, vertical=False)

@@ -1,4 +1,4 @@
-"""One problem on its way from the data to the gradient, in a form that a person can check.
+"""One problem on its way from the data to the gradient, as text that a person can check.
 
     python -m drpo_jax.train --config=… --workdir=… --explain_batch
 
@@ -6,21 +6,26 @@ samples responses to the first `train.mini_batch_prompts` problems, makes one up
 page, and leaves nothing behind.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from drpo_jax.objectives import token_weights
 
-MAX_TOKENS = 60  # of a prompt or a response that are listed
+MAX_TOKENS = 60  # listed of a prompt or a response
 
 
-def explain(rollout, tokenizer, config, row=None) -> str:
-    """The problem of one sequence of a saved rollout, its group of responses, and its tokens.
+def explain(
+    rollout: Mapping[str, np.ndarray], tokenizer: Any, config: Any, row: int | None = None
+) -> str:
+    """Returns the problem of one sequence of a saved rollout, its group of responses, and its tokens.
 
     Args:
       rollout: the arrays of `learner.record`.
-      tokenizer: the run's.
-      config: the run's, resolved.
-      row: of the sequence; None: the first whose advantage is not 0.
+      tokenizer: the run's tokenizer.
+      config: the run's resolved config.
+      row: the row of the sequence; None takes the first whose advantage is not 0.
     """
     if row is None:
         row = int(np.argmax(rollout["advantage"] != 0))
@@ -30,37 +35,35 @@ def explain(rollout, tokenizer, config, row=None) -> str:
         config.objective.aggregation, rollout["response_mask"], config.objective.horizon
     )
     start, length = (int(rollout[f"{part}_lengths"][row]) for part in ("prompt", "response"))
+    warning = ""
+    if not rollout["advantage"][row]:
+        warning = "\n\nNo problem has responses with different rewards, so there is no gradient."
+    end = "ended with a stop token" if rollout["finished"][row] else "ended by the length limit"
     sections = [
         f"PROBLEM {rollout['id'][row]}",
         _indent(str(rollout["prompt"][row])),
         f"ANSWER {rollout['answer'][row]}   (reward: {config.reward.name})",
-        f"PROMPT, {start} tokens: the model reads them, none has a loss",
+        f"PROMPT, {start} tokens: inputs of the model, without a loss",
         _prompt_table(rollout["tokens"][row, :start], tokenizer),
-        f"RESPONSES, {samples}: advantage {config.objective.advantage!r} of their rewards",
-        _group_table(rollout, group, row)
-        + (
-            ""
-            if rollout["advantage"][row]
-            else "\n\nNo problem had responses of different rewards: none has a gradient."
-        ),
-        f"RESPONSE {row - group.start}, {length} tokens ("
-        + ("ended by itself" if rollout["finished"][row] else "cut off")
-        + f"): {config.objective.name}, weights by {config.objective.aggregation!r}",
+        f"RESPONSES, {samples}: advantages {config.objective.advantage!r} from their rewards",
+        _group_table(rollout, group, row) + warning,
+        f"RESPONSE {row - group.start}, {length} tokens ({end}): {config.objective.name}, "
+        f"aggregation {config.objective.aggregation!r}",
         _token_table(rollout, row, start, length, tokenizer, np.asarray(weights)[row]),
-        "loss = −Σ share·J over the mini-batch, divided by its sequences (token-mean: its tokens).\n"
-        "The gradient reaches the model through share·c, at the positions that predict a token\n"
-        f"above: {start - 1} to {start + length - 2} of this sequence, and no other.",
+        "loss = −Σ share·J over the mini-batch, divided by its sequences (token-mean: by its tokens).\n"
+        "The gradient reaches the model through share·c, only at the positions that predict the tokens\n"
+        f"above: {start - 1} to {start + length - 2} of this sequence.",
     ]
     return "\n\n".join(sections)
 
 
-def _prompt_table(ids, tokenizer):
+def _prompt_table(ids: np.ndarray, tokenizer: Any) -> str:
     lines = [f"{'position':>10} {'id':>8}  text"]
-    lines += [f"{i:>10} {token:>8}  {_shown(token, tokenizer)}" for i, token in enumerate(ids)]
+    lines += [f"{i:>10} {token:>8}  {_text(token, tokenizer)}" for i, token in enumerate(ids)]
     return "\n".join(_cut(lines))
 
 
-def _group_table(rollout, group, row):
+def _group_table(rollout: Mapping[str, np.ndarray], group: slice, row: int) -> str:
     lines = [f"{'':>10} {'reward':>8} {'advantage':>10} {'tokens':>7}  text"]
     for i in range(group.start, group.stop):
         mark = "->" if i == row else ""
@@ -73,7 +76,14 @@ def _group_table(rollout, group, row):
     return "\n".join(lines)
 
 
-def _token_table(rollout, row, start, length, tokenizer, weights):
+def _token_table(
+    rollout: Mapping[str, np.ndarray],
+    row: int,
+    start: int,
+    length: int,
+    tokenizer: Any,
+    weights: np.ndarray,
+) -> str:
     names = ("µ", "π", "r", "w", "c", "share", "share·c")
     lines = [f"{'position':>10} {'id':>8}  " + "".join(f"{n:>11}" for n in names) + "  text"]
     ids = rollout["tokens"][row]
@@ -84,21 +94,22 @@ def _token_table(rollout, row, start, length, tokenizer, weights):
         lines.append(
             f"{start + t:>10} {ids[start + t]:>8}  "
             + "".join(f"{value:>11.4g}" for value in values)
-            + f"  {_shown(ids[start + t], tokenizer)}"
+            + f"  {_text(ids[start + t], tokenizer)}"
         )
     return "\n".join(_cut(lines))
 
 
-def _shown(token, tokenizer):
+def _text(token: int, tokenizer: Any) -> str:
     return repr(tokenizer.piece(int(token)))
 
 
-def _cut(lines):
+def _cut(lines: list[str]) -> list[str]:
+    """The lines, with the middle of a long table left out."""
     if len(lines) <= MAX_TOKENS:
         return lines
     half = MAX_TOKENS // 2
     return [*lines[:half], f"{'…':>10} {len(lines) - 2 * half} more", *lines[-half:]]
 
 
-def _indent(text):
+def _indent(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())

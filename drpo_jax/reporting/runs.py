@@ -4,56 +4,66 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from drpo_jax.config import default_config, flatten
 from drpo_jax.errors import BadInput, bad_input
-from drpo_jax.metrics import Record, read_metrics, series
+from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
+from drpo_jax.objectives import OBJECTIVES, THRESHOLDS
 
-TOLD = (
-    "objective model precision compute train optimizer data reward".split()
-)  # sections of the config
+# Sections of the config in the order of a label's and a table's fields; others follow.
+ORDER = ("objective", "model", "precision", "compute", "train", "optimizer", "data", "reward")
 NOT_COMPARED = re.compile(
     r"seed|(checkpoint|log|mesh)\..*|train\.(save_rollout_every|max_skipped)|evaluate\.every"
 )
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
-SMOOTHED, WINDOW = 30, 9  # curves of that many points or more: by a running mean over so many
+LONG = 60  # points from which on a curve is smoothed
+WINDOW = 9  # points in a running mean
 
 
 class Run(NamedTuple):
-    """A workdir: its flat config, its records, its saved rollouts by step."""
+    """A run: its flat config, its records, its saved rollouts by step, its starts (`run.json`)."""
 
     workdir: Path
     config: dict[str, Any]
     records: list[Record]
     rollouts: dict[int, Path]
+    starts: Sequence[dict[str, Any]] = ()
 
 
 class Group(NamedTuple):
-    """Runs that differ in nothing but the seed. `fields`: all in which it differs from others."""
+    """Runs that differ in nothing but the seed.
 
-    index: int
+    `place` counts the groups of a report from 0. `fields` holds the config fields in which the group
+    differs from others, with their values.
+    """
+
+    place: int
     label: str
     fields: dict[str, Any]
     runs: list[Run]
 
     @property
     def colour(self) -> str:
-        return COLOURS[self.index % len(COLOURS)]
+        return COLOURS[self.place % len(COLOURS)]
 
     def curves(self, name: str, width: int = 1) -> list[dict[int, float]]:
-        """`curve` of every run that logged the metric."""
+        """Returns the `curve` of every run that logged the metric."""
         return [c for run in self.runs if (c := curve(run.records, name, width))]
 
     def names(self) -> set[str]:
-        """The metrics that a run of the group logged."""
+        """Returns the names of the metrics that a run of the group logged."""
         return {name for run in self.runs for record in run.records for name in record} - {"step"}
 
 
 def load_run(workdir: Path) -> Run:
-    """Raises BadInput: no directory, no config, nothing logged yet, or a damaged file."""
+    """Loads a run.
+
+    Raises:
+      BadInput: there is no directory, no config or no record yet, or a file is damaged.
+    """
     path = workdir / "config.json"
     if not workdir.is_dir():
         raise BadInput(f"--workdir={workdir}: there is no such directory")
@@ -62,59 +72,108 @@ def load_run(workdir: Path) -> Run:
     with bad_input():
         records = read_metrics(workdir)
     if not records:
-        raise BadInput(f"--workdir={workdir}: nothing is logged in its metrics.jsonl yet")
+        raise BadInput(f"--workdir={workdir}: metrics.jsonl holds no record yet")
     try:
         config = flatten(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise BadInput(f"{path} must be a JSON object: {error}") from error
     paths = sorted((workdir / "rollouts").glob("step_*.npz"))
-    return Run(workdir, config, records, {int(p.stem.removeprefix("step_")): p for p in paths})
+    rollouts = {int(p.stem.removeprefix("step_")): p for p in paths}
+    return Run(workdir, config, records, rollouts, read_starts(workdir))
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of the hyperparameters that the objective of a flat config takes."""
+    objective = OBJECTIVES.get(config.get("objective.name", ""))
+    values = {}
+    for name, default in objective.hyper.items() if objective else ():
+        value = config.get(f"objective.{name}")
+        if value is None:
+            value = THRESHOLDS.get(name, {}).get(config.get("objective.threshold") or "", default)
+        values[name] = value
+    return values
+
+
+def objective_text(config: Mapping[str, Any]) -> str:
+    """Returns the objective with its hyperparameters: 'drpo, delta=0.15'."""
+    flat = flatten(config)
+    values = {name: value for name, value in hyperparameters(flat).items() if value is not None}
+    return ", ".join([str(flat.get("objective.name")), *(f"{k}={v}" for k, v in values.items())])
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Puts runs together whose configs are equal but for the seed and the fields that steer watching,
-    in the order of their first ones, and labels them by the fields in which the groups differ.
+    """Groups runs whose configs are equal except for the seed and fields that do not affect learning.
 
-    The seed's number within data.init_from does not count either: every seed has its warm start.
+    A seed may appear in data.init_from, because every seed may have its own warm start. A
+    hyperparameter that is null counts as its default.
+
+    Returns:
+      The groups in the order of their first runs. Their labels name the fields in which they differ.
     """
     configs: list[dict[str, Any]] = []
     members: list[list[Run]] = []
     for run in runs:
-        config = {
-            f: v for f, v in run.config.items() if v is not None and not NOT_COMPARED.fullmatch(f)
-        }
-        if "data.init_from" in config:
-            number = rf"(?<!\d){run.config.get('seed')}(?!\d)"
-            config["data.init_from"] = re.sub(number, "{seed}", config["data.init_from"])
+        config = _compared(run.config)
         if config not in configs:
             configs.append(config)
             members.append([])
         members[configs.index(config)].append(run)
     fields = sorted(
         {f for c in configs for f in c if any(c.get(f) != d.get(f) for d in configs)},
-        key=lambda f: (f != "objective.name", *(not f.startswith(f"{s}.") for s in TOLD), f),
+        key=lambda f: (f != "objective.name", *(not f.startswith(f"{s}.") for s in ORDER), f),
     )
-    # Among different objectives only what is not at its default is told: much cannot matter.
-    several, plain = "objective.name" in fields, flatten(default_config())
+    differences = [_differences(config, fields) for config in configs]
+    labels = _labels(differences, fields) or [str(configs[0].get("objective.name"))]
+    return [Group(i, *group) for i, group in enumerate(zip(labels, differences, members))]
 
-    def told_of(config):
-        values = {f: config.get(f, None if several else "default") for f in fields}
-        if several:
-            values = {f: v for f, v in values.items() if v != plain.get(f) or f == "objective.name"}
-        return {f: v for f, v in values.items() if v is not None}
 
-    told = [told_of(config) for config in configs]
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that distinguish runs, without nulls."""
+    compared = dict(config) | {f"objective.{k}": v for k, v in hyperparameters(config).items()}
+    compared = {
+        f: v for f, v in compared.items() if v is not None and not NOT_COMPARED.fullmatch(f)
+    }
+    if "data.init_from" in compared:
+        number = rf"(?<!\d){config.get('seed')}(?!\d)"
+        compared["data.init_from"] = re.sub(number, "{seed}", compared["data.init_from"])
+    return compared
+
+
+def _differences(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The values of the fields in which groups differ.
+
+    Among groups with different objectives, defaults are left out: most of them concern only one.
+    """
+    if "objective.name" not in fields:
+        return {f: config.get(f, "default") for f in fields}
+    defaults = flatten(default_config())
+    objective = OBJECTIVES.get(config.get("objective.name", ""))
+    defaults |= {f"objective.{k}": v for k, v in objective.hyper.items()} if objective else {}
+    return {
+        f: config[f]
+        for f in fields
+        if f in config and (config[f] != defaults.get(f) or f == "objective.name")
+    }
+
+
+def _labels(differences: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
+    """The shortest labels that tell the groups apart and name the objective and its fields."""
+
+    def text(field: str, value: Any) -> str:
+        if field == "objective.name":
+            return str(value)
+        return f"{field.removeprefix('objective.')}={value}"
+
+    labels: list[str] = []
     for count in range(sum(f.startswith("objective.") for f in fields), len(fields) + 1):
-        labels = [", ".join(f"{f}={t[f]}" for f in fields[:count] if f in t) for t in told]
+        labels = [", ".join(text(f, d[f]) for f in fields[:count] if f in d) for d in differences]
         if len(set(labels)) == len(labels):
             break
-    if not fields:
-        labels = [f"objective.name={configs[0].get('objective.name')}"]
-    return [Group(i, *group) for i, group in enumerate(zip(labels, told, members))]
+    return labels if fields else []
 
 
 class Band(NamedTuple):
-    """Of the runs that logged a step: their mean, smallest and largest value."""
+    """Mean, smallest and largest value at each step, over the runs that logged the step."""
 
     steps: list[int]
     mean: list[float]
@@ -122,43 +181,58 @@ class Band(NamedTuple):
     high: list[float]
 
 
-def reducer(name: str) -> Callable[[Iterable[float]], float]:
-    """How several values of a metric become one: their mean, or their extreme for …_max, …_min."""
-    return {"_max": max, "_min": min}.get(name[-4:], statistics.fmean)
-
-
 def curve(records: list[Record], name: str, width: int = 1) -> dict[int, float]:
-    """{step: value}. The records of `width` steps make one point, at the last of them."""
+    """Returns {step: value}, with the records of every `width` steps reduced to one point.
+
+    A point stands at the last of its steps.
+    """
     bins: dict[int, list[tuple[int, float]]] = {}
     for step, value in zip(*series(records, name)):
         bins.setdefault(math.ceil(step / width), []).append((step, value))
-    return {points[-1][0]: reducer(name)([v for _, v in points]) for points in bins.values()}
+    return {points[-1][0]: reduce_values(name, [v for _, v in points]) for points in bins.values()}
 
 
 def smooth(points: dict[int, float], name: str) -> dict[int, float]:
-    """A long curve reduced over the `WINDOW` points around each of its points, fewer at the ends."""
+    """Returns the running mean of a long curve over `WINDOW` points, fewer at the ends.
+
+    Short curves and extremes (metrics reduced by max or min) are returned as they are.
+    """
     values, half = list(points.values()), WINDOW // 2
-    if len(values) < SMOOTHED:
+    if len(values) < LONG or describe(name).reduce in ("max", "min"):
         return points
-    around = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
-    return dict(zip(points, map(reducer(name), around)))
+    windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
+    return dict(zip(points, map(statistics.fmean, windows)))
 
 
 def band(curves: Sequence[dict[int, float]]) -> Band:
+    """Returns the band of several curves."""
     steps = sorted({step for points in curves for step in points})
     columns = [[points[step] for points in curves if step in points] for step in steps]
     return Band(steps, *([f(column) for column in columns] for f in (statistics.fmean, min, max)))
 
 
 def evenly(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spread, the first and the last among them."""
+    """Returns at most `count` of the items, evenly spread, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def accuracy(group: Group, name: str) -> tuple[list[float], list[float], list[float]]:
-    """Percent, of each run: the first evaluation, the last one after it, and their difference."""
+    """Returns the accuracies of the runs before and after training, and their changes, in percent.
+
+    The last evaluation counts as after, if it is not also the first.
+    """
     curves = [[100 * v for v in c.values()] for c in group.curves(name)]
     pairs = [(c[0], c[-1]) for c in curves if len(c) > 1]
     return [c[0] for c in curves], [after for _, after in pairs], [b - a for a, b in pairs]
+
+
+def training_seconds(run: Run) -> float | None:
+    """Returns the wall time of all rollout steps in seconds, None if no step was logged.
+
+    Steps that were not logged count as the mean of those that were. Warm start and evaluations are not
+    included.
+    """
+    _, seconds = series(run.records, "time/step")
+    return statistics.fmean(seconds) * run.records[-1]["step"] if seconds else None

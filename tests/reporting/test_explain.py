@@ -1,4 +1,4 @@
-"""One problem from its file to the gradient, and the page that shows it."""
+"""The page that follows one problem from its file to the gradient."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def settings(path):
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """(run, model, the rollout of its first step)."""
+    """A run, its model, and the rollout of its first step."""
     directory = tmp_path_factory.mktemp("run")
     run = loop.Run.create(settings(directory / "problems.jsonl"), directory)
     with jax.set_mesh(run.mesh):
@@ -56,12 +56,12 @@ def step(tmp_path_factory):
 
 
 def numbers(page, title, column):
-    """A column of the table below a line that begins with `title`."""
+    """Returns a column of the table below the line that begins with `title`."""
     table = page.split(title, 1)[1].split("\n\n")[1].splitlines()[1:]
     return [float(line.split()[column]) for line in table]
 
 
-def test_the_page_says_what_the_record_holds(step):
+def test_the_page_shows_the_saved_arrays(step):
     run, _, rollout = step
     row = int(np.argmax(rollout["advantage"] != 0))
     page, tokenizer = explain(rollout, run.tokenizer, run.config), CharTokenizer()
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_record_holds(step):
 
 
 def test_the_gradient_arrives_where_the_page_says(step):
-    """Against the learner's own loss, as a function of the last hidden states."""
+    """Compares with the gradient of the learner's loss with respect to the last hidden states."""
     run, model, rollout = step
     row = int(np.argmax(rollout["advantage"] != 0))
     page = explain(rollout, run.tokenizer, run.config, row)
@@ -103,13 +103,13 @@ def test_the_gradient_arrives_where_the_page_says(step):
         hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids).hidden
 
         class Head:
-            """The model from its hidden states on."""
+            """The part of the model after its hidden states."""
 
             def __init__(self, hidden):
-                self.given = hidden
+                self.last = hidden
 
             def hidden(self, *_, **__):
-                return Hidden(self.given, None, {})
+                return Hidden(self.last, None, {})
 
             head_weight = model.head_weight
 

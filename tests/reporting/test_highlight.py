@@ -1,4 +1,4 @@
-"""Tokens in colour: the shade of a weight, what the HTML says, which responses are chosen."""
+"""Coloured tokens: the shade of a weight, the HTML, and the choice of responses."""
 
 import re
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from drpo_jax.reporting.highlight import (
     SHADES,
+    notable_rows,
     responses_html,
     shade,
     shade_key,
-    telling_rows,
     token_spans,
 )
 
 
 def rollout(**arrays):
-    """Two prompts with two responses each; the second and the last are right."""
+    """Two prompts with two responses each; the second of each is right."""
     logp = np.log(np.full((4, 3), 0.5, np.float32))
     return {
         "tokens": np.array([[7, 2, 3, 9]] * 4),
@@ -47,31 +47,30 @@ def test_every_weight_has_its_shade():
     assert "corrected <span" in shade_key() and f'"{shade(-9)};' in shade_key().split("−1")[0]
 
 
-def test_a_token_tells_its_numbers():
+def test_a_token_shows_its_numbers():
     spans = token_spans(rollout(), 1)
     assert re.findall(r">([^<]*)</span>", spans) == ["1", "&lt;", "∎"]
-    told = re.findall(r'title="([^"]*)"', spans)[1].split("&#10;")
-    expected = ["µ 0.5", "π 0.5526", "r 1.105", "w -2", "c 1", "Â 0.5", "entropy 0.25 nats"]
-    assert told == expected
+    title = re.findall(r'title="([^"]*)"', spans)[1].split("&#10;")
+    assert title == ["µ 0.5", "π 0.5526", "r 1.105", "w -2", "c 1", "Â 0.5", "entropy 0.25 nats"]
     assert shade(-2) in spans.split("</span>")[1]
 
 
-def test_of_a_long_response_the_tokens_around_the_farthest_weight():
+def test_a_long_response_is_cut_around_its_farthest_weight():
     weight = np.ones((4, 3), np.float32)
     weight[0, 2] = 3
     spans = token_spans(rollout(weight=weight), 0, limit=1)
     assert spans.count("<span") == 1 and "∎" in spans and "<u>2 tokens </u>" in spans
     assert "<u> 2 tokens</u>" in token_spans(rollout(weight=2 - weight[:, ::-1]), 0, limit=1)
-    nothing = rollout(response_mask=np.zeros((4, 3), bool), response_lengths=np.zeros(4, int))
-    assert token_spans(nothing, 0) == ""
+    empty = rollout(response_mask=np.zeros((4, 3), bool), response_lengths=np.zeros(4, int))
+    assert token_spans(empty, 0) == ""
 
 
-def test_right_and_wrong_responses_of_different_prompts_the_farthest_first():
-    assert telling_rows(rollout()) == [1, 3, 2, 0]
-    assert telling_rows(rollout(), count=1) == [1, 2]
-    assert telling_rows(rollout(prompt=np.array(["1<2"] * 4))) == [1, 2]
-    assert telling_rows(rollout(advantage=np.array([0.0, 0, 1, 1]))) == [3, 2]
-    assert telling_rows(rollout(advantage=np.zeros(4))) == [1, 3, 2, 0]
+def test_notable_responses_are_of_different_prompts_and_begin_with_the_farthest():
+    assert notable_rows(rollout()) == [1, 3, 2, 0]
+    assert notable_rows(rollout(), count=1) == [1, 2]
+    assert notable_rows(rollout(prompt=np.array(["1<2"] * 4))) == [1, 2]
+    assert notable_rows(rollout(advantage=np.array([0.0, 0, 1, 1]))) == [3, 2]
+    assert notable_rows(rollout(advantage=np.zeros(4))) == [1, 3, 2, 0]
 
 
 def test_responses_are_escaped():

@@ -1,0 +1,82 @@
+"""Records where and with what a run runs: `run.json`, an entry for each start or resume.
+
+{"starts": [{"time": "2026-11-28T14:00:00+00:00", "step": 0, "host": "…", "processes": 1,
+             "devices": 1, "device_kind": "cpu", "platform": "cpu", "python": "3.12.3",
+             "jax": "0.10.2", "jaxlib": …, "flax": …, "drpo_jax": …, "commit": "15b2d64…" or null}]}
+"""
+
+import datetime
+import json
+import platform
+import socket
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from drpo_jax.parallel import multihost
+from drpo_jax.storage import write_whole
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "drpo-jax")
+
+
+def record_start(workdir: Path, step: int) -> None:
+    """Appends the current environment to `run.json`; the first process writes it.
+
+    Args:
+      workdir: the run's directory, which exists.
+      step: the step that the run starts or resumes from.
+    """
+    if not multihost.is_main():
+        return
+    starts = [*read_starts(workdir), {"step": step} | environment()]
+    write_whole(workdir / "run.json", json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the entries of `run.json`, oldest first; [] if there is no such file."""
+    path = workdir / "run.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else []
+
+
+def environment() -> dict[str, Any]:
+    """Returns the time, host, devices, package versions and Git commit of this process."""
+    device = jax.devices()[0]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "device_kind": device.device_kind,
+        "platform": device.platform,
+        "python": platform.python_version(),
+        **{package.replace("-", "_"): _version(package) for package in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # drpo_jax runs from a checkout without being installed
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package belongs to, with "+changes" if it is modified."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
+            return None  # An installed package may lie inside another project's checkout.
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

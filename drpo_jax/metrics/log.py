@@ -1,0 +1,120 @@
+"""Writes what a run logs: `metrics.jsonl`, TensorBoard events and the console's lines.
+
+`metrics.jsonl` has one JSON object per logged step: `step` and the metrics by name, null for a value
+that is not finite.
+"""
+
+import json
+import math
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
+
+from drpo_jax.config import flatten, objective_hyper
+from drpo_jax.metrics.catalogue import describe
+from drpo_jax.metrics.console import Console
+from drpo_jax.metrics.records import read_metrics, to_line
+from drpo_jax.metrics.shares import impossible_shares
+from drpo_jax.parallel import multihost
+from drpo_jax.storage import Lines
+
+TAGS = str.maketrans({"+": "plus", "*": "times"})  # TensorBoard would replace both by "_".
+RESULTS = (
+    "reward/mean",
+    "eval/avg",
+    "eval/greedy",
+)  # beside the fields in TensorBoard's HPARAMS tab
+
+
+class MetricLogger:
+    """Writes the metrics of a run, one record per logged step. Only the first process writes.
+
+    Args:
+      workdir: gets `metrics.jsonl` and `tensorboard/`.
+      total_steps: the steps of the run, for the console and its ETA.
+      first_step: the first step that this process will log. Later records in the files come from after
+        the checkpoint that the run resumes from and are dropped, so a resumed run's file equals an
+        uninterrupted one's. 0 starts afresh.
+      console: whether to print a line per step.
+      config: the run's resolved config. TensorBoard shows it, and the console leaves out the columns of
+        weights that the objective cannot produce. Every process must pass it or none.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        total_steps: int,
+        first_step: int = 0,
+        console: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        without: frozenset[str] = frozenset()
+        if console and config:
+            without = impossible_shares(config["objective"]["name"], **objective_hyper(config))
+        self._writes = multihost.is_main()
+        if not self._writes:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        kept = [r for r in read_metrics(workdir) if r["step"] < first_step]
+        self._file = Lines(path, "".join(to_line(r) for r in kept))
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._described: set[str] = set()  # metrics whose description TensorBoard has
+        self._console = Console(total_steps, without) if console else None
+        if config:
+            self._write_config(flatten(config), first_step)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes `metrics` (scalars by name) as the record of `step`; once per step, in order."""
+        if not self._writes:
+            return
+        record = {"step": step} | {name: float(value) for name, value in metrics.items()}
+        self._file.write(to_line(record))
+        for name, value in record.items():
+            if name != "step" and math.isfinite(value):
+                self._write_scalar(name, value, step)
+        if self._console:
+            print("\n".join(self._console.lines(record, time.monotonic())), flush=True)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Writes a text, such as a sampled response, to TensorBoard, verbatim."""
+        if self._writes:
+            self._board.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+
+    def legend(self) -> str:
+        """Returns the explanation of the console's columns, a line for each; "" without a console."""
+        return "\n".join(self._console.legend()) if self._writes and self._console else ""
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._board.close()
+
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_scalar(self, name: str, value: float, step: int) -> None:
+        description = {}
+        if name not in self._described:
+            self._described.add(name)
+            metric = describe(name)
+            unit = f" (× 100 = {metric.unit})" if metric.unit == "%" else f" ({metric.unit})"
+            text = f"**{metric.title}**{unit if metric.unit else ''}: {metric.definition}"
+            description = {"summary_description": text} if metric.title else {}
+        self._board.add_scalar(name.translate(TAGS), value, step, **description)
+
+    def _write_config(self, fields: Mapping[str, Any], step: int) -> None:
+        """Writes the config as a table and as hyperparameters, so that TensorBoard compares runs."""
+        rows = [f"| {field} | `{json.dumps(value)}` |" for field, value in fields.items()]
+        self._board.add_text("config", "\n".join(["| field | value |", "|---|---|", *rows]), step)
+        experiment, start, _ = hparams(dict(fields), dict.fromkeys(RESULTS, 0.0))
+        for summary in (experiment, start):
+            self._board.file_writer.add_summary(summary)

@@ -1,0 +1,89 @@
+"""The learning curves of one run: `learning.png`."""
+
+import io
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from drpo_jax.config import objective_hyper, run_config
+from drpo_jax.metrics import Record, describe, impossible_shares, read_metrics, series
+from drpo_jax.reporting.runs import objective_text
+
+TRAILING = 10  # steps in a trailing mean
+SHARES = {
+    "weight/corrected": "corrected (w < 0)",
+    "weight/masked": "masked or clipped (w = 0)",
+    "weight/attenuated": "attenuated (0 < w < 1)",
+    "weight/amplified": "amplified (w > 1)",
+}
+COLOURS = ("C0", "C3", "C2", "C1")
+
+
+def plot_run(workdir: Path) -> Path:
+    """Draws the learning curves of the run in `workdir`.
+
+    Returns:
+      The path of the picture, `learning.png` in `workdir`.
+    """
+    config, records = run_config(workdir), read_metrics(workdir)
+    objective = config.objective.name
+    hidden = impossible_shares(objective, **objective_hyper(config))
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(f"{workdir.name}: {objective_text(config)}", x=0.01, ha="left", fontsize=13)
+    accuracy, shares, entropy, shift = figure.subplots(2, 2, sharex=True).ravel()
+
+    accuracy.set_title("accuracy", loc="left", fontsize=11)
+    evaluations = {
+        "eval/avg": f"held-out, avg@{config.evaluate.samples}",
+        "eval/greedy": "held-out, greedy",
+    }
+    _draw(accuracy, records, "reward/mean", COLOURS[0], "reward (training)")
+    for (name, label), colour in zip(evaluations.items(), COLOURS[1:]):
+        accuracy.plot(*series(records, name), "o--", color=colour, label=label)
+    accuracy.set_ylim(-0.02, 1.02)
+
+    shares.set_title("share of tokens with Â ≠ 0, %", loc="left", fontsize=11)
+    for (name, label), colour in zip(SHARES.items(), COLOURS):
+        if name not in hidden:
+            _draw(shares, records, name, colour, label)
+    shares.set_yscale("symlog", linthresh=0.1)  # It shows small shares, large ones, and 0.
+    shares.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
+    shares.yaxis.set_minor_locator(NullLocator())
+    shares.set_ylim(0, 100)
+
+    entropy.set_title("entropy, nats per token", loc="left", fontsize=11)
+    _draw(entropy, records, "entropy", COLOURS[0])
+    shift.set_title("mean |π − µ|", loc="left", fontsize=11)
+    _draw(shift, records, "policy/shift", COLOURS[0])
+    for ax in (accuracy, shares, entropy, shift):
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False)
+    for ax in (entropy, shift):
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    figure.supxlabel(f"rollout step (thick lines: mean of the last {TRAILING} steps)", fontsize=10)
+
+    path = workdir / "learning.png"
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    path.write_bytes(image.getvalue())
+    return path
+
+
+def _draw(ax: Axes, records: list[Record], name: str, colour: str, label: str | None = None):
+    """Draws a metric as logged and its trailing mean."""
+    steps, values = series(records, name)
+    values = [describe(name).scale * value for value in values]
+    ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+    ax.plot(steps, trailing_mean(values), color=colour, linewidth=2, label=label)
+
+
+def trailing_mean(values: list[float]) -> list[float]:
+    """Returns, for each value, the mean of it and the values before it, at most `TRAILING`."""
+    return [statistics.fmean(values[max(i + 1 - TRAILING, 0) : i + 1]) for i in range(len(values))]

@@ -28,7 +28,8 @@ from drpo_jax.reporting.runs import (
 
 TOKENS = 10_000  # in all samples of the page together
 PROMPT = 600  # characters that a sample shows of its prompt
-HIDDEN = "Other"  # the section whose metrics have no charts
+WEIGHTS = "Gradient weights"  # the section that also shows the weights of saved rollouts
+TABLE_ONLY = "Other"  # the section whose metrics have no charts
 
 
 def render(groups: Sequence[Group]) -> str:
@@ -37,8 +38,8 @@ def render(groups: Sequence[Group]) -> str:
     last = max(1, *(int(run.records[-1]["step"]) for run in runs))
     limit = max(min(400, TOKENS // (8 * len(groups))), 40)
     ramp = matplotlib.colormaps[SHARES](range(0, 256, 51))
-    sections = [metric_section(s, groups, last) for s in SECTIONS if s.title != HIDDEN]
-    sections = [s for s in sections if s["logged"]]
+    sections = [metric_section(s, groups, last) for s in SECTIONS if s.title != TABLE_ONLY]
+    sections = [s for s in sections if s["logged"] or s["title"] == WEIGHTS]
     ks = {run.config.get("evaluate.samples") for run in runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -56,6 +57,7 @@ def render(groups: Sequence[Group]) -> str:
         differences=differences(groups),
         shared=shared_fields(groups),
         sections=sections,
+        weights=WEIGHTS,
         long=LONG,
         window=WINDOW,
         ramp=", ".join(map(matplotlib.colors.to_hex, ramp)),

@@ -124,7 +124,9 @@ def likelihood(logp: jax.Array, **_: jax.Array) -> table.Terms:
     return logp, jnp.ones_like(logp), jnp.ones_like(logp)
 
 
-def given(logp: jax.Array, J: jax.Array, coefficient: jax.Array, weight: jax.Array) -> table.Terms:
+def precomputed(
+    logp: jax.Array, J: jax.Array, coefficient: jax.Array, weight: jax.Array
+) -> table.Terms:
     """The objective whose J, c and w are inputs, computed from the logprobs of a first pass."""
     return J, coefficient, weight
 
@@ -151,7 +153,8 @@ def head_loss(
       token_weight_N: float32, 0 for tokens that do not count, see `objectives.aggregation`.
       inputs: name → [N, …], arrays that the objective takes by name: behavior_logp, advantage, … The
         head turns `topk_ids` int32 [N, K] into the objective's `topk_logp`.
-      objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`, `given`.
+      objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`,
+        `precomputed`.
       temperature: temperature of the sampling distribution, which divides the logits.
       chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
         values.

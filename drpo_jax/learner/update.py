@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drpo_jax.learner.head import TokenTrace, given, head_loss, likelihood
+from drpo_jax.learner.head import TokenTrace, head_loss, likelihood, precomputed
 from drpo_jax.learner.state import Batch, TrainState
 from drpo_jax.models import Compute, Transformer, router_metrics
 from drpo_jax.objectives import token_weights
@@ -189,7 +189,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         every = (batch.mask > 0).astype(jnp.float32)
         _, first = loss_of(likelihood, jax.lax.stop_gradient(operands), every, {})
         J, c, w = objective(first.logp, **inputs, mask=batch.mask)
-        objective, inputs = given, {"J": J, "coefficient": c, "weight": w}
+        objective, inputs = precomputed, {"J": J, "coefficient": c, "weight": w}
     loss, trace = loss_of(objective, operands, weight_PxT, inputs)
     total = loss
     if settings.load_balance:

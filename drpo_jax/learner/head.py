@@ -250,7 +250,7 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
 
     room, zeros = len(order), partial(jnp.zeros, dtype=jnp.float32)
     topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
-    trace = TokenTrace(*[zeros(room)] * 4, topk_logp=zeros((room, topk)))
+    trace = TokenTrace(*[zeros(room)] * 4, zeros((room, topk)))
     d_hidden = jnp.zeros((room, width), hidden_NxD.dtype)
     gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
     chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk

@@ -73,8 +73,12 @@ def response_trace(model: Transformer, batch: Batch, settings: UpdateSettings) -
     settings = dataclasses.replace(settings, objective=likelihood)
     weight = (batch.mask > 0).astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, weight))
-    step = _unless_empty(lambda piece: _micro_loss(model, *piece, 1.0, settings)[1][0], settings)
-    trace = jax.lax.map(step, pieces)
+
+    def score(piece):
+        _, (trace, _, _) = _micro_loss(model, *piece, 1.0, settings)
+        return trace
+
+    trace = jax.lax.map(_unless_empty(score, settings), pieces)
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 

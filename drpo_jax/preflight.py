@@ -223,7 +223,7 @@ def step_flops(programs: Programs, listed: Sequence[Program]) -> dict[str, float
     prompts, samples = config.train.prompts, config.train.samples
 
     def of(name):
-        return sum(p.calls * p.work.model for p in listed if p.name == name)
+        return sum(p.calls * p.work.model for p in listed if p.name == name and p.work)
 
     return {
         "sampling": costs.generating(model, prompts * samples, prompts, *lengths),

@@ -349,10 +349,10 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 def _objective(config: ConfigDict) -> Policy:
     section = config.objective
-    penalty = {}
+    penalty: dict[str, Any] = {}
     if section.kl in ("k2", "k3"):  # k1 is subtracted from the reward instead
         penalty = {"kl": section.kl, "kl_coefficient": section.kl_coefficient}
-    return policy(section.name, **penalty, **objective_hyper(config))
+    return policy(section.name, **penalty | objective_hyper(config))
 
 
 def _recipe(config: ConfigDict, mesh: Mesh) -> Recipe:

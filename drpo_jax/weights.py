@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import is_param
-from drpo_jax.precision import MatmulRecipe, dequantize, quantize_weight
+from drpo_jax.precision import MatmulRecipe, Quantized, dequantize, quantize_weight
 
 
 def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
@@ -58,9 +58,11 @@ def sampler_weights(
         sync = weight.get_metadata()["sync"]
         if sync == "keep":
             return weight
-        if sync == "quantize" and recipe.weight is not None:
-            quantized = quantize_weight(weight[...], recipe)
-            return weight.replace(quantized if codes else dequantize(quantized, dtype))
-        return weight.replace(weight[...].astype(dtype))
+        value = weight[...]
+        if sync == "quantize":
+            value = quantize_weight(value, recipe)
+        if not isinstance(value, Quantized):
+            return weight.replace(value.astype(dtype))
+        return weight.replace(value if codes else dequantize(value, dtype))
 
     return jax.tree.map(convert, model, is_leaf=is_param).unstacked()

@@ -1,5 +1,5 @@
-"""How far the sampler's logprobs are from the learner's: by float32 rounding, unless a recipe or
-the dial `precision.noise` moves them. `python -m benchmarks.mismatch` measures larger models."""
+"""The mismatch of sampler and learner is float32 rounding, unless a recipe or `precision.noise` adds to
+it. `python -m benchmarks.mismatch` measures larger models."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,8 @@ MODELS = {
         linear_value_dim=16,
     ),
 }  # fmt: skip
-BOUND = 2e-6, 2e-5  # mean and largest |Δ log p| in float32
+# Mean and largest |Δ log p| in float32.
+BOUND = 2e-6, 2e-5
 
 
 @cache
@@ -53,8 +54,8 @@ def new_model(kind):
     side = programs(kind)
     with jax.set_mesh(side.mesh):
         model = side.init(jax.random.key(1)).model
-        model.lm_head[...] = 2 * model.lm_head[...]  # a distribution with something to choose
-        if kind == "hybrid":  # most random heads of a DeltaNet would forget all at every token
+        model.lm_head[...] = 2 * model.lm_head[...]  # a less uniform distribution
+        if kind == "hybrid":  # or most random heads of a DeltaNet forget everything at every token
             bias = model.blocks.linear.attention.dt_bias
             bias[...] = bias[...] - 5
     return model
@@ -62,7 +63,7 @@ def new_model(kind):
 
 @cache
 def sample(kind, recipe="none", noise=0.0):
-    """Rollouts of the recipe's sampler."""
+    """Rollouts from the sampler of a recipe."""
     side = programs(kind, recipe, noise)
     with jax.set_mesh(side.mesh):
         side.sampler.load(side.sync(new_model(kind), KEY))
@@ -70,7 +71,7 @@ def sample(kind, recipe="none", noise=0.0):
 
 
 def gap(kind, rollouts, recipe="none", noise=0.0):
-    """|log π − log µ| of every token, π by the recipe's learner."""
+    """|log π − log µ| of every token, with π from the learner of a recipe."""
     side = programs(kind, recipe, noise)
     with jax.set_mesh(side.mesh):
         model = side.perturbed(new_model(kind), KEY)
@@ -80,15 +81,15 @@ def gap(kind, rollouts, recipe="none", noise=0.0):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_float32_leaves_its_rounding(kind):
+def test_the_mismatch_in_float32_is_rounding(kind):
     rollouts = sample(kind)
-    found, (mean, largest) = gap(kind, rollouts), BOUND
-    assert len(found) > 200 and rollouts.entropy[rollouts.mask()].mean() < np.log(64) - 0.2
-    assert found.mean() <= mean and found.max() <= largest
+    gaps, (mean, largest) = gap(kind, rollouts), BOUND
+    assert len(gaps) > 200 and rollouts.entropy[rollouts.mask()].mean() < np.log(64) - 0.2
+    assert gaps.mean() <= mean and gaps.max() <= largest
 
 
 def test_fp8_on_both_sides_brings_them_together():
-    """One model on both sides makes the same codes, but where a float32 rounding lies between two."""
+    """One model on both sides gives the same codes, unless float32 rounding crosses a boundary."""
     rollouts = sample("dense", "rollout")
     np.testing.assert_array_equal(rollouts.full_logp, sample("dense", "e2e").full_logp)
     apart, together = gap("dense", rollouts), gap("dense", rollouts, "e2e")
@@ -97,11 +98,11 @@ def test_fp8_on_both_sides_brings_them_together():
 
 
 def test_noise_leaves_the_recorded_probabilities_exact():
-    """Of the weights that sampled, that is; of the learner's own they are off by what was injected."""
+    """Exact for the weights that sampled. For the learner's own weights the noise adds a mismatch."""
     rollouts = sample("dense", noise=0.02)
     mean, largest = BOUND
-    found = gap("dense", rollouts, noise=0.02)
-    assert found.mean() <= mean and found.max() <= largest
+    gaps = gap("dense", rollouts, noise=0.02)
+    assert gaps.mean() <= mean and gaps.max() <= largest
     assert gap("dense", rollouts).mean() > 0.01
 
 

@@ -1,4 +1,4 @@
-"""Preflight: a small sharded config on eight CPU devices and, where its compiler is, on a TPU."""
+"""Preflight of a small sharded config, on eight CPU devices and, with libtpu, on a TPU."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(*arguments, **environment):
 
 
 def config(**fields):
-    """The smallest config on the mixed mesh, with fields (a__b for a.b) changed."""
+    """The smallest config on the mixed mesh, with some fields changed (a__b for a.b)."""
     changed = MESH | {k.replace("__", "."): v for k, v in fields.items()}
     return C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
 
@@ -47,7 +47,7 @@ def new_programs(**fields):
 
 
 def test_eight_cpu_devices(tmp_path):
-    """Every program compiles, fits, and sends no more than it has to."""
+    """Every program compiles, fits, and sends no more bytes than expected."""
     file = tmp_path / "figures.json"
     fields = [f"--config.{name}={size}" for name, size in (MESH | {"sft.steps": 0}).items()]
     code, out, err = run(
@@ -56,38 +56,38 @@ def test_eight_cpu_devices(tmp_path):
     assert code == 0, err
     assert "cpu:8: 8 devices" in out and "data 1 · fsdp 2 · expert 2 · tensor 2" in out
     assert "It fits" in out and "least time of a step is not known" in out
-    found = json.loads(file.read_text())
-    assert found["devices"] == 8 and found["fits"] is True
+    figures = json.loads(file.read_text())
+    assert figures["devices"] == 8 and figures["fits"] is True
     sampler = ["prefill", "first_tokens", "admit", "decode"]
-    assert list(found["programs"]) == ["sync", "rescore", "update", *sampler]
-    for name, program in found["programs"].items():
+    assert list(figures["programs"]) == ["sync", "rescore", "update", *sampler]
+    for name, program in figures["programs"].items():
         assert f"compiling {name} … " in out and program["fits"] and not program["problem"]
         assert set(program["memory"]) == KINDS
 
     programs = new_programs()
     state = programs.abstract_state
-    update = found["programs"]["update"]
+    update = figures["programs"]["update"]
     memory = update["memory"]
     assert memory["arguments"]["learner state"] == costs.device_bytes(state)
-    assert found["programs"]["sync"]["memory"]["resident"] == {
+    assert figures["programs"]["sync"]["memory"]["resident"] == {
         "optimizer state": costs.device_bytes(state.opt_state)
     }
     assert memory["total"] > costs.device_bytes(state) and memory["results"] < memory["total"]
-    # As it was once looked at: what sends more than that gathers something that it need not.
+    # Bytes of programs whose collectives were inspected. More means an unnecessary gather.
     for name, most in (("sync", 24e3), ("rescore", 105e3), ("update", 291e3)):
-        sent = found["programs"][name]["sent"]
+        sent = figures["programs"][name]["sent"]
         assert 0 < sum(sent.values()) < 1.2 * most, (name, sent)
 
 
 def test_what_does_not_fit(monkeypatch, capsys):
-    """On a chip that is too small, for each of the reasons."""
+    """The advice for a chip that is too small, by the largest part of memory."""
     fields = dict(sft__steps=0, precision__recipe="rollout")
     sync = preflight.program_list(new_programs(**fields))[0]
     monkeypatch.setattr(preflight, "program_list", lambda _: [sync])
     small = costs.Chip("small", 1e4, {}, 0.0, 0.0)
     monkeypatch.setattr(costs, "get_devices", lambda _: (jax.devices(), small))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.config, "update", lambda *_: None)  # its cache is the other tests', too
+        patch.setattr(jax.config, "update", lambda *_: None)  # other tests share its cache
         assert preflight.main(config(**fields), "made:up") == 1
     out = capsys.readouterr().out
     assert "sync does not fit: " in out and "KiB too much" in out and "It fits" not in out
@@ -156,18 +156,18 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     )
     scored = []
 
-    def score(run, model, rollouts, step, data, replay=True):
-        scored.append(set(data))
+    def score(run, model, rollouts, step, inputs, replay=True):
+        scored.append(set(inputs))
         return TokenTrace(logp, logp, logp, logp, ids.astype(np.float32))
 
     monkeypatch.setattr(loop.learn, "score", score)
     fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)
     reward = np.arange(n) % 2.0
-    data, _, _ = loop.learn.objective_inputs(
+    inputs, _, _ = loop.learn.objective_inputs(
         fake, None, rollouts, reward.astype(np.float32), 0, False
     )
     rows = np.arange(8)
-    batch, _ = programs.rollout_batch(rollouts, rows, data)
+    batch, _ = programs.rollout_batch(rollouts, rows, inputs)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
     expected = calls.abstract_batch(programs, 8, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
@@ -206,23 +206,23 @@ def test_mistakes_are_one_message(arguments, message):
 
 
 def test_a_tpu(tmp_path):
-    """With the chip's rates, a bound; and the lengths of all loops but the head's are known."""
+    """The chip's rates give a bound, and all trip counts but those of the head are known."""
     if not has_libtpu():
-        pytest.skip(f"needs the TPU's compiler: pip install --no-deps '{libtpu_requirement()}'")
+        pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
     file = tmp_path / "figures.json"
     changed = MESH | {"sft.steps": 0, "compute.dtype": "bfloat16"}
     fields = [f"--config.{name}={value}" for name, value in changed.items()]
     code, out, err = run("--topology=v5e:2x4", f"--json={file}", *fields)
     assert code == 0, err
     assert "s of a rollout step or more" in out and "It fits" in out
-    found = json.loads(file.read_text())
-    assert found["chip"]["name"] == "v5e" and 0 < found["step"]["mfu"] < 1
-    for name, program in found["programs"].items():
-        assert 0 < program["memory"]["total"] < found["chip"]["memory"]
+    figures = json.loads(file.read_text())
+    assert figures["chip"]["name"] == "v5e" and 0 < figures["step"]["mfu"] < 1
+    for name, program in figures["programs"].items():
+        assert 0 < program["memory"]["total"] < figures["chip"]["memory"]
         assert program["seconds"]["memory"] > 0
-        if name == "decode":  # its loop ends when the rows do
+        if name == "decode":  # its loop ends with its rows
             continue
         unsure = {c["source"] for c in program["largest_sent"] if not c["certain"]}
         assert all("shard_map/while" in source for source in unsure), unsure
-    update = found["programs"]["update"]
+    update = figures["programs"]["update"]
     assert update["flops"]["compiled"] > 0.8 * update["flops"]["needed"]

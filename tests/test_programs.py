@@ -1,4 +1,4 @@
-"""The programs of a run, on one device and on meshes of eight: the same numbers."""
+"""The programs of a run give the same numbers on one device and on meshes of eight."""
 
 import functools
 
@@ -30,16 +30,16 @@ def one_device():
 
 
 def assert_same(ours, expected, family):
-    found = differences(ours, expected)
-    assert found["tokens"] == 0
+    largest = differences(ours, expected)
+    assert largest["tokens"] == 0
     for name, most in bounds(family).items():
-        assert found[name] <= most, (name, found)
+        assert largest[name] <= most, (name, largest)
     assert expected.metrics[2]["loss"] != expected.metrics[0]["loss"]
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), expected.start, expected.end)
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-# A config without experts may not split them; the dense model's meshes of that kind are not run.
+# A dense model has no experts to split.
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [(f, m) for m in NAMED for f in FAMILIES if f != "dense" or "expert" not in NAMED[m]],
@@ -79,7 +79,7 @@ def test_sync_quantizes_the_projections_and_nothing_else():
 
 @pytest.mark.parametrize("sizes", [{}, MIXED], ids=["one", "mixed"])
 def test_codes_and_values_sample_alike(sizes):
-    found, kinds = [], []
+    samples, kinds = [], []
     for held in ("values", "codes"):
         fields = MOE | {"precision.recipe": "rollout", "precision.sampler_weights": held}
         programs = new_programs(fields, **sizes)
@@ -87,8 +87,8 @@ def test_codes_and_values_sample_alike(sizes):
             programs.sampler.load(programs.sync(programs.init(KEY).model))
             kinds.append(programs.sampler.model.blocks[0].mlp.up_proj.get_value())
             prompts = [[2 + i] * (1 + i) for i in range(8)]
-            found.append(programs.sampler.generate(prompts, GREEDY, KEY))
-    values, codes = found
+            samples.append(programs.sampler.generate(prompts, GREEDY, KEY))
+    values, codes = samples
     assert isinstance(kinds[1], Quantized) and kinds[1].codes.dtype == jnp.float8_e4m3fn
     assert kinds[0].dtype == jnp.float32
     np.testing.assert_array_equal(values.tokens, codes.tokens)
@@ -104,8 +104,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
         new_programs(MOE, data=1, tensor=8)
 
 
-def test_every_replica_holds_what_was_sent():
-    """From FSDP to the sampler's layout: the bits of every device's share, summed as integers."""
+def test_every_replica_holds_the_synced_weights():
+    """From FSDP to the sampler's layout: checksums of the bits on every device."""
     fields = MOE | {"precision.recipe": "rollout", "precision.noise": 0.01}
     fields |= {"compute.dtype": "bfloat16"}
     programs = new_programs(fields, **MIXED)
@@ -129,6 +129,6 @@ def test_every_replica_holds_what_was_sent():
             assert checksum(shard.data) == checksum(np.asarray(theirs)[shard.index])
         moved += np.any(np.asarray(ours) != np.asarray(again))
     norms = 4 * programs.model_config.layers + 1
-    assert moved == len(jax.tree.leaves(synced)) - norms  # which have no noise
+    assert moved == len(jax.tree.leaves(synced)) - norms  # norms have no noise
     for ours, theirs in zip(*map(jax.tree.leaves, (noisy, perturbed))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -123,7 +124,7 @@ def get_devices(topology: str) -> tuple[list, Chip]:
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # compiles only, takes no TPU
     )
-    options = {"chips_per_host_bounds": (*(min(2, side) for side in sides[:2]), 1)}
+    options: dict[str, Any] = {"chips_per_host_bounds": (*(min(2, side) for side in sides[:2]), 1)}
     if name == "v4":
         options["chip_config_name"] = "megacore"  # as on a TPU VM, where a chip is a device
     try:

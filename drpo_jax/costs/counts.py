@@ -140,7 +140,7 @@ def _group_size(instruction, devices):
 def _convolution(site):
     """Multiplications of a convolution. The TPU compiler writes every matmul as one."""
     instruction = site.instruction
-    left, right, out = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
+    left, right, out = re.split("_|->", instruction.attribute("dim_labels"))
     sizes = [site.operand(0).shapes[0].sizes, site.operand(1).shapes[0].sizes]
     window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute("window")))
     result = instruction.shapes[0].sizes

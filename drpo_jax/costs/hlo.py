@@ -88,10 +88,9 @@ class Module:
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line.endswith("{") and "->" in line and not line[0].isspace():
-                entry = line.startswith("ENTRY ")
-                name = re.match(r"%?([\w.\-]+)", line.removeprefix("ENTRY "))[1]
+                name = re.findall(r"[\w.\-]+", line.removeprefix("ENTRY "))[0]
                 current = self.computations[name] = {}
-                self.entry = name if entry else self.entry
+                self.entry = name if line.startswith("ENTRY ") else self.entry
             elif match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line):
                 current[match[2]] = _instruction(match, line)
 
@@ -239,8 +238,12 @@ def _called(instruction):
     Those of a `reduce` or a `sort` do not count, and those of an asynchronous instruction count at its
     start only.
     """
-    names = {"fusion": ("calls",), "async-start": ("calls",), "call": ("to_apply",)}
-    names["conditional"] = ("branch_computations", "true_computation", "false_computation")
+    names: dict[str, tuple[str, ...]] = {
+        "fusion": ("calls",),
+        "async-start": ("calls",),
+        "call": ("to_apply",),
+        "conditional": ("branch_computations", "true_computation", "false_computation"),
+    }
     return [
         name
         for attribute in names.get(instruction.opcode, ())

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class Program:
     """
 
     name: str
-    function: Callable
+    function: jax.stages.Wrapped
     arguments: Mapping[str, Any]
     keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resident: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -107,15 +107,15 @@ class Cost:
         """Lower bound on the seconds of a call: compute, memory and links overlap completely."""
         return max(self.seconds.values(), default=0.0)
 
-    def sent(self) -> Counter:
-        """Bytes sent, by kind of collective."""
-        by_kind: Counter = Counter()
+    def sent(self) -> dict[str, float]:
+        """Bytes sent, by kind of collective; 0 for kinds that the program does not use."""
+        by_kind: dict[str, float] = defaultdict(float)
         for c in self.collectives:
             by_kind[c.kind] += c.sent * c.times
         return by_kind
 
 
-def device_bytes(tree) -> float:
+def device_bytes(tree: Any) -> float:
     """Bytes of the arrays of a pytree on one device, according to their shardings."""
     return sum(
         math.prod(a.sharding.shard_shape(a.shape) if a.sharding else a.shape) * a.dtype.itemsize
@@ -162,19 +162,29 @@ def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
             temporaries=max(requested - sum(arguments.values()), 0.0) if requested else 0.0,
             problem=str(error).strip().splitlines()[0],
         )
-    seconds = time.monotonic() - started
+    return _count(program, chip, dtype, arguments, known, compiled, time.monotonic() - started)
+
+
+def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
+    """The Cost of a program that compiled.
+
+    Args:
+      arguments: name → bytes.
+      known: fields of the Cost that do not depend on the compiled program.
+      compiled: the `jax.stages.Compiled`.
+    """
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis() or {}
     padding = memory.argument_size_in_bytes - sum(arguments.values())
     module = Module(compiled.as_text(), program.trips, RARE)
     flops, traffic, sent = matmul_flops(module), memory_traffic(module), collectives(module)
     rates = {
-        "compute": (max(flops, work.model if work else 0.0), chip.peak(dtype)),
+        "compute": (max(flops, known["work"].model if known["work"] else 0.0), chip.peak(dtype)),
         "memory": (traffic, chip.bandwidth),
         "links": (sum(c.sent * c.times for c in sent), chip.links),
     }
     return Cost(
         **known,
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
         # The compiler does not count arguments that the program never reads, but they are in memory.
         arguments=arguments | ({"padding": padding} if padding > 0 else {}),
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from drpo_jax.costs.chips import Chip
 from drpo_jax.costs.counts import KINDS
@@ -127,7 +127,7 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def pick(units: dict[str, float], largest: float) -> tuple[str, float]:
+def pick(units: Mapping[str, float], largest: float) -> tuple[str, float]:
     """The largest unit, as (name, size), that does not exceed `largest`; the smallest if none does."""
     return next(((n, u) for n, u in units.items() if largest >= u), list(units.items())[-1])
 

@@ -124,7 +124,9 @@ def likelihood(logp: jax.Array, **_: jax.Array) -> table.Terms:
     return logp, jnp.ones_like(logp), jnp.ones_like(logp)
 
 
-def given(logp: jax.Array, J: jax.Array, coefficient: jax.Array, weight: jax.Array) -> table.Terms:
+def precomputed(
+    logp: jax.Array, J: jax.Array, coefficient: jax.Array, weight: jax.Array
+) -> table.Terms:
     """The objective whose J, c and w are inputs, computed from the logprobs of a first pass."""
     return J, coefficient, weight
 
@@ -151,7 +153,8 @@ def head_loss(
       token_weight_N: float32, 0 for tokens that do not count, see `objectives.aggregation`.
       inputs: name → [N, …], arrays that the objective takes by name: behavior_logp, advantage, … The
         head turns `topk_ids` int32 [N, K] into the objective's `topk_logp`.
-      objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`, `given`.
+      objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`,
+        `precomputed`.
       temperature: temperature of the sampling distribution, which divides the logits.
       chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
         values.
@@ -247,7 +250,7 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
 
     room, zeros = len(order), partial(jnp.zeros, dtype=jnp.float32)
     topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
-    trace = TokenTrace(*[zeros(room)] * 4, topk_logp=zeros((room, topk)))
+    trace = TokenTrace(*[zeros(room)] * 4, zeros((room, topk)))
     d_hidden = jnp.zeros((room, width), hidden_NxD.dtype)
     gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
     chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from drpo_jax.learner.packing import Layout
 from drpo_jax.models import Transformer
 
+Array = jax.Array | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,12 @@ class Batch:
         (rollout routing replay). −1 leaves the choice to the router, and None leaves all of them to it.
     """
 
-    tokens: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    mask: jax.Array
-    inputs: dict[str, jax.Array]
-    routes: jax.Array | None = None
+    tokens: Array
+    segment_ids: Array
+    positions: Array
+    mask: Array
+    inputs: dict[str, Array]
+    routes: Array | None = None
 
 
 def make_batch(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drpo_jax.learner.head import TokenTrace, given, head_loss, likelihood
+from drpo_jax.learner.head import TokenTrace, head_loss, likelihood, precomputed
 from drpo_jax.learner.state import Batch, TrainState
 from drpo_jax.models import Compute, Transformer, router_metrics
 from drpo_jax.objectives import token_weights
@@ -73,8 +73,12 @@ def response_trace(model: Transformer, batch: Batch, settings: UpdateSettings) -
     settings = dataclasses.replace(settings, objective=likelihood)
     weight = (batch.mask > 0).astype(jnp.float32)
     pieces = jax.tree.map(lambda a: _split(a, settings.micro_batches), (batch, weight))
-    step = _unless_empty(lambda piece: _micro_loss(model, *piece, 1.0, settings)[1][0], settings)
-    trace = jax.lax.map(step, pieces)
+
+    def score(piece):
+        _, (trace, _, _) = _micro_loss(model, *piece, 1.0, settings)
+        return trace
+
+    trace = jax.lax.map(_unless_empty(score, settings), pieces)
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
@@ -189,7 +193,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         every = (batch.mask > 0).astype(jnp.float32)
         _, first = loss_of(likelihood, jax.lax.stop_gradient(operands), every, {})
         J, c, w = objective(first.logp, **inputs, mask=batch.mask)
-        objective, inputs = given, {"J": J, "coefficient": c, "weight": w}
+        objective, inputs = precomputed, {"J": J, "coefficient": c, "weight": w}
     loss, trace = loss_of(objective, operands, weight_PxT, inputs)
     total = loss
     if settings.load_balance:

@@ -36,7 +36,7 @@ _MAGNITUDE = 0x7FFFFFFF  # all but the sign
 _ONE = 0x3F800000  # the bits of 1.0
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["block"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """A float8 array with one scale per block of its last two axes, see `quantize`.
@@ -51,7 +51,7 @@ class Quantized:
 
     codes: jax.Array
     scales: jax.Array
-    block: tuple[int, int]
+    block: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

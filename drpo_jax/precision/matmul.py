@@ -107,10 +107,11 @@ def matmul(
       see into a `custom_vjp`. The gradient for w has the dtype of w. Only reverse mode is supported.
     """
     recipe = MatmulRecipe() if recipe is None else recipe
-    codes = isinstance(w, Quantized)
-    float8 = recipe.activation is not None and (codes or recipe.weight is not None)
+    float8 = recipe.activation is not None and (
+        isinstance(w, Quantized) or recipe.weight is not None
+    )
     recipe = dataclasses.replace(recipe, native=recipe.native and float8 and ops.native is not None)
-    if codes:
+    if isinstance(w, Quantized):
         w = jax.lax.stop_gradient(w if recipe.native else dequantize(w, x.dtype))
         recipe = dataclasses.replace(recipe, weight=None)
     rows = jnp.atleast_2d(x)

@@ -1,7 +1,6 @@
 """The fused head against the unfused one: log-softmax and autodiff in float64.
 
-One compiled program per mesh serves every objective: `any_of` looks up, token by token, which
-one it is.
+One compiled program per mesh serves every objective: `any_of` selects the objective of each token.
 """
 
 import functools
@@ -15,13 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.learner import head_loss, likelihood, policy
-from drpo_jax.learner.head import given
+from drpo_jax.learner.head import precomputed
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, policy_objective, table
 from drpo_jax.parallel import BATCH_AXES, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-N, D, V, K, ROW = 48, 16, 40, 4, 12  # ROW: tokens of a response, for gspo
+N, D, V, K, ROW = 48, 16, 40, 4, 12  # ROW: tokens per response, for gspo
 TEMPERATURE, CHUNK, BETA = 0.8, 7, 0.3  # 7 divides neither 48 nor the tokens of one device
 MESHES = {
     "1 device": {},
@@ -29,30 +28,30 @@ MESHES = {
     "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "tensor": {"tensor": 8},
 }
-# What the table's equations need, beside what a KL penalty and `given` do.
+# Every objective of the table, KL penalties, supervised learning, and precomputed terms (for gspo).
 HEADS = {name: policy(name) for name in OBJECTIVES if name != "gspo"} | {
     "drpo + k2": policy("drpo", kl="k2", kl_coefficient=BETA),
     "drpo + k3": policy("drpo", kl="k3", kl_coefficient=BETA),
     "likelihood": likelihood,
-    "gspo": given,
+    "gspo": precomputed,
 }
 
 
 def DRPO(logp, behavior_logp, advantage, **_):
-    """NaN at Â = 0, where the example is not, but what fills the last chunk up might be."""
+    """NaN at Â = 0: no token of the example has it, but the padding of the last chunk might."""
     nan = jnp.where(advantage == 0, jnp.nan, 0.0)
     return [x + nan for x in policy("drpo")(logp, behavior_logp, advantage)]
 
 
-def any_of(logp, which, **data):
+def any_of(logp, which, **inputs):
     """(J, c, w) of the objective number `which` of HEADS, token by token."""
     terms = []
     for head in HEADS.values():
-        if head is given:
+        if head is precomputed:
             names = ("J", "coefficient", "weight")
         else:
             names = ("behavior_logp", "advantage", *getattr(head, "arrays", ()))
-        terms.append(head(logp, **{name: data[name] for name in names}))
+        terms.append(head(logp, **{name: inputs[name] for name in names}))
     return [jnp.take_along_axis(jnp.stack(x), which[None], axis=0)[0] for x in zip(*terms)]
 
 
@@ -66,7 +65,7 @@ def log_softmax(hidden, weight):
 
 @functools.cache
 def example(dtype=np.float32):
-    """(hidden, weight, targets, token_weight, data) with π near µ; a fifth of the tokens is masked."""
+    """(hidden, weight, targets, token_weight, inputs) with π near µ; a fifth of the tokens is masked."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(N, D)).astype(np.float32).astype(dtype)
     weight = (rng.normal(size=(D, V)) / 2).astype(np.float32)
@@ -78,7 +77,7 @@ def example(dtype=np.float32):
         return np.minimum(x + scale * rng.normal(size=x.shape), -1e-3).astype(np.float32)
 
     sampled = logp[np.arange(N), targets]
-    data = {
+    inputs = {
         "which": number("drpo"),
         "behavior_logp": near(sampled),
         "advantage": np.repeat(rng.normal(size=N // ROW), ROW).astype(np.float32),
@@ -91,12 +90,12 @@ def example(dtype=np.float32):
         "weight": np.zeros(N, np.float32),
     }
     token_weight = (rng.uniform(0.1, 1, size=N) * (rng.uniform(size=N) < 0.8)).astype(np.float32)
-    return hidden, weight, targets, token_weight, data
+    return hidden, weight, targets, token_weight, inputs
 
 
 @functools.cache
 def program(mesh, objective, tied=False, chunk=CHUNK, entropy_bonus=0.0):
-    """(hidden, weight, targets, token_weight, data) → (loss, trace, d_hidden, d_weight) of NumPy."""
+    """(hidden, weight, targets, token_weight, inputs) → (loss, trace, d_hidden, d_weight) of NumPy."""
     mesh = make_mesh(**MESHES[mesh]) if MESHES[mesh] else make_mesh(devices=jax.devices()[:1])
     batch, matrix = P(BATCH_AXES), P("tensor", "fsdp") if tied else P("fsdp", "tensor")
 
@@ -121,26 +120,28 @@ def program(mesh, objective, tied=False, chunk=CHUNK, entropy_bonus=0.0):
     return call
 
 
-def unfused(hidden, weight, targets, token_weight, data):
-    """Every objective's (loss [objectives], …) with the gradients for hidden and weight, by autodiff.
+def unfused(hidden, weight, targets, token_weight, inputs):
+    """Loss and gradients of every objective by autodiff, the last one drpo with an entropy bonus.
 
-    The last one is drpo's with an entropy bonus.
+    Returns:
+      (loss [objectives], d_hidden and d_weight with the same leading axis, (loss, logp, entropy,
+      topk_logp)).
     """
     mask = np.ones((N // ROW, ROW), bool)
 
     def objective(name, logp, topk_logp):
-        common = data["behavior_logp"], data["advantage"]
+        common = inputs["behavior_logp"], inputs["advantage"]
         if name == "gspo":
             rows = (x.reshape(mask.shape) for x in (logp, *common))
             return policy_objective("gspo", *rows, mask=mask).reshape(N)
         if name == "likelihood":
             return logp
         name, _, kl = name.partition(" + ")
-        arrays = data | {"topk_logp": topk_logp}
+        arrays = inputs | {"topk_logp": topk_logp}
         arrays = {array: arrays[array] for array in OBJECTIVES[name].arrays}
         J = policy_objective(name, logp, *common, **arrays)
-        d = data["ref_logp"] - logp
-        ratio = jax.lax.stop_gradient(jnp.exp(logp - data["behavior_logp"]))
+        d = inputs["ref_logp"] - logp
+        ratio = jax.lax.stop_gradient(jnp.exp(logp - inputs["behavior_logp"]))
         penalty = {"": 0.0, "k2": d**2 / 2, "k3": jnp.exp(d) - d - 1}[kl]
         return J - BETA * ratio * penalty
 
@@ -148,7 +149,7 @@ def unfused(hidden, weight, targets, token_weight, data):
         every = log_softmax(hidden, weight)
         logp = every[jnp.arange(N), targets]
         entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
-        topk_logp = jnp.take_along_axis(every, data["topk_ids"], axis=-1)
+        topk_logp = jnp.take_along_axis(every, inputs["topk_ids"], axis=-1)
         J = {name: objective(name, logp, topk_logp) for name in HEADS}
         J["drpo + entropy"] = J["drpo"] + BETA * entropy
         loss = -jnp.stack(list(J.values())) @ token_weight
@@ -165,7 +166,7 @@ unfused = jax.jit(unfused)
 def reference(dtype=np.float32):
     """({objective: (loss, d_hidden, d_weight)}, logp, entropy, topk_logp), computed in float64.
 
-    In bfloat16 the inputs are rounded to it, and nothing else is.
+    For bfloat16 only the inputs are rounded to it.
     """
     hidden, weight, *arrays = example(dtype)
     with jax.enable_x64(True):
@@ -179,25 +180,25 @@ def reference(dtype=np.float32):
 
 
 def arrays_of(name, run):
-    """The example's arrays with `name` as every token's objective; gspo's J and c from a first pass."""
-    *arrays, data = example()
+    """The example with objective `name` for all tokens. The terms of gspo come from a first pass."""
+    *arrays, inputs = example()
     if name == "gspo":
-        first = run(*arrays[:3], np.ones(N, np.float32), data | {"which": number("likelihood")})
-        rows = first[1].logp, data["behavior_logp"], data["advantage"]
+        first = run(*arrays[:3], np.ones(N, np.float32), inputs | {"which": number("likelihood")})
+        rows = first[1].logp, inputs["behavior_logp"], inputs["advantage"]
         mask = np.ones((N // ROW, ROW), bool)
         terms = policy("gspo")(*(x.reshape(-1, ROW) for x in rows), mask=mask)
-        data = data | dict(zip(("J", "coefficient", "weight"), map(np.ravel, terms)))
-    return *arrays, data | {"which": number(name)}
+        inputs = inputs | dict(zip(("J", "coefficient", "weight"), map(np.ravel, terms)))
+    return *arrays, inputs | {"which": number(name)}
 
 
 def weights(name):
     """w of every token, by the table in float64."""
-    *_, data = example()
+    *_, inputs = example()
     _, logp, _, topk_logp = reference()
     if name == "likelihood":
         return np.ones(N)
     name = name.partition(" + ")[0]
-    arrays = data | {"topk_logp": topk_logp, "mask": np.ones(N, bool)}
+    arrays = inputs | {"topk_logp": topk_logp, "mask": np.ones(N, bool)}
     rows = {key: a.reshape(-1, ROW, *a.shape[1:]) for key, a in arrays.items()}
     needed = {key: rows[key] for key in OBJECTIVES[name].arrays}
     with jax.enable_x64(True):
@@ -213,7 +214,7 @@ def error(ours, expected):
 
 
 def agree(ours, expected, tolerance=3e-6):
-    """Whether two results are the same but for the order of sums."""
+    """Asserts that two results are equal up to the order of sums."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
@@ -242,7 +243,7 @@ def test_every_objective_equals_float64_autodiff(mesh):
     "name, options", [("drpo", {"tied": True}), ("drpo + entropy", {"entropy_bonus": BETA})]
 )
 def test_tied_weights_and_the_entropy_bonus(mesh, name, options):
-    """The embedding's transpose as the head; the entropy's gradient against its autodiff."""
+    """The transposed embedding as the head, and the gradient of the entropy against autodiff."""
     loss, _, *grads = program(mesh, DRPO, **options)(*example())
     for ours, expected in zip((loss, *grads), reference()[0][name]):
         assert error(ours, expected) <= 5e-6
@@ -252,16 +253,16 @@ def test_tied_weights_and_the_entropy_bonus(mesh, name, options):
 
 @pytest.mark.parametrize("mesh", ["1 device", "fsdp, expert, tensor"])
 def test_bfloat16_hidden_states_have_float32_logits(mesh):
-    """On the rounded inputs loss, logp and entropy keep the accuracy of float32.
+    """For rounded inputs, loss, logp and entropy keep float32 accuracy.
 
-    What is left in the gradients is the rounding of d(logits), an operand of the last two matmuls,
-    to bfloat16 (relative 2⁻⁸ at most), and that of d(hidden), an output: 2.4e-3 and 3.0e-3 here.
+    The gradients contain the rounding to bfloat16 (relative 2⁻⁸ at most) of d(logits), an operand of the
+    last two matmuls, and of d(hidden), an output: 2.4e-3 and 3.0e-3 here.
     """
     dtype = ml_dtypes.bfloat16
     expected, logp, entropy, _ = reference(dtype=dtype)
-    hidden, weight, targets, token_weight, data = example(dtype)
+    hidden, weight, targets, token_weight, inputs = example(dtype)
     run = program(mesh, DRPO)
-    loss, trace, d_hidden, d_weight = run(hidden, weight, targets, token_weight, data)
+    loss, trace, d_hidden, d_weight = run(hidden, weight, targets, token_weight, inputs)
     counts = token_weight != 0
     assert error(loss, expected["drpo"][0]) <= 5e-6
     assert error(trace.logp, logp * counts) <= 5e-6
@@ -274,38 +275,38 @@ def test_bfloat16_hidden_states_have_float32_logits(mesh):
     p = np.asarray(jax.nn.softmax((h @ W) / TEMPERATURE), np.float64)
     d_logits = -token_weight * trace.coefficient / TEMPERATURE * (np.eye(V)[targets] - p).T
     d_logits = d_logits.T.astype(np.float32).astype(dtype).astype(np.float64)
-    assert error(d_weight, h.T @ d_logits) <= 2e-4  # not 5e-6: a few of them round the other way
+    assert error(d_weight, h.T @ d_logits) <= 2e-4  # not 5e-6: a few values round the other way
     assert error(d_hidden, (d_logits @ W.T).astype(dtype).astype(np.float64)) <= 1e-3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("mesh", ["1 device", "fsdp, expert, tensor"])
 def test_tokens_of_weight_zero_do_not_poison(mesh, bad):
-    """Whatever they hold, hidden states included, no other number moves by a bit."""
-    hidden, weight, targets, token_weight, data = example()
+    """NaN or Inf in their inputs and hidden states changes no bit of any other number."""
+    hidden, weight, targets, token_weight, inputs = example()
     off = token_weight == 0
-    data = data | {"which": np.arange(N, dtype=np.int32) % len(HEADS)}
+    inputs = inputs | {"which": np.arange(N, dtype=np.int32) % len(HEADS)}
 
     def poisoned(a):
         return np.where(off.reshape(-1, *[1] * (a.ndim - 1)), bad, a).astype(a.dtype)
 
-    floats = {name: poisoned(a) for name, a in data.items() if a.dtype == np.float32}
+    floats = {name: poisoned(a) for name, a in inputs.items() if a.dtype == np.float32}
     run = program(mesh, any_of)
-    clean = run(hidden, weight, targets, token_weight, data)
-    dirty = run(poisoned(hidden), weight, targets, token_weight, data | floats)
+    clean = run(hidden, weight, targets, token_weight, inputs)
+    dirty = run(poisoned(hidden), weight, targets, token_weight, inputs | floats)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     assert np.isfinite(clean[0]) and np.any(clean[3])
 
 
 @pytest.mark.parametrize("mesh", ["1 device", "fsdp, expert, tensor"])
 def test_without_a_token_that_counts_everything_is_zero(mesh):
-    hidden, weight, targets, _, data = example()
-    results = program(mesh, any_of)(hidden, weight, targets, np.zeros(N, np.float32), data)
+    hidden, weight, targets, _, inputs = example()
+    results = program(mesh, any_of)(hidden, weight, targets, np.zeros(N, np.float32), inputs)
     assert not any(np.any(x) for x in jax.tree.leaves(results))
 
 
 @pytest.mark.parametrize("chunk", [1, 1024])
-def test_the_chunk_changes_no_number(chunk):
+def test_the_chunk_size_changes_no_number(chunk):
     run = program("1 device", DRPO, chunk=chunk)
     agree(run(*example()), program("1 device", DRPO)(*example()))
 
@@ -320,10 +321,10 @@ def counting(logp, **_):
 
 @pytest.mark.parametrize("live", [0, 1, CHUNK, CHUNK + 1, N])
 def test_only_chunks_of_tokens_that_count_are_computed(live):
-    hidden, weight, targets, _, data = example()
+    hidden, weight, targets, _, inputs = example()
     token_weight = np.random.default_rng(live).permutation(np.arange(N) < live).astype(np.float32)
     CALLS.clear()
-    _, trace, _, _ = program("1 device", counting)(hidden, weight, targets, token_weight, data)
+    _, trace, _, _ = program("1 device", counting)(hidden, weight, targets, token_weight, inputs)
     jax.effects_barrier()
     assert len(CALLS) == -(-live // CHUNK)
     np.testing.assert_array_equal(trace.coefficient, token_weight)
@@ -352,14 +353,14 @@ def test_a_cotangent_scales_the_gradient():
 
 
 def test_head_and_custom_vjp_share_one_coefficient(monkeypatch):
-    """Replacing token_terms in the table moves both gradients, in the same way."""
-    *arrays, data = example()
+    """Replacing token_terms in the table changes both gradients in the same way."""
+    *arrays, inputs = example()
     counts = arrays[-1] != 0
-    mu, advantage = data["behavior_logp"], data["advantage"]
+    mu, advantage = inputs["behavior_logp"], inputs["advantage"]
 
     def gradients():
         run = program.__wrapped__("1 device", DRPO)
-        _, trace, _, d_weight = run(*arrays, data)
+        _, trace, _, d_weight = run(*arrays, inputs)
         objective = functools.partial(policy_objective, "drpo")
         through_vjp = jax.vmap(jax.grad(objective))(trace.logp, mu, advantage)
         return through_vjp[counts], trace.coefficient[counts], d_weight

@@ -1,10 +1,11 @@
-"""What the sharded head sends between devices, read in the program that the compiler makes.
+"""The collectives of the sharded head, in the compiled program.
 
-Inside the loop over chunks: sums over `tensor` of [chunk] and [chunk, D] arrays. Outside: the weight
-gathered over `fsdp` once, its gradient reduced into the shards once, the loss.
+The loop over chunks contains sums of [chunk] and [chunk, D] arrays over `tensor`. Outside of the loop
+the weight is gathered over `fsdp` once, its gradient is reduced into the shards once, and the loss is
+summed.
 
-The TPU's compiler needs no TPU, only libtpu. Where that is missing, the program for 8 CPU devices is
-read all the same. Run as a script, this file prints the TPU's program.
+The TPU compiler needs libtpu, but no TPU. The program for 8 CPU devices is checked in any case. Run as a
+script, this file prints the program for TPU.
 """
 
 import importlib.metadata
@@ -28,33 +29,33 @@ from drpo_jax.objectives import policy_objective
 from drpo_jax.parallel import BATCH_AXES, make_mesh
 
 FSDP, TENSOR = 4, 2
-N, D, V, CHUNK = 1024, 128, 2048, 32  # 256 tokens and half the vocabulary on every device
+N, D, V, CHUNK = 1024, 128, 2048, 32  # 256 tokens and half the vocabulary per device
 TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # only to compile, no TPU is taken
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiles only, takes no TPU
 }
 
 
-def fused(hidden, weight, targets, token_weight, data):
+def fused(hidden, weight, targets, token_weight, inputs):
     return head_loss(
-        hidden, weight, targets, token_weight, data, objective=policy("drpo"), chunk=CHUNK
+        hidden, weight, targets, token_weight, inputs, objective=policy("drpo"), chunk=CHUNK
     )[0]
 
 
-def scanned(hidden, weight, targets, token_weight, data):
-    """The same by a checkpointed scan, its communication left to the compiler."""
+def scanned(hidden, weight, targets, token_weight, inputs):
+    """The same loss by a checkpointed scan, with collectives chosen by the compiler."""
 
     @jax.checkpoint
     def body(loss, piece):
-        h, target, token_weight, data = piece
+        h, target, token_weight, inputs = piece
         logits = jnp.dot(h, weight.astype(h.dtype), preferred_element_type=jnp.float32)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)[:, 0]
-        return loss - jnp.sum(token_weight * policy_objective("drpo", logp, **data)), None
+        return loss - jnp.sum(token_weight * policy_objective("drpo", logp, **inputs)), None
 
     pieces = jax.tree.map(
-        lambda a: a.reshape(-1, FSDP * CHUNK, *a.shape[1:]), (hidden, targets, token_weight, data)
+        lambda a: a.reshape(-1, FSDP * CHUNK, *a.shape[1:]), (hidden, targets, token_weight, inputs)
     )
     return jax.lax.scan(body, jnp.zeros(()), pieces)[0]
 
@@ -80,7 +81,7 @@ def program(loss, devices):
 
 
 def collectives(text):
-    """[(operation, [(dtype, shape) of its results])] inside a compiled program's loops, and outside."""
+    """[(operation, [(dtype, shape) of its results])] inside and outside of the loops of a program."""
     bodies, current = {}, None
     for line in text.splitlines():
         if line and not line[0].isspace() and line.endswith("{"):
@@ -105,20 +106,20 @@ def collectives(text):
     operation = re.compile(
         r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\("
     )
-    found = ([], [])
+    operations = ([], [])
     for name, lines in bodies.items():
         for result, kind in (m.groups() for line in lines if (m := operation.search(line))):
             shapes = [
                 (dtype, tuple(int(n) for n in shape.split(",") if n))
                 for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
             ]
-            found[name not in inside].append((kind, shapes))
+            operations[name not in inside].append((kind, shapes))
     assert loops
-    return found
+    return operations
 
 
 def check(text):
-    """Asserts what the module says; returns the dtype in which the weight is gathered."""
+    """Checks the collectives. Returns: the dtypes in which the weight is gathered."""
     inside, outside = collectives(text)
     assert inside
     for kind, shapes in inside:
@@ -128,7 +129,7 @@ def check(text):
     assert kinds.count("all-gather") == kinds.count("reduce-scatter") == 1
     for kind, shapes in outside:
         largest = max(math.prod(shape) for _, shape in shapes)
-        if kind == "all-gather":  # an asynchronous one lists its operand, too
+        if kind == "all-gather":  # an asynchronous one lists its operand as well
             assert largest == D * V // TENSOR
             gathered = {dtype for dtype, _ in shapes}
         elif kind == "reduce-scatter":
@@ -142,16 +143,16 @@ def test_the_loop_sends_only_chunks():
     check(program(fused, jax.devices()))
 
 
-def test_the_check_fails_where_the_compiler_is_left_to_itself():
+def test_the_check_fails_for_collectives_that_the_compiler_chooses():
     with pytest.raises(AssertionError):
         check(program(scanned, jax.devices()))
 
 
 def test_on_tpu_too():
-    """And the weight is gathered in bfloat16."""
+    """On TPU the weight is gathered in bfloat16."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         needs = [r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")]
-        pytest.skip(f"needs the TPU's compiler: pip install --no-deps '{needs[0].split(';')[0]}'")
+        pytest.skip(f"needs the TPU compiler: pip install --no-deps '{needs[0].split(';')[0]}'")
     env = os.environ | TPU | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600

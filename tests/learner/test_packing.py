@@ -1,4 +1,4 @@
-"""Layouts: every token has one place, and comes back from it."""
+"""Layouts: placing values into rows and taking them back."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def lengths(count=24, seed=0):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_what_is_placed_is_taken_back(pack):
+def test_take_inverts_place(pack):
     prompts, responses = lengths()
     layout = lay_out(prompts, responses, WIDTH, pack, micro_batches=4)
     values = np.random.default_rng(1).normal(size=(len(prompts), ROOM, 2)).astype(np.float32)

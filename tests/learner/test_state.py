@@ -14,7 +14,7 @@ def optimizer_config(**fields):
 
 
 def steps(optimizer, params, gradients):
-    """The changes that a sequence of gradients makes."""
+    """The change of each step for a sequence of gradients."""
     state, changes = optimizer.init(params), []
     step = jax.jit(optimizer.update)
     for gradient in gradients:
@@ -26,7 +26,7 @@ def steps(optimizer, params, gradients):
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        # Adam's first steps on a constant gradient are the learning rate itself.
+        # The first steps of Adam with a constant gradient are the learning rate itself.
         (dict(), [0.1] * 6),
         (dict(warmup_steps=4), [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]),
         (dict(warmup_steps=1), [0.1] * 6),
@@ -46,7 +46,7 @@ def test_schedules(fields, expected):
 
 
 def test_the_first_moment_may_be_bfloat16():
-    """And nothing else: a second moment in bfloat16 would stand still."""
+    """Only the first moment: a second moment in bfloat16 would stop changing."""
     exact, ours = (
         make_optimizer(optimizer_config(mu_dtype=name), 10) for name in ("float32", "bfloat16")
     )

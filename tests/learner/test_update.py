@@ -1,4 +1,4 @@
-"""The update: micro-batches, packing and the cut into rows change neither loss nor gradient."""
+"""The update: micro-batches, packing and the order of rows change neither loss nor gradient."""
 
 import dataclasses
 import functools
@@ -43,17 +43,17 @@ def new_model(config):
 
 
 def new_batch(pack=False, micro_batches=1, extra=(), order=slice(None)):
-    """(Batch, Layout) of the same eight sequences, in `order`."""
+    """(Batch, Layout) of the same eight sequences in the order `order`."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(64, size=(N, P + R)).astype(np.int32)
-    data = {
+    inputs = {
         "behavior_logp": rng.normal(-4, 0.5, size=(N, R)).astype(np.float32),
         "advantage": rng.normal(size=N).astype(np.float32),
     }
     for name in extra:
-        data[name] = rng.normal(-4, 0.5, size=(N, R)).astype(np.float32)
+        inputs[name] = rng.normal(-4, 0.5, size=(N, R)).astype(np.float32)
     layout = lay_out(PROMPTS[order], RESPONSES[order], P + R, pack, micro_batches)
-    return make_batch(layout, tokens[order], {k: v[order] for k, v in data.items()}), layout
+    return make_batch(layout, tokens[order], {k: v[order] for k, v in inputs.items()}), layout
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_micro_batches_change_neither_loss_nor_update(state, batch, whole, micro
 
 
 def loss_of_definition(model, batch, settings):
-    """The loss from whole logits and autodiff, one row per sequence."""
+    """The loss from all logits at once, with one sequence per row, for autodiff."""
     mask = batch.mask > 0
     logits = model(batch.tokens, segment_ids=batch.segment_ids) / settings.temperature
     log_p = jax.nn.log_softmax(logits)
@@ -138,7 +138,7 @@ MIXED = dataclasses.replace(
     "settings, extra", [(GSPO, ()), (MIXED, ("old_logp", "ref_logp"))], ids=["gspo", "mixed"]
 )
 def test_packing_and_micro_batches_change_nothing(state, settings, extra):
-    """Sequence-level and penalised objectives against the definition; cut and packed in any way."""
+    """Sequence-level and penalized objectives against the definition, for several partitions."""
     batch, layout = new_batch(extra=extra)
     definition = functools.partial(loss_of_definition, settings=settings)
     expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, batch)
@@ -190,7 +190,7 @@ def test_a_correction_scales_the_tokens(state, batch):
 
 
 def test_learning_rate_and_norms_are_those_of_numpy(batch):
-    """Over three updates with warmup and weight decay: what the parameters say, in float64."""
+    """Three updates with warmup and weight decay, against float64 norms of the parameters."""
     config = default_config().optimizer
     config.update(learning_rate=0.01, warmup_steps=2, schedule="linear", weight_decay=0.1)
     optimizer, schedule = make_optimizer(config, 10), make_schedule(config, 10)
@@ -236,7 +236,7 @@ def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
 
 
 def test_nothing_holds_the_logits_of_a_batch():
-    """Of the arrays with a vocabulary axis, none is larger than the head or a chunk of logits."""
+    """No array with a vocabulary axis is larger than the head or a chunk of logits."""
     vocab, rows, room = 4096, 16, 32
     config = ModelConfig(vocab_size=vocab, **SIZES, mlp_size=48)
     state = jax.eval_shape(lambda: init_state(Transformer(config, jax.random.key(0)), SGD))
@@ -247,14 +247,14 @@ def test_nothing_holds_the_logits_of_a_batch():
         lambda s, b: response_trace(s.model, b, SETTINGS),
     ):
         shapes = set(all_shapes(jax.make_jaxpr(step)(state, batch).jaxpr))
-        assert (SETTINGS.head_chunk, vocab) in shapes  # the search saw into the head
+        assert (SETTINGS.head_chunk, vocab) in shapes  # the search reaches into the head
         largest = max(math.prod(shape) for shape in shapes if vocab in shape)
         weight, chunk = vocab * config.hidden_size, vocab * SETTINGS.head_chunk
         assert largest <= max(weight, chunk) < rows * room * vocab / 4
 
 
 def all_shapes(jaxpr):
-    """The shape of every array that the program computes, in nested programs too."""
+    """The shape of every array that the program computes, including nested programs."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars)
         for value in jax.tree.leaves(

@@ -1,4 +1,4 @@
-"""Tokens that reach every regime of every objective, with the arrays that some objectives need.
+"""Tokens that reach every regime of every objective, with the additional arrays of some objectives.
 
 Axis letters: B rows, T tokens of a row, K top tokens.
 """
@@ -34,23 +34,23 @@ CASES = [(name, {}) for name in OBJECTIVES] + [
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly(compile_quickly):
-    """The time of these tests is compilation."""
+    """Compilation dominates the time of these tests."""
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join((case[0], *case[1])))
 def case(request):
-    """(name, hyperparameters) of every objective, and of those that have more to say than one."""
+    """(name, hyperparameters) of every objective, some with more than one setting."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def cases():
-    """All of them."""
+    """All cases."""
     return CASES
 
 
 class Batch(NamedTuple):
-    """float64 arrays [B, T], and what some objectives need besides, by its name."""
+    """float64 arrays [B, T], and the additional arrays of some objectives by name."""
 
     logp: np.ndarray
     behavior_logp: np.ndarray
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
 @pytest.fixture(scope="session")
 def batch():
-    """40 rows of 100 tokens, with |log r| < 20: see test_table.py on what they reach."""
+    """40 rows of 100 tokens with |log r| < 20. test_table.py checks which regimes they reach."""
     rng, shape = np.random.default_rng(0), (40, 100)
     logp, behavior_logp = np.log(rng.beta(0.3, 0.5, (2, *shape)))
     near = rng.random(shape) < 0.5  # half of them close to on-policy
@@ -83,7 +83,7 @@ def batch():
     logp[:10] = np.minimum(behavior_logp[:10] + rng.normal(0, 1e-3, (10, 100)), -1e-4)
     logp = np.clip(logp, behavior_logp - 19.99, behavior_logp + 19.99)
 
-    # Several responses per row, some tokens of none (0), Â constant within a response.
+    # Several responses per row, some tokens of none (0). Â is constant within a response.
     mask, advantage = np.zeros(shape, np.int32), rng.normal(0, 1, shape)
     for row in range(shape[0]):
         cuts = np.sort(rng.choice(np.arange(1, shape[1]), 8, replace=False))
@@ -108,7 +108,7 @@ def batch():
 
 @pytest.fixture(scope="session")
 def in_float64():
-    """function, args -> the arrays of function(*args), computed in float64, as NumPy's."""
+    """Computes function(*args) in float64. Returns: NumPy arrays."""
 
     def call(function, *args, **kwargs):
         with jax.enable_x64(True):

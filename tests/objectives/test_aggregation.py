@@ -1,4 +1,4 @@
-"""Aggregation against hand computations, and its indifference to how a batch is cut."""
+"""Aggregation against hand computations, and its independence of how a batch is partitioned."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +41,7 @@ def test_micro_batches_add_up_to_the_whole(name):
     objective = rng.normal(size=mask.shape)
     weight, denominator = token_weights(name, mask, HORIZON)
     whole = (np.asarray(weight) * objective).sum()
-    # Each row's weights and contribution to the denominator are its own.
+    # The weights of a row and its part of the denominator do not depend on other rows.
     rows = [mask & (np.arange(5)[:, None] == row) for row in range(5)]
     alone = [token_weights(name, row, HORIZON) for row in rows]
     np.testing.assert_allclose(sum(weight for weight, _ in alone), weight)

@@ -12,11 +12,11 @@ DELTA = 0.15
 
 @pytest.fixture(scope="module")
 def weight_at(in_float64):
-    """(name, π, µ, Â, …) -> w in float64, of the shape of the three."""
+    """A function (name, π, µ, Â, …) → w in float64, of the shape of the three arrays."""
 
     def weight(name, pi, mu, advantage, **keywords):
         pi, mu, advantage = np.broadcast_arrays(pi, mu, advantage)
-        # one shape, that other tests compile as well
+        # One shape, which other tests compile as well.
         tokens = (np.resize(x, (40, 100)) for x in (np.log(pi), np.log(mu), advantage))
         w = in_float64(gradient_weight, name, *tokens, **keywords)
         return w.reshape(-1)[: pi.size].reshape(pi.shape)
@@ -51,7 +51,7 @@ def test_the_boundary_attenuates_inside_stops_at_it_and_corrects_outside(
     kept = weight_at("dppo_tv", pi, mu, advantage, delta=delta)
     checked = reachable & ~np.isnan(steps)
     np.testing.assert_array_equal(kept[checked], steps[checked])
-    # The two ablations split DRPO's weight between them.
+    # The two ablations together have the weight of DRPO.
     outside = np.where(reachable, np.array([0, 0, 0, 0, 1, 1, 0, 0]), 0) > 0
     masked = weight_at("mask_drpo", pi, mu, advantage, delta=delta, directional=True)
     np.testing.assert_allclose(masked[~outside & (steps == 1)], 1.0)

@@ -1,4 +1,4 @@
-"""Importance weights for the sampler's mismatch, by hand."""
+"""Importance weights for the mismatch of the sampler, by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ GEOMETRIC = [1.5 ** (1 / 3)] * 3 + [1.0, 1.0, 0.0]
 
 
 def pad(x):
-    """To one shape for all, so that it compiles once; the mask is 0 there."""
+    """Pads to one shape with mask 0, so that all cases share a compilation."""
     return np.pad(x, [(0, 3 - x.shape[0]), (0, 9 - x.shape[1])])
 
 
@@ -72,7 +72,7 @@ def test_packed_responses_weigh_what_they_weigh_in_rows_of_their_own(name, level
 
 
 def test_the_token_level_is_unbiased_for_expectations_under_the_learner():
-    """E under µ of ρ·f is E under π_old of f, and of 1 it is 1."""
+    """E_µ[ρ·f] = E_π_old[f], and E_µ[ρ] = 1."""
     mu, old = np.array([[0.5, 0.3, 0.2]]), np.array([[0.25, 0.35, 0.4]])
     rho = of_logprobs("tis", np.log(old), np.log(mu), np.ones((1, 3)), cap=10.0)
     np.testing.assert_allclose(mu * rho, old, rtol=1e-6)
@@ -85,7 +85,7 @@ def test_the_token_level_is_unbiased_for_expectations_under_the_learner():
 def test_extreme_inputs_stay_finite(name, level):
     logp = np.array([[0.0, -1e-3, -80.0, -1e4, -np.inf, -np.inf, np.nan]])
     other = np.array([[-np.inf, -80.0, 0.0, -1e4, 0.0, -np.inf, np.nan]])
-    mask = np.array([[1, 2, 3, 4, 5, 6, 0]])  # what no response has is never looked at
+    mask = np.array([[1, 2, 3, 4, 5, 6, 0]])  # values outside of responses are ignored
     result = of_logprobs(name, logp, other, mask, level=level, cap=1e9)
     ends = np.exp([20.0, 20.0, -20.0, 0.0, -20.0, 0.0])
     np.testing.assert_allclose(result, [[*ends, 0]], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The summaries of a batch's weights and of the mismatch: by hand, and under micro-batching."""
+"""Summaries of weights and of the mismatch: by hand, and under micro-batching."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def summary(mask=MASK):
 
 
 def divided(sums):
-    """As the log has them: floats, NaN where nothing was counted."""
+    """The means as the log has them: floats, NaN where nothing was counted."""
     return {k: float(a) / float(b) if b else float("nan") for k, (a, b) in sums.items()}
 
 
@@ -55,7 +55,7 @@ def test_by_hand():
         "policy/kl": (ratio - 1 - np.log(ratio)).sum(),
         "policy/tail": 1,
         "policy/beyond_clip": 1,
-        # of the one token with µ ≤ 0.01
+        # one token has µ ≤ 0.01
         "weight/tail_mean": weight[5],
         "weight/tail_square": (weight[5] - 1) ** 2,
         "by_mu/1e-3-0.01/tokens": 1,
@@ -92,7 +92,7 @@ def test_micro_batches_add_up():
 
 
 def test_tokens_without_advantage_dilute_no_share_of_the_weights():
-    """A uniform group has w = 1 everywhere, and nothing to weigh."""
+    """A group with equal rewards has w = 1 everywhere and no gradient to weigh."""
     logp = np.log(np.array([0.5, 0.9, 0.5], "float32"))
     mu, advantage = np.log(np.array([0.5, 0.1, 0.4], "float32")), np.array([0.0, 1.0, 0.0])
     w = gradient_weight("drpo", logp, mu, advantage)
@@ -115,14 +115,14 @@ def test_the_bins_of_mu_partition_the_tokens_and_the_gradient():
     edges = np.array([0.0, *map(float, MU_BINS)], np.float32)
     mu = np.concatenate([edges, np.nextafter(edges, 1), np.logspace(-30, 0, 200, dtype="float32")])
     with np.errstate(divide="ignore"):
-        behavior_logp = np.log(mu)  # −inf: µ = 0 lies in the first
+        behavior_logp = np.log(mu)  # −inf: µ = 0 is in the first bin
     c = np.random.default_rng(0).normal(size=mu.size).astype("float32")
     sums, _ = summarize(c, behavior_logp, behavior_logp, c, c, mu >= 0)
     means = with_spread(divided(sums))
     for share in ("tokens", "gradient"):
         assert sum(means[f"by_mu/{name}/{share}"] for name in BINS) == pytest.approx(1, rel=1e-5)
     assert [sums[f"by_mu/{name}/tokens"][0] > 0 for name in BINS] == [True] * 7
-    # An edge belongs to the bin below it. (exp(log µ) is not always µ: take edges for which it is.)
+    # An edge belongs to the bin below it. The edge 0.5 satisfies exp(log µ) = µ exactly.
     half = np.log(np.float32(0.5))
     one = summarize(c[:1], *[np.array([half])] * 2, c[:1], c[:1], np.ones(1))[0]
     assert one["by_mu/0.1-0.5/tokens"][0] == one["by_mu/0.1-0.5/tokens"][1] == 1
@@ -169,7 +169,7 @@ def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
         "weight/mean": 2.0, "weight/tail_mean": 1.0, "other": 3.0, "policy/ratio": 2.0,
         "weight/std": 0.0, "weight/tail_variance": 0.25, "policy/effective_sample_size": 0.8,
     }  # fmt: skip
-    assert means["weight/square"] == 1.0  # its argument is left alone
+    assert means["weight/square"] == 1.0  # the argument is not modified
 
 
 def test_the_mismatch_by_hand():

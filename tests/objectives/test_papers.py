@@ -55,7 +55,7 @@ def sapo(t, tau_positive=1.0, tau_negative=1.05):
 
 
 def gspo(t, epsilon_low=3e-4, epsilon_high=4e-4):
-    """Per token: J of its response, and T times the derivative of J by log π of the token."""
+    """For each token: J of its response, and T times ∂J/∂log π of the token."""
     J, c = np.full(t.p.shape, np.nan), np.full(t.p.shape, np.nan)
     for row, numbers in enumerate(t.sequence):
         for number in set(numbers) - {0}:
@@ -84,7 +84,7 @@ def _dppo(t, divergence, delta, ratio_cap):
     dropped = (divergence > delta) & np.where(t.A > 0, t.p > t.m, t.p < t.m)
     if ratio_cap is None:
         return ~dropped * r * t.A, ~dropped * r * t.A
-    # Above the cap the slope by log r stays at the cap.
+    # Above the cap, ∂J/∂log r stays at the cap.
     beyond = np.where(r > ratio_cap, ratio_cap * np.log(r / ratio_cap), 0)
     value = np.minimum(r, ratio_cap)
     return ~dropped * (value + beyond) * t.A, ~dropped * value * t.A
@@ -125,7 +125,7 @@ def drpo_no_advantage(t, delta=0.15):
 
 
 def drpo_no_correction(t, delta=0.15):
-    """DRPO up to the boundary, where J stays at what it has there."""
+    """DRPO up to the boundary. Beyond it J keeps its value at the boundary."""
     bound = np.where(t.A > 0, np.minimum(t.p, t.m + delta), np.maximum(t.p, t.m - delta))
     past = bound != t.p
     J, c = drpo(t._replace(p=bound), delta)
@@ -158,10 +158,10 @@ def test_both_are_the_papers_equations(case, batch, in_float64):
     tokens = Tokens(*probabilities, batch.advantage, old, arrays["mask"], *top)
     expected_J, expected_c = PAPERS[name](tokens, **hyper)
 
-    given = batch[:3], batch.needs(name) | hyper
-    J, c = in_float64(token_objective, name, *given[0], **given[1])
-    w = in_float64(gradient_weight, name, *given[0], **given[1])
-    where = ~np.isnan(expected_J)  # GSPO says nothing of tokens outside the responses
+    arguments = batch[:3], batch.needs(name) | hyper
+    J, c = in_float64(token_objective, name, *arguments[0], **arguments[1])
+    w = in_float64(gradient_weight, name, *arguments[0], **arguments[1])
+    where = ~np.isnan(expected_J)  # GSPO defines no terms outside of responses
     assert where.mean() > 0.8
     np.testing.assert_allclose(J[where], expected_J[where], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(c[where], expected_c[where], rtol=1e-6, atol=1e-9)
@@ -190,7 +190,7 @@ INSIDE = {
     "drpo_no_correction": (3 - 2 * 0.2 * 0.25 / 0.3, 3 * (1 - 0.1 / 0.15)),
     "mask_drpo": (3, 3),
 }
-# The mirror of it, past the boundaries: µ = .4, π = .1, r = ¼, Â = −2; π − µ = −.3 = −2δ. The top
+# The mirror image, past the boundaries: µ = .4, π = .1, r = ¼, Â = −2; π − µ = −.3 = −2δ. The top
 # tokens: µ = .4, .3, .3 and π = .1, .4, .5, TV = .3, KL = .3150; Binary KL = .3112. π_old = .2.
 # log .1 = −2.3025851.
 OUTSIDE = {
@@ -223,7 +223,7 @@ OUTSIDE = {
     ids=["inside", "outside"],
 )
 def test_one_token_by_hand(name, by_hand, pi, mu, advantage, old, top_pi, top_mu):
-    def many(x):  # of a shape that other tests compile as well
+    def many(x):  # a shape that other tests compile as well
         return np.broadcast_to(np.float32(x), (40, 100, *np.shape(x)))
 
     arrays = {
@@ -232,9 +232,9 @@ def test_one_token_by_hand(name, by_hand, pi, mu, advantage, old, top_pi, top_mu
         "topk_logp": np.log(many(top_pi)),
         "behavior_topk_logp": np.log(many(top_mu)),
     }
-    given = {key: arrays[key] for key in OBJECTIVES[name].arrays}
+    arguments = {key: arrays[key] for key in OBJECTIVES[name].arrays}
     tokens = np.log(many(pi)), np.log(many(mu)), many(advantage)
-    J, c = token_objective(name, *tokens, **given)
-    w = gradient_weight(name, *tokens, **given)
+    J, c = token_objective(name, *tokens, **arguments)
+    w = gradient_weight(name, *tokens, **arguments)
     expected = *by_hand[name], by_hand[name][1] / (pi / mu * advantage)
     np.testing.assert_allclose([J[0, 0], c[0, 0], w[0, 0]], expected, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ ESTIMATORS = ("k2", "k3")
 
 
 def penalty(name, *logprobs):
-    """(value, slope) in float32, computed in a shape that other tests compile as well."""
+    """(value, slope) in float32, in a shape that other tests compile as well."""
     logprobs = np.broadcast_arrays(*logprobs)
     assert logprobs[0].size <= 4000
     resized = (np.resize(np.float32(x), (40, 100)) for x in logprobs)
@@ -22,10 +22,10 @@ def penalty(name, *logprobs):
 
 def test_by_hand():
     # π = .2, π_ref = .1, µ = .25: d = −log 2, r = .8
-    found = penalty("k2", *np.log([[0.2], [0.25], [0.1]]))
-    np.testing.assert_allclose(found, [[0.8 * np.log(2) ** 2 / 2], [0.8 * np.log(2)]], 1e-5)
-    found = penalty("k3", *np.log([[0.2], [0.25], [0.1]]))
-    np.testing.assert_allclose(found, [[0.8 * (0.5 + np.log(2) - 1)], [0.8 * 0.5]], 1e-5)
+    ours = penalty("k2", *np.log([[0.2], [0.25], [0.1]]))
+    np.testing.assert_allclose(ours, [[0.8 * np.log(2) ** 2 / 2], [0.8 * np.log(2)]], 1e-5)
+    ours = penalty("k3", *np.log([[0.2], [0.25], [0.1]]))
+    np.testing.assert_allclose(ours, [[0.8 * (0.5 + np.log(2) - 1)], [0.8 * 0.5]], 1e-5)
     assert set(KL) == {"none", "k1", *ESTIMATORS}
 
 
@@ -52,7 +52,7 @@ def test_the_slope_is_the_derivative_with_the_ratio_held(name, batch, in_float64
 
 
 def test_expected_gradients_by_summation_over_a_vocabulary(in_float64):
-    """Sampled from µ, k2's is that of KL(π‖π_ref), k3's that of KL(π_ref‖π), and k1's is zero."""
+    """Over samples from µ: KL(π‖π_ref) for k2, KL(π_ref‖π) for k3, and zero for k1."""
     rng = np.random.default_rng(0)
     logits, behavior, reference = rng.normal(0, 1, (3, 7))
 
@@ -74,15 +74,15 @@ def test_expected_gradients_by_summation_over_a_vocabulary(in_float64):
             "k3": (expected(slope3), jax.grad(kl(fixed, policy))(logits)),
             "k1 as a loss": (expected(jnp.exp(logp - behavior_logp)), jnp.zeros(7)),
             "the value of k3": (mu @ k3, kl(policy, fixed)(logits)),
-            # In the reward, k1 does what it says: −E[(log π − log π_ref)·∇log π] descends the KL.
+            # As part of the reward, k1 descends the KL: −E[(log π − log π_ref)·∇log π].
             "k1 in the reward": (
                 expected(jnp.exp(logp - behavior_logp) * (logp - ref_logp)),
                 jax.grad(kl(policy, fixed))(logits),
             ),
         }
 
-    for name, (found, right) in in_float64(jax.jit(checks), logits).items():
-        np.testing.assert_allclose(found, right, rtol=1e-9, atol=1e-12, err_msg=name)
+    for name, (ours, right) in in_float64(jax.jit(checks), logits).items():
+        np.testing.assert_allclose(ours, right, rtol=1e-9, atol=1e-12, err_msg=name)
         assert name == "k1 as a loss" or (abs(right) > 1e-3).any()
 
 
@@ -111,7 +111,7 @@ def test_the_reward_penalty_is_the_log_ratio_summed_over_the_response():
     mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
     result = reward_penalty(behavior_logp, ref_logp, mask)
     np.testing.assert_allclose(result, [0, 2 * np.log(2)], rtol=1e-5, atol=1e-6)
-    outside = np.where(mask, behavior_logp, np.nan)  # what no response has is never looked at
+    outside = np.where(mask, behavior_logp, np.nan)  # values outside of responses are ignored
     np.testing.assert_array_equal(reward_penalty(outside, ref_logp, mask), result)
     impossible = np.where(mask, -np.inf, behavior_logp)
     assert np.isfinite(reward_penalty(impossible, ref_logp, mask)).all()

@@ -1,4 +1,4 @@
-"""The custom_vjp: what it emits, what it keeps, and where the coefficient comes from."""
+"""The custom_vjp: its gradient, its residuals, and the source of the coefficient."""
 
 import jax
 import jax.numpy as jnp
@@ -10,42 +10,42 @@ from drpo_jax.objectives import OBJECTIVES, policy_objective, table, token_objec
 
 @pytest.fixture(scope="module")
 def tokens(batch):
-    """(log π, log µ, Â), float32 of the shape that other tests compile as well."""
+    """(log π, log µ, Â), float32, in a shape that other tests compile as well."""
     return tuple(map(jnp.asarray, batch.astype(np.float32)[:3]))
 
 
 @pytest.fixture(scope="module")
 def needs(batch):
-    """name -> the arrays of an objective, float32."""
+    """A function from the name of an objective to its arrays, float32."""
     small = batch.astype(np.float32)
     return lambda name: jax.tree.map(jnp.asarray, small.needs(name))
 
 
 def test_the_gradient_is_exactly_the_coefficient(case, tokens, needs):
     name, hyper = case
-    given = needs(name)
-    mask = {"mask": given.pop("mask")} if "mask" in given else {}  # integers have no gradient
-    J, c = token_objective(name, *tokens, **given, **mask, **hyper)
+    needed = needs(name)
+    mask = {"mask": needed.pop("mask")} if "mask" in needed else {}  # integers have no gradient
+    J, c = token_objective(name, *tokens, **needed, **mask, **hyper)
     assert c.any()
 
-    def total(tokens, given):
-        J = policy_objective(name, *tokens, **given, **mask, **hyper)
+    def total(tokens, needed):
+        J = policy_objective(name, *tokens, **needed, **mask, **hyper)
         return J.sum(), J
 
-    gradient, value = jax.grad(total, (0, 1), has_aux=True)(tokens, given)
+    gradient, value = jax.grad(total, (0, 1), has_aux=True)(tokens, needed)
     np.testing.assert_array_equal(value, J)
     np.testing.assert_array_equal(gradient[0][0], c)
-    for data in (*gradient[0][1:], *gradient[1].values()):
-        assert not data.any()
+    for others in (*gradient[0][1:], *gradient[1].values()):
+        assert not others.any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_coefficient_is_the_only_residual_and_the_backward_one_multiplication(
     name, tokens, needs
 ):
-    given = needs(name)
-    _, backward = jax.vjp(lambda *tokens: policy_objective(name, *tokens, **given), *tokens)
-    _, c = token_objective(name, *tokens, **given)
+    needed = needs(name)
+    _, backward = jax.vjp(lambda *tokens: policy_objective(name, *tokens, **needed), *tokens)
+    _, c = token_objective(name, *tokens, **needed)
     (residual,) = jax.tree.leaves(backward)
     np.testing.assert_array_equal(residual, c)
     program = jax.make_jaxpr(lambda cotangent: backward(cotangent)[0])(jnp.ones_like(c))
@@ -61,7 +61,7 @@ def test_cotangents_are_those_of_a_linear_map(tokens):
 
 
 def test_gspo_under_every_weight_that_is_constant_within_a_response(batch, in_float64):
-    """There the product is the derivative of the loss, and otherwise that of GSPO-token."""
+    """There the product is the derivative of the loss. Otherwise it is that of GSPO-token."""
     mask = batch.arrays["mask"]
     rng = np.random.default_rng(0)
     of_response = np.take_along_axis(rng.uniform(size=(40, 9)), mask, axis=1)
@@ -99,21 +99,21 @@ def test_gradients_have_the_shapes_and_dtypes_of_what_was_broadcast(tokens):
     logp, behavior_logp, advantage = tokens
     arguments = logp.astype(jnp.bfloat16), behavior_logp[:1], advantage[:, :1]
     gradient = jax.grad(lambda *args: policy_objective("drpo", *args).sum(), (0, 1, 2))(*arguments)
-    for given, received in zip(arguments, gradient, strict=True):
-        assert given.shape == received.shape and given.dtype == received.dtype
+    for argument, received in zip(arguments, gradient, strict=True):
+        assert argument.shape == received.shape and argument.dtype == received.dtype
     gradient = jax.grad(lambda x: policy_objective("drpo", x, behavior_logp, advantage).sum())(-1.0)
     expected = token_objective("drpo", -1.0, behavior_logp, advantage)[1].sum()
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
 def test_jit_vmap_and_remat_change_nothing(cases, tokens, needs):
-    """One program for all: rows mapped one by one, recomputed in the backward pass, compiled."""
+    """One compiled program for all objectives: vmap over rows, recomputation in the backward pass."""
     arrays = [needs(name) for name, _ in cases]
 
-    def of_a_row(logp, behavior_logp, advantage, given):
+    def of_a_row(logp, behavior_logp, advantage, needed):
         @jax.checkpoint
         def totals(logp):
-            of_all = zip(cases, given, strict=True)
+            of_all = zip(cases, needed, strict=True)
             token = logp, behavior_logp, advantage
             return jnp.stack(
                 [policy_objective(name, *token, **g, **hyper).sum() for (name, hyper), g in of_all]
@@ -122,9 +122,9 @@ def test_jit_vmap_and_remat_change_nothing(cases, tokens, needs):
         return jax.jacrev(totals)(logp)
 
     compiled = jax.jit(jax.vmap(of_a_row, out_axes=1))(*tokens, arrays)
-    for (name, hyper), given, gradient in zip(cases, arrays, compiled, strict=True):
-        _, c = token_objective(name, *tokens, **given, **hyper)
-        close = dict(rtol=2e-4, atol=1e-5, err_msg=name)  # exp and the sums are compiled otherwise
+    for (name, hyper), needed, gradient in zip(cases, arrays, compiled, strict=True):
+        _, c = token_objective(name, *tokens, **needed, **hyper)
+        close = dict(rtol=2e-4, atol=1e-5, err_msg=name)  # exp and sums compile differently
         np.testing.assert_allclose(gradient, c, **close)
 
 

@@ -17,14 +17,14 @@ from drpo_jax.objectives.table import OBJECTIVES, gradient_weight, token_objecti
 SHAPE = (4, 8)  # rows, tokens
 DELTAS = tuple(THRESHOLDS["delta"].values())
 EPS = float(np.finfo(np.float32).eps)
-# No shrinking: an example is 32 tokens, and `everywhere` names the one that fails.
+# No shrinking: an example has 32 tokens, and `everywhere` names the one that fails.
 example = hypothesis.settings(
     max_examples=40, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate]
 )
 
 
 def everywhere(condition, *context):
-    """Asserts it of all tokens; names the first that fails by its part of every array of context."""
+    """Asserts a condition for all tokens. The error shows the arrays of context at the first failure."""
     for at in np.argwhere(~np.asarray(condition)):
         values = [x[tuple(at)] if np.shape(x) == SHAPE else x for x in context]
         raise AssertionError(f"fails for the token with {values}")
@@ -47,7 +47,7 @@ ADVANTAGE = (floats(-3, 3) | floats(-1e6, 1e6) | st.sampled_from([0.0, -0.0, 1e-
 
 @st.composite
 def tokens(draw):
-    """(log π, log µ, Â): half of the pairs near each other, the others anywhere."""
+    """(log π, log µ, Â). Half of the pairs are close to each other, the others arbitrary."""
     logp = draw(batches(LOGP))
     gap = draw(batches(floats(-0.5, 0.5) | floats(-80, 80)))
     return logp, np.clip(logp - gap, -80, 0), draw(batches(ADVANTAGE))
@@ -55,7 +55,7 @@ def tokens(draw):
 
 @st.composite
 def needs(draw):
-    """What some objectives need besides; the top tokens need not be of one distribution.
+    """The additional arrays of some objectives. Top tokens need not belong to one distribution.
 
     Many tokens share a value here: drawing them all would take most of the time.
     """
@@ -72,9 +72,9 @@ def program(*cases):
     """One compiled program for (J, c, w) of all cases, (name, ((hyperparameter, value), …))."""
 
     @jax.jit
-    def terms(logp, behavior_logp, advantage, given):
+    def terms(logp, behavior_logp, advantage, needed):
         def one(name, hyper):
-            keywords = {key: given[key] for key in OBJECTIVES[name].arrays} | dict(hyper)
+            keywords = {key: needed[key] for key in OBJECTIVES[name].arrays} | dict(hyper)
             J, c = token_objective(name, logp, behavior_logp, advantage, **keywords)
             return J, c, gradient_weight(name, logp, behavior_logp, advantage, **keywords)
 
@@ -100,16 +100,16 @@ def seen(logp, behavior_logp):
 
 
 @example
-@hypothesis.given(tokens=tokens(), given=needs())
-def test_finite_and_consistent_everywhere(cases, tokens, given):
+@hypothesis.given(tokens=tokens(), needed=needs())
+def test_finite_and_consistent_everywhere(cases, tokens, needed):
     frozen = tuple((name, tuple(hyper.items())) for name, hyper in cases)
     advantage = np.float64(tokens[2])
     r, _, _, inside = seen(*tokens[:2])
-    for case, (J, c, w) in zip(frozen, program(*frozen)(*tokens, given), strict=True):
+    for case, (J, c, w) in zip(frozen, program(*frozen)(*tokens, needed), strict=True):
         assert J.dtype == c.dtype == w.dtype == np.float32
         everywhere(np.isfinite(J) & np.isfinite(c) & np.isfinite(w), case, *tokens, J, c, w)
         everywhere(inside | ((c == 0) & (w == 0)), case, *tokens, c, w)
-        # c = r·Â·w, but where the forms without |Â| report w = 1; rounding is of the terms of w
+        # c = r·Â·w, except where the forms without |Â| report w = 1; rounding is that of the terms of w
         error = abs(c - r * advantage * w)
         rounding = 50 * EPS * r * abs(advantage) * (1 + abs(w)) + 1e-30
         everywhere(~inside | (abs(advantage) <= 1e-6) | (error <= rounding), case, *tokens, c, w)
@@ -128,7 +128,7 @@ def test_drpo_is_bounded_and_so_is_its_variance(tokens):
         everywhere((cut >= 0) & (cut <= 1 + 1 / delta + slack), *tokens, delta, cut)
         assert np.var(np.float64(w)[inside]) <= 1 / delta**2 + slack if inside.any() else True
         everywhere(cut == np.maximum(w, 0), *tokens, delta, cut, w)
-        # mask_drpo: 1 inside, DRPO's outside, which is past 0 or past 2 there
+        # mask_drpo: 1 inside; outside that of DRPO, which is then below 0 or above 2
         everywhere((masked == 1) | (masked == w), *tokens, delta, masked, w)
         outside = (masked < slack) | (masked > 2 - slack)
         everywhere(~inside | (masked == 1) | outside, *tokens, delta, masked)
@@ -136,10 +136,10 @@ def test_drpo_is_bounded_and_so_is_its_variance(tokens):
 
 
 @example
-@hypothesis.given(tokens=tokens(), given=needs())
-def test_the_others_are_bounded_where_their_papers_bound_them(tokens, given):
+@hypothesis.given(tokens=tokens(), needed=needs())
+def test_the_others_are_bounded_where_their_papers_bound_them(tokens, needed):
     names = ("surrogate", "grpo", "sapo", "cispo", "minirl", "gspo", "dppo_tv", "dppo_kl")
-    results = evaluate((*names, "dppo_topk_tv", "dppo_topk_kl"), *tokens, given)
+    results = evaluate((*names, "dppo_topk_tv", "dppo_topk_kl"), *tokens, needed)
     inside = seen(*tokens[:2])[3]
     A, more, less = tokens[2], 1 + 4 * EPS, 1 - 4 * EPS
     for name, (J, c, w) in results.items():
@@ -152,7 +152,7 @@ def test_the_others_are_bounded_where_their_papers_bound_them(tokens, given):
         }.get(name, (w == 0) | (w == 1))  # grpo and dppo: all or nothing
         everywhere(~inside | holds, name, *tokens, J, c, w)
     everywhere(results["grpo"][0] <= results["surrogate"][0], *tokens)  # a pessimistic bound
-    capped = evaluate(("dppo_tv", "dppo_topk_kl"), *tokens, given, ratio_cap=2.0)
+    capped = evaluate(("dppo_tv", "dppo_topk_kl"), *tokens, needed, ratio_cap=2.0)
     for name, (_, c, _) in capped.items():
         everywhere(abs(c) <= 2 * abs(A), name, *tokens, c)
 
@@ -167,7 +167,7 @@ def test_at_the_released_threshold_no_weight_leaves_eight_percent_of_one(tokens)
 
 @jax.jit
 def boundaries(logp, behavior_logp, advantage, delta):
-    """w of DPPO-TV and DRPO, both again before the clip of log r is applied, sign(Â)·(π − µ)."""
+    """w of DPPO-TV and DRPO, both again without the clip of log r, and sign(Â)·(π − µ)."""
     t = table.token(logp, behavior_logp, advantage)
     pair = ("dppo_tv", "drpo")
     weights = [gradient_weight(n, logp, behavior_logp, advantage, delta=delta) for n in pair]
@@ -182,7 +182,7 @@ def boundaries(logp, behavior_logp, advantage, delta):
 )
 def test_dppo_keeps_exactly_the_tokens_whose_drpo_weight_is_not_negative(tokens, delta, near):
     shift = abs(np.asarray(table.token(*tokens).shift))
-    offset = np.array([[x or 0 for x in row] for row in near])  # δ just off the token's own shift
+    offset = np.array([[x or 0 for x in row] for row in near])  # δ close to the shift of the token
     delta = np.where((offset != 0) & (shift > 1e-6), shift * (1 + offset), delta)
     delta = delta.astype(np.float32)
     kept, w, kept_by_equation, w_of_equation, drift = map(np.asarray, boundaries(*tokens, delta))
@@ -196,7 +196,7 @@ def test_dppo_keeps_exactly_the_tokens_whose_drpo_weight_is_not_negative(tokens,
 @example
 @hypothesis.given(tokens=tokens(), other=batches(LOGP), step=batches(floats(-1e-3, 1e-3)))
 def test_weights_are_lipschitz_where_they_are_continuous(tokens, other, step):
-    """In π, DRPO's with 1/δ; in r, SPO's with 1/ε, and SAPO's."""
+    """DRPO is Lipschitz in π with 1/δ, SPO in r with 1/ε, and SAPO in r."""
     logp, behavior_logp, advantage = tokens
     moved = np.where(other < -1, np.clip(logp + step, -80, 0), other)  # near and far
     (r, pi, _, inside), (other_r, other_pi, _, also) = (
@@ -215,7 +215,7 @@ def test_weights_are_lipschitz_where_they_are_continuous(tokens, other, step):
     ):
         change = abs(one[name][2] - two[name][2])
         everywhere(~(inside & also) | (change <= bound), name, *tokens, moved, change)
-    # The objectives are as smooth in r as these bounded weights say.
+    # These bounded weights determine how smooth the objectives are in r.
     size = np.float64(abs(advantage)) * in_r + 1e-30
     for name, most in (("surrogate", 1), ("sapo", 1), ("drpo", 1 + 1 / 0.15)):
         change = abs(np.float64(one[name][0]) - two[name][0])

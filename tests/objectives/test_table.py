@@ -101,10 +101,10 @@ def test_on_policy_every_objective_is_the_policy_gradient(case, batch):
     name, hyper = case
     batch = batch.astype(np.float32)
     same = {"old_logp": batch.logp, "behavior_topk_logp": batch.arrays["topk_logp"]}
-    given = {key: same.get(key, value) for key, value in batch.needs(name).items()} | hyper
-    _, c = token_objective(name, batch.logp, batch.logp, batch.advantage, **given)
+    needed = {key: same.get(key, value) for key, value in batch.needs(name).items()} | hyper
+    _, c = token_objective(name, batch.logp, batch.logp, batch.advantage, **needed)
     np.testing.assert_array_equal(c, batch.advantage)
-    w = gradient_weight(name, batch.logp, batch.logp, batch.advantage, **given)
+    w = gradient_weight(name, batch.logp, batch.logp, batch.advantage, **needed)
     np.testing.assert_array_equal(w, 1.0)
 
 
@@ -115,8 +115,10 @@ def test_ascent_raises_a_token_with_positive_advantage_and_lowers_one_with_negat
         arrays = {"mask": jnp.ones(1, bool), "old_logp": quarter[1:2]}
         arrays |= {"topk_logp": logp[None, :2], "behavior_topk_logp": quarter[None, :2]}
         token = logp[1:2], quarter[1:2], advantage
-        given = {name: {key: arrays[key] for key in OBJECTIVES[name].arrays} for name in OBJECTIVES}
-        return [token_objective(name, *token, **given[name])[0].sum() for name in OBJECTIVES]
+        needed = {
+            name: {key: arrays[key] for key in OBJECTIVES[name].arrays} for name in OBJECTIVES
+        }
+        return [token_objective(name, *token, **needed[name])[0].sum() for name in OBJECTIVES]
 
     gradients = jax.jit(jax.vmap(jax.jacrev(objectives), (None, 0)))
     for name, (up, down) in zip(OBJECTIVES, gradients(jnp.zeros(4), jnp.array([1.0, -1.0]))):
@@ -143,9 +145,9 @@ def test_extreme_inputs_stay_finite(case):
     arrays |= {"topk_logp": topk, "behavior_topk_logp": topk[..., ::-1]}
     for half in range(2):
         tokens = logp[half], behavior_logp[half], advantage[half]
-        given = {k: arrays[k] if k == "mask" else arrays[k][half] for k in OBJECTIVES[name].arrays}
-        J, c = token_objective(name, *tokens, **given, **hyper)
-        w = gradient_weight(name, *tokens, **given, **hyper)
+        needed = {k: arrays[k] if k == "mask" else arrays[k][half] for k in OBJECTIVES[name].arrays}
+        J, c = token_objective(name, *tokens, **needed, **hyper)
+        w = gradient_weight(name, *tokens, **needed, **hyper)
         assert J.dtype == c.dtype == w.dtype == np.float32
         assert np.isfinite(J).all() and np.isfinite(c).all() and np.isfinite(w).all()
         clipped = np.asarray(beyond_clip(*tokens[:2]))
@@ -162,9 +164,9 @@ def test_beyond_clip_is_beyond_twenty_nats():
 
 def test_weight_at_zero_advantage(case, batch, in_float64):
     name, hyper = case
-    tokens, given = (*batch[:2], np.zeros_like(batch.advantage)), batch.needs(name) | hyper
-    _, c = in_float64(token_objective, name, *tokens, **given)
-    weight = in_float64(gradient_weight, name, *tokens, **given)
+    tokens, needed = (*batch[:2], np.zeros_like(batch.advantage)), batch.needs(name) | hyper
+    _, c = in_float64(token_objective, name, *tokens, **needed)
+    weight = in_float64(gradient_weight, name, *tokens, **needed)
     if name in ("cispo", "minirl", "sapo", "gspo") or "ratio_cap" in hyper:
         assert np.isfinite(weight).all() and (weight != 1).any()  # how the ratio is treated
     else:

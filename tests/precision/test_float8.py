@@ -49,7 +49,7 @@ def reference(x, block, dtype, scale):
 
 
 def inputs():
-    """Arrays of one shape, so that all of them share a compilation."""
+    """Arrays of one shape, which share a compilation."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal(SHAPE).astype(np.float32)
     outliers = normal.copy()
@@ -62,7 +62,7 @@ def inputs():
         + [-57344, np.finfo(np.float32).max, np.finfo(np.float32).smallest_subnormal],
         np.float32,
     )
-    # Like those of checkpoints: heavy tails, a few loud channels, rounded to bfloat16.
+    # Like weights of checkpoints: heavy tails, a few large channels, rounded to bfloat16.
     channels = np.exp(rng.standard_normal(SHAPE[1])) * (1 + 30 * (rng.random(SHAPE[1]) < 0.03))
     weights = 0.02 * rng.standard_t(3, SHAPE).astype(np.float32)
     activations = (rng.standard_t(2, SHAPE) * channels).astype(np.float32)
@@ -92,7 +92,7 @@ INPUTS = inputs()
 
 
 def assert_bits_equal(a, b):
-    """Equal bit for bit, zeros with their sign; any NaN equals any NaN."""
+    """Asserts equal bits, including the sign of zeros. Any NaN equals any NaN."""
     a, b = np.asarray(a), np.asarray(b)
     assert a.dtype == b.dtype and a.shape == b.shape
     wide = a.astype(np.float32), b.astype(np.float32)
@@ -123,7 +123,7 @@ def test_codes_scales_and_values_are_the_reference(name, dtype):
 
 @pytest.mark.parametrize("block, dtype", [((16, 32), "float8_e4m3fn"), (None, "float8_e5m2")])
 def test_without_jit(block, dtype):
-    """With Inf and NaN as well where they leave other blocks alone."""
+    """Including Inf and NaN, which do not affect other blocks."""
     rest = "nonfinite" if block else "activations"
     x = jnp.asarray(np.where(INPUTS["ties"] == 448, INPUTS["extreme"], INPUTS[rest]))
     codes, scales, values = reference(x, block, dtype, "pow2")
@@ -141,7 +141,7 @@ def test_float32_scales(name, dtype):
     _, scales, values = reference(x, (16, 32), dtype, "float32")
     q, *both = in_jit(x, (16, 32), dtype, "float32")
     np.testing.assert_allclose(q.scales, scales, rtol=3e-7)
-    # A last bit of the scale can move a value over a rounding boundary: one step, rarely.
+    # The last bit of the scale rarely moves a value across a rounding boundary, by one step.
     step = 2.0 ** -(2 if dtype == "float8_e5m2" else 3)
     for x_hat in both:
         with np.errstate(over="ignore"):  # the largest value may round over the float32 maximum
@@ -152,7 +152,7 @@ def test_float32_scales(name, dtype):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_rounding_is_the_cast_of_every_bfloat16(dtype):
-    """At scale 1, which the largest value beside each of them makes; Inf keeps its sign, NaN itself."""
+    """At scale 1, set by the largest value in each block. Inf keeps its sign, and NaN stays NaN."""
     fmax = FORMATS[dtype][0]
     x = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
     finite = np.isfinite(x)
@@ -172,7 +172,7 @@ def test_rounding_is_the_cast_of_every_bfloat16(dtype):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_rounding_is_the_cast_of_ten_million_float32(dtype):
-    """In one block; its largest value makes the scale 1."""
+    """One block whose largest value sets the scale to 1."""
     fmax = FORMATS[dtype][0]
     rng = np.random.default_rng(1)
     shape = (1000, 10_000)
@@ -197,7 +197,7 @@ def test_idempotent(dtype):
 
 
 def test_rounding_survives_compilation():
-    """Inside one jit, beside other arithmetic, the values are float8 values and differ from x."""
+    """Inside a jit with other arithmetic, the values are float8 values and differ from x."""
     x = INPUTS["normal"]
 
     @jax.jit
@@ -269,7 +269,7 @@ def test_errors(shape, kwargs, message):
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (96, 256)])
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
-def test_what_a_tpu_does_column_by_column_is_the_same(function, block, monkeypatch):
+def test_rounding_by_columns_as_on_tpu_is_the_same(function, block, monkeypatch):
     x = np.random.default_rng(0).normal(size=(2, 200, 300)).astype(np.float32)
     x[0, 5] *= 1e4
     whole = function(x, block)

@@ -36,7 +36,7 @@ def forward_and_gradients(x, w, g, recipe, *rest):
 
 
 def assert_close(a, b, rtol=2e-6, axis=None):
-    """Equal up to float32 accumulation: relative to the largest value, overall or along `axis`."""
+    """Equal up to float32 accumulation, relative to the largest value overall or along `axis`."""
     a, b = (np.asarray(v, np.float32) for v in (a, b))
     assert a.shape == b.shape
     size = np.abs(b).max(axis, keepdims=True)
@@ -90,9 +90,9 @@ def test_straight_through_gradients_are_those_of_the_plain_matmul(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_e2e_gradients_are_the_reference(dtype):
-    """Each operand rounded along the axis that its matmul sums over; nothing divides the blocks."""
+    """Each operand is rounded along the axis that its matmul sums over. Blocks divide no side."""
     x, w, g = normal(0, 2, 75, 200), normal(1, 200, 140), normal(2, 2, 75, 140)
-    # Wide ranges: a power-of-two scale changes a value only where it makes it subnormal or zero.
+    # Wide ranges, because a power-of-two scale only affects values that become subnormal or zero.
     x, w = (a * jnp.exp(4 * b) for a, b in ((x, normal(3, *x.shape)), (w, normal(4, *w.shape))))
     g = g * 2.0 ** (-12 * jnp.abs(normal(5, 2, 75, 1))) * 2.0 ** (-12 * jnp.abs(normal(6, 140)))
     x, g = x.astype(dtype), g.astype(dtype)
@@ -105,7 +105,7 @@ def test_e2e_gradients_are_the_reference(dtype):
     assert_close(dx.reshape(150, 200), rounded(flat_g, "e5m2", 1, 128) @ w_hat.T, rtol, axis=1)
     expected = rounded(flat_x, "e4m3", 128, 1).T @ rounded(flat_g, "e5m2", 128, 1)
     assert_close(dw, expected, axis=0)
-    # The straight-through gradients are near, and not these.
+    # The straight-through gradients are close to these, but not equal.
     _, dx_plain, dw_plain = forward_and_gradients(x, w, g, None)
     for a, b in ((dx, dx_plain), (dw, dw_plain)):
         a, b = (np.asarray(v, np.float32) for v in (a, b))
@@ -114,9 +114,9 @@ def test_e2e_gradients_are_the_reference(dtype):
 
 @pytest.mark.parametrize("gradient", ["e5m2", "e4m3"])
 def test_tensorwise_is_the_reference(gradient):
-    """One scale for all of x, however many axes, for w and for the gradient, in all three matmuls."""
+    """One scale each for x of any rank, for w and for the gradient, in all three matmuls."""
     x, w, g = normal(0, 2, 75, 200), normal(1, 200, 140), normal(2, 2, 75, 140)
-    # Wide enough that the loudest value decides which of the others become subnormal or zero.
+    # Wide enough that the largest value decides which of the others become subnormal or zero.
     x, w, g = (a * jnp.exp(4 * normal(seed, *a.shape)) for seed, a in enumerate((x, w, g), 3))
     recipe = get_recipe("tensorwise", gradient=gradient).learner
     y, dx, dw = forward_and_gradients(x, w, g, recipe)
@@ -161,7 +161,7 @@ def test_the_rounding_survives_compilation(recipe, native, excess):
 def test_a_remat_policy_can_keep_the_products(recipe):
     x, w = normal(0, 8, 64), normal(1, 64, 64)
 
-    def dots(policy):  # before XLA, which on CPU merges what it can
+    def dots(policy):  # before XLA, which merges dots on CPU
         f = lambda x: jnp.sin(matmul(jnp.sin(matmul(x, w, recipe)), w, recipe)).sum()  # noqa: E731
         gradient = jax.value_and_grad(jax.checkpoint(f, policy=policy))
         return jax.jit(gradient).lower(x).as_text().count("dot_general")
@@ -190,9 +190,9 @@ def test_vectors_and_vmap():
 
 @pytest.mark.parametrize("recipe", [FORWARD, TENSOR])
 def test_quantized_weights(recipe):
-    """Codes made at a sync, their values, and rounding on the fly all give the same."""
+    """Codes from a sync, their values, and rounding on the fly give the same result."""
     x, w = normal(0, 9, 200, dtype=jnp.bfloat16), normal(1, 3, 200, 72)
-    w = w * jnp.asarray([1e-6, 1, 1e6])[:, None, None]  # every layer has scales of its own
+    w = w * jnp.asarray([1e-6, 1, 1e6])[:, None, None]  # every layer has its own scales
     q = jax.jit(lambda w: quantize_weight(w, recipe))(w)
     product = jax.jit(lambda x, w: matmul(x, w, recipe))
     on_the_fly = jnp.stack([product(x, w[i]) for i in range(3)])
@@ -208,7 +208,7 @@ def test_quantized_weights(recipe):
 
 @pytest.mark.parametrize("recipe", [HYBRID, TENSOR])
 def test_other_ops_use_the_same_rounding(recipe):
-    """A grouped matmul, each row with its expert's weights; the expert map has no gradient."""
+    """A grouped matmul of rows with the weights of their experts. The expert map has no gradient."""
 
     def dot_dw(x, g, expert):
         return jnp.zeros((3, 200, 72)).at[expert].add(x[:, :, None] * g[:, None, :])
@@ -220,7 +220,7 @@ def test_other_ops_use_the_same_rounding(recipe):
     )
     expert = jnp.repeat(jnp.arange(3), 4)
     x, w, g = normal(0, 12, 200), normal(1, 3, 200, 72), normal(2, 12, 72)
-    x = x * jnp.asarray([2.0**-12, 1.0, 1.0])[expert, None]  # below the loudest by much
+    x = x * jnp.asarray([2.0**-12, 1.0, 1.0])[expert, None]  # far below the largest
     y, dx, dw = forward_and_gradients(x, w, g, recipe, grouped, expert)
     whole = ((200, 200),) * 3
     tile, tokens, block = ((1, 128), (128, 1), (128, 128)) if recipe is HYBRID else whole

@@ -1,4 +1,4 @@
-"""The native form beside the simulation: equal values, codes as the operands of its dots."""
+"""The native form against the simulation: equal values, with codes as operands of its dots."""
 
 import re
 from types import SimpleNamespace
@@ -22,12 +22,12 @@ from drpo_jax.precision import (
 )
 from drpo_jax.precision.native import scaled_dot
 
-B, T, K, N = 2, 75, 200, 140  # which no block divides
+B, T, K, N = 2, 75, 200, 140  # no block divides these
 NATIVE = get_recipe("tensorwise", native=True).learner
 
 
 def operands(dtype, seed=0):
-    """x, w, g of wide ranges, so that a scale of a block too many or too few shows."""
+    """x, w, g with wide ranges, so that a wrong number of scales changes the result."""
     rng = np.random.default_rng(seed)
     shapes = ((B, T, K), (K, N), (B, T, N))
     wide = (rng.standard_normal(s) * np.exp(3 * rng.standard_normal(s)) for s in shapes)
@@ -44,17 +44,17 @@ def three_products(recipe):
 
 
 def dots(f, *arrays):
-    """(dtype of the left operand, of the right, of the result) of every dot in the lowered program."""
+    """The dtypes of left operand, right operand and result of every dot in the lowered program."""
     text = f.lower(*arrays).as_text()
     tensor = r"tensor<(?:\d+x)*(\w+)>"
     pattern = rf"dot_general.*: \({tensor}, {tensor}\) -> {tensor}"
-    return [tuple(dtype.lower() for dtype in found) for found in re.findall(pattern, text)]
+    return [tuple(dtype.lower() for dtype in types) for types in re.findall(pattern, text)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name, gradient", [("tensorwise", "e5m2"), ("e2e", "e4m3")])
 def test_it_agrees_with_the_simulation(name, gradient, dtype):
-    """Forward and both backward matmuls, up to the order of sums (and the output's bfloat16)."""
+    """Forward and both backward matmuls, up to the order of sums and the bfloat16 of the output."""
     arrays = operands(dtype)
     both = (get_recipe(name, "pow2", gradient, native).learner for native in (True, False))
     native, simulated = (three_products(recipe)(*arrays) for recipe in both)
@@ -74,7 +74,7 @@ def test_float32_scales_agree_too():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_eight_devices_share_the_scales(native):
-    """A tensor's scale is that of all its shards, and sums over devices are sums."""
+    """The scale of a tensor covers all its shards, and sums over devices are complete."""
     shape = dict(x=(8, 16, 64), w=(64, 32), g=(8, 16, 32))
     rng = np.random.default_rng(0)
     wide = {
@@ -90,25 +90,27 @@ def test_eight_devices_share_the_scales(native):
 
 
 def test_its_dots_multiply_codes():
-    """Three of them in each recipe, one inside each loop over blocks, and summed in float32 (which
-    NVIDIA GPUs do where HIGHEST asks for it)."""
+    """Three dots in each recipe, one inside each loop over blocks, accumulated in float32 (which
+    NVIDIA GPUs do with precision HIGHEST)."""
     forward, dx, dw = ("f8e4m3fn",) * 2, ("f8e5m2", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")
     for name in ("tensorwise", "e2e"):
-        found = dots(three_products(get_recipe(name, native=True).learner), *operands(jnp.bfloat16))
-        assert sorted(found) == sorted((*both, "f32") for both in (forward, dx, dw))
+        lowered = dots(
+            three_products(get_recipe(name, native=True).learner), *operands(jnp.bfloat16)
+        )
+        assert sorted(lowered) == sorted((*both, "f32") for both in (forward, dx, dw))
         recipe = get_recipe(name, gradient="e4m3", native=True).learner
         lowered = three_products(recipe).lower(*operands(jnp.float32)).as_text()
         assert lowered.count("precision = [HIGHEST, HIGHEST]") == 3
-        found = dots(three_products(recipe), *operands(jnp.float32))
-        assert found == [("f8e4m3fn", "f8e4m3fn", "f32")] * 3
+        lowered = dots(three_products(recipe), *operands(jnp.float32))
+        assert lowered == [("f8e4m3fn", "f8e4m3fn", "f32")] * 3
 
 
 def test_simulation_is_the_default():
     for name in RECIPES:
         recipe = get_recipe(name)
         for side in (recipe.sampler, recipe.learner):
-            found = dots(three_products(side), *operands(jnp.float32))
-            assert found == [("f32", "f32", "f32")] * 3
+            lowered = dots(three_products(side), *operands(jnp.float32))
+            assert lowered == [("f32", "f32", "f32")] * 3
 
 
 def test_codes_of_a_weight_sync_are_multiplied_as_they_are():
@@ -141,7 +143,7 @@ def test_what_has_no_codes_stays_simulated():
 
 def test_nothing_infinite_becomes_a_number():
     x, w, _ = operands(jnp.float32)
-    x, w = 1e-9 * x, 1e-9 * w  # so small that 448 · 2^120, which stands for Inf, times it is finite
+    x, w = 1e-9 * x, 1e-9 * w  # so small that 448 · 2^120, the code of Inf, times it is finite
     product = jax.jit(lambda x, w: matmul(x, w, NATIVE))
     assert np.isfinite(product(x, w)).all()
     for value in (np.inf, -np.inf, np.nan):

@@ -1,4 +1,4 @@
-"""What compilers make of the native form: float8 matmuls, read in the compiled program.
+"""The native form as compiled: float8 matmuls in the compiled program.
 
 On a machine with a GPU its own compiler is asked. XLA's GPU compiler needs no GPU, though, only its
 plugin (jax-cuda12-pjrt), and the TPU's no TPU, only libtpu: where these are installed, the programs
@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from drpo_jax.precision import get_recipe, matmul, multiplies_float8
 
-# What the compiler has to know of an H100.
+# The description of an H100 that the compiler needs.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -40,9 +40,9 @@ TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "tpu7x-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # only to compile, no TPU is taken
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiles only, takes no TPU
 }
-# Without its autotuner, which needs a GPU, XLA takes Triton for every matmul.
+# Autotuning needs a GPU. Without it XLA uses Triton for every matmul.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 ROWS, K, N = 100, 256, 384  # XLA pads the rows to a multiple of 16
 
@@ -62,7 +62,7 @@ def program(device, options=None):
 
 
 def elsewhere(kind):
-    """What this file prints as a script, whose compiler stays out of the tests' process."""
+    """The output of this file run as a script, so that its compiler stays out of this process."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | TPU | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     result = subprocess.run(
@@ -73,7 +73,7 @@ def elsewhere(kind):
 
 
 def test_gpu():
-    """Three FP8 matmuls of cuBLASLt, and none of another dtype."""
+    """Three FP8 matmuls of cuBLASLt and none of another dtype."""
     if jax.default_backend() == "gpu":
         if not multiplies_float8(jax.devices()[0]):
             pytest.skip("this GPU multiplies no float8")
@@ -90,7 +90,7 @@ def test_gpu():
 
 
 def test_tpu():
-    """Three products whose operands are float8 as they come out of memory."""
+    """Three products whose operands are read from memory as float8."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         needs = [r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")]
         pytest.skip(f"needs the TPU's compiler: pip install --no-deps '{needs[0].split(';')[0]}'")

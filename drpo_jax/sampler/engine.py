@@ -92,10 +92,11 @@ class Sampler:
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
         self.compute, self.loads = compute, 0
         self.statistics = dict.fromkeys(COUNTERS, 0)
+        self.version = 0
         self.load(model, version=0)
         static = ("params",)
         # A partial is a function of its own for jax.jit, so that compilations are counted per sampler.
-        self.programs = {
+        self.programs: dict[str, Any] = {
             "empty_slots": jax.jit(
                 partial(empty_slots, compute=compute, float8=float8_cache), static_argnums=(1, 2)
             ),
@@ -183,7 +184,12 @@ class Sampler:
         Returns:
           For prefill, first_tokens, admit and decode, by name: the jitted function; its arguments in
           order, ShapeDtypeStructs by descriptive names; its static keyword arguments.
+
+        Raises:
+          ValueError: if the sampler has no prompt_length.
         """
+        if self.prompt_length is None:
+            raise ValueError("largest: only a Sampler with a prompt_length has largest programs")
         with jax.set_mesh(mesh):
             shape = self.shape(params, self.prompt_length, self.prompt_length)
             dtype = self.compute.dtype
@@ -291,5 +297,5 @@ class Sampler:
         check_model(self.model, self.slots)
         check_params(params, self.model.config)
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
-        places, limits = check_requests(places, limits, len(prompts), params)
-        return Flight(self, prompts, params, key, places, limits, limit).run()
+        requests = check_requests(places, limits, len(prompts), params)
+        return Flight(self, prompts, params, key, *requests, limit).run()

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drpo_jax.sampler.rollouts import Rollouts
-from drpo_jax.sampler.slots import Arrivals, Round, Slots
+from drpo_jax.sampler.slots import Arrivals, Round
 from drpo_jax.sampler.token import Sampled, SamplingParams
 
 Record = dict[str, np.ndarray]
@@ -83,7 +83,7 @@ class Flight:
         self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
         self.sizes = shape.sizes
         slots = sampler.slots
-        self.device: Slots | None = None
+        self.device: Any = None
         self.rows: list[Any] | None = None
         self.waiting: deque[_Request] = deque()
         self.next_prompt = 0
@@ -142,7 +142,7 @@ class Flight:
         for name, value in request.first.items():
             self.record[name][slot, 0] = value
         if self._ended(slot):
-            self._leave(slot)
+            self._leave(slot, request)
             return False
         for name, value in (
             ("source", request.row),
@@ -171,7 +171,7 @@ class Flight:
             "empty_prompts", self._model(), self.together, self.width, self.sampler.compute.dtype
         )
         begin = (self.width - lengths.max()) // self.chunk * self.chunk
-        experts = []
+        chunks = []
         for at in range(begin, self.width, self.chunk):
             self.rows, hidden, visited = self._call(
                 "prefill",
@@ -182,11 +182,11 @@ class Flight:
                 lengths,
                 record=params.routes,
             )
-            experts.append(visited)
+            chunks.append(visited)
         first = self._call("first_tokens", self._model(), hidden, self.key, ids, params=params)
-        first, experts = jax.device_get((first, experts))
+        first, chunks = jax.device_get((first, chunks))
         if params.routes:
-            experts = np.concatenate(experts, axis=1)
+            experts = np.concatenate(chunks, axis=1)
             for row, prompt in enumerate(prompts):
                 self.prompt_routes[start + row] = experts[row, experts.shape[1] - len(prompt) :]
         first = _by_name(first)
@@ -248,20 +248,20 @@ class Flight:
 
     def _read(self, sampled: Round, busy: bool) -> None:
         """Records what a device call sampled and frees the slots of sequences that have ended."""
-        sampled = jax.device_get(sampled)
-        step, slot = np.nonzero(sampled.live)
-        place = self.counts[slot] + step
-        for name, values in _by_name(sampled.sampled).items():
-            self.record[name][slot, place] = values[step, slot]
+        live, tokens, experts = jax.device_get(sampled)
+        steps, slots = np.nonzero(live)
+        places = self.counts[slots] + steps
+        for name, values in _by_name(tokens).items():
+            self.record[name][slots, places] = values[steps, slots]
         if self.params.routes:  # The experts belong to the token that the step has read.
-            self.record["routes"][slot, place - 1] = sampled.experts[step, slot]
-        taken = sampled.live.sum(axis=0)
+            self.record["routes"][slots, places - 1] = experts[steps, slots]
+        taken = live.sum(axis=0)
         self.lengths += taken
         self.counts += taken
-        self._count(sampled.live, busy)
+        self._count(live, busy)
         for slot, request in enumerate(self.requests):
             if request and self._ended(slot):
-                self._leave(slot)
+                self._leave(slot, request)
 
     def _count(self, live: np.ndarray, busy: bool) -> None:
         """Adds one device call to the statistics; `live` is bool [S, B]."""
@@ -282,9 +282,9 @@ class Flight:
 
     # ------------------------------------------------------------------------------- responses
 
-    def _leave(self, slot: int) -> None:
+    def _leave(self, slot: int, request: _Request) -> None:
         """Moves an ended sequence from its slot to the group of its prompt."""
-        request, count = self.requests[slot], self.counts[slot]
+        count = self.counts[slot]
         self.requests[slot] = None
         if request.prompt not in self.groups:
             samples = self.params.samples

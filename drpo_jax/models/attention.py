@@ -1,11 +1,13 @@
-"""Grouped-query attention with rotary positions; q/k norm, biases, output gate as the family has.
+"""Grouped-query attention with rotary positions, and optional q/k norms, biases and output gate.
 
 Axis letters: B batch, T query time, S key time, D model width, N query heads, K key/value heads,
 G query heads per key/value head (N = K·G), H head width, C columns of a cache.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import lcm
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,32 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.models.cache import KV
+from drpo_jax.models.cache import KV, Ring, Ring8
 from drpo_jax.models.flash import MASKED, SPLASH_WIDTHS, chunked, cudnn, splash
-from drpo_jax.models.layers import fan_in_normal, norm_scale, param, project, rms_norm, rotate
+from drpo_jax.models.layers import (
+    Angles,
+    Compute,
+    fan_in_normal,
+    norm_scale,
+    param,
+    project,
+    rms_norm,
+    rotate,
+)
 from drpo_jax.parallel import BATCH_AXES, batch_shards
 from drpo_jax.precision import dot_precision
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer; `__call__` over whole sequences, `decode` one token at a time."""
+    """Self-attention of one layer.
+
+    `__call__` computes whole sequences, `extend` a chunk of tokens that continue a prefix, and
+    `decode` one token per row.
+
+    Args:
+      config: the `ModelConfig`.
+      key: PRNG key of the initialization.
+    """
 
     def __init__(self, config, key):
         d, h = config.hidden_size, config.head_dim
@@ -44,10 +63,21 @@ class Attention(nnx.Module):
         self.k_bias, self.v_bias = bias(k, "kv_heads"), bias(k, "kv_heads")
         self.config = config
 
-    def project(self, x, angles, compute):
-        """x [..., D] → q [..., N, H], k and v [..., K, H], and the output gate [..., N·H] or None.
+    def project(
+        self, x: jax.Array, angles: Angles, compute: Compute
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Returns queries, keys, values and output gate.
 
-        q and k are normalised and rotated. With a gate, q_proj emits query and gate head by head.
+        With an output gate, q_proj emits the query and the gate of each head next to each other.
+
+        Args:
+          x: [..., D].
+          angles: `rotary_angles` [..., rotated // 2].
+          compute: how to compute.
+
+        Returns:
+          q [..., N, H] and k [..., K, H], normalised and rotated; v [..., K, H]; the logits of the
+          output gate [..., N·H], or None without one. All have x's dtype.
         """
         config = self.config
 
@@ -68,24 +98,45 @@ class Attention(nnx.Module):
         k = heads(self.k_proj, self.k_bias, self.k_norm)
         return rotate(q, angles), rotate(k, angles), heads(self.v_proj, self.v_bias), gate
 
-    def output(self, out, gate, compute):
-        """Heads [..., N, H] → [..., D]."""
+    def output(self, out: jax.Array, gate: jax.Array | None, compute: Compute) -> jax.Array:
+        """Applies the gate [..., N·H] to heads [..., N, H] and projects them to [..., D]."""
         out = out.reshape(*out.shape[:-2], -1)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(out.dtype)
         return project(out, self.o_proj, compute)
 
-    def __call__(self, x_BxTxD, angles, segment_ids_BxT, compute):
-        """Attention within the segments. → [B, T, D]"""
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        angles: Angles,
+        segment_ids_BxT: jax.Array,
+        compute: Compute,
+    ) -> jax.Array:
+        """Returns causal attention within the segments, [B, T, D]; see `attend`."""
         q, k, v, gate = self.project(x_BxTxD, angles, compute)
         return self.output(attend(q, k, v, segment_ids_BxT, compute), gate, compute)
 
-    def extend(self, x_BxTxD, angles, kv, start, valid_BxC, compute):
-        """Attention of tokens that continue others. → output [B, T, D], the KV with theirs.
+    def extend(
+        self,
+        x_BxTxD: jax.Array,
+        angles: Angles,
+        kv: KV,
+        start: jax.Array,
+        valid_BxC: jax.Array,
+        compute: Compute,
+    ) -> tuple[jax.Array, KV]:
+        """Computes attention of tokens that continue a prefix.
 
         Args:
-          kv: KV, each [B, C, K, H], of the tokens before; these are written from column `start` on.
-          valid_BxC: bool, False for padding.
+          x_BxTxD: the normed input.
+          angles: `rotary_angles` [B, T, rotated // 2].
+          kv: keys and values [B, C, K, H] of the prefix.
+          start: int32 scalar, the column of the first new token.
+          valid_BxC: bool for all columns, False for padding.
+          compute: how to compute.
+
+        Returns:
+          The output [B, T, D], and `kv` with the new keys and values from column `start` on.
         """
         q, k, v, gate = self.project(x_BxTxD, angles, compute)
         kv = KV(
@@ -99,13 +150,27 @@ class Attention(nnx.Module):
         out = masked(q, *kv, past & valid_BxC[:, None])
         return self.output(out, gate, compute), kv
 
-    def decode(self, x_BxD, angles, cache, column, mask_BxC, compute):
-        """One token a row: puts its key and value into the cache and attends. → [B, D], the cache.
+    def decode(
+        self,
+        x_BxD: jax.Array,
+        angles: Angles,
+        cache: Ring | Ring8,
+        column: jax.Array,
+        mask_BxC: jax.Array,
+        compute: Compute,
+    ) -> tuple[jax.Array, Ring | Ring8]:
+        """Computes attention of one token per row, and adds its key and value to the cache.
 
         Args:
-          cache: `cache.Ring`.
-          column: int32 scalar, the column all rows write (a row's positions are its own).
-          mask_BxC: bool, the columns each row may read, the written one included.
+          x_BxD: the normed input.
+          angles: `rotary_angles` [B, rotated // 2]; every row has its own position.
+          cache: keys and values of the sequences.
+          column: int32 scalar, the column that all rows write.
+          mask_BxC: bool, the columns that each row may read, including the one it writes.
+          compute: how to compute.
+
+        Returns:
+          The output [B, D], and the updated cache.
         """
         q, k, v, gate = self.project(x_BxD, angles, compute)
         cache = cache.append(k, v, column)
@@ -113,31 +178,41 @@ class Attention(nnx.Module):
         return self.output(out, gate, compute), cache
 
 
-def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, compute):
-    """softmax(q kᵀ / √H) v with grouped heads, over a token's own segment up to itself.
+def attend(
+    q_BxTxNxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    segment_ids_BxT: jax.Array,
+    compute: Compute,
+) -> jax.Array:
+    """Computes softmax(q kᵀ / √H) v with grouped heads, causally within segments.
 
-    The order of tokens is that of the columns. Scores and softmax are float32. The kernel is the one
-    that `compute.attention` names: all but "full" take memory linear in T, and on a mesh they run
-    under `shard_map`, rows on the batch axes and heads on `tensor`, without communication (unless
-    key heads are fewer than `tensor`, then they are copied, or the batch axes do not divide the rows).
+    A token attends to itself and to the tokens of its segment in earlier columns. Scores and
+    softmax are float32. `compute.attention` selects the kernel; all kernels but "full" use memory
+    linear in T. On a mesh they run under `shard_map` with rows on the batch axes and heads on
+    `tensor`, without communication. There are two exceptions: if there are fewer key heads than
+    `tensor`, they are copied, and if the batch axes do not divide the rows, every device computes
+    all rows.
 
     Args:
-      segment_ids_BxT: int32; 0 marks padding, which no other token sees and whose output is zero.
-      compute: its attention, one_segment and platform.
+      q_BxTxNxH: queries.
+      k_BxTxKxH, v_BxTxKxH: keys and values.
+      segment_ids_BxT: int32. 0 marks padding, which no other token sees and whose output is zero.
+      compute: how to compute; its attention, one_segment and platform are used.
 
     Returns:
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: the kernel that is asked for by name does not take such heads, or the mesh's
-        `tensor` axis does not divide them.
+      ValueError: if the selected kernel does not support the heads, or if the mesh's `tensor` axis
+        does not divide them.
     """
     _, t, _, h = q_BxTxNxH.shape
     name = attention_kernel(compute, q_BxTxNxH.dtype, t, h)
     if name == "full":
         out = full(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
     else:
-        # Elsewhere than at home the kernels of TPU and GPU are simulated.
+        # The kernels for TPU and GPU are emulated on other platforms.
         kernel = {
             "chunked": partial(chunked, block=128 if compute.on_cpu() else 512),
             "splash": partial(splash, interpret=compute.device() != "tpu"),
@@ -147,11 +222,18 @@ def attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT, compute):
     return jnp.where((segment_ids_BxT > 0)[..., None, None], out, 0)
 
 
-def attention_kernel(compute, dtype, length, width):
-    """The kernel that `attend` runs for heads of that dtype and width: "full", "chunked", …
+def attention_kernel(compute: Compute, dtype: Any, length: int, width: int) -> str:
+    """Returns the kernel that `attend` runs: "full", "chunked", "splash" or "cudnn".
+
+    Args:
+      compute: how to compute.
+      dtype: dtype of queries, keys and values.
+      length: number of columns T.
+      width: width H of a head.
 
     Raises:
-      ValueError: `compute.attention` is no kernel, or one that does not take such heads.
+      ValueError: if `compute.attention` does not name a kernel, or names one that does not support
+        the dtype or the width.
     """
     name, low = compute.attention, dtype == jnp.bfloat16
     if name == "auto":
@@ -160,29 +242,29 @@ def attention_kernel(compute, dtype, length, width):
             name = "full"
         elif device == "tpu" and low and width in SPLASH_WIDTHS:
             name = "splash"
-        elif device == "gpu" and low and width % 8 == 0 and width <= 128:  # some GPUs take wider
+        elif device == "gpu" and low and width % 8 == 0 and width <= 128:  # some GPUs allow more
             name = "cudnn"
         else:
             name = "chunked"
     if name not in ("full", "chunked", "splash", "cudnn"):
         raise ValueError(
-            f"attention = {name!r} is no kernel; known: auto, full, chunked, splash, cudnn"
+            f"compute.attention = {name!r} is not a kernel; known: auto, full, chunked, splash, cudnn"
         )
     if name in ("splash", "cudnn") and not low:
         raise ValueError(
-            f"attention = {name!r} multiplies in bfloat16, and compute.dtype is {dtype}; 'auto' and "
-            "'chunked' take any"
+            f"compute.attention = {name!r} multiplies in bfloat16, but compute.dtype is {dtype}; 'auto' "
+            "and 'chunked' support any dtype"
         )
     if name == "splash" and width not in SPLASH_WIDTHS:
         raise ValueError(
-            f"attention = 'splash' takes heads of width {SPLASH_WIDTHS}, not {width}; 'auto' and "
-            "'chunked' take any"
+            f"compute.attention = 'splash' supports heads of width {SPLASH_WIDTHS}, but model.head_dim "
+            f"is {width}; 'auto' and 'chunked' support any width"
         )
     return "chunked" if name == "cudnn" and not compute.one_segment else name
 
 
-def _on_mesh(kernel, q, k, v, segment_ids):
-    """`kernel` on every device's rows and heads; all rows on all devices if they do not divide them."""
+def _on_mesh(kernel: Callable, q, k, v, segment_ids):
+    """Runs `kernel` on every device's rows and heads; on all rows if the mesh does not divide them."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segment_ids)
@@ -190,8 +272,8 @@ def _on_mesh(kernel, q, k, v, segment_ids):
     split = lcm(parts, kv)
     if n % split:
         raise ValueError(
-            f"mesh.tensor = {parts} cannot split {n} query heads of {kv} key/value heads: their number "
-            f"would have to be a multiple of {split}"
+            f"mesh.tensor = {parts} cannot split {n} query heads (model.heads) of {kv} key/value heads "
+            f"(model.kv_heads): the number of query heads must be a multiple of {split}"
         )
     k, v = (jnp.repeat(a, split // kv, axis=2) for a in (k, v))
     axes = BATCH_AXES if q.shape[0] % batch_shards(mesh) == 0 else None
@@ -201,15 +283,28 @@ def _on_mesh(kernel, q, k, v, segment_ids):
     )(q, k, v, segment_ids)
 
 
-def full(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT):
-    """`attend` with all scores at once: the least work for short rows, memory quadratic in T."""
+def full(
+    q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segment_ids_BxT: jax.Array
+) -> jax.Array:
+    """Computes `attend` with all scores at once: least work for short rows, memory quadratic in T."""
     t = q_BxTxNxH.shape[1]
     seen = segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]
     return masked(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, seen & jnp.tril(jnp.ones((t, t), bool)))
 
 
-def masked(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, seen_BxTxS):
-    """softmax(q kᵀ / √H) v over the keys that each query sees (bool), with all scores at once."""
+def masked(
+    q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, seen_BxTxS: jax.Array
+) -> jax.Array:
+    """Computes softmax(q kᵀ / √H) v with all scores at once.
+
+    Args:
+      q_BxTxNxH: queries.
+      k_BxSxKxH, v_BxSxKxH: keys and values.
+      seen_BxTxS: bool, the keys that each query attends to.
+
+    Returns:
+      [B, T, N, H] in v's dtype.
+    """
     b, t, n, h = q_BxTxNxH.shape
     kv = k_BxSxKxH.shape[2]
     q = q_BxTxNxH.reshape(b, t, kv, n // kv, h)

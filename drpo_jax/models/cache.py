@@ -1,24 +1,25 @@
-"""What decoding remembers of a layer, one row per slot: keys and values, or a DeltaNet's state.
+"""What decoding keeps of each layer, one row per slot: keys and values, or the state of a DeltaNet.
 
-Keys and values lie in a ring of C columns. All rows write the same column at a step, that of the
-clock, which then moves on by one; a row of n tokens reads the n columns before the clock. So a step
-writes one slice whatever the rows' lengths, and a row may join at any time: its prompt is put into
-the columns before the clock. (Keys are rotated by their own row's positions when they are written:
-what a column's place means is its age alone.)
+Keys and values lie in a ring buffer of C columns. At each step all rows write the same column, the
+clock, which then advances by one. A row of n tokens reads the n columns before the clock. A step
+therefore writes a single slice whatever the lengths of the rows, and a row may join at any time:
+its prompt is put into the columns before the clock. Keys are rotated by their own row's positions
+before they are written, so a column carries no position; only its age matters.
 
-All kinds have `put`, which hands a slot to a new row, and `columns` and `resized`; those of keys and
-values have `append` and `attend`, which is all that the attention layer calls. A paged cache would be
-one more kind.
+All caches have `put`, which assigns a slot to a new row, `columns` and `resized`. Those of keys and
+values also have `append` and `attend`, the only methods that the attention layer calls. A paged
+cache would be another such class.
 
-Keys lie in M blocks of W columns, C = M W: XLA's CPU backend reads them at the speed of the memory
-only where their last axis is at most 64 long. Elsewhere they are one block.
+Keys lie in M blocks of W columns, C = M·W. XLA's CPU backend reads them at memory bandwidth only if
+their last axis is at most 64 long. On other platforms there is a single block.
 
-Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M blocks of
-W columns, S prompt columns.
+Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M
+blocks of W columns, S columns of a prompt; of a DeltaNet: T tokens of the convolution's window, X
+convolution channels, V value width.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from drpo_jax.precision import dot_precision, quantize
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer over prompts, each [B, S, K, H]."""
+    """Keys and values of one layer for prompts, each [B, S, K, H]."""
 
     keys: jax.Array
     values: jax.Array
@@ -45,23 +46,28 @@ class Ring(NamedTuple):
     AXES = (("batch", "kv_heads", None, None, None), ("batch", "kv_heads", None, None))
 
     @property
-    def columns(self):
+    def columns(self) -> int:
+        """Number of columns C."""
         return self.values.shape[-2]
 
-    def append(self, k_BxKxH, v_BxKxH, column):
-        """The ring with one more token a row, written at `column` (int32 scalar)."""
+    def append(self, k_BxKxH: jax.Array, v_BxKxH: jax.Array, column: jax.Array) -> "Ring":
+        """Returns the ring with one more token per row, written at `column` (int32 scalar)."""
         k, v = k_BxKxH.astype(self.keys.dtype), v_BxKxH.astype(self.values.dtype)
         write = jax.lax.dynamic_update_slice_in_dim
         return Ring(_write(self.keys, k, column), write(self.values, v[:, :, None], column, 2))
 
-    def attend(self, q_BxNxH, mask_BxC, on_cpu):
-        """softmax(q kᵀ / √H) v over the columns that a row may read. → [B, N, H]"""
+    def attend(self, q_BxNxH: jax.Array, mask_BxC: jax.Array, on_cpu: bool) -> jax.Array:
+        """Returns softmax(q kᵀ / √H) v over the columns of `mask_BxC` (bool), [B, N, H] in q's dtype."""
         return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu)
 
-    def put(self, slot, row, clock):
-        """The ring with `row`, a KV [S, K, H] whose last token is the latest, in `slot`.
+    def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring":
+        """Returns the ring with a new row in a slot.
 
-        Columns of the row that the ring has no room for are lost: they must be padding.
+        Args:
+          slot: int32 scalar.
+          row: keys and values [S, K, H] of a prompt; the last column is the latest token. If S > C,
+            the first S − C columns are dropped and must be padding.
+          clock: int32 scalar, the column that the next step writes.
         """
         k_CxKxH, v_CxKxH = (_place(x, clock, self.columns) for x in row)
         return Ring(
@@ -69,17 +75,25 @@ class Ring(NamedTuple):
             _put(self.values, v_CxKxH.swapaxes(0, 1), slot),
         )
 
-    def resized(self, clock, columns, on_cpu):
-        """The ring with another number of columns: the newest ones that fit, the next to be written
-        (where the clock then has to be) behind them, or column 0 where none is free."""
+    def resized(self, clock: jax.Array, columns: int, on_cpu: bool) -> "Ring":
+        """Returns the ring with another number of columns.
+
+        The newest columns that fit come first. The next column to write, to which the caller has to
+        set the clock, is the one behind them, or column 0 if the ring is full.
+        """
         return Ring(
             _resize_keys(self.keys, clock, columns, on_cpu), _resize(self.values, clock, columns, 2)
         )
 
 
 class Ring8(NamedTuple):
-    """A `Ring` of float8 codes: keys [B, K, M, H, W] and values [B, K, C, H] in e4m3, and their scales,
-    powers of two [B, K, C], one for every token and head."""
+    """A `Ring` of float8 codes with scales.
+
+    Attributes:
+      keys: float8_e4m3fn [B, K, M, H, W].
+      values: float8_e4m3fn [B, K, C, H].
+      key_scales, value_scales: float32 [B, K, C], powers of two, one per token and head.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -89,11 +103,12 @@ class Ring8(NamedTuple):
     AXES = Ring.AXES + (("batch", "kv_heads", None),) * 2
 
     @property
-    def columns(self):
+    def columns(self) -> int:
+        """Number of columns C."""
         return self.values.shape[-2]
 
-    def append(self, k_BxKxH, v_BxKxH, column):
-        """As `Ring.append`."""
+    def append(self, k_BxKxH: jax.Array, v_BxKxH: jax.Array, column: jax.Array) -> "Ring8":
+        """See `Ring.append`."""
         k, v = (quantize(x, (1, x.shape[-1])) for x in (k_BxKxH, v_BxKxH))
         write = jax.lax.dynamic_update_slice_in_dim
         return Ring8(
@@ -103,13 +118,13 @@ class Ring8(NamedTuple):
             write(self.value_scales, v.scales, column, 2),
         )
 
-    def attend(self, q_BxNxH, mask_BxC, on_cpu):
-        """As `Ring.attend`."""
+    def attend(self, q_BxNxH: jax.Array, mask_BxC: jax.Array, on_cpu: bool) -> jax.Array:
+        """See `Ring.attend`."""
         scales = self.key_scales, self.value_scales
         return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu, *scales)
 
-    def put(self, slot, row, clock):
-        """As `Ring.put`."""
+    def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring8":
+        """See `Ring.put`."""
         k, v = (
             quantize(_place(x, clock, self.columns).swapaxes(0, 1), (1, x.shape[-1])) for x in row
         )
@@ -117,8 +132,8 @@ class Ring8(NamedTuple):
         new = _blocked(k.codes, self.keys.shape[-1]), v.codes, *scales
         return Ring8(*(_put(x, a, slot) for x, a in zip(self, new)))
 
-    def resized(self, clock, columns, on_cpu):
-        """As `Ring.resized`."""
+    def resized(self, clock: jax.Array, columns: int, on_cpu: bool) -> "Ring8":
+        """See `Ring.resized`."""
         keys, *rest = self
         return Ring8(
             _resize_keys(keys, clock, columns, on_cpu),
@@ -126,8 +141,19 @@ class Ring8(NamedTuple):
         )
 
 
-def empty_ring(rows, columns, config, dtype, float8, on_cpu):
-    """A Ring of zeros in `dtype`, or a Ring8, for a `ModelConfig`'s key and value heads."""
+def empty_ring(
+    rows: int, columns: int, config, dtype: Any, float8: bool, on_cpu: bool
+) -> Ring | Ring8:
+    """Returns a cache of zeros for the key and value heads of a `ModelConfig`.
+
+    Args:
+      rows: number of slots B.
+      columns: number of columns C.
+      config: the `ModelConfig`.
+      dtype: dtype of keys and values; ignored with `float8`.
+      float8: whether to return a Ring8.
+      on_cpu: whether CPUs compute, which determines the blocks of the keys.
+    """
     dtype, heads = jnp.float8_e4m3fn if float8 else dtype, config.kv_heads
     values = jnp.zeros((rows, heads, columns, config.head_dim), dtype)
     ring = Ring(_blocked(values, block_columns(columns, on_cpu)), values)
@@ -135,15 +161,15 @@ def empty_ring(rows, columns, config, dtype, float8, on_cpu):
     return Ring8(*ring, scales, scales) if float8 else ring
 
 
-def block_columns(columns, on_cpu):
-    """W of a ring: the largest divisor up to 64 of its columns on CPU, all of them elsewhere."""
+def block_columns(columns: int, on_cpu: bool) -> int:
+    """Returns W: on CPU the largest divisor of the columns up to 64, elsewhere all columns."""
     if not on_cpu:
         return columns
     return next(w for w in range(min(columns, 64), 0, -1) if columns % w == 0)
 
 
 def _blocked(x_CxH, width):
-    """[…, C, H] → [..., M, H, W]"""
+    """Reshapes [..., C, H] to [..., M, H, W]."""
     *rest, c, h = x_CxH.shape
     return x_CxH.reshape(*rest, c // width, width, h).swapaxes(-1, -2)
 
@@ -154,26 +180,31 @@ def _write(keys_BxKxMxHxW, k_BxKxH, column):
     return jax.lax.dynamic_update_slice(keys_BxKxMxHxW, k_BxKxH[:, :, None, :, None], at)
 
 
-def _attend(q_BxNxH, keys, values_BxKxCxH, mask_BxC, on_cpu, k_scales=None, v_scales=None):
-    """Over keys [B, K, M, H, W]. On CPU as multiply and reduce: XLA runs a batched matmul there as B·K
-    tiny products. Elsewhere as matmuls, of which TPU's vector unit would have G times the work (and the
-    cache in float32)."""
+def _attend(
+    q_BxNxH, keys_BxKxMxHxW, values_BxKxCxH, mask_BxC, on_cpu, k_scales=None, v_scales=None
+):
+    """Computes attention of one query per row and head against the cache, [B, N, H].
+
+    On CPU it multiplies and reduces, because XLA runs a batched matmul there as B·K tiny products.
+    On other platforms it uses matmuls. Multiply and reduce would give the vector unit of a TPU G
+    times the work, and would need the cache in float32.
+    """
     (b, n, h), dtype = q_BxNxH.shape, q_BxNxH.dtype
-    kv = keys.shape[1]
+    kv = keys_BxKxMxHxW.shape[1]
     q = q_BxNxH.reshape(b, kv, n // kv, h)
     dot = partial(jnp.einsum, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
     if on_cpu:
         wide = q[:, :, :, None, :, None].astype(jnp.float32)
-        scores = jnp.sum(wide * keys[:, :, None].astype(jnp.float32), axis=-2)
+        scores = jnp.sum(wide * keys_BxKxMxHxW[:, :, None].astype(jnp.float32), axis=-2)
     else:
-        scores = dot("bkgh,bkmhw->bkgmw", q, keys.astype(dtype))
+        scores = dot("bkgh,bkmhw->bkgmw", q, keys_BxKxMxHxW.astype(dtype))
     scores = scores.reshape(*q.shape[:3], -1) * h**-0.5
     if k_scales is not None:
         scores *= k_scales[:, :, None]
     probs = jax.nn.softmax(jnp.where(mask_BxC[:, None, None], scores, MASKED), axis=-1)
     if v_scales is not None:
         probs *= v_scales[:, :, None]
-    probs = probs.astype(dtype)  # as the learner rounds them
+    probs = probs.astype(dtype)  # The learner rounds them in the same way.
     if on_cpu:
         values = values_BxKxCxH[:, :, None].astype(jnp.float32)
         out = jnp.sum(probs[..., None].astype(jnp.float32) * values, axis=-2)
@@ -183,7 +214,7 @@ def _attend(q_BxNxH, keys, values_BxKxCxH, mask_BxC, on_cpu, k_scales=None, v_sc
 
 
 def _place(x_SxKxH, clock, columns):
-    """A row's columns in the ring, [C, K, H]."""
+    """Moves the columns of a prompt to the columns before the clock: [C, K, H]."""
     x = x_SxKxH[-columns:]
     x = jnp.pad(x, [(columns - len(x), 0), (0, 0), (0, 0)])
     return jnp.roll(x, clock, axis=0)
@@ -193,15 +224,16 @@ def _put(x, row, slot):
     return jax.lax.dynamic_update_index_in_dim(x, row.astype(x.dtype), slot, 0)
 
 
-def _resize_keys(keys, clock, columns, on_cpu):
-    """`_resize` of [B, K, M, H, W]."""
-    keys = jnp.swapaxes(keys, -1, -2)
+def _resize_keys(keys_BxKxMxHxW, clock, columns, on_cpu):
+    """`_resize` for keys, which lie in blocks."""
+    keys = jnp.swapaxes(keys_BxKxMxHxW, -1, -2)
     keys = keys.reshape(*keys.shape[:2], -1, keys.shape[-1])
     return _blocked(_resize(keys, clock, columns, 2), block_columns(columns, on_cpu))
 
 
 def _resize(x, clock, columns, axis):
-    x = jnp.roll(x, -clock, axis)  # oldest first
+    """Rolls the oldest column to the front, then drops the oldest or pads behind the newest."""
+    x = jnp.roll(x, -clock, axis)
     old = x.shape[axis]
     if columns < old:
         return jax.lax.slice_in_dim(x, old - columns, old, axis=axis)
@@ -209,8 +241,13 @@ def _resize(x, clock, columns, axis):
 
 
 class DeltaState(NamedTuple):
-    """A DeltaNet's window [B, W − 1, X], its convolution's last inputs, oldest first, in the compute
-    dtype, and memory [B, N, H, V], float32. It begins as zeros, and needs no columns."""
+    """The state of a DeltaNet, initially zeros. It has no columns.
+
+    Attributes:
+      window: [B, T, X] in the compute dtype, the last inputs of the convolution, oldest first,
+        where T + 1 is the size of its kernel.
+      memory: float32 [B, N, H, V], the state of each of N value heads.
+    """
 
     window: jax.Array
     memory: jax.Array
@@ -218,10 +255,10 @@ class DeltaState(NamedTuple):
     AXES = (("batch", None, "heads"), ("batch", "heads", None, None))
     columns = None
 
-    def resized(self, clock, columns, on_cpu):
-        """The state, whatever the rings' size."""
+    def resized(self, clock: jax.Array, columns: int, on_cpu: bool) -> "DeltaState":
+        """Returns the state unchanged."""
         return self
 
-    def put(self, slot, row, clock):
-        """The state with `row`, a DeltaState of one row, in `slot`."""
+    def put(self, slot: jax.Array, row: "DeltaState", clock: jax.Array) -> "DeltaState":
+        """Returns the state with `row`, the state of one row without the axis B, in `slot`."""
         return DeltaState(*(x.at[slot].set(new) for x, new in zip(self, row)))

@@ -1,34 +1,37 @@
-"""Gated DeltaNet (Yang et al., arXiv 2412.06464): the linear attention of Qwen3.5-MoE.
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464), the linear attention of Qwen3.5-MoE.
 
-Per value head a state S [H, V] in float32, decayed by e^g and corrected by the delta rule:
+Each value head has a float32 state S [H, V], which is decayed by e^g and corrected by the delta
+rule:
 
     S ← e^g S;   Δ = β (v − Sᵀk);   S ← S + k Δᵀ;   o = Sᵀq / √H
 
-with q and k of unit length, β = σ(b), g = −exp(A_log) · softplus(a + dt_bias), and q, k, v out of a
-causal depthwise convolution and SiLU. `delta_step` is this step. `delta_rule` computes whole sequences
-in chunks of C tokens; G_i is the sum of g over the chunk up to token i, D_ij = e^(G_i − G_j) for i ≥ j:
+Here q and k have unit length, β = σ(b), g = −exp(A_log) · softplus(a + dt_bias), and q, k, v are
+the outputs of a causal depthwise convolution and SiLU. `delta_step` is one such step. `delta_rule`
+computes whole sequences in chunks of C tokens. With G_i the sum of g over the chunk up to token i,
+and D_ij = e^(G_i − G_j) for i ≥ j, a chunk is
 
     L = strictly lower part of (β K Kᵀ ⊙ D);   Δ = (I + L)⁻¹ β (V − e^G K S)
     O = (e^G Q S + (Q Kᵀ ⊙ D) Δ) / √H;         S ← e^(G_C) S + Kᵀ (e^(G_C − G) Δ)
 
-Packed segments: the first token of a segment finds an empty state and an empty convolution window; a
-segment ends where another one begins. Padding (segment id 0) may lie anywhere, changes no state, and
-its own outputs mean nothing.
+In packed rows the first token of a segment starts with an empty state and an empty convolution
+window. A segment ends where another one begins. Padding (segment id 0) may occur anywhere and
+changes no state; its own outputs are meaningless.
 
-On disk (transformers' `Qwen3_5MoeGatedDeltaNet`) and here:
+Tensors on disk (transformers' `Qwen3_5MoeGatedDeltaNet`) and parameters here:
 
     in_proj_qkv.weight [X, D]   → qkv_proj [D, X], channels reordered by `channel_order`
     conv1d.weight [X, 1, W]     → conv [W, X], the same channels; conv[-1] weighs the token itself
-    in_proj_z, out_proj.weight  → z_proj, out_proj, transposed
-    in_proj_b, in_proj_a.weight → beta_gate, decay_gate, transposed; high precision in every FP8 recipe
-    A_log, dt_bias, norm.weight → A_log, dt_bias, norm, as they are
+    in_proj_z, out_proj.weight  → z_proj, out_proj, transposed in_proj_b, in_proj_a.weight →
+    beta_gate, decay_gate, transposed; high precision in every FP8 recipe A_log, dt_bias,
+    norm.weight → A_log, dt_bias, norm, unchanged
 
-The channels of qkv_proj and conv are grouped by key head (its q, its k, the values of its value heads),
-so that a shard of them over `tensor` is a set of whole heads and no step has to move a channel.
+The channels of qkv_proj and conv are grouped by key head: its query, its key, the values of its
+value heads. A shard over `tensor` is therefore a set of whole heads, and no channel moves between
+devices.
 
 Axis letters: B batch, T time, D model width, X convolution channels, W convolution kernel, K key
-heads, R value heads per key head (N = K·R value heads), H key width, V value width; M chunks of C tokens
-(I, J: tokens of one chunk).
+heads, R value heads per key head (N = K·R value heads), H key width, V value width, M chunks of C
+tokens.
 """
 
 from functools import partial
@@ -39,23 +42,25 @@ import numpy as np
 from flax import nnx
 
 from drpo_jax.models.cache import DeltaState
-from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm
+from drpo_jax.models.layers import Compute, fan_in_normal, param, project, rms_norm
 from drpo_jax.precision import dot_precision
 
-CHUNK = 64
+CHUNK = 64  # Tokens per chunk (C).
 
 
 class GatedDeltaNet(nnx.Module):
-    """One layer's linear attention: `__call__` over whole sequences, `extend` over tokens that continue
-    others, `decode` one token at a time.
+    """The linear attention of one layer.
+
+    `__call__` computes whole sequences, `extend` a chunk of tokens that continue a state, and
+    `decode` one token per row.
 
     Args:
-      config: has hidden_size, rms_eps, linear_key_heads, linear_value_heads, linear_key_dim,
-        linear_value_dim and linear_conv_kernel.
-      key: PRNG key of the initialization, that of transformers for A_log and dt_bias.
+      config: the `ModelConfig`. Used are hidden_size, rms_eps, linear_key_heads,
+        linear_value_heads, linear_key_dim, linear_value_dim and linear_conv_kernel.
+      key: PRNG key of the initialization. A_log and dt_bias are initialized as in transformers.
 
     Raises:
-      ValueError: the key heads do not divide the value heads.
+      ValueError: if the number of value heads is not a multiple of the number of key heads.
     """
 
     def __init__(self, config, key):
@@ -63,8 +68,8 @@ class GatedDeltaNet(nnx.Module):
         n, heads = config.linear_value_heads, config.linear_key_heads
         if n % heads:
             raise ValueError(
-                f"linear_value_heads = {n} is not a multiple of linear_key_heads = {heads}: every key "
-                "head serves the same number of value heads"
+                f"model.linear_value_heads = {n} must be a multiple of model.linear_key_heads = "
+                f"{heads}, because every key head serves the same number of value heads"
             )
         values = n * config.linear_value_dim
         channels = 2 * heads * config.linear_key_dim + values
@@ -87,21 +92,39 @@ class GatedDeltaNet(nnx.Module):
         self.key_heads, self.key_dim = heads, config.linear_key_dim
         self.value_dim, self.eps = config.linear_value_dim, config.rms_eps
 
-    def __call__(self, x_BxTxD, segment_ids_BxT, compute):
-        """Every segment from an empty state. → [B, T, D]
+    def __call__(
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array, compute: Compute
+    ) -> jax.Array:
+        """Computes whole sequences. Every segment starts with an empty state.
 
         Args:
           x_BxTxD: the normed input.
           segment_ids_BxT: int32; tokens see their own segment, 0 marks padding.
+          compute: how to compute.
+
+        Returns:
+          [B, T, D] in x's dtype.
         """
         return self.extend(x_BxTxD, segment_ids_BxT, None, compute)[0]
 
-    def extend(self, x_BxTxD, segment_ids_BxT, state, compute):
-        """Sequences that continue `state`. → output [B, T, D], the state after each row's last token.
+    def extend(
+        self,
+        x_BxTxD: jax.Array,
+        segment_ids_BxT: jax.Array,
+        state: DeltaState | None,
+        compute: Compute,
+    ) -> tuple[jax.Array, DeltaState]:
+        """Computes sequences that continue `state`.
 
         Args:
-          state: `cache.DeltaState` that the first segment of a row continues (a row may begin with
-            padding if its state is empty); None: all begin empty.
+          x_BxTxD: the normed input.
+          segment_ids_BxT: int32; tokens see their own segment, 0 marks padding.
+          state: the state that the first segment of each row continues. A row may begin with
+            padding only if its state is empty. None: all states are empty.
+          compute: how to compute.
+
+        Returns:
+          The output [B, T, D], and the state after each row's last token.
         """
         x = project(x_BxTxD, self.qkv_proj, compute)
         inputs, segments, lead = x, segment_ids_BxT, 0
@@ -122,8 +145,10 @@ class GatedDeltaNet(nnx.Module):
         window = last_inputs(inputs, segments, self.conv.shape[0] - 1)
         return out, DeltaState(window, memory.reshape(memory.shape[0], -1, *memory.shape[3:]))
 
-    def decode(self, x_BxD, state, compute):
-        """One token a row after `state`. → output [B, D], the state after it."""
+    def decode(
+        self, x_BxD: jax.Array, state: DeltaState, compute: Compute
+    ) -> tuple[jax.Array, DeltaState]:
+        """Computes one token per row. Returns the output [B, D] and the state after the token."""
         window, memory = state
         x = project(x_BxD, self.qkv_proj, compute)
         inputs = jnp.concatenate([window.astype(x.dtype), x[:, None]], axis=1)
@@ -137,14 +162,14 @@ class GatedDeltaNet(nnx.Module):
         return self._output(o, x_BxD, compute), state
 
     def _heads(self, mixed):
-        """[..., X] → q and k [..., K, H], v [..., K, R, V]."""
+        """Splits channels [..., X] into q and k [..., K, H] and v [..., K, R, V]."""
         h = self.key_dim
         x = mixed.reshape(*mixed.shape[:-1], self.key_heads, -1)
         v = x[..., 2 * h :]
         return x[..., :h], x[..., h : 2 * h], v.reshape(*v.shape[:-1], -1, self.value_dim)
 
     def _gates(self, x):
-        """x [..., D] → (g, β) float32 [..., K, R]."""
+        """Returns g and β, float32 [..., K, R], of x [..., D]."""
         b, a = (
             jnp.dot(
                 x,
@@ -161,17 +186,17 @@ class GatedDeltaNet(nnx.Module):
         return -jnp.exp(rate) * jax.nn.softplus(a + bias), jax.nn.sigmoid(b)
 
     def _output(self, o, x, compute):
-        """o [..., K, R, V] normed, gated by x [..., D] and projected. → [..., D]"""
+        """Normalises o [..., K, R, V], gates it with x [..., D] and projects it to [..., D]."""
         o = rms_norm(o.astype(jnp.float32), self.norm[...], self.eps)
         z = project(x, self.z_proj, compute).reshape(o.shape)
         y = (o * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
         return project(y.reshape(*x.shape[:-1], -1), self.out_proj, compute)
 
 
-def channel_order(config):
-    """int [X]: the place on disk of each of our channels, `ours = theirs[channel_order(config)]`.
+def channel_order(config) -> np.ndarray:
+    """Returns the position on disk of each channel, int [X]: `ours = theirs[channel_order(config)]`.
 
-    On disk lie all queries, then all keys, then all values; `np.argsort` of it leads back.
+    On disk all queries come first, then all keys, then all values. `np.argsort` inverts the order.
     """
     heads, keys = config.linear_key_heads, config.linear_key_heads * config.linear_key_dim
     values = config.linear_value_heads * config.linear_value_dim
@@ -179,8 +204,13 @@ def channel_order(config):
     return np.concatenate([part.reshape(heads, -1) for part in (q, k, v)], axis=1).reshape(-1)
 
 
-def causal_convolution(x_BxTxX, taps_WxX, segment_ids_BxT):
-    """SiLU of the depthwise convolution of each token and the W − 1 before it in its segment."""
+def causal_convolution(
+    x_BxTxX: jax.Array, taps_WxX: jax.Array, segment_ids_BxT: jax.Array
+) -> jax.Array:
+    """Returns SiLU of the depthwise convolution of each token and the W − 1 before it in its segment.
+
+    The sums are float32, the result [B, T, X] has x's dtype.
+    """
     taps = taps_WxX.astype(x_BxTxX.dtype).astype(jnp.float32)
     y = x_BxTxX.astype(jnp.float32) * taps[-1]
     for lag in range(1, min(len(taps), x_BxTxX.shape[1])):
@@ -193,8 +223,8 @@ def causal_convolution(x_BxTxX, taps_WxX, segment_ids_BxT):
     return jax.nn.silu(y).astype(x_BxTxX.dtype)
 
 
-def last_inputs(x_BxTxX, segment_ids_BxT, count):
-    """The `count` inputs up to each row's last token, zero before its segment. → [B, count, X]"""
+def last_inputs(x_BxTxX: jax.Array, segment_ids_BxT: jax.Array, count: int) -> jax.Array:
+    """Returns the last `count` inputs of each row's last segment, [B, count, X], padded with zeros."""
     t = jnp.arange(segment_ids_BxT.shape[1])
     last = jnp.max(jnp.where(segment_ids_BxT > 0, t, 0), axis=1, keepdims=True)
     places = last - jnp.arange(count)[::-1]
@@ -204,10 +234,21 @@ def last_inputs(x_BxTxX, segment_ids_BxT, count):
     return jnp.where(seen[..., None], take(x_BxTxX, jnp.maximum(places, 0)[..., None]), 0)
 
 
-def delta_step(q_BxKxH, k_BxKxH, v_BxKxRxV, g_BxKxR, beta_BxKxR, S_BxKxRxHxV):
-    """One step of the recurrence. → o [B, K, R, V] in v's dtype, S [B, K, R, H, V] float32.
+def delta_step(
+    q_BxKxH: jax.Array,
+    k_BxKxH: jax.Array,
+    v_BxKxRxV: jax.Array,
+    g_BxKxR: jax.Array,
+    beta_BxKxR: jax.Array,
+    S_BxKxRxHxV: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes one step of the recurrence.
 
-    Multiply and reduce, memory-bound: S is read once for k and q together, once for its update.
+    The step multiplies and reduces, and is bound by memory bandwidth. It reads S twice: once for k
+    and q together, and once for the update.
+
+    Returns:
+      o [B, K, R, V] in v's dtype, and the new S, float32 [B, K, R, H, V].
     """
     q, k = (_unit(a).astype(jnp.float32) for a in (q_BxKxH, k_BxKxH))
     decayed = S_BxKxRxHxV * jnp.exp(g_BxKxR)[..., None, None]
@@ -219,23 +260,24 @@ def delta_step(q_BxKxH, k_BxKxH, v_BxKxRxV, g_BxKxR, beta_BxKxR, S_BxKxRxHxV):
 
 
 def delta_rule(
-    q_BxTxKxH,
-    k_BxTxKxH,
-    v_BxTxKxRxV,
-    g_BxTxKxR,
-    beta_BxTxKxR,
-    segment_ids_BxT,
-    S_BxKxRxHxV=None,
-    chunk=CHUNK,
-):
-    """The recurrence over whole sequences, in a scan over chunks.
+    q_BxTxKxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxRxV: jax.Array,
+    g_BxTxKxR: jax.Array,
+    beta_BxTxKxR: jax.Array,
+    segment_ids_BxT: jax.Array,
+    S_BxKxRxHxV: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the recurrence over whole sequences, in a scan over chunks.
 
-    Matmul operands have q's dtype; decays, (I + L)⁻¹, sums and state are float32 (float64 where the
-    inputs are). The backward pass computes each chunk again, one more forward pass: it keeps the inputs
-    and one state a chunk, T / C · N·H·V floats a row (128 MiB at T = 4096 and 32 heads of 128 × 128).
+    Matmul operands have q's dtype. Decays, (I + L)⁻¹, sums and state are float32 (float64 for
+    float64 inputs). The backward pass recomputes each chunk, which costs one more forward pass. It
+    keeps the inputs and one state per chunk, T / C · N·H·V floats per row (128 MiB for T = 4096 and
+    32 heads of 128 × 128).
 
     Args:
-      q_BxTxKxH, k_BxTxKxH: of any length, normalised here.
+      q_BxTxKxH, k_BxTxKxH: queries and keys; they are normalised here.
+      v_BxTxKxRxV: values.
       g_BxTxKxR: log decay, at most 0.
       beta_BxTxKxR: in [0, 1].
       segment_ids_BxT: int32, 0 marks padding.
@@ -245,11 +287,12 @@ def delta_rule(
       o [B, T, K, R, V] in v's dtype, and the state after each row's last token, [B, K, R, H, V].
     """
     t = segment_ids_BxT.shape[1]
-    size = min(chunk, t)
+    size = min(CHUNK, t)
     valid = (segment_ids_BxT > 0)[..., None, None]
     g, beta = (jnp.where(valid, a, 0.0) for a in (g_BxTxKxR, beta_BxTxKxR))
 
-    def chunks(a):  # [B, T, ...] → [M, B, ..., C, last axis]
+    def chunks(a):
+        """Splits [B, T, ...] into [M, B, C, ...]."""
         a = jnp.pad(a, [(0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 2))
         a = a.reshape(a.shape[0], -1, size, *a.shape[2:])
         return jnp.moveaxis(a, 1, 0)
@@ -270,7 +313,16 @@ def delta_rule(
 
 
 def _chunk(carry, inputs):
-    """One chunk of `delta_rule`: (S [B, K, R, H, V], its run [B]) → the same after it, o."""
+    """Computes one chunk of `delta_rule`.
+
+    Args:
+      carry: the state S [B, K, R, H, V] before the chunk, and the run that it belongs to, int [B]
+        (see `_runs`).
+      inputs: q, k, v, g, β and runs of the chunk.
+
+    Returns:
+      The carry after the chunk, and o [B, K, R, C, V].
+    """
     S, run_B = carry
     q_BxKxCxH, k_BxKxCxH, v_BxKxRxCxV, g_BxKxRxC, beta_BxKxRxC, runs_BxC = inputs
     wide = g_BxKxRxC.dtype
@@ -281,8 +333,9 @@ def _chunk(carry, inputs):
     lower = i[:, None] >= i
     strict = i[:, None] > i
 
-    # Σ of g over j < t ≤ i, not a difference of two sums from the chunk's start: where a head forgets
-    # quickly, those are large and nearly equal.
+    # The sum of g over j < t ≤ i is computed directly. The difference of two sums from the chunk's
+    # start would cancel for heads that forget quickly, because those sums are large and nearly
+    # equal.
     spans = jnp.where(strict, g_BxKxRxC[..., :, None], 0.0)
     spans = jnp.einsum("it,...tj->...ij", lower.astype(wide), spans, precision=dot_precision(wide))
     same = (runs_BxC[:, :, None] == runs_BxC[:, None]) & lower
@@ -305,12 +358,13 @@ def _chunk(carry, inputs):
 
 
 @jax.custom_vjp
-def unit_lower_inverse(L):
-    """(I + L)⁻¹ of strictly lower triangular L [..., C, C], in matmuls only.
+def unit_lower_inverse(L: jax.Array) -> jax.Array:
+    """Returns (I + L)⁻¹ of strictly lower triangular L [..., C, C], using only matmuls.
 
-    Inverses of diagonal blocks are merged in pairs, A⁻¹ and B⁻¹ into that of [[A, 0], [C, B]], whose
-    corner is −B⁻¹ C A⁻¹. Every step's blocks are blocks of the result. (The powers of the product
-    (I − L)(I + L²)(I + L⁴)… are not: with similar keys they reach 10¹⁷ and cancel.)
+    Inverses of diagonal blocks are merged in pairs: A⁻¹ and B⁻¹ become the inverse of [[A, 0], [C,
+    B]], whose corner is −B⁻¹ C A⁻¹. The blocks of every step are blocks of the result. The
+    alternative product (I − L)(I + L²)(I + L⁴)… is unstable: for similar keys the powers of L reach
+    10¹⁷ and cancel.
     """
     i = jnp.arange(L.shape[-1])
     product = partial(jnp.matmul, precision=dot_precision(L.dtype))
@@ -330,21 +384,24 @@ def _inverse_fwd(L):
 
 def _inverse_bwd(T, g):
     product = partial(jnp.matmul, precision=dot_precision(T.dtype))
-    turned = jnp.swapaxes(T, -1, -2)
-    return (-jnp.tril(product(turned, product(g, turned)), -1),)
+    transposed = jnp.swapaxes(T, -1, -2)
+    return (-jnp.tril(product(transposed, product(g, transposed)), -1),)
 
 
 unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)
 
 
 def _unit(x):
-    """x / |x| over the last axis, computed in float32, in x's dtype."""
+    """Returns x / |x| over the last axis, computed in float32, in x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def _runs(segment_ids_BxT):
-    """Numbers the segments of a row from 1; padding has the number of the segment before it, or 0."""
+    """Numbers the segments of each row from 1, int [B, T].
+
+    Padding has the number of the segment before it, or 0 at the start of the row.
+    """
     t = jnp.arange(segment_ids_BxT.shape[1])
     last = jax.lax.cummax(jnp.where(segment_ids_BxT > 0, t, 0), axis=1)
     latest = jnp.take_along_axis(segment_ids_BxT, last, axis=1)

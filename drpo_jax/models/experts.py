@@ -1,11 +1,21 @@
-"""The experts of a layer on tokens that have been routed: on one device, or over the mesh.
+"""The experts' computation for routed tokens, on one device or over the mesh.
 
-Axis letters: N tokens, k experts per token, D model width, R rows of the grouped layout. Every
-assignment of a token to an expert is a row; the matmuls run over rows grouped by expert
-(`models.grouped`).
+Every assignment of a token to an expert is a row. The matmuls run over rows that are grouped by
+expert (`models.grouped`).
+
+On a mesh, tokens are gathered over the `expert` axis. The alternative is an all-to-all that sends
+each token to its experts. With N tokens per device, k experts per token and X devices on the axis,
+gathering sends (X − 1)·N rows and receives as many sums, and an all-to-all sends k·(X − 1)/X·N rows
+each way. For k = 8 and X = 8 both send 7·N rows, and on a 4 × 4 square of TPUs both occupy the
+links equally long. After gathering, a device computes N·k of its X·N·k assignments on average, and
+all of them in the worst case (see `_in_parts`).
+
+Axis letters: N tokens, k experts per token, D model width, R rows of the grouped layout, E experts,
+F expert width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache, partial
 
 import jax
@@ -21,37 +31,53 @@ from drpo_jax.models.grouped import (
     part_of,
     spread,
 )
+from drpo_jax.models.layers import Compute
 from drpo_jax.parallel import BATCH_AXES, RULES, SAMPLER_RULES, constrain, partition_spec
 from drpo_jax.precision import Ops, Quantized, dequantize, matmul, weight_values
 
 # Logical axes of the experts' gate_proj, up_proj and down_proj.
 AXES = (("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed"))
 
-# Where experts lie on several devices, rows that a device computes at once, a multiple of PART_ROWS: so
-# many times those that it has if all experts are visited alike. Further ones wait (`_in_parts`).
+# With experts on several devices, a device computes at most ROOM times the rows that it would have
+# if all experts were visited equally often, rounded up to a multiple of PART_ROWS. Further rows are
+# computed in further iterations (`_in_parts`).
 ROOM, PART_ROWS = 1.5, 2048
-RARE = "further_rows"  # the name of that loop, which as a rule does not turn
+RARE = "further_rows"  # Name of that loop, which normally runs zero iterations.
 
 
-def run_experts(x, gates, experts, weights, num_experts, compute):
-    """Runs `_local_experts` on every device: tokens gathered over the `expert` axis, each device
-    computing its own experts' (and its own slice of the width's) share, shares summed.
+def run_experts(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    weights: Sequence[jax.Array | Quantized],
+    num_experts: int,
+    compute: Compute,
+) -> jax.Array:
+    """Computes Σ_k gate · expert(x) for every token.
 
-    Weights are rounded where they lie, out here (a block of codes need not end where a device's slice
-    does), and enter twice: their values, gathered over `fsdp`, to multiply with, in the backward pass
-    too; and as they lie, only for the gradient to be summed into.
+    On a mesh, tokens are gathered over the `expert` axis, every device computes the share of its
+    own experts and of its own slice of the expert width, and the shares are summed.
 
-    Tokens are gathered, and not sent to their experts by an all-to-all, because with N tokens on a
-    device, k experts for each and X devices on the axis gathering sends (X − 1)·N rows and takes as many
-    sums back, an exchange k·(X − 1)/X·N: for k = 8, 7 rows each at X = 8, and on a square of 4 × 4 TPUs
-    both take the links equally long. Of its X·N·k assignments a device then computes N·k on average, and
-    all of them at worst: see `_in_parts`.
+    Weights are quantized outside the `shard_map`, because blocks of codes do not have to end where
+    a device's slice ends. They are passed twice: as values gathered over `fsdp`, which the matmuls
+    use in both passes, and as shards, into which the gradient is summed.
+
+    Args:
+      x: [N, D].
+      gates: float32 [N, k].
+      experts: int32 [N, k]. Assignments to expert `num_experts` are skipped.
+      weights: gate_proj [E, D, F], up_proj [E, D, F] and down_proj [E, F, D].
+      num_experts: E.
+      compute: how to compute.
+
+    Returns:
+      [N, D] in x's dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
     recipe = compute.matmul
-    if isinstance(weights[0], Quantized):  # rounded when they were sent
+    if isinstance(weights[0], Quantized):  # The weight sync has quantized them already.
         recipe = dataclasses.replace(recipe, weight=None)
     weights = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
     values = [
@@ -73,19 +99,23 @@ def run_experts(x, gates, experts, weights, num_experts, compute):
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
     tokens = P(BATCH_AXES, None)
-    lie, whole = ([partition_spec(axes, rules=r) for axes in AXES] for r in (RULES, SAMPLER_RULES))
+    shards, whole = (
+        [partition_spec(axes, rules=r) for axes in AXES] for r in (RULES, SAMPLER_RULES)
+    )
     return jax.shard_map(
-        body, in_specs=(tokens, tokens, tokens, lie, whole), out_specs=tokens, check_vma=False
+        body, in_specs=(tokens, tokens, tokens, shards, whole), out_specs=tokens, check_vma=False
     )(x, gates, experts, weights, values)
 
 
 def _local_experts(
     x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute, values=None, part=None
 ):
-    """Σ_k gate · expert(x), over the experts 0..num_experts-1; others contribute nothing.
+    """Computes Σ_k gate · expert(x) over the experts 0..num_experts-1; others contribute nothing.
 
-    With `values`, under `shard_map`, these are the weights and `weights` their shards over `fsdp`; no
-    more than `part` rows are then computed at once.
+    Args:
+      values: None, or, under `shard_map`, the values of the weights. `weights` are then their
+        shards over `fsdp`.
+      part: None, or the most rows that are computed at once.
     """
     size, block = experts_Nxk.size, 1
     if compute.grouped_kernel() == "blocked":
@@ -98,7 +128,7 @@ def _local_experts(
 
 
 def _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, axis):
-    """`_local_experts` of the assignments that have a row in the layout."""
+    """Computes `_local_experts` for the assignments that have a row in the layout."""
     kernel = compute.grouped_kernel()
     ops, groups = KERNELS[kernel], (layout.group_sizes,)
     if kernel == "blocked":
@@ -112,16 +142,18 @@ def _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, axis):
 
     rows = dispatch(x_NxD, layout)
     gates = spread(gates_Nxk, layout)[:, None].astype(rows.dtype)
-    # Weighted where the rows are narrowest, and in a pass over them that there is anyway.
+    # The gates are applied where rows are narrowest, in a pass over them that is needed anyway.
     rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1) * gates
     return combine(grouped(rows, 2), layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_parts(compute, part, x_NxD, gates_Nxk, weights, values, layout):
-    """`_rows_of_experts` of `part` rows at a time, as many times as there are rows in use: nearly always
-    once, and nothing around the matmuls is as large as the worst case. The backward pass computes the
-    rows anew, part by part."""
+    """Computes `_rows_of_experts` for `part` rows at a time until all rows in use are done.
+
+    One part is nearly always enough, and no temporary of the matmuls has the size of the worst
+    case. The backward pass recomputes the rows part by part.
+    """
 
     def compute_part(layout):
         return _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, None)
@@ -141,7 +173,8 @@ def _in_parts_bwd(compute, part, residuals, g):
         def y(x, gates, sums):
             return _rows_of_experts(compute, x, gates, sums, values, layout, None)
 
-        sums = [jnp.zeros(value.shape, jnp.float32) for value in values]  # not read
+        # Only the shapes and dtypes of these primals matter: they receive the float32 gradients.
+        sums = [jnp.zeros(value.shape, jnp.float32) for value in values]
         return jax.vjp(y, x, gates, sums)[1](g)
 
     dx, dgates, sums = _sum_of_parts(compute_part, layout, part)
@@ -158,7 +191,7 @@ _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
 
 
 def _sum_of_parts(compute_part, layout, part):
-    """Σ compute_part(layout of `part` rows), over the parts of a layout that are in use."""
+    """Sums compute_part(layout of `part` rows) over the parts of a layout that are in use."""
 
     def more(carry):
         i, total = carry
@@ -172,8 +205,14 @@ def _sum_of_parts(compute_part, layout, part):
 
 @cache
 def _into_shards(ops, dimension, axis):
-    """`ops` that take the weight's values as an argument; its gradient, in float32, they sum over the
-    mesh's `axis` into the weight's shards, which lie on this dimension (None: not at all)."""
+    """Returns `ops` that take the values of a sharded weight as an additional argument.
+
+    Args:
+      ops: matmul operations.
+      dimension: the dimension of the weight that is sharded.
+      axis: the mesh axis over which the float32 gradient is summed into the shards; None: not
+        summed.
+    """
 
     def dot_dw(x, g, values, *groups):
         dw = ops.dot_dw(x, g, *groups)

@@ -1,21 +1,23 @@
-"""Causal attention within segments whose memory is linear in the length: three kernels.
+"""Three attention kernels, causal within segments, with memory linear in the length.
 
     chunked   exact, plain JAX: any backend, any shape, any dtype
     splash    Pallas splash attention, for TPU
     cudnn     `jax.nn.dot_product_attention`, for GPU
 
-All take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and give softmax(q kᵀ / √H) v
-[B, T, N, H] over the tokens of a token's own segment up to itself; at padding (segment id 0) the output
-is finite and means nothing. They are local: on a mesh they run under `shard_map` (see `attend`).
+They take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and return softmax(q kᵀ
+/ √H) v [B, T, N, H], where each token attends to itself and to the earlier tokens of its segment.
+At padding (segment id 0) the output is finite but meaningless. The kernels are local: on a mesh
+`models.attention.attend` runs them under `shard_map`.
 
-`chunked` is the online softmax of FlashAttention (Dao et al., arXiv 2205.14135): for each block of
-queries, a loop over the blocks of keys that it may see keeps the running maximum m of the scores s and
-the sums of e^(s − m) and of e^(s − m) v. Backward, with P = e^(s − log-sum-exp) and D = Σ dO ⊙ O over
-a head,
+`chunked` uses the online softmax of FlashAttention (Dao et al., arXiv 2205.14135). For each block
+of queries, a loop over the blocks of keys that it may attend to accumulates the maximum m of the
+scores s and the sums of e^(s − m) and e^(s − m) v. The backward pass, with P = e^(s − log-sum-exp)
+and D = Σ dO ⊙ O over a head,
 
     dV = Pᵀ dO;   dS = P ⊙ (dO Vᵀ − D);   dQ = dS K / √H;   dK = dSᵀ Q / √H
 
-in the same loop: five matmuls a pair of blocks. Only q, k, v, the output and the log-sum-exp are kept.
+runs the same loop, with five matmuls per pair of blocks. Residuals are q, k, v, the output and the
+log-sum-exp.
 
 Axis letters: B batch, T time, N query heads, K key/value heads, G query heads per key/value head
 (N = K·G), H head width; M blocks of C tokens, S the C tokens of a block of keys.
@@ -29,23 +31,35 @@ from jax.ad_checkpoint import checkpoint_name
 
 from drpo_jax.precision import dot_precision
 
-MASKED = -1e30  # finite: a row that sees nothing gets a uniform softmax, never NaN
-SPLASH_WIDTHS = (64, 128, 256)  # head widths that the Pallas kernel takes
+# Score of keys that a query does not attend to. It is finite, so that the softmax of a row that
+# attends to nothing is uniform rather than NaN.
+MASKED = -1e30
+SPLASH_WIDTHS = (64, 128, 256)  # Head widths that the Pallas kernel supports.
 
 
-def chunked(q, k, v, segment_ids, block=512):
-    """Attention in blocks of about `block` tokens; temporaries of a few times B · N · block² floats.
+def chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, block: int = 512
+) -> jax.Array:
+    """Attention in blocks of tokens, in plain JAX.
 
-    Scores and softmax are float32 (float64 where the inputs are). Blocks of keys above the diagonal
-    are never looked at, nor those before the first one that holds a segment of the queries' block in
-    some row: rows of many short segments cost what their segments cost.
+    Scores and softmax are float32 (float64 for float64 inputs). Temporaries take a few times
+    B · N · block² floats. Two kinds of key blocks are skipped: those above the diagonal, and those
+    before the first block that shares a segment with the block of queries in any row. The cost of
+    rows with many short segments is therefore that of the segments.
+
+    Args:
+      q, k, v, segment_ids: see the module's docstring.
+      block: the most tokens of a block.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
     """
     t = q.shape[1]
     return _chunked(min(_even_block(t, block, 16), t), q, k, v, segment_ids)
 
 
 def _even_block(length, largest, multiple):
-    """The size, a multiple of `multiple`, of the fewest blocks of at most `largest` tokens."""
+    """Returns the size of the fewest blocks of at most `largest` tokens, rounded up to a `multiple`."""
     count = -(-length // largest)
     return -(-length // (count * multiple)) * multiple
 
@@ -82,7 +96,8 @@ def _chunked_fwd(size, q, k, v, segment_ids):
 
     blocks = jnp.arange(len(first)), q_blocks, keys[2], first
     _, (out, lse_MxBxKxCxG) = jax.lax.scan(row, None, blocks)
-    # Named as matmuls are: with remat "dots" the backward pass does not run this loop again.
+    # These names save the outputs under remat "dots", so that the backward pass does not repeat the
+    # loop.
     out = checkpoint_name(_merge_queries(out, q.shape), "matmul")
     lse_MxBxKxCxG = checkpoint_name(lse_MxBxKxCxG, "matmul")
     return out, (q, k, v, segment_ids, out, lse_MxBxKxCxG)
@@ -135,7 +150,7 @@ def _dot(dtype):
 
 
 def _scores(q_BxKxCxGxH, k_BxKxSxH, segments_BxC, segments_BxS, blocks_apart):
-    """q kᵀ / √H [B, K, C, G, S], `MASKED` where a query may not look."""
+    """Returns q kᵀ / √H [B, K, C, G, S], and `MASKED` where a query does not attend to a key."""
     place = jnp.arange(segments_BxC.shape[1])
     seen = blocks_apart * len(place) + place[:, None] >= place
     seen &= segments_BxC[:, :, None] == segments_BxS[:, None]
@@ -144,8 +159,11 @@ def _scores(q_BxKxCxGxH, k_BxKxSxH, segments_BxC, segments_BxS, blocks_apart):
 
 
 def _first_blocks(segments_MxBxC):
-    """int32 [M]: of each block of queries, the first block whose tokens it can have a segment with,
-    judged by the least and the greatest segment id of a block in each row."""
+    """Returns the first block that may share a segment with each block of queries, int32 [M].
+
+    The ranges of segment ids decide: blocks share no segment if their ranges are disjoint in every
+      row.
+    """
     real = segments_MxBxC > 0
     least = jnp.min(jnp.where(real, segments_MxBxC, jnp.iinfo(jnp.int32).max), axis=-1)
     greatest = jnp.max(jnp.where(real, segments_MxBxC, 0), axis=-1)
@@ -154,19 +172,19 @@ def _first_blocks(segments_MxBxC):
 
 
 def _split(a_BxTx, size):
-    """[B, T, …] → [M, B, C, …], zeros behind."""
+    """Splits [B, T, …] into [M, B, C, …], padded with zeros at the end."""
     a = jnp.pad(a_BxTx, [(0, 0), (0, -a_BxTx.shape[1] % size)] + [(0, 0)] * (a_BxTx.ndim - 2))
     return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
 
 
 def _query_blocks(a_BxTxNxH, kv, size):
-    """→ [M, B, K, C, G, H]"""
+    """Splits queries into [M, B, K, C, G, H]."""
     b, t, n, h = a_BxTxNxH.shape
     return jnp.moveaxis(_split(a_BxTxNxH.reshape(b, t, kv, n // kv, h), size), 2, 3)
 
 
 def _key_blocks(a_BxTxKxH, size):
-    """→ [M, B, K, C, H]"""
+    """Splits keys or values into [M, B, K, C, H]."""
     return jnp.moveaxis(_split(a_BxTxKxH, size), 2, 3)
 
 
@@ -186,17 +204,28 @@ def _take(tree, j):
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, j, keepdims=False), tree)
 
 
-def splash(q, k, v, segment_ids, block=512, interpret=False):
-    """Pallas splash attention; blocks above the diagonal are skipped, not those of other segments.
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    block: int = 512,
+    interpret: bool = False,
+) -> jax.Array:
+    """Pallas splash attention.
 
-    Its matmuls take the backend's default precision, one pass of bfloat16 on TPU.
+    It skips blocks above the diagonal, but not blocks of other segments. Its matmuls use the
+    backend's default precision, which is one pass of bfloat16 on TPU.
 
     Args:
-      q, k, v: of a head width in `SPLASH_WIDTHS`.
+      q, k, v, segment_ids: see the module's docstring. The head width must be in `SPLASH_WIDTHS`.
       block: the most tokens of a block, a multiple of 128.
-      interpret: compute step by step on any backend, slowly.
+      interpret: whether to run in Pallas's interpreter, which is slow but works on any backend.
+
+    Returns:
+      [B, T, N, H].
     """
-    # Imported where it is used: Pallas takes a second.
+    # Imported here because importing Pallas takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
@@ -212,7 +241,8 @@ def splash(q, k, v, segment_ids, block=512, interpret=False):
     names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     kernel = make_splash_mha(
         MultiHeadMask([CausalMask((t + room, t + room))] * n),
-        # Not the fused backward kernel: its dq has a copy for every block of keys.
+        # These sizes select the separate backward kernels. The fused one has a copy of dq per key
+        # block.
         block_sizes=BlockSizes(**dict.fromkeys(names, size)),
         head_shards=1,
         q_seq_shards=1,
@@ -228,14 +258,23 @@ def splash(q, k, v, segment_ids, block=512, interpret=False):
     return out.transpose(0, 2, 1, 3)[:, :t]
 
 
-def cudnn(q, k, v, segment_ids, implementation="cudnn"):
-    """cuDNN's attention, which knows a row's length and no segment ids.
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """cuDNN's attention, which takes the length of each row instead of segment ids.
 
     Args:
-      q, k, v: bfloat16 or float16, of a head width that cuDNN takes (see
-        `jax.nn.dot_product_attention`, which raises NotImplementedError).
-      segment_ids: every row one segment from column 0 on, padding behind it.
-      implementation: "xla" computes the same anywhere, in quadratic memory.
+      q, k, v: bfloat16 or float16. The head width must be one that cuDNN supports; otherwise
+        `jax.nn.dot_product_attention` raises NotImplementedError.
+      segment_ids: every row is a single segment from column 0 on, followed only by padding.
+      implementation: "cudnn", or "xla", which computes the same on any backend in quadratic memory.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
     """
     lengths = jnp.maximum(jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32), 1)
     out = jax.nn.dot_product_attention(

@@ -1,13 +1,17 @@
-"""GGUF files (llama.cpp) to Hugging Face directories: python -m drpo_jax.models.gguf FILE.gguf DIRECTORY
+"""Converts a GGUF file (llama.cpp) to a Hugging Face directory.
 
-Quantized tensors are written as the float32 values that their codes stand for. The tokenizer and its
-chat template come along: a GGUF file holds both.
+    python -m drpo_jax.models.gguf FILE.gguf DIRECTORY
+
+Quantized tensors are dequantized to float32. The tokenizer and its chat template, which a GGUF file
+contains as well, are converted too.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, dequantize
@@ -15,10 +19,11 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from drpo_jax.models.huggingface import write_config
+from drpo_jax.models.config_json import write_config
 from drpo_jax.models.transformer import ModelConfig
 
-LAYER = {  # of blk.{i} -> below model.layers.{i}
+# Modules of blk.{i} and their names in model.layers.{i}.
+LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -32,7 +37,8 @@ LAYER = {  # of blk.{i} -> below model.layers.{i}
     "ffn_down": "mlp.down_proj",
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-FAMILIES = {  # general.architecture -> what its layers have
+# Fields of `ModelConfig` by general.architecture.
+FAMILIES: dict[str, dict[str, bool]] = {
     "llama": dict(qk_norm=False),
     "qwen2": dict(qk_norm=False, attention_bias=True),
     "qwen3": dict(qk_norm=True),
@@ -41,7 +47,8 @@ QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the byte-level BPE
+# Pre-tokenizers of the byte-level BPE by tokenizer.ggml.pre.
+SPLITS = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [
         pre_tokenizers.Digits(individual_digits=True),
@@ -52,18 +59,23 @@ SPLITS = {  # tokenizer.ggml.pre -> how text is cut before the byte-level BPE
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
-CONTROL, USER_DEFINED = 3, 4  # token types: special, and added but ordinary
+# Token types: special tokens, and added tokens that are ordinary text.
+CONTROL, USER_DEFINED = 3, 4
 
 
-def convert(file, directory) -> ModelConfig:
+def convert(file: str | os.PathLike, directory: str | os.PathLike) -> ModelConfig:
     """Writes the model and the tokenizer of a GGUF file as a Hugging Face directory.
 
     Args:
       file: a GGUF file of one of `FAMILIES`, with a byte-level BPE tokenizer of one of `SPLITS`.
-      directory: made if it is not there; files of the same names are replaced.
+      directory: the output directory. It is created if necessary; files of the same names are
+        replaced.
+
+    Returns:
+      The architecture of the model.
 
     Raises:
-      ValueError: another architecture, tokenizer or tensor.
+      ValueError: if the architecture, the tokenizer or a tensor is not supported.
     """
     reader = GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -88,13 +100,15 @@ def convert(file, directory) -> ModelConfig:
     return config
 
 
-def _config(fields, tensors, file):
+def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
     family = fields["general.architecture"]
     if family not in FAMILIES:
-        raise ValueError(f"{file}: architecture {family!r}; {', '.join(FAMILIES)} can be converted")
+        raise ValueError(
+            f"{file}: architecture {family!r} cannot be converted; supported: {', '.join(FAMILIES)}"
+        )
     names = {tensor.name for tensor in tensors}
     if "rope_freqs.weight" in names or fields.get(f"{family}.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{file}: scaled rotary frequencies are not implemented")
+        raise ValueError(f"{file}: scaled rotary frequencies are not supported")
     heads = fields[f"{family}.attention.head_count"]
     width = fields[f"{family}.embedding_length"]
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
@@ -114,20 +128,20 @@ def _config(fields, tensors, file):
     )
 
 
-def _name(name, file):
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+def _name(name: str, file) -> str:
+    """Translates blk.3.attn_q.weight to model.layers.3.self_attn.q_proj.weight, for example."""
     inner, _, kind = name.rpartition(".")
     if inner in OUTSIDE:
         return f"{OUTSIDE[inner]}.{kind}"
     block, _, rest = inner.partition(".")
     number, _, rest = rest.partition(".")
     if block != "blk" or rest not in LAYER:
-        raise ValueError(f"{file}: tensor {name!r} has no place in these architectures")
+        raise ValueError(f"{file}: tensor {name!r} is not part of the supported architectures")
     return f"model.layers.{number}.{LAYER[rest]}.{kind}"
 
 
 def _rotary_halves(values, heads):
-    """Rows of q or k with rotary pairs side by side (llama.cpp) -> pairs half a head apart."""
+    """Reorders rows of q or k from adjacent rotary pairs (llama.cpp) to pairs half a head apart."""
     shape = (heads, values.shape[0] // heads // 2, 2, -1)
     return values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
 
@@ -136,8 +150,8 @@ def _tokenizer(fields, file):
     kind, split = (fields.get(f"tokenizer.ggml.{k}") for k in ("model", "pre"))
     if kind != "gpt2" or split not in SPLITS:
         raise ValueError(
-            f"{file}: tokenizer {kind!r} with the split {split!r}; byte-level BPE (gpt2) with "
-            f"{', '.join(SPLITS)} can be converted"
+            f"{file}: tokenizer {kind!r} with the split {split!r} cannot be converted; supported: "
+            f"byte-level BPE (gpt2) with {', '.join(SPLITS)}"
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
@@ -167,10 +181,11 @@ def _tokenizer(fields, file):
     )
 
 
-def main():
+def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a GGUF file")
-    parser.add_argument("directory", help="of the model, made if it is not there")
+    parser.add_argument("directory", help="the output directory, created if necessary")
     args = parser.parse_args()
     try:
         config = convert(args.file, args.directory)

@@ -1,12 +1,12 @@
-"""Matmuls of rows that are grouped by expert: their layout, and the kernels.
+"""Matmuls over rows grouped by expert: the layout of the rows, and the kernels.
 
-Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout,
-D model width, E experts; K and N of a matmul.
+Every assignment of a token to an expert has one row of a layout in which each expert's rows are
+contiguous and start at a multiple of `block`. The experts' matmuls run over that layout, and the
+results are read back from it. An assignment to expert E has no row and costs nothing. Padding
+tokens have such assignments, and so have, under expert parallelism, the experts of other devices.
 
-Every assignment (token, expert) gets one row of a layout in which each expert's rows are contiguous
-and start at a multiple of `block`; the experts' matmuls run over that layout, and the rows are read
-back. An assignment to expert E (padding tokens; under expert parallelism, other devices' experts)
-gets no row and costs nothing.
+Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout, D
+model width, E experts; in matmuls [R, K] @ [E, K, N], K and N are widths.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from drpo_jax.precision import Ops, dot_precision
 
 
 class Layout(NamedTuple):
-    """Where each assignment's row lies.
+    """The rows of the assignments.
 
     Attributes:
-      row: int32 [N, k], the row of each assignment; R (out of range) when it has none.
-      source: int32 [R], the assignment (n·k + j) in each row; M (out of range) in padding rows.
-      group_sizes: int32 [E], rows per expert, padding included.
+      row: int32 [N, k], the row of each assignment; R (out of range) if it has none.
+      source: int32 [R], the assignment (n·k + j) of each row; M (out of range) for padding rows.
+      group_sizes: int32 [E], rows per expert, including padding.
       block_expert: int32 [R / block], the expert of each block of rows.
-      blocks: int32 scalar, blocks in use.
+      blocks: int32 scalar, the number of blocks in use.
     """
 
     row: jax.Array
@@ -35,17 +35,23 @@ class Layout(NamedTuple):
     blocks: jax.Array
 
 
-def block_rows(assignments, num_experts):
-    """Rows per block: near the mean group, between 16 and 128 (measured on CPU)."""
+def block_rows(assignments: int, num_experts: int) -> int:
+    """Returns the rows per block: near the mean size of a group, between 16 and 128 (tuned on CPU)."""
     block = 16
     while block < 128 and 2 * block * num_experts <= assignments:
         block *= 2
     return block
 
 
-def make_layout(experts_Nxk, num_experts, block, part=1):
-    """Groups the assignments by expert, each group padded to a multiple of `block` rows, and all rows
-    to one of `part`."""
+def make_layout(experts_Nxk: jax.Array, num_experts: int, block: int, part: int = 1) -> Layout:
+    """Groups assignments by expert.
+
+    Args:
+      experts_Nxk: int32, the expert of each assignment, from 0 to `num_experts` (no row).
+      num_experts: E.
+      block: each group is padded to a multiple of this number of rows.
+      part: R is padded to a multiple of this number of rows.
+    """
     expert_M = experts_Nxk.reshape(-1)
     m = expert_M.shape[0]
     r = -(-m // block) * block + (num_experts * block if block > 1 else 0)
@@ -73,9 +79,14 @@ def make_layout(experts_Nxk, num_experts, block, part=1):
     )
 
 
-def part_of(layout, start, rows):
-    """The Layout of `rows` rows from row `start` on; both, and all its rows, are multiples of `rows`,
-    which is one of its blocks'. The assignments of other rows have none in it."""
+def part_of(layout: Layout, start: jax.Array, rows: int) -> Layout:
+    """Returns the Layout of a part of the rows. Assignments of other rows have no row in it.
+
+    Args:
+      layout: the layout of all rows, whose number is a multiple of `rows`.
+      start: int32 scalar, the first row, a multiple of `rows`.
+      rows: number of rows, a multiple of the layout's block.
+    """
     block = len(layout.source) // len(layout.block_expert)
     ends = jnp.cumsum(layout.group_sizes)
     first, last = (jnp.clip(at - start, 0, rows) for at in (ends - layout.group_sizes, ends))
@@ -94,26 +105,28 @@ def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-# What goes into the rows and comes out of them. The gradients gather too, where autodiff scatters.
+# Between tokens and rows. Custom gradients gather as well, whereas autodiff would scatter.
 
 
 @jax.custom_vjp
-def dispatch(x_NxD, layout):
-    """x [N, D] → its rows in the layout [R, D]; zero in padding rows."""
-    x = jnp.pad(x_NxD, ((0, 1), (0, 0)))  # on TPU a select of all rows would be a pass of its own
+def dispatch(x_NxD: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the token of each row, [R, D]; zero for padding rows."""
+    # A row of zeros is appended because on TPU a select over all rows would be another pass over
+    # memory.
+    x = jnp.pad(x_NxD, ((0, 1), (0, 0)))
     return x.at[layout.source // layout.row.shape[1]].get(mode="clip")
 
 
 @jax.custom_vjp
-def combine(y_RxD, layout):
-    """Rows of the layout [R, D] → the sum of each token's [N, D]. The transpose of `dispatch`."""
+def combine(y_RxD: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the sum of each token's rows, [N, D], in y's dtype. It is the transpose of `dispatch`."""
     rows = (_rows(y_RxD, row_N).astype(jnp.float32) for row_N in layout.row.T)
     return sum(rows).astype(y_RxD.dtype)
 
 
 @jax.custom_vjp
-def spread(gates_Nxk, layout):
-    """A number for each assignment [N, k] → for each row [R]; zero in padding rows."""
+def spread(gates_Nxk: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the gate of each row, [R]; zero for padding rows."""
     return _rows(gates_Nxk.reshape(-1), layout.source)
 
 
@@ -127,7 +140,7 @@ spread.defvjp(_and_layout(spread), lambda layout, g: (_rows(g, layout.row), None
 
 
 def _blocked(x_RxK, w_ExKxN, block_expert, blocks, contract):
-    """One matmul per block of rows with its expert's weights; only the blocks in use are computed."""
+    """Multiplies each block of rows with its expert's weights, and skips the blocks not in use."""
     rows = x_RxK.shape[0] // block_expert.shape[0]
     columns = w_ExKxN.shape[3 - contract]
 
@@ -147,6 +160,7 @@ def _blocked(x_RxK, w_ExKxN, block_expert, blocks, contract):
 
 
 def _blocked_dw(x_RxK, g_RxN, block_expert, blocks, group_sizes):
+    """Returns the gradient of the weights of `_blocked`, float32 [E, K, N]."""
     rows = x_RxK.shape[0] // block_expert.shape[0]
 
     def body(i, dw):
@@ -165,7 +179,7 @@ def _ragged(x_RxK, w_ExKxN, group_sizes):
         w_ExKxN,
         group_sizes,
         precision=dot_precision(x_RxK.dtype),
-        preferred_element_type=x_RxK.dtype,  # float32 would be R rows more to write and read
+        preferred_element_type=x_RxK.dtype,  # float32 would write and read R more rows
     )
 
 
@@ -183,12 +197,24 @@ def _ragged_dw(x_RxK, g_RxN, group_sizes):
     )
 
 
-def megablox_dw(x_RxK, g_RxN, group_sizes, interpret=False):
-    """The weights' gradient by the Pallas kernel `tgmm`; `ragged_dot`'s own, where no tile of its fits.
+def megablox_dw(
+    x_RxK: jax.Array, g_RxN: jax.Array, group_sizes: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Returns the gradient of the weights, computed by the Pallas kernel `tgmm` for TPU.
 
-    XLA expands the gradient of `ragged_dot` to a dense matmul of all rows for every expert.
+    XLA would expand the gradient of `ragged_dot` to a dense matmul of all rows for every expert. It
+    is used only if no tile size of the kernel divides R.
+
+    Args:
+      x_RxK: rows of the input.
+      g_RxN: gradient of the output.
+      group_sizes: int32 [E], rows per expert. Rows behind the last group do not count.
+      interpret: whether to run in Pallas's interpreter, on any backend.
+
+    Returns:
+      float32 [E, K, N].
     """
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # TPU code, slow to import
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # slow to import
 
     rows = x_RxK.shape[0]
     tile = next((t for t in (512, 256, 128) if rows % t == 0), None)
@@ -210,5 +236,5 @@ RAGGED = Ops(
 )
 MEGABLOX = RAGGED._replace(dot_dw=megablox_dw)
 
-# By the names of `Compute.grouped_matmul`.
+# The kernels that `Compute.grouped_matmul` names.
 KERNELS = {"blocked": BLOCKED, "ragged_dot": RAGGED, "megablox": MEGABLOX}

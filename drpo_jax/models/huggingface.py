@@ -1,18 +1,20 @@
-"""Hugging Face directories, in and out: config.json and safetensors, tensor by tensor.
+"""Reads and writes Hugging Face directories: config.json and safetensors.
 
-A parameter of the model is made from tensors of the checkpoint by a `Rule`: which tensors, and how an
-index of ours finds its numbers in them. Reading goes through `jax.make_array_from_callback`, so that a
-process reads only the slices that its own devices hold, straight into sharded arrays; writing takes one
-tensor after the other. Matmul weights are [in, out] here and [out, in] on disk.
+A `Rule` describes how one parameter is stored: in which tensors of the checkpoint, and where in
+them its elements are. Reading uses `jax.make_array_from_callback`: a process reads only the slices
+that its own devices hold, directly into sharded arrays. Writing fetches one tensor at a time.
+Matmul weights are [in, out] in the model and [out, in] on disk.
 
-Axis letters of parameters: L stacked layers (one axis, or two where layers repeat in groups), E experts.
+Axis letters: L stacked layers (two axes where layers repeat in groups), E experts.
 """
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +22,42 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from drpo_jax.models.config_json import read_config, write_config
 from drpo_jax.models.delta_net import channel_order
 from drpo_jax.models.transformer import ModelConfig, Transformer
 
-SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")  # vision tower, multi-token prediction
-KEPT = {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}  # of config.json
-BESIDE = (  # the weights
+# Prefixes of tensors that are not read: vision tower, multi-token prediction.
+SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
+# Fields of config.json and files that `save_pretrained` copies from the original directory.
+COPIED_FIELDS = {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+COPIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
-SHARD_BYTES = 4 * 2**30  # of a file that `save_pretrained` writes
+SHARD_BYTES = 4 * 2**30  # Most bytes of a file that `save_pretrained` writes.
 
 
-def from_pretrained(path, dtype=jnp.float32, shardings=None):
-    """The model of a Hugging Face directory.
+def from_pretrained(
+    path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    shardings: Callable[[Transformer], Any] | None = None,
+) -> tuple[Transformer, ModelConfig]:
+    """Loads the model of a Hugging Face directory.
 
     Args:
-      path: a directory with config.json and safetensors files (with their index where they are many).
-      dtype: of the parameters.
-      shardings: a function from the abstract model (a `Transformer` of shapes) to a pytree of
-        shardings, such as `partial(parallel.shardings, mesh)`; None puts all on the default device.
+      path: a directory with config.json and one or several safetensors files.
+      dtype: dtype of the parameters.
+      shardings: maps the abstract model (a `Transformer` of ShapeDtypeStructs) to a pytree of
+        shardings, for example `partial(drpo_jax.parallel.shardings, mesh)`. None places all
+        parameters on the default device.
 
     Returns:
-      (Transformer, ModelConfig).
+      The model and its architecture.
 
     Raises:
-      ValueError: an architecture or a setting that is not implemented, or tensors that are missing,
-        unexpected or of another shape; all of them are named.
-      FileNotFoundError: no config.json or no safetensors.
+      ValueError: if the architecture or a setting is not supported, or if tensors are missing,
+        unexpected or of another shape; the message names them.
+      FileNotFoundError: if there is no config.json or no safetensors file.
     """
     path = Path(path)
     config = read_config(path)
@@ -68,28 +78,38 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
     return jax.tree.unflatten(tree, map(load, leaves, places, rules.values())), config
 
 
-def save_pretrained(model, config: ModelConfig, path, dtype=None, like=None) -> None:
+def save_pretrained(
+    model: Transformer,
+    config: ModelConfig,
+    path: str | os.PathLike,
+    dtype: Any = None,
+    like: str | os.PathLike | None = None,
+) -> None:
     """Writes a directory that `transformers` loads: config.json, safetensors and their index.
 
     Args:
-      model: a `Transformer`; its arrays are fetched one layer at a time.
-      config: its ModelConfig.
-      path: the directory, made if it is not there; files of the same names are replaced.
-      dtype: of the tensors on disk; None: as they are.
-      like: the directory that the model came from, if any: its tokenizer comes along, and so does
-        what its config.json says besides the architecture (longest context, special tokens, …).
+      model: the model. Its arrays are fetched one layer at a time.
+      config: its architecture.
+      path: the output directory. It is created if necessary; files of the same names are replaced.
+      dtype: dtype of the tensors on disk; None keeps that of the parameters.
+      like: the directory that the model came from, if any. Its tokenizer is copied, and so are
+        fields of its config.json that do not belong to the architecture (longest context, special
+        tokens).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     rules = model_rules(config, model)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model)} if dtype is None else {dtype}
-    written, size, shard, index = [], 0, {}, {}
+    size = files = 0
+    shard: dict[str, np.ndarray] = {}
+    index: dict[str, str] = {}
 
     def flush():
-        name = f"model-{len(written) + 1:05d}.safetensors"
+        nonlocal files
+        files += 1
+        name = f"model-{files:05d}.safetensors"
         save_file(shard, path / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, name))
-        written.append(name)
         shard.clear()
 
     for leaf, rule in zip(jax.tree.leaves(model), rules.values()):
@@ -110,8 +130,8 @@ def save_pretrained(model, config: ModelConfig, path, dtype=None, like=None) -> 
     if like is not None:
         theirs = json.loads((Path(like) / "config.json").read_text())
         theirs = theirs.get("text_config", theirs)
-        fields = {k: theirs[k] for k in theirs.keys() & KEPT} | fields
-        for name in BESIDE:
+        fields = {k: theirs[k] for k in theirs.keys() & COPIED_FIELDS} | fields
+        for name in COPIED_FILES:
             if (Path(like) / name).exists():
                 shutil.copy(Path(like) / name, path / name)
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -123,8 +143,15 @@ def save_pretrained(model, config: ModelConfig, path, dtype=None, like=None) -> 
 class Checkpoint:
     """The tensors of a directory by name, read lazily.
 
+    Args:
+      path: a directory with safetensors files.
+
     Attributes:
-      shapes: {name: shape} of the language model's tensors, under the names of a text-only checkpoint.
+      shapes: shapes of the language model's tensors, by their names in a text-only checkpoint.
+
+    Raises:
+      FileNotFoundError: if there is no safetensors file.
+      ValueError: if a file is not a complete safetensors file.
     """
 
     def __init__(self, path: Path):
@@ -134,47 +161,48 @@ class Checkpoint:
         else:
             names = sorted(p.name for p in path.glob("*.safetensors"))
         if not names:
-            raise FileNotFoundError(f"{path}: no *.safetensors in it")
+            raise FileNotFoundError(f"{path} contains no *.safetensors file")
         self.path, self._where, self.shapes = path, {}, {}
         for name in names:
             try:
                 file = safe_open(path / name, "np")
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{path / name} is not a whole safetensors file: {error}"
+                    f"{path / name} is not a complete safetensors file: {error}"
                 ) from error
             for tensor in file.keys():
                 if tensor.startswith(SKIPPED) or tensor.endswith("rotary_emb.inv_freq"):
                     continue
-                # A multimodal checkpoint keeps its language model one level down.
+                # Multimodal checkpoints store their language model one level deeper.
                 plain = tensor.replace("model.language_model.", "model.", 1)
                 self._where[plain] = file, tensor
                 self.shapes[plain] = tuple(file.get_slice(tensor).get_shape())
 
-    def read(self, name: str, index: tuple = ()) -> np.ndarray:
-        """A slice of a tensor; `index`: a slice for every axis."""
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns a part of a tensor, given a slice for every axis, or all of it."""
         file, tensor = self._where[name]
         return file.get_slice(tensor)[index] if index else file.get_tensor(tensor)
 
-    def check(self, rules: dict, config: ModelConfig) -> None:
-        """Raises ValueError unless the tensors are those that the rules want."""
-        wanted = {name: shape for rule in rules.values() for name, shape in rule.tensors().items()}
-        missing = sorted(wanted.keys() - self.shapes.keys())
-        tied = {"lm_head.weight"} if config.tie_embeddings else set()  # some files repeat it
-        unexpected = sorted(self.shapes.keys() - wanted.keys() - tied)
+    def check(self, rules: "dict[str, Rule]", config: ModelConfig) -> None:
+        """Raises a ValueError unless the tensors are exactly those of the rules."""
+        expected = {n: shape for rule in rules.values() for n, shape in rule.tensors().items()}
+        missing = sorted(expected.keys() - self.shapes.keys())
+        # Some checkpoints with tied embeddings store the head nevertheless.
+        tied = {"lm_head.weight"} if config.tie_embeddings else set()
+        unexpected = sorted(self.shapes.keys() - expected.keys() - tied)
         misshapen = [
             f"{name} is {self.shapes[name]}, not {shape}"
-            for name, shape in sorted(wanted.items())
+            for name, shape in sorted(expected.items())
             if name in self.shapes and self.shapes[name] != shape
         ]
         kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-        if found := {kind: names for kind, names in kinds.items() if names}:
+        if problems := {kind: names for kind, names in kinds.items() if names}:
             raise ValueError(
-                f"{self.path} does not hold the tensors of its config.json\n"
+                f"{self.path} does not contain the tensors of its config.json\n"
                 + "\n".join(
                     f"  {kind} ({len(names)}): {', '.join(names[:8])}"
                     + (", …" if len(names) > 8 else "")
-                    for kind, names in found.items()
+                    for kind, names in problems.items()
                 )
             )
 
@@ -184,66 +212,76 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one parameter lies on disk.
+    """How one parameter is stored on disk.
 
     Attributes:
-      names: array of tensor names, of the shape of the parameter's stacked axes (and of the experts'
-        axis, where every expert has its own tensor); of shape () for one tensor.
-      shape: of one element of the parameter, as we hold it.
-      turned: the last two axes are exchanged on disk.
-      half: None, or (which, of): the part of the tensor's last axis but one that is this parameter,
-        where several lie in one tensor (gate and up).
-      disk_shape: of the tensor, where it has further axes of size 1.
-      order: None, or the tensor's channels (its first axis) in our order.
+      names: array of tensor names. Its shape is that of the parameter's stacked axes, followed by
+        the experts' axis if every expert has its own tensor; () for a single tensor.
+      shape: shape of the part of the parameter that one tensor holds.
+      transposed: whether the last two axes are exchanged on disk.
+      half: (index, count) if one tensor holds several parameters (gate and up), concatenated along
+        its second to last axis; None otherwise.
+      disk_shape: shape of the tensor if it has additional axes of size 1; None otherwise.
+      order: indices that bring the tensor's channels (its first axis) into the model's order, or
+        None.
     """
 
     names: np.ndarray
     shape: tuple[int, ...]
-    turned: bool = False
+    transposed: bool = False
     half: tuple[int, int] | None = None
     disk_shape: tuple[int, ...] | None = None
     order: np.ndarray | None = None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape on disk}."""
+        """Returns the shapes on disk by tensor name."""
         shape = self._exchanged(self.shape)
         if self.half:
             shape = (*shape[:-2], shape[-2] * self.half[1], shape[-1])
         return dict.fromkeys(self.names.reshape(-1).tolist(), self.disk_shape or shape)
 
-    def read(self, checkpoint: Checkpoint, index: tuple, whole: tuple) -> np.ndarray:
-        """The parameter at `index` (a slice for every axis of `whole`, its shape)."""
+    def read(
+        self, checkpoint: Checkpoint, index: tuple[slice, ...], whole: tuple[int, ...]
+    ) -> np.ndarray:
+        """Returns a part of the parameter.
+
+        Args:
+          checkpoint: the tensors.
+          index: a slice for every axis.
+          whole: shape of the parameter.
+        """
         at = [slice(*i.indices(size)[:2]) for i, size in zip(index, whole)]
         names, inner = self.names[tuple(at[: self.names.ndim])], tuple(at[self.names.ndim :])
         parts = [self._element(checkpoint, name, inner) for name in names.reshape(-1)]
         return np.stack(parts).reshape(*names.shape, *parts[0].shape)
 
     def _element(self, checkpoint, name, inner):
-        if self.disk_shape or self.order is not None:  # small tensors
+        if self.disk_shape or self.order is not None:  # These tensors are small and read whole.
             tensor = checkpoint.read(name).reshape(self._exchanged(self.shape))
             tensor = tensor if self.order is None else tensor[self.order]
-            return (np.swapaxes(tensor, -1, -2) if self.turned else tensor)[inner]
+            return (np.swapaxes(tensor, -1, -2) if self.transposed else tensor)[inner]
         at = list(self._exchanged(inner))
         if self.half:
             start = self.half[0] * self._exchanged(self.shape)[-2]
             at[-2] = slice(at[-2].start + start, at[-2].stop + start)
         tensor = checkpoint.read(name, tuple(at))
-        return np.swapaxes(tensor, -1, -2) if self.turned else tensor
+        return np.swapaxes(tensor, -1, -2) if self.transposed else tensor
 
-    def write(self, leaf) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor), one after the other."""
+    def write(self, leaf: jax.Array) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, tensor) for each tensor of the parameter."""
         for place in np.ndindex(self.names.shape):
             tensor = np.asarray(jax.device_get(leaf[place]))
-            tensor = np.swapaxes(tensor, -1, -2) if self.turned else tensor
+            tensor = np.swapaxes(tensor, -1, -2) if self.transposed else tensor
             if self.order is not None:
                 tensor = tensor[np.argsort(self.order)]
             yield str(self.names[place]), tensor.reshape(self.disk_shape or tensor.shape)
 
     def _exchanged(self, axes):
-        return (*axes[:-2], axes[-1], axes[-2]) if self.turned else tuple(axes)
+        return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else tuple(axes)
 
 
-# parameter of a layer -> tensor below model.layers.{i}; matmul weights (two axes) are turned
+# Parameters of a layer and their tensors in model.layers.{i}. Matmul weights (two axes) are
+# transposed.
 LAYER = {
     "input_norm": "input_layernorm.weight",
     "post_attention_norm": "post_attention_layernorm.weight",
@@ -266,34 +304,42 @@ LAYER = {
     },
     "mlp.shared_gate": "mlp.shared_expert_gate.weight",
 }
+# Parameters outside the layers: tensor, and whether it is transposed.
 OUTSIDE = {
     "embed": ("model.embed_tokens.weight", False),
     "final_norm": ("model.norm.weight", False),
     "lm_head": ("lm_head.weight", True),
 }
-FUSED = {  # experts in one tensor: parameter -> tensor, its part
+# Parameters whose experts share one tensor in some checkpoints: tensor, and `Rule.half`.
+FUSED = {
     "mlp.gate_proj": ("mlp.experts.gate_up_proj", (0, 2)),
     "mlp.up_proj": ("mlp.experts.gate_up_proj", (1, 2)),
     "mlp.down_proj": ("mlp.experts.down_proj", None),
 }
 
 
-def model_rules(config: ModelConfig, model, on_disk=()) -> dict[str, Rule]:
-    """{path of a parameter: its Rule}, in the order of the model's leaves.
+def model_rules(
+    config: ModelConfig, model: Transformer, on_disk: Collection[str] = ()
+) -> dict[str, Rule]:
+    """Returns the Rule of each parameter by its path, in the order of the model's leaves.
 
     Args:
-      model: a `Transformer`, of arrays or of shapes.
-      on_disk: names of the tensors to read; experts are fused where these are. Empty: as written.
+      config: the architecture.
+      model: a `Transformer` of arrays or ShapeDtypeStructs.
+      on_disk: names of the tensors to read, which show whether experts are fused. Empty: the rules
+        for writing, with one tensor per expert.
     """
     rules, every = {}, config.full_attention_every
-    number = np.arange(config.layers).reshape(-1, every)  # [groups, layers of a group]
+    number = np.arange(config.layers).reshape(
+        -1, every
+    )  # layer numbers [groups, layers of a group]
     stacks = {"linear": number[:, :-1], "full": number[:, -1]}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         names = [str(getattr(k, "name", getattr(k, "key", k))) for k in path]
         name = ".".join(n for n in names if n != "value")
         if name in OUTSIDE:
-            tensor, turned = OUTSIDE[name]
-            rules[name] = Rule(np.array(tensor), leaf.shape, turned)
+            tensor, transposed = OUTSIDE[name]
+            rules[name] = Rule(np.array(tensor), leaf.shape, transposed)
             continue
         inner = name.removeprefix("blocks.")
         stack = inner.partition(".")[0]
@@ -304,7 +350,15 @@ def model_rules(config: ModelConfig, model, on_disk=()) -> dict[str, Rule]:
     return rules
 
 
-def _layer_rule(config, inner, layers, shape, on_disk):
+def _layer_rule(config, inner, layers, shape, on_disk) -> Rule:
+    """Returns the Rule of a layer's parameter.
+
+    Args:
+      inner: path of the parameter in the layer.
+      layers: int array of layer numbers, of the shape of the parameter's stacked axes.
+      shape: shape of the parameter without its stacked axes.
+    """
+
     def tensor(layer, name):
         return f"model.layers.{layer}.{name}"
 
@@ -322,145 +376,4 @@ def _layer_rule(config, inner, layers, shape, on_disk):
         order = channel_order(config)
         disk = (shape[1], 1, shape[0]) if inner.endswith("conv") else None
         return Rule(named(LAYER[inner]), shape, True, None, disk, order)
-    return Rule(named(LAYER[inner]), shape, turned=len(shape) == 2)
-
-
-# ----------------------------------------------------------------------------------------- config
-
-# model_type -> what its layers have
-FAMILIES: dict[str, dict] = {
-    "llama": dict(qk_norm=False),
-    "qwen2": dict(qk_norm=False, attention_bias=True),
-    "qwen3": {},
-    "qwen3_moe": {},
-    "qwen3_5_moe_text": dict(attention_gate=True, norm_offset=1.0),
-}
-FIELDS = {  # of ModelConfig -> of config.json, in every family
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "rms_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
-LINEAR = {
-    "linear_key_heads": "linear_num_key_heads",
-    "linear_value_heads": "linear_num_value_heads",
-    "linear_key_dim": "linear_key_head_dim",
-    "linear_value_dim": "linear_value_head_dim",
-    "linear_conv_kernel": "linear_conv_kernel_dim",
-}
-MUST_BE = {  # settings of which one value is implemented
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-}
-
-
-def read_config(path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory, of either dialect of config.json.
-
-    Raises:
-      ValueError: a family or a setting that is not implemented.
-      FileNotFoundError: no config.json.
-    """
-    file = Path(path) / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file} is not there: {path} must be a Hugging Face directory, such as one that "
-            "`hf download OWNER/NAME --local-dir DIRECTORY` makes"
-        )
-    fields = json.loads(file.read_text())
-    tied = fields.get("tie_word_embeddings")
-    fields = fields.get("text_config", fields)  # the language part of a multimodal model
-    family = fields.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type {family!r}; implemented are {', '.join(FAMILIES)}")
-    wrong = {k: fields[k] for k, v in MUST_BE.items() if fields.get(k, v) != v}
-    if family == "qwen3_moe" and "norm_topk_prob" not in fields:
-        wrong["norm_topk_prob"] = False  # its default there
-    if fields.get("mlp_only_layers"):
-        wrong["mlp_only_layers"] = fields["mlp_only_layers"]
-    if family != "qwen2" and fields.get("attention_bias"):
-        wrong["attention_bias"] = True
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        wrong["rope_parameters"] = rope
-    if wrong:
-        settings = ", ".join(f"{k} = {v!r}" for k, v in wrong.items())
-        raise ValueError(f"{path}: not implemented for {family}: {settings}")
-    known = {ours: fields[theirs] for ours, theirs in FIELDS.items() if theirs in fields}
-    if tied is not None:
-        known["tie_embeddings"] = tied
-    known["head_dim"] = fields.get("head_dim") or known["hidden_size"] // known["heads"]
-    known["rope_theta"] = float(rope.get("rope_theta", fields.get("rope_theta", 1e4)))
-    experts = fields.get("num_experts", fields.get("num_local_experts", 0))
-    if experts:
-        known["experts"], known["experts_per_token"] = experts, fields["num_experts_per_tok"]
-        known["expert_size"] = fields["moe_intermediate_size"]
-    else:
-        known["mlp_size"] = fields["intermediate_size"]
-    if family == "qwen3_5_moe_text":
-        known |= {ours: fields[theirs] for ours, theirs in LINEAR.items()}
-        known["shared_expert_size"] = fields["shared_expert_intermediate_size"]
-        partial = fields.get("partial_rotary_factor", 0.25)
-        known["rotary_fraction"] = rope.get("partial_rotary_factor", partial)
-        known["full_attention_every"] = _interval(path, fields)
-    return ModelConfig(**known, **FAMILIES[family])
-
-
-def _interval(path, fields):
-    """n where layers n, 2n, … attend."""
-    kinds = fields.get("layer_types")
-    if not kinds:
-        return fields.get("full_attention_interval", 4)
-    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
-    pattern = ["linear_attention"] * (every - 1) + ["full_attention"]
-    if not every or kinds != pattern * (len(kinds) // every):
-        raise ValueError(f"{path}: not implemented: layer_types that do not repeat: {kinds}")
-    return every
-
-
-def write_config(config: ModelConfig) -> dict:
-    """The fields of config.json for a ModelConfig, as `transformers` 5 reads them."""
-    if config.full_attention_every > 1:
-        family, architecture = "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"
-    elif config.experts:
-        family, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
-    elif config.qk_norm:
-        family, architecture = "qwen3", "Qwen3ForCausalLM"
-    elif config.attention_bias:
-        family, architecture = "qwen2", "Qwen2ForCausalLM"
-    else:
-        family, architecture = "llama", "LlamaForCausalLM"
-    fields = {"architectures": [architecture], "model_type": family, "hidden_act": "silu"}
-    fields |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rotary_fraction != 1:
-        rope["partial_rotary_factor"] = config.rotary_fraction
-    fields |= {
-        "head_dim": config.head_dim,
-        "rope_parameters": rope,
-        "rope_theta": config.rope_theta,
-    }
-    if config.experts:
-        fields |= dict(
-            num_experts=config.experts,
-            num_experts_per_tok=config.experts_per_token,
-            moe_intermediate_size=config.expert_size,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-        )
-    else:
-        fields["intermediate_size"] = config.mlp_size
-    if config.full_attention_every > 1:
-        every = config.full_attention_every
-        kinds = ["linear_attention"] * (every - 1) + ["full_attention"]
-        fields |= {theirs: getattr(config, ours) for ours, theirs in LINEAR.items()}
-        fields["shared_expert_intermediate_size"] = config.shared_expert_size
-        fields["layer_types"] = kinds * (config.layers // every)
-        fields["partial_rotary_factor"] = config.rotary_fraction
-    return fields
+    return Rule(named(LAYER[inner]), shape, transposed=len(shape) == 2)

@@ -1,8 +1,11 @@
-"""What every layer is made of: parameters with logical axes, RMS norm, rotary embedding."""
+"""The parts that all layers share: parameters with logical axes, projections, norms, rotary embedding.
+
+Axis letters: B batch, T time, V vocabulary, D model width.
+"""
 
 import dataclasses
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +15,37 @@ from jax.sharding import PartitionSpec as P
 from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
 from drpo_jax.precision import DENSE, MatmulRecipe, matmul
 
+# Cosine and sine of rotary angles.
+Angles = tuple[jax.Array, jax.Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a forward pass is computed (what it computes is the model's `ModelConfig`).
+    """How a forward pass is computed; `ModelConfig` describes what it computes.
 
     Attributes:
-      dtype: dtype of activations and of the weights as they enter a matmul, "float32" or "bfloat16".
-        Norms, router, softmax and logits are float32 whatever it is.
-      matmul: what the FP8 recipe does with the matmuls of this side (sampler or learner).
-      remat: "none" keeps every activation for the backward pass, "dots" keeps the outputs of the
-        matmuls, "full" keeps the layers' inputs alone.
-      unroll: layers per step of the learner's scan over layers. 1 compiles fastest; on CPU a small
-        model runs a third faster with all of them.
-      grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", "megablox" (ragged_dot
-        with the weights' gradient by a Pallas kernel for TPU, where XLA would expand it to a dense
-        matmul over all local experts), or "auto": blocked on CPU, where `ragged_dot` computes every
-        expert for every row, megablox on TPU, ragged_dot elsewhere.
-      attention: kernel of the attention over whole sequences: "full" (all scores at once), or one
-        whose memory is linear in the length: "chunked" (anywhere), "splash" (TPU; bfloat16, heads of
-        64, 128 or 256), "cudnn" (GPU; bfloat16; chunked takes its place without one_segment); or
-        "auto": full up to 512 tokens (128 on CPU), then splash or cudnn where they can, else chunked.
-      one_segment: every row is one segment from its first column on, with padding behind it alone
-        (neither packed nor right-aligned). cudnn needs it, and is wrong where it is not so.
-      platform: of the devices that compute: "cpu", "gpu", "tpu"; "" is JAX's default backend.
+      dtype: dtype of activations and of the weights that enter a matmul, "float32" or "bfloat16".
+        Norms, router, softmax and logits are always float32.
+      matmul: how the FP8 recipe treats the matmuls of this side (sampler or learner).
+      remat: which activations are kept for the backward pass: "none" keeps all of them, "dots"
+        keeps the outputs of matmuls, "full" keeps only the inputs of the layers.
+      unroll: layers per step of the learner's scan over layers. 1 compiles fastest. On CPU a small
+        model runs a third faster with all layers unrolled.
+      grouped_matmul: kernel of the experts' matmuls. "blocked" is a loop over blocks of rows.
+        "ragged_dot" is `jax.lax.ragged_dot`. "megablox" is ragged_dot with a Pallas kernel for TPU
+        that computes the gradient of the weights, which XLA would expand to a dense matmul over all
+        local experts. "auto" is blocked on CPU (where `ragged_dot` computes every expert for every
+        row), megablox on TPU, and ragged_dot elsewhere.
+      attention: kernel of the attention over whole sequences. "full" computes all scores at once.
+        The memory of the others is linear in the length: "chunked" (any backend), "splash" (TPU,
+        bfloat16, heads of width 64, 128 or 256), "cudnn" (GPU, bfloat16; replaced by chunked unless
+        one_segment). "auto" is full up to 512 tokens (128 on CPU), and beyond that splash or cudnn
+        if they support the heads, otherwise chunked.
+      one_segment: asserts that every row holds a single segment that starts in the first column and
+        is followed only by padding (neither packed nor right-aligned). cudnn requires it and
+        returns wrong results otherwise.
+      platform: platform of the devices that compute, "cpu", "gpu" or "tpu"; "" is JAX's default
+        backend.
     """
 
     dtype: str = "float32"
@@ -47,14 +57,16 @@ class Compute:
     one_segment: bool = False
     platform: str = ""
 
-    def device(self):
-        """The platform of the devices that compute."""
+    def device(self) -> str:
+        """Returns the platform of the devices that compute."""
         return self.platform or jax.default_backend()
 
-    def on_cpu(self):
+    def on_cpu(self) -> bool:
+        """Returns whether the devices that compute are CPUs."""
         return self.device() == "cpu"
 
-    def grouped_kernel(self):
+    def grouped_kernel(self) -> str:
+        """Returns the kernel of the experts' matmuls, a key of `models.grouped.KERNELS`."""
         if self.grouped_matmul != "auto":
             return self.grouped_matmul
         return {"cpu": "blocked", "tpu": "megablox"}.get(self.device(), "ragged_dot")
@@ -82,13 +94,25 @@ def param(
     return nnx.Param(value, axes=axes, sync=sync, noise=noise, decay=decay)
 
 
-def value(weight):
-    """The array behind a parameter; in a sampler that keeps FP8 codes, the `Quantized`."""
+def value(weight: nnx.Param) -> Any:
+    """Returns the array of a parameter, or its `Quantized` in a sampler that keeps FP8 codes."""
     return weight.get_value()
 
 
-def project(x, weight, compute, bias=None):
-    """x [..., k] @ weight [k, n] (+ bias [n]), as the FP8 recipe wants it."""
+def project(
+    x: jax.Array, weight: nnx.Param, compute: Compute, bias: nnx.Param | None = None
+) -> jax.Array:
+    """Returns x @ weight (+ bias) under the FP8 recipe.
+
+    Args:
+      x: [..., k].
+      weight: [k, n].
+      compute: how to compute.
+      bias: [n], or None.
+
+    Returns:
+      [..., n] in x's dtype.
+    """
     ops = _gathering(weight.get_metadata()["axes"])
     y = matmul(x, value(weight), compute.matmul, ops)
     return y if bias is None else y + bias[...].astype(y.dtype)
@@ -96,10 +120,10 @@ def project(x, weight, compute, bias=None):
 
 @cache
 def _gathering(axes):
-    """DENSE for a weight with these logical axes that may be sharded over `fsdp`.
+    """Returns the matmul operations for a weight with these logical axes, sharded over `fsdp`.
 
-    What enters a product is gathered, after it was rounded and cast, and its gradient is summed
-    straight into the shards. Left to itself XLA may move the activations instead.
+    The weight is gathered after it has been quantized and cast, and its gradient is summed directly
+    into the shards. Without these constraints XLA may move the activations instead.
     """
 
     def whole(w):
@@ -112,11 +136,20 @@ def _gathering(axes):
     )
 
 
-def look_up(table_VxD, tokens, dtype):
-    """Rows of a float32 embedding, of tokens from 0 to V − 1: [..., D] in `dtype`.
+def look_up(table_VxD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the embeddings of tokens.
 
-    On a mesh the gradient of tokens [B, T] is summed where it stays: every device of the `fsdp` axis
-    sums its part of D for the tokens of all. XLA would sum whole tables and send those.
+    On a mesh the gradient for tokens [B, T] is computed in the table's own sharding: every device
+    of the `fsdp` axis sums its part of D over the tokens of all devices. XLA would sum and exchange
+    whole tables.
+
+    Args:
+      table_VxD: float32 embedding.
+      tokens: int32 [...], from 0 to V − 1.
+      dtype: dtype of the result.
+
+    Returns:
+      [..., D] in `dtype`.
     """
     return _look_up(table_VxD, tokens, dtype, len(table_VxD))
 
@@ -160,28 +193,32 @@ def _look_up_bwd(dtype, vocabulary, tokens, g):
 _look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
-def fan_in_normal(key, shape, fan_in):
-    """Normal initialization of standard deviation 1/sqrt(fan_in), float32."""
+def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Returns float32 normal variates of standard deviation 1/sqrt(fan_in)."""
     return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
 
 
-def norm_scale(config, width):
-    """The scale of an RMS norm that does nothing yet: ones, or zeros where norms are zero-centred."""
+def norm_scale(config, width: int) -> nnx.Param:
+    """Returns the initial scale of an RMS norm, float32 [width]: ones, or zeros if zero-centred."""
     scale = jnp.full((width,), 1.0 - config.norm_offset, jnp.float32)
     return param(scale, ("norm",), "keep", noise=False, decay=False)
 
 
-def rms_norm(x, scale, eps, offset=0.0):
-    """RMS norm over the last axis times (offset + scale), in float32, returned in x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """Returns the RMS norm of x over the last axis, multiplied by (offset + scale).
+
+    The computation is in float32, the result has x's shape and dtype.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * (scale + offset if offset else scale)).astype(x.dtype)
 
 
-def rotary_angles(positions, width, theta):
-    """(cos, sin), float32 [..., width // 2], of the rotary embedding at integer `positions`.
+def rotary_angles(positions: jax.Array, width: int, theta: float) -> Angles:
+    """Returns cosine and sine of the angles of the rotary embedding, float32 [..., width // 2].
 
     Args:
+      positions: int [...].
       width: channels of a head that are rotated.
       theta: base of the frequencies.
     """
@@ -190,14 +227,20 @@ def rotary_angles(positions, width, theta):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x, angles):
-    """Rotates the two halves of the first channels of each head.
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
+    """Applies the rotary embedding to the first channels of each head, in pairs half of them apart.
 
-    x [..., heads, head_dim], angles [..., rotated // 2]: channels from `rotated` on pass unchanged.
+    Args:
+      x: [..., heads, head_dim].
+      angles: `rotary_angles` [..., rotated // 2]. Channels from `rotated` on are returned
+        unchanged.
+
+    Returns:
+      [..., heads, head_dim] in x's dtype.
     """
     cos, sin = (a[..., None, :] for a in angles)
     half = cos.shape[-1]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = first * cos - second * sin, second * cos + first * sin
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)

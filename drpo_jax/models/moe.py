@@ -1,7 +1,8 @@
-"""The MLPs: dense, and the mixture of experts (top-k routing, grouped matmul, dropless).
+"""The dense MLP, and the dropless mixture of experts with top-k routing.
 
-Axis letters: N tokens, k experts per token, D model width, F expert width, E experts. The matmuls of the
-experts themselves are in `models.experts`.
+The experts' matmuls are in `models.experts`.
+
+Axis letters: N tokens, k experts per token, D model width, F expert width, E experts, L layers.
 """
 
 from functools import partial
@@ -12,13 +13,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.experts import AXES, run_experts
-from drpo_jax.models.layers import fan_in_normal, param, project, value
+from drpo_jax.models.layers import Compute, fan_in_normal, param, project, value
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)).
+
+    Args:
+      config: the `ModelConfig`.
+      key: PRNG key of the initialization.
+      size: inner width; default: config.mlp_size.
+    """
 
     def __init__(self, config, key, size=None):
         d, f = config.hidden_size, size or config.mlp_size
@@ -27,14 +34,29 @@ class MLP(nnx.Module):
         self.up_proj = param(fan_in_normal(keys[1], (d, f), d), ("embed", "mlp"), "quantize")
         self.down_proj = param(fan_in_normal(keys[2], (f, d), f), ("mlp", "embed"), "quantize")
 
-    def __call__(self, x, valid, compute, routes=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        compute: Compute,
+        routes: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns y [..., D] and {}, in the form of `MoE`; `valid` and `routes` are not used."""
         y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
         return project(y, self.down_proj, compute), {}
 
 
 class MoE(nnx.Module):
-    """Router and SwiGLU experts of one layer (Qwen3-MoE: softmax, top-k, renormalised gates), and the
-    expert that every token visits where there is one (Qwen3.5-MoE): σ(x·g) · SwiGLU(x)."""
+    """Router and SwiGLU experts of one layer.
+
+    The router applies softmax, selects the top k and renormalises their gates (Qwen3-MoE). With
+    config.shared_expert_size, every token also visits a shared expert, σ(x·g) · SwiGLU(x)
+    (Qwen3.5-MoE).
+
+    Args:
+      config: the `ModelConfig`.
+      key: PRNG key of the initialization.
+    """
 
     def __init__(self, config, key):
         d, f, e = config.hidden_size, config.expert_size, config.experts
@@ -44,26 +66,38 @@ class MoE(nnx.Module):
         self.up_proj = param(fan_in_normal(keys[2], (e, d, f), d), AXES[1], "quantize")
         self.down_proj = param(fan_in_normal(keys[3], (e, f, d), f), AXES[2], "quantize")
         self.experts_per_token = config.experts_per_token
-        both = jax.random.split(jax.random.fold_in(key, 1))
+        shared_keys = jax.random.split(jax.random.fold_in(key, 1))
         size = config.shared_expert_size
-        self.shared = MLP(config, both[0], size) if size else None
-        gate = fan_in_normal(both[1], (d, 1), d)
+        self.shared = MLP(config, shared_keys[0], size) if size else None
+        gate = fan_in_normal(shared_keys[1], (d, 1), d)
         self.shared_gate = param(gate, ("embed", None), "cast") if size else None
 
-    def __call__(self, x, valid, compute, routes=None):
-        """x [..., D] → (y [..., D], what the router did).
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        compute: Compute,
+        routes: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the mixture for tokens.
 
         Args:
-          valid: bool [...], False for padding tokens: they reach no expert and no statistic.
-          routes: int [..., k], the experts that each token visits instead of the router's choice
-            (rollout routing replay); −1 leaves the choice to it. The gates are the router's own
-            probabilities of them, renormalised, so its gradient flows as ever.
+          x: [..., D].
+          valid: bool [...], False for padding tokens, which visit no expert and count in no
+            statistic.
+          compute: how to compute.
+          routes: int [..., k], experts that each token visits instead of those that the router
+            selects (rollout routing replay); −1 keeps the router's selection. The gates are the
+            router's probabilities of these experts, renormalised, so that the router still receives
+            a gradient.
 
         Returns:
-          y, and {"load": float32 [E], assignments per expert; "probability": float32 [E], summed
-          router probabilities; "experts": int16 [..., k], the experts visited; with `routes` also
-          "replayed": float32 scalar, how many were prescribed, and "changed", how many of those the
-          router would not have chosen}.
+          y: [..., D] in x's dtype.
+          statistics: a dictionary with "load": float32 [E], assignments per expert, "probability":
+            float32 [E], router probabilities summed over tokens, "experts": int16 [..., k], the
+            experts visited, and with `routes` also "replayed": float32 scalar, number of prescribed
+            assignments, "changed": float32 scalar, number of prescribed assignments that the router
+            would not have selected.
         """
         x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
         k = self.experts_per_token
@@ -71,13 +105,13 @@ class MoE(nnx.Module):
         replay = {}
         if routes is not None:
             routes_Nxk = jnp.where(valid_N[:, None], routes.reshape(-1, k), -1)
-            given = routes_Nxk >= 0
+            prescribed = routes_Nxk >= 0
             own = jnp.any(routes_Nxk[:, :, None] == experts_Nxk[:, None], axis=-1)
             replay = {
-                "replayed": jnp.sum(given, dtype=jnp.float32),
-                "changed": jnp.sum(given & ~own, dtype=jnp.float32),
+                "replayed": jnp.sum(prescribed, dtype=jnp.float32),
+                "changed": jnp.sum(prescribed & ~own, dtype=jnp.float32),
             }
-            experts_Nxk = jnp.where(given, routes_Nxk, experts_Nxk)
+            experts_Nxk = jnp.where(prescribed, routes_Nxk, experts_Nxk)
             gates_Nxk = jnp.take_along_axis(probs_NxE, experts_Nxk, axis=-1)
             gates_Nxk /= jnp.sum(gates_Nxk, axis=-1, keepdims=True)
         visited, e = experts_Nxk, probs_NxE.shape[-1]
@@ -98,8 +132,14 @@ class MoE(nnx.Module):
         return y, statistics
 
 
-def route(x_NxD, router_DxE, k):
-    """Top-k routing in float32: gates [N, k] (sum 1), experts int32 [N, k], probabilities [N, E]."""
+def route(
+    x_NxD: jax.Array, router_DxE: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes top-k routing in float32.
+
+    Returns:
+      Gates [N, k], which sum to 1 for each token; experts, int32 [N, k]; probabilities [N, E].
+    """
     probs = jax.nn.softmax(
         jnp.dot(x_NxD.astype(jnp.float32), router_DxE, precision=jax.lax.Precision.HIGHEST),
         axis=-1,
@@ -109,7 +149,7 @@ def route(x_NxD, router_DxE, k):
 
 
 def _top_k(probs_NxE, k):
-    """`lax.top_k`, on a mesh every device of its own rows (left to itself XLA gathers them all)."""
+    """`lax.top_k`, on a mesh under `shard_map`, because XLA would gather all rows."""
     mesh = jax.sharding.get_abstract_mesh()
     top_k = partial(jax.lax.top_k, k=k)
     if not mesh.empty and mesh.size > 1:
@@ -118,8 +158,40 @@ def _top_k(probs_NxE, k):
     return top_k(probs_NxE)
 
 
-def load_balance_loss(load_E, probability_E):
-    """E · Σ_e f_e p_e (Switch Transformer, arXiv 2101.03961): 1 when balanced, E when collapsed."""
+def load_balance_loss(load_E: jax.Array, probability_E: jax.Array) -> jax.Array:
+    """Returns E · Σ_e f_e p_e (Switch Transformer, arXiv 2101.03961), float32 scalar.
+
+    It is 1 if the load is balanced and E if it has collapsed to one expert.
+
+    Args:
+      load_E: assignments per expert; f is its share. No gradient flows through it.
+      probability_E: router probabilities summed over tokens; p is their share.
+    """
     f = load_E / jnp.maximum(jnp.sum(load_E), 1.0)
     p = probability_E / jnp.maximum(jnp.sum(probability_E), 1e-9)
     return load_E.shape[0] * jnp.sum(jax.lax.stop_gradient(f) * p)
+
+
+def router_metrics(router: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns metrics of the routers.
+
+    Args:
+      router: `Hidden.router`, statistics [L, E] or [L], possibly summed over micro-batches.
+
+    Returns:
+      float32 scalars: "router/balance_loss": load-balancing loss, mean over layers; 1 is balanced.
+      "router/max_load": largest share of a layer's assignments that one expert receives, times E.
+      "router/idle_experts": share of experts without a token. "router/changed": share of replayed
+      assignments that the router would not have selected; only if routes were replayed.
+    """
+    load, probability = router["load"], router["probability"]
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
+    changed = {}
+    if "replayed" in router:
+        replayed = jnp.maximum(jnp.sum(router["replayed"]), 1.0)
+        changed = {"router/changed": jnp.sum(router["changed"]) / replayed}
+    return changed | {
+        "router/balance_loss": jnp.mean(jax.vmap(load_balance_loss)(load, probability)),
+        "router/max_load": jnp.max(share) * load.shape[-1],
+        "router/idle_experts": jnp.mean(load == 0),
+    }

@@ -1,7 +1,8 @@
-"""The released models that the configs train, as ModelConfigs.
+"""The architectures of the released models that the configs train.
 
-A run from a checkpoint reads the architecture from the checkpoint's own config.json; these are for
-random weights, `preflight` and checks. Qwen3.5 is its language model alone.
+A run that starts from a checkpoint reads the architecture from the checkpoint's config.json. The
+presets serve random weights, `preflight` and checks. The preset of Qwen3.5 is its language model
+without the vision tower.
 """
 
 from drpo_jax.models.transformer import ModelConfig

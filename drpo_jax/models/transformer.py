@@ -1,21 +1,27 @@
-"""The decoder of all families (Qwen2, Llama, Qwen3, Qwen3-MoE, Qwen3.5-MoE), stacked and scanned.
+"""The decoder of all families (Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5-MoE).
 
-Axis letters: B batch, T time, D model width, V vocabulary, K key/value heads, H head width,
-C columns of a cache, L layers, E experts, k experts per token.
+The parameters of all layers are stacked, and the learner scans over the stack. Where full attention
+and gated DeltaNets alternate, the unit of the stack is a `Group` of layers. Decoding and prefill
+use unstacked layers in a Python loop (`Transformer.unstacked`).
+
+Axis letters: B batch, T time, D model width, V vocabulary, C columns of a cache, L layers, E
+experts, k experts per token.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from drpo_jax.models.attention import Attention
-from drpo_jax.models.cache import KV, DeltaState, empty_ring
+from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8, empty_ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
+    Angles,
     Compute,
     fan_in_normal,
     look_up,
@@ -24,7 +30,7 @@ from drpo_jax.models.layers import (
     rms_norm,
     rotary_angles,
 )
-from drpo_jax.models.moe import MLP, MoE, load_balance_loss
+from drpo_jax.models.moe import MLP, MoE
 from drpo_jax.parallel import constrain
 from drpo_jax.precision import dot_precision
 
@@ -37,13 +43,15 @@ class ModelConfig:
       mlp_size: inner width of the dense MLP; unused where experts > 0.
       experts, experts_per_token, expert_size: of the mixture; experts == 0 is a dense model.
       rope_theta, rotary_fraction: base of the rotary frequencies; share of a head that is rotated.
-      rms_eps, norm_offset: RMS norms multiply by (norm_offset + scale); 1 where zero-centred (Qwen3.5).
+      rms_eps, norm_offset: RMS norms multiply by (norm_offset + scale); 1 where zero-centred
+        (Qwen3.5).
       tie_embeddings: the head is the embedding's transpose.
       attention_bias: of q, k and v (Qwen2).
       qk_norm: RMS norm of every query and key head (Qwen3).
       attention_gate: q_proj also emits a gate σ(·) of the attention's output (Qwen3.5).
       shared_expert_size: inner width of the expert that all tokens visit; 0: none.
-      full_attention_every: n: layers n, 2n, … attend, the others are gated DeltaNets; 1: all attend.
+      full_attention_every: n: layers n, 2n, … attend, the others are gated DeltaNets; 1: all
+        attend.
       linear_*: sizes of the DeltaNets.
     """
 
@@ -75,9 +83,15 @@ class ModelConfig:
 
 
 class Block(nnx.Module):
-    """One layer: x + mix(norm(x)), then x + mlp(norm(x)); mix is attention or a gated DeltaNet."""
+    """One layer: x + mix(norm(x)), then x + mlp(norm(x)), where mix is attention or a gated DeltaNet.
 
-    def __init__(self, config, key, linear=False):
+    Args:
+      config: the architecture.
+      key: PRNG key of the initialization.
+      linear: whether mix is a gated DeltaNet.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, linear: bool = False):
         keys = jax.random.split(key)
         self.input_norm = norm_scale(config, config.hidden_size)
         self.attention = (GatedDeltaNet if linear else Attention)(config, keys[0])
@@ -85,8 +99,27 @@ class Block(nnx.Module):
         self.mlp = (MoE if config.experts else MLP)(config, keys[1])
         self.config = config
 
-    def __call__(self, x, valid, compute, mix, routes=None):
-        """`mix(module, normed x) -> (output, cache)`: over sequences or one decode step."""
+    def __call__(
+        self,
+        x: jax.Array,
+        valid: jax.Array,
+        compute: Compute,
+        mix: Callable[[nnx.Module, jax.Array], tuple[jax.Array, Any]],
+        routes: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """Computes the layer.
+
+        Args:
+          x: [..., D].
+          valid: bool [...], False for padding.
+          compute: how to compute.
+          mix: maps (attention or DeltaNet, normed x) to (output, cache). It determines whether the
+            layer sees whole sequences, a continued prefix, or one decode step.
+          routes: int [..., k], experts to visit, see `MoE`.
+
+        Returns:
+          x after the layer, the cache, and the statistics of the router.
+        """
         norm = partial(rms_norm, eps=self.config.rms_eps, offset=self.config.norm_offset)
         out, cache = mix(self.attention, norm(x, self.input_norm[...]))
         x = x + out
@@ -95,54 +128,56 @@ class Block(nnx.Module):
 
 
 class Group(nnx.Module):
-    """Layers that repeat: n − 1 of gated DeltaNet, stacked, and one of full attention."""
+    """Layers that repeat: n − 1 stacked layers of gated DeltaNet, then one of full attention."""
 
-    def __init__(self, config, key):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         *linear, full = jax.random.split(key, config.full_attention_every)
         self.linear = jax.vmap(partial(Block, config, linear=True))(jnp.stack(linear))
         self.full = Block(config, full)
 
 
 class Prefix(NamedTuple):
-    """What tokens continue: rows of C columns, right-aligned, filled column by column.
+    """The tokens that `Transformer.hidden` continues: right-aligned rows of C columns.
 
     Attributes:
-      caches: one per layer, as `Transformer.empty_prefix` makes them.
+      caches: one per layer, from `Transformer.empty_prefix` or a previous call.
       start: int32 scalar, the column of the first new token.
-      valid: bool [B, C], False for padding, of all columns.
+      valid: bool [B, C], False for padding, for all columns including later ones.
     """
 
-    caches: list
+    caches: list[KV | DeltaState]
     start: jax.Array
     valid: jax.Array
 
 
 class Hidden(NamedTuple):
-    """What a forward pass gives before the head.
+    """The result of a forward pass without the head.
 
     Attributes:
       hidden: [B, T, D] in the compute dtype, after the final norm.
-      router: {"load", "probability"} float32 [L, E] summed over valid tokens, with routes also
+      router: {"load", "probability"} float32 [L, E] summed over valid tokens; with routes also
         {"replayed", "changed"} [L] (see `MoE`); {} for dense models.
-      caches: those of the Prefix, filled further; None without one.
+      caches: caches of the Prefix after the new tokens; None without a Prefix.
       experts: int16 [L, B, T, k], the experts visited; None unless recorded.
     """
 
     hidden: jax.Array
-    router: dict
-    caches: list | None = None
+    router: dict[str, jax.Array]
+    caches: list[KV | DeltaState] | None = None
     experts: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model. `model(tokens)` gives logits; the learner uses `hidden`.
+    """A decoder-only language model.
+
+    `model(tokens)` returns logits. The learner uses `hidden`, the sampler `hidden` and `decode`.
 
     Args:
       config: the architecture.
       key: PRNG key of the initialization (normal, standard deviation 1/sqrt(fan_in)).
     """
 
-    def __init__(self, config: ModelConfig, key):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         keys = jax.random.split(key, 3)
         d, v = config.hidden_size, config.vocab_size
         self.config = config
@@ -156,45 +191,69 @@ class Transformer(nnx.Module):
         if not config.tie_embeddings:
             self.lm_head = param(fan_in_normal(keys[2], (d, v), d), ("embed", "vocab"), "cast")
 
-    def head_weight(self):
-        """The head's weight [D, V], float32; the transposed embedding when tied."""
+    def head_weight(self) -> jax.Array:
+        """Returns the weight of the head, float32 [D, V]; the transposed embedding if tied."""
         return self.embed[...].T if self.config.tie_embeddings else self.lm_head[...]
 
-    def logits(self, hidden, compute=Compute()):
-        """hidden [..., D] → float32 logits [..., V]."""
+    def logits(self, hidden: jax.Array, compute: Compute = Compute()) -> jax.Array:
+        """Returns float32 logits [..., V] of hidden states [..., D]."""
         weight = self.head_weight().astype(hidden.dtype)
         precision = dot_precision(hidden.dtype)
         return jnp.dot(hidden, weight, precision=precision, preferred_element_type=jnp.float32)
 
-    def __call__(self, tokens, positions=None, segment_ids=None, compute=Compute()):
-        """int32 tokens [B, T] → float32 logits [B, T, V]."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        compute: Compute = Compute(),
+    ) -> jax.Array:
+        """Returns float32 logits [B, T, V] of int32 tokens [B, T]; for the arguments see `hidden`."""
         return self.logits(self.hidden(tokens, positions, segment_ids, compute).hidden)
 
     def hidden(
         self,
-        tokens,
-        positions=None,
-        segment_ids=None,
-        compute=Compute(),
-        prefix=None,
-        routes=None,
-        record=False,
-    ):
-        """Forward pass over whole sequences, or over tokens that continue others, without the head.
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        compute: Compute = Compute(),
+        prefix: Prefix | None = None,
+        routes: jax.Array | None = None,
+        record: bool = False,
+    ) -> Hidden:
+        """Runs all layers on whole sequences, or on tokens that continue a prefix, without the head.
 
         Args:
           tokens: int32 [B, T].
-          positions: int32 [B, T], rotary positions; default 0, 1, 2, …
-          segment_ids: int32 [B, T]; tokens attend within their segment, 0 marks padding; default 1.
+          positions: int32 [B, T], rotary positions; default: 0, 1, 2, …
+          segment_ids: int32 [B, T]. Tokens attend within their segment; 0 marks padding. Default:
+            1.
           compute: how to compute.
           prefix: the Prefix that the tokens continue.
           routes: int [B, T, L, k], experts to visit, see `MoE`.
-          record: also return the experts visited.
+          record: whether to return the experts visited.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        layer = self._layer(segment_ids, positions, compute, prefix, record)
+        x = self._embed(tokens, compute)
+        if routes is not None:
+            routes = jnp.moveaxis(routes, 2, 0)
+        if prefix is not None or self._unstacked():
+            caches = prefix and prefix.caches
+            x, caches, (router, experts) = _run(layer, x, self.layers(), caches, routes)
+            return Hidden(self._final(x), router, prefix and caches, experts)
+        x, (router, experts) = self._scan(layer, x, routes, compute.unroll)
+        return Hidden(self._final(x), router, None, experts)
+
+    def _layer(self, segment_ids, positions, compute, prefix, record):
+        """Returns the function that `hidden` applies to every layer.
+
+        It maps (x [B, T, D], block, cache, routes [B, T, k]) to (x, cache, statistics of the
+        router, experts visited or None), with the rematerialisation that `compute.remat` selects.
+        """
         valid, angles = segment_ids > 0, self.angles(positions)
 
         def layer(x, block, cache, routes):
@@ -213,52 +272,54 @@ class Transformer(nnx.Module):
             return x, cache, router, experts if record else None
 
         if compute.remat == "full":
-            layer = jax.checkpoint(layer)
-        elif compute.remat == "dots":
-            # By name: the policies that look for dots do not see into a custom_vjp.
+            return jax.checkpoint(layer)
+        if compute.remat == "dots":
+            # By name, because the policies that look for dots do not see into a custom_vjp.
             policy = jax.checkpoint_policies.save_only_these_names("matmul")
-            layer = jax.checkpoint(layer, policy=policy)
+            return jax.checkpoint(layer, policy=policy)
+        return layer
 
-        def run(x, blocks, caches, routes):
-            """Through some layers in turn. → x, their caches, what they told, stacked."""
-            filled, told = [], []
-            for i, block in enumerate(blocks):
-                x, cache, *seen = layer(x, block, caches and caches[i], _at(routes, i))
-                filled.append(cache)
-                told.append(seen)
-            return x, filled, jax.tree.map(lambda *a: jnp.stack(a), *told)
+    def _scan(self, layer, x, routes, unroll):
+        """Scans `layer` over the stacked layers.
 
-        def unit(x, inputs):
+        Returns:
+          x, and the statistics of the router and the experts visited, stacked over layers.
+        """
+
+        def step(x, inputs):
             unit, routes = inputs
-            x, _, told = run(x, _blocks(unit), None, routes)
-            return x, told
+            x, _, outputs = _run(layer, x, _blocks(unit), None, routes)
+            return x, outputs
 
-        x = self._embed(tokens, compute)
-        if routes is not None:
-            routes = jnp.moveaxis(routes, 2, 0)
-        if prefix is not None or self._unstacked():
-            x, caches, told = run(x, self.layers(), prefix and prefix.caches, routes)
-            return Hidden(self._final(x), told[0], prefix and caches, told[1])
         if routes is not None:
             every = self.config.full_attention_every
             routes = routes.reshape(-1, every, *routes.shape[1:])
-        x, told = jax.lax.scan(unit, x, (self.blocks, routes), unroll=compute.unroll)
-        router, experts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), told)
-        return Hidden(self._final(x), router, None, experts)
+        x, outputs = jax.lax.scan(step, x, (self.blocks, routes), unroll=unroll)
+        return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
-    def empty_prefix(self, rows, columns, dtype):
-        """The caches of a Prefix before its first token, one per layer: a KV or a DeltaState."""
+    def empty_prefix(self, rows: int, columns: int, dtype: Any) -> list[KV | DeltaState]:
+        """Returns the caches of a Prefix before its first token, one per layer.
+
+        Args:
+          rows: number of rows B.
+          columns: number of columns C.
+          dtype: dtype of keys, values and convolution windows.
+        """
         config, every = self.config, self.config.full_attention_every
         kv = jnp.zeros((rows, columns, config.kv_heads, config.head_dim), dtype)
         state = self._empty_state(rows, dtype)
         return [state if (i + 1) % every else KV(kv, kv) for i in range(config.layers)]
 
-    def empty_caches(self, rows, columns, compute=Compute(), float8=False):
-        """The caches of `decode` for `rows` slots, one per layer: a Ring or a DeltaState.
+    def empty_caches(
+        self, rows: int, columns: int, compute: Compute = Compute(), float8: bool = False
+    ) -> list[Ring | Ring8 | DeltaState]:
+        """Returns the caches of `decode`, one per layer.
 
         Args:
-          compute: as `decode` takes it; its dtype is that of keys and values.
-          float8: keep keys and values in e4m3 instead, in a Ring8.
+          rows: number of slots B.
+          columns: number of columns C of the rings.
+          compute: as for `decode`. Its dtype is that of keys, values and convolution windows.
+          float8: whether to keep keys and values in float8_e4m3fn, in a Ring8.
         """
         config, every = self.config, self.config.full_attention_every
         ring = empty_ring(rows, columns, config, compute.dtype, float8, compute.on_cpu())
@@ -275,9 +336,11 @@ class Transformer(nnx.Module):
             jnp.zeros(shape, jnp.float32),
         )
 
-    def unstacked(self):
-        """The same model with its layers one by one, for `decode` and for a Prefix: slices of a stack
-        are copied wherever they do not fuse into what reads them."""
+    def unstacked(self) -> "Transformer":
+        """Returns the same model with a list of layers, for `decode` and for a Prefix.
+
+        Slices of a stack are copied unless they fuse into the operation that reads them.
+        """
         model = nnx.clone(self)
         layers = nnx.List(self.layers())
         del model.blocks
@@ -287,48 +350,59 @@ class Transformer(nnx.Module):
     def _unstacked(self):
         return isinstance(self.blocks, nnx.List)
 
-    def layers(self):
-        """The layers one by one."""
+    def layers(self) -> list[Block]:
+        """Returns the L layers as a list."""
         if self._unstacked():
             return list(self.blocks)
         units = self.config.layers // self.config.full_attention_every
         return [block for i in range(units) for block in _blocks(_take(self.blocks, i))]
 
-    def angles(self, positions):
-        """(cos, sin) of the rotary embedding at integer `positions`, float32 [..., rotated // 2]."""
+    def angles(self, positions: jax.Array) -> Angles:
+        """Returns cosine and sine of the rotary angles at int positions, float32 [..., rotated // 2]."""
         width = int(self.config.head_dim * self.config.rotary_fraction)
         return rotary_angles(positions, width, self.config.rope_theta)
 
     def _final(self, x):
         return rms_norm(x, self.final_norm[...], self.config.rms_eps, self.config.norm_offset)
 
-    def decode(self, tokens_B, angles, caches, column, mask_BxC, valid_B=None, compute=Compute()):
-        """One token a row against the caches.
+    def decode(
+        self,
+        tokens_B: jax.Array,
+        angles: Angles,
+        caches: Sequence[Ring | Ring8 | DeltaState],
+        column: jax.Array,
+        mask_BxC: jax.Array,
+        valid_B: jax.Array | None = None,
+        compute: Compute = Compute(),
+    ) -> tuple[jax.Array, list[Ring | Ring8 | DeltaState], jax.Array]:
+        """Runs all layers on one token per row.
 
-        The layers are unrolled: with the cache inside a scan, XLA copies it.
+        The layers are unrolled, because XLA copies a cache that is carried through a scan.
 
         Args:
-          tokens_B: int32 [B].
+          tokens_B: int32.
           angles: `angles` of the rows' positions.
-          caches: one per layer, as `empty_caches` makes them.
+          caches: one per layer, from `empty_caches` or a previous call.
           column: int32 scalar, the column of the rings that all rows write.
-          mask_BxC: bool, the columns each row may read, the written one included.
-          valid_B: bool, False for rows whose output nobody reads: they visit no expert; default True.
+          mask_BxC: bool, the columns that each row may read, including the one it writes.
+          valid_B: bool, False for rows whose output is not used: they visit no expert; default:
+            True.
+          compute: how to compute.
 
         Returns:
-          hidden [B, D] after the final norm; the updated caches; the experts visited, int16
-          [B, L, k], k = 0 for dense models.
+          Hidden states [B, D] after the final norm; the updated caches; the experts visited, int16
+          [B, L, k], with k = 0 for dense models.
         """
         valid = jnp.ones(tokens_B.shape, bool) if valid_B is None else valid_B
         x, updated, experts = self._embed(tokens_B, compute), [], []
+
+        def mix(module, normed, cache):
+            if isinstance(module, GatedDeltaNet):
+                return module.decode(normed, cache, compute)
+            return module.decode(normed, angles, cache, column, mask_BxC, compute)
+
         for block, cache in zip(self.layers(), caches):
-
-            def mix(module, normed):
-                if isinstance(module, GatedDeltaNet):
-                    return module.decode(normed, cache, compute)  # noqa: B023
-                return module.decode(normed, angles, cache, column, mask_BxC, compute)  # noqa: B023
-
-            x, cache, router = block(x, valid, compute, mix)
+            x, cache, router = block(x, valid, compute, partial(mix, cache=cache))
             updated.append(cache)
             experts.append(router.get("experts", jnp.zeros((*tokens_B.shape, 0), jnp.int16)))
         return self._final(x), updated, jnp.stack(experts, axis=1)
@@ -338,8 +412,22 @@ class Transformer(nnx.Module):
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
 
 
+def _run(layer, x, blocks, caches, routes):
+    """Applies `layer` to some layers in turn.
+
+    Returns:
+      x, the caches, and (statistics of the router, experts visited) stacked over the layers.
+    """
+    filled, outputs = [], []
+    for i, block in enumerate(blocks):
+        x, cache, *output = layer(x, block, caches and caches[i], _at(routes, i))
+        filled.append(cache)
+        outputs.append(output)
+    return x, filled, jax.tree.map(lambda *a: jnp.stack(a), *outputs)
+
+
 def _blocks(unit):
-    """The blocks of one step of the scan in order: a Block, or those of a Group."""
+    """Returns the layers of one unit of the stack in order: a Block, or those of a Group."""
     if isinstance(unit, Block):
         return [unit]
     count = unit.linear.input_norm.shape[0]
@@ -351,27 +439,5 @@ def _at(routes, i):
 
 
 def _take(tree, i):
-    """Element i of stacked layers or caches."""
+    """Returns element i of stacked layers."""
     return jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def router_metrics(router):
-    """Of `Hidden.router` (summed over micro-batches): load-balancing loss and the busiest expert.
-
-    Returns:
-      {"router/balance_loss": mean over layers, 1 is balanced; "router/max_load": the largest share
-      of a layer's assignments that one expert gets, times E; "router/idle_experts": share of experts
-      with no token at all; where routes were replayed "router/changed": share of them that the router
-      would not have chosen}.
-    """
-    load, probability = router["load"], router["probability"]
-    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)
-    changed = {}
-    if "replayed" in router:
-        replayed = jnp.maximum(jnp.sum(router["replayed"]), 1.0)
-        changed = {"router/changed": jnp.sum(router["changed"]) / replayed}
-    return changed | {
-        "router/balance_loss": jnp.mean(jax.vmap(load_balance_loss)(load, probability)),
-        "router/max_load": jnp.max(share) * load.shape[-1],
-        "router/idle_experts": jnp.mean(load == 0),
-    }

@@ -1,4 +1,9 @@
-"""Meshes and the table of logical axes."""
+"""Device meshes, the sharding rules of all arrays, and runs of several processes.
+
+axes       one table from logical axes to mesh axes, and the shardings that follow from it
+mesh       builds the mesh of axes (data, fsdp, expert, tensor)
+multihost  starts `jax.distributed` and exchanges host data between processes
+"""
 
 from drpo_jax.parallel.axes import (
     BATCH_AXES,

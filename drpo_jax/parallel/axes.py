@@ -1,14 +1,15 @@
-"""Logical axes → mesh axes: the one table that decides how every array is sharded.
+"""The sharding rules: one table from logical axes to mesh axes.
 
-An array names its axes by what they mean (`("experts", "embed", "mlp")`); `RULES` says on which mesh
-axes each of them lies. A parameter's axes are metadata of its `nnx.Param`; activations are
-constrained by name with `constrain`.
+Every array names its axes by meaning, for example `("experts", "embed", "mlp")`, and `RULES` maps each
+name to mesh axes. Parameters carry their logical axes as metadata of their `nnx.Param`; activations
+pass theirs to `constrain`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -29,18 +30,32 @@ RULES = {
     "length": (),
     "hidden": (),
 }
-# The sampler reads every weight at every token, so it keeps no axis that would have to be gathered.
+# The sampler reads every weight for every token. Its weights are therefore not sharded over fsdp, which
+# would require gathering them at each step.
 SAMPLER_RULES = RULES | {"embed": ()}
 
+LogicalAxes = Sequence[str | None]
+Rules = Mapping[str, tuple[str, ...]]
 
-def partition_spec(axes, shape=None, mesh=None, rules=RULES):
-    """The `PartitionSpec` of an array with logical `axes` (names or None).
 
-    With `shape` and `mesh`, also checks that the mesh divides every axis.
+def partition_spec(
+    axes: LogicalAxes,
+    shape: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> PartitionSpec:
+    """Returns the `PartitionSpec` of an array.
+
+    Args:
+      axes: the logical name of each axis; None replicates the axis.
+      shape: the shape of the array. With `shape` and `mesh`, the function also checks that the mesh
+        divides every axis.
+      mesh: the mesh on which the array is placed.
+      rules: a table from logical axes to mesh axes.
 
     Raises:
-      ValueError: an axis is not in the table, two axes of the array land on one mesh axis, or an axis
-        is not divisible by the mesh axes it lies on.
+      ValueError: if an axis is not in the table, if two axes of the array map to the same mesh axis, or
+        if the mesh axes do not divide an axis evenly.
     """
     entries, owner = [], {}
     for position, axis in enumerate(axes):
@@ -50,8 +65,8 @@ def partition_spec(axes, shape=None, mesh=None, rules=RULES):
         for mesh_axis in mesh_axes:
             if mesh_axis in owner:
                 raise ValueError(
-                    f"logical axes {owner[mesh_axis]!r} and {axis!r} of {axes} both land on mesh "
-                    f"axis {mesh_axis!r}; one of them has to be replicated"
+                    f"logical axes {owner[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis "
+                    f"{mesh_axis!r}; one of them has to be replicated"
                 )
             owner[mesh_axis] = axis
         if mesh is not None and shape is not None:
@@ -59,25 +74,27 @@ def partition_spec(axes, shape=None, mesh=None, rules=RULES):
             if shape[position] % parts:
                 raise ValueError(
                     f"axis {axis!r} of an array {tuple(shape)} with axes {axes} has size "
-                    f"{shape[position]}, which the mesh axes {mesh_axes} ({parts} parts) do not "
-                    "divide; make it a multiple or shrink the mesh axis"
+                    f"{shape[position]}, which is not divisible by the {parts} parts of the mesh axes "
+                    f"{mesh_axes}; make it a multiple or shrink the mesh axis"
                 )
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
     return PartitionSpec(*entries)
 
 
-def named_sharding(mesh, axes, shape=None, rules=RULES):
-    """`NamedSharding` of an array with logical `axes` on `mesh`."""
+def named_sharding(
+    mesh: Mesh, axes: LogicalAxes, shape: Sequence[int] | None = None, rules: Rules = RULES
+) -> NamedSharding:
+    """Returns the `NamedSharding` of an array with logical `axes` on `mesh`, see `partition_spec`."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh, rules))
 
 
-def batch_shards(mesh):
-    """Over how many devices the batch axis is split."""
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of shards of the batch axis."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
-def constrain(x, *axes, rules=RULES):
-    """Pins the sharding of an array inside a jitted function; no-op without a mesh."""
+def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
+    """Constrains the sharding of an array inside a jitted function; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -1,28 +1,40 @@
-"""The device mesh (data, fsdp, expert, tensor)."""
+"""The device mesh with the axes data, fsdp, expert and tensor."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from drpo_jax.parallel.axes import MESH_AXES
 
 
-def check_mesh(mesh):
-    """Raises a ValueError for a mesh that is not as `make_mesh` makes them."""
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises a ValueError unless the mesh has the axes and axis types of `make_mesh`."""
     if mesh.axis_names != MESH_AXES or set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
-            f"the mesh must have the axes {', '.join(MESH_AXES)}, all of type Auto, as those of "
-            f"drpo_jax.parallel.make_mesh (jax.make_mesh makes Explicit ones), not {mesh}"
+            f"the mesh must have the axes {', '.join(MESH_AXES)}, all of type Auto, as returned by "
+            f"drpo_jax.parallel.make_mesh (jax.make_mesh returns Explicit axes), not {mesh}"
         )
 
 
-def make_mesh(data=-1, fsdp=1, expert=1, tensor=1, devices=None):
-    """A mesh of all `devices` (default: every device there is); one size may be -1 (the rest).
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Returns a mesh of all `devices`.
+
+    Args:
+      data, fsdp, expert, tensor: sizes of the axes. At most one of them may be -1, which takes the
+        remaining devices.
+      devices: devices of the mesh, all devices by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor)))
@@ -36,11 +48,12 @@ def make_mesh(data=-1, fsdp=1, expert=1, tensor=1, devices=None):
         raise ValueError(
             f"mesh {sizes} needs {math.prod(sizes.values()) or fixed} devices, there are "
             f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1 to let "
-            "it take the rest"
+            "it take the remaining ones"
         )
     shape = tuple(sizes.values())
     try:
         placed = mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # no sides of the TPU's torus multiply to these sizes: divide one
+    except NotImplementedError:
+        # No product of the TPU torus's dimensions equals these sizes, so one dimension has to be split.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)

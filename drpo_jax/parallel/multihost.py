@@ -1,81 +1,74 @@
-"""Several processes as one run: plain `jax.distributed`, and what their hosts tell each other.
+"""Runs of several processes: `jax.distributed`, and the exchange of host data between processes.
 
-Every process runs the same program, and its device arrays are global. What is known on one host only
-(verdicts, errors, the contents of a file) crosses through the key-value store of jax's coordinator,
-which is process 0: `gather`, and `barrier`, a gather of nothing. Both end after a timeout, with an error
-that names the processes that did not come. A process that dies is noticed within 100 seconds wherever
-the others are: jax then ends them and names it.
+Every process runs the same program, and its device arrays are global. Data that only one host knows
+(rewards, errors, the contents of a file) is exchanged through the key-value store of jax's coordination
+service, which runs in process 0. `gather` returns the arrays of all processes on all processes, and
+`barrier` is a gather of nothing. Both time out with an error that names the missing processes. If a
+process dies, jax notices within 100 seconds, ends the other processes and names the dead one.
 
-Process numbers are those that the processes were started with (JAX_PROCESS_ID, or the TPU's worker
-number), not `jax.process_index()`, which a TPU may order otherwise.
+Process ids are those that the processes were started with (JAX_PROCESS_ID, or the TPU worker number). On
+a TPU `jax.process_index()` may number them differently.
 """
 
 import collections
-import functools
 import io
 import os
 import socket
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-
-# jax has no public door to its coordinator; Orbax goes through this one as well.
-from jax._src import distributed
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster, GkeTpuCluster
 from jax.experimental import multihost_utils
 
-# jax reads the first by itself and has no names for the others.
-ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-TIMEOUT = 600  # seconds: more than one host may reasonably lag behind another
-START_TIMEOUT = 300  # seconds, from the first process to the last
-LAST_WORDS = 2  # seconds that the coordinator's process outlives an error
+from drpo_jax.parallel import jax_internals
 
-_calls = collections.Counter()  # by name: of `gather`
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TIMEOUT = 600  # Seconds that one host may reasonably lag behind another.
+START_TIMEOUT = 300  # Seconds between the start of the first and of the last process.
+COORDINATOR_LINGER = 2  # Seconds that process 0 stays alive after an error.
+
+_calls: collections.Counter[str] = collections.Counter()  # calls of `gather` by name
+T = TypeVar("T", bound=Sequence[Any])
 
 
 class MissingProcess(RuntimeError):
-    """Other processes of the run did not come; the message names them."""
+    """Other processes did not arrive in time; the message names them."""
 
 
 def initialize(timeout_seconds: float = START_TIMEOUT) -> None:
-    """Makes this process one of several, where it is; to be called before JAX computes anything.
+    """Connects this process to the other processes of its run. Call it before any JAX computation.
 
-    The hosts of a TPU slice (TPU VMs, GKE) are found by jax itself. Anywhere else the environment
-    says it, the same three variables for every process: JAX_COORDINATOR_ADDRESS (host:port, where
-    process 0 listens), JAX_NUM_PROCESSES, JAX_PROCESS_ID (from 0). Without them the process is
-    alone, and nothing happens. CPU devices then exchange data by Gloo, which is jax's default.
+    jax detects the hosts of a TPU slice (TPU VMs, GKE) by itself. Elsewhere three environment
+    variables describe the run: JAX_COORDINATOR_ADDRESS (host:port on which process 0 listens),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0). Without them the process runs alone and this
+    function does nothing. CPU devices communicate through Gloo, jax's default.
 
-    When some processes have not come after `timeout_seconds`, jax ends the others and gives the
-    numbers of the missing ones.
+    If processes are still missing after `timeout_seconds`, jax aborts the others with an error that
+    lists the ids of the missing ones.
 
     Raises:
-      ValueError: some of the variables are missing, or not what they should be.
+      ValueError: if only some of the variables are set, or if their values are invalid.
     """
     if jax.distributed.is_initialized():
         return
-    found = _from_environment()
-    found = _from_tpu() if found is None else found
-    if not found:
+    arguments = _from_environment()
+    if arguments is None:
+        cluster = jax_internals.tpu_cluster()
+        arguments = {"cluster_detection_method": cluster} if cluster else {}
+    if not arguments:
         return
-    # Else SIGTERM would only be noted, and a preempted or killed process would go on.
+    # The preemption service would only record SIGTERM, and a preempted process would continue to run.
     jax.config.update("jax_enable_preemption_service", False)
-    # Without a limit of its own the coordinator cannot say which processes it waits for; jax has no
-    # argument for it. The limit of those who wait is longer, so that they are told.
-    start = distributed._jax.get_distributed_runtime_service
-    limited = functools.partial(start, cluster_register_timeout=int(timeout_seconds))
-    distributed._jax.get_distributed_runtime_service = limited
-    try:
-        jax.distributed.initialize(**found, initialization_timeout=int(timeout_seconds) + 30)
-    finally:
-        distributed._jax.get_distributed_runtime_service = start
-    client, number = distributed.global_state.client, str(process_id())
-    client.key_value_set(f"drpo_jax/hosts/{number}", socket.gethostname())
+    seconds = int(timeout_seconds)
+    jax_internals.initialize(seconds, initialization_timeout=seconds + 30, **arguments)
+    hosts = f"drpo_jax/hosts/{process_id()}"
+    jax_internals.client().key_value_set(hosts, socket.gethostname())
     show = sys.excepthook
 
-    def show_and_leave(*error):
+    def show_and_leave(*error: Any) -> None:
         show(*error)
         leave(1)
 
@@ -83,46 +76,53 @@ def initialize(timeout_seconds: float = START_TIMEOUT) -> None:
 
 
 def process_count() -> int:
-    """How many processes the run has."""
-    return distributed.global_state.num_processes
+    """Returns the number of processes of the run."""
+    return jax_internals.process_count() if jax.distributed.is_initialized() else 1
 
 
 def process_id() -> int:
-    """The number of this process, from 0."""
-    return distributed.global_state.process_id
+    """Returns the id of this process, from 0."""
+    return jax_internals.process_id() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is process 0: the one that logs, and writes what only one should."""
+    """Returns whether this is process 0, which writes logs and other files of the whole run."""
     return process_id() == 0
 
 
-def share(sequence):
-    """This process's contiguous part of a sequence; the parts are as equal as can be, and make up the
-    whole in the order of the processes."""
+def share(sequence: T) -> T:
+    """Returns this process's contiguous part of a sequence.
+
+    The sizes of the parts differ by at most one. Concatenated in the order of the processes, the parts
+    are the whole sequence.
+    """
     n, count = len(sequence), process_count()
     return sequence[n * process_id() // count : n * (process_id() + 1) // count]
 
 
-def gather(name: str, timeout_seconds: float = TIMEOUT, **arrays) -> list[dict[str, np.ndarray]]:
-    """The arrays of all processes, on all of them; all have to call it, and none goes on before.
+def gather(
+    name: str, timeout_seconds: float = TIMEOUT, **arrays: Any
+) -> list[dict[str, np.ndarray]]:
+    """Returns the arrays of all processes on every process.
 
-    For small things (megabytes at most): they go through process 0.
+    Every process has to call it; it returns once all of them have. The data passes through process 0, so
+    keep it small (megabytes at most).
 
     Args:
-      name: what this is about, for the error; the same on every process.
-      timeout_seconds: how long to wait for the others.
-      arrays: numbers, strings and NumPy arrays of them (no objects), of any shape.
+      name: describes the exchange in errors; the same on every process.
+      timeout_seconds: how long to wait for the other processes.
+      **arrays: numbers, strings, or NumPy arrays of them, of any shape; no objects.
 
     Returns:
-      For every process, by its number, its arrays by name.
+      One dictionary per process, in the order of their ids, from the names to the arrays.
 
     Raises:
-      MissingProcess: the others did not come, or this one came after they had given up.
+      MissingProcess: if other processes did not arrive in time, or if this process arrived after the
+        others had timed out.
     """
     if process_count() == 1:
         return [{key: np.asarray(value) for key, value in arrays.items()}]
-    client, me, call = distributed.global_state.client, process_id(), _calls[name]
+    client, me, call = jax_internals.client(), process_id(), _calls[name]
     _calls[name] += 1
     place = f"drpo_jax/gather/{name}/{call}"
     client.key_value_set_bytes(f"{place}/{me}", _to_bytes(arrays))
@@ -135,7 +135,7 @@ def gather(name: str, timeout_seconds: float = TIMEOUT, **arrays) -> list[dict[s
         ]
     except jax.errors.JaxRuntimeError as error:
         raise MissingProcess(_who_is_missing(name, place, timeout_seconds)) from error
-    if call:  # everybody has come to this call, so nobody still reads the one before
+    if call:  # All processes have reached this call, so none still reads the previous one.
         client.key_value_delete(f"drpo_jax/gather/{name}/{call - 1}/{me}")
     return parts
 
@@ -145,9 +145,12 @@ def barrier(name: str, timeout_seconds: float = TIMEOUT) -> None:
     gather(name, timeout_seconds)
 
 
-def on_main(name: str, function) -> None:
-    """Calls `function` on process 0, which the others wait for; a ValueError is raised on all of them,
-    for what is wrong on one is wrong for the run."""
+def on_main(name: str, function: Callable[[], object]) -> None:
+    """Calls `function` on process 0 while the other processes wait.
+
+    A ValueError of `function` is raised on all processes, because input that is invalid on one process
+    is invalid for the whole run.
+    """
     problem = ""
     if is_main():
         try:
@@ -158,8 +161,11 @@ def on_main(name: str, function) -> None:
         raise ValueError(problem)
 
 
-def fetch(tree):
-    """Device arrays, whole, as NumPy arrays on every process; all have to call it with the same ones."""
+def fetch(tree: Any) -> Any:
+    """Returns whole device arrays as NumPy arrays.
+
+    All processes have to call it with the same arrays.
+    """
     if process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -168,86 +174,77 @@ def fetch(tree):
 def leave(status: int) -> NoReturn:
     """Ends this process with the exit status `status`.
 
-    One of several is ended at once. An ordinary exit would wait for minutes in jax for the others,
-    which wait for this one, and then lose the status.
+    In a run of several processes it ends immediately. An ordinary exit would wait in jax for minutes for
+    the other processes, which in turn wait for this one, and would then lose the status.
     """
     if process_count() == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and is_main():  # without the coordinator the others could not print their own error
-        time.sleep(LAST_WORDS)
+    if status and is_main():  # Without the coordinator the others could not print their own error.
+        time.sleep(COORDINATOR_LINGER)
     os._exit(status)
 
 
-def _from_environment():
-    """Arguments for `jax.distributed.initialize` from the environment: none for a process that is
-    said to be alone; None where nothing is said."""
-    given = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, NUMBER)}
-    missing = [name for name, value in given.items() if not value]
-    if len(missing) == len(given):
+def _from_environment() -> dict[str, Any] | None:
+    """Returns arguments of `jax.distributed.initialize` from the environment.
+
+    The result is empty for a run of one process and None if no variable is set.
+    """
+    values = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, NUMBER)}
+    missing = [name for name, value in values.items() if not value]
+    if len(missing) == len(values):
         return None
     advice = (
-        f"A run of several processes needs all of {ADDRESS} (host:port, where process 0 listens), "
+        f"A run of several processes needs all of {ADDRESS} (host:port on which process 0 listens), "
         f"{COUNT} and {NUMBER} (from 0); `bash launch/multiprocess.sh` sets them on one machine"
     )
     if missing:
-        present = " and ".join(name for name in given if name not in missing)
+        present = " and ".join(name for name in values if name not in missing)
         raise ValueError(f"{present} set, but not {' and '.join(missing)}. {advice}")
-    count, number = given[COUNT], given[NUMBER]
+    count, number = values[COUNT], values[NUMBER]
     if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
         raise ValueError(
             f"{NUMBER}={number} of {COUNT}={count}: there is no such process. {advice}"
         )
-    if not given[ADDRESS].rpartition(":")[2].isdecimal():
-        raise ValueError(f"{ADDRESS}={given[ADDRESS]}: there is no port. {advice}")
+    if not values[ADDRESS].rpartition(":")[2].isdecimal():
+        raise ValueError(f"{ADDRESS}={values[ADDRESS]}: there is no port. {advice}")
     if count == "1":
         return {}
     return dict(
-        coordinator_address=given[ADDRESS],
+        coordinator_address=values[ADDRESS],
         num_processes=int(count),
         process_id=int(number),
         cluster_detection_method="deactivate",
     )
 
 
-def _from_tpu():
-    """The same for one of several hosts of a TPU slice; none elsewhere."""
-    for cluster in (GkeTpuCluster, GceTpuCluster):
-        try:
-            several = cluster.is_env_present() and cluster.get_process_count() > 1
-        except OSError:  # a TPU without Google's metadata server (a notebook's, say): one host
-            continue
-        if several:
-            return dict(cluster_detection_method=cluster.name)
-    return {}
-
-
-def _who_is_missing(name, place, timeout_seconds):
-    client, me, count = distributed.global_state.client, process_id(), process_count()
-    came = _numbers(client.key_value_dir_get_bytes(f"{place}/"))
-    hosts = _numbers(client.key_value_dir_get("drpo_jax/hosts/"))
-    absent = [f"{i} ({hosts.get(i, 'host unknown')})" for i in range(count) if i not in came]
+def _who_is_missing(name: str, place: str, timeout_seconds: float) -> str:
+    """Returns the message of a `MissingProcess`; `place` is the barrier's key in the store."""
+    client, me, count = jax_internals.client(), process_id(), process_count()
+    arrived = _by_process(client.key_value_dir_get_bytes(f"{place}/"))
+    hosts = _by_process(client.key_value_dir_get("drpo_jax/hosts/"))
+    absent = [f"{i} ({hosts.get(i, 'host unknown')})" for i in range(count) if i not in arrived]
     if not absent:
-        return f"{name!r}: process {me} came when the others had given up waiting for it"
+        return f"{name!r}: process {me} arrived after the others had timed out"
     who = f"process{'es' * (len(absent) > 1)} {', '.join(absent)} of {count}"
     return (
-        f"{name!r}: {who} did not come within {timeout_seconds:.0f} seconds; look for an error or "
-        f"what keeps it busy in its own output. (This is process {me}.)"
+        f"{name!r}: {who} did not arrive within {timeout_seconds:.0f} seconds; look in its output for "
+        f"an error or for work that takes that long. (This is process {me}.)"
     )
 
 
-def _numbers(entries):
-    """Entries (…/NUMBER, value) of the key-value store → {number: value}"""
+def _by_process(entries: list[tuple[str, Any]]) -> dict[int, Any]:
+    """Maps process ids to values, from entries (…/ID, value) of the key-value store."""
     return {int(key.rpartition("/")[2]): value for key, value in entries}
 
 
-def _to_bytes(arrays):
+def _to_bytes(arrays: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
 
 
-def _from_bytes(data):
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+def _from_bytes(content: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

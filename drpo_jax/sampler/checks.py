@@ -1,23 +1,29 @@
-"""What a caller hands to the sampler, looked at before anything is sampled."""
+"""Checks of the sampler's arguments, before anything is sampled."""
 
-import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from drpo_jax.models import Compute
+from drpo_jax.models import Compute, ModelConfig
 from drpo_jax.parallel import batch_shards, check_mesh
+from drpo_jax.sampler.token import SamplingParams, is_integer
 
 
-def check_sampler(compute, **sizes):
-    """The arguments of `Sampler`.
+def check_sampler(compute: Compute, **sizes: int) -> None:
+    """Checks the arguments of `Sampler`.
+
+    Args:
+      compute: the argument `compute`.
+      **sizes: the arguments that are sizes, by name.
 
     Raises:
-      ValueError: a size that is no positive integer; a `compute` that is none.
+      ValueError: if a size is not a positive integer, or if `compute` is not a `Compute`.
     """
-    for name, value in sizes.items():
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"Sampler: {name} must be an integer of at least 1, got {value!r}")
+    for name, size in sizes.items():
+        if not is_integer(size) or size < 1:
+            raise ValueError(f"Sampler: {name} must be an integer of at least 1, got {size!r}")
     if not isinstance(compute, Compute):
         raise ValueError(
             "Sampler: compute must be a models.Compute, for example Compute(dtype='bfloat16'), got "
@@ -25,36 +31,40 @@ def check_sampler(compute, **sizes):
         )
 
 
-def check_model(model, slots):
-    """The weights, on the mesh that is set.
+def check_model(model: Any, slots: int) -> None:
+    """Checks that the model and the slots fit the current mesh.
 
     Raises:
-      ValueError: no model, or a mesh over which its heads or the slots cannot be divided.
+      ValueError: if `model` is not a model, or if the mesh does not divide its heads or the slots.
     """
     if not hasattr(model, "config"):
         raise ValueError(
-            "the sampler takes a Transformer (the first of the two that from_pretrained returns), got "
+            "the sampler takes a Transformer (the first value that from_pretrained returns), got "
             f"{type(model).__name__}"
         )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return
     check_mesh(mesh)
-    shards, tensor, heads = batch_shards(mesh), mesh.shape["tensor"], model.config.kv_heads
+    shards, tensor, config = batch_shards(mesh), mesh.shape["tensor"], model.config
     if slots % shards:
         raise ValueError(
-            f"slots = {slots} must be a multiple of data·fsdp·expert = {shards}, the mesh's devices "
-            "that share them"
+            f"slots = {slots} (config field sampler.slots) must be a multiple of data·fsdp·expert = "
+            f"{shards}, the number of devices that share them"
         )
-    if heads % tensor:
-        raise ValueError(f"tensor = {tensor} of the mesh must divide the model's {heads} kv_heads")
+    for name in ("kv_heads", "linear_value_heads"):
+        if getattr(config, name) % tensor:
+            raise ValueError(
+                f"mesh.tensor = {tensor} must divide the model's {getattr(config, name)} {name} "
+                f"(config field model.{name}), over which the caches are sharded"
+            )
 
 
-def check_params(params, config):
-    """`SamplingParams` for a model of that `ModelConfig`.
+def check_params(params: SamplingParams, config: ModelConfig) -> None:
+    """Checks that a model has the tokens and experts that `params` refers to.
 
     Raises:
-      ValueError: they ask for tokens or experts that the model does not have.
+      ValueError: if it does not.
     """
     size = config.vocab_size
     if params.top_logprobs > size:
@@ -63,7 +73,7 @@ def check_params(params, config):
         )
     if beyond := [token for token in params.stop if token >= size]:
         raise ValueError(
-            f"SamplingParams.stop = {beyond}: the model's token ids end with {size - 1}"
+            f"SamplingParams.stop = {beyond}: the model's token ids are 0 to {size - 1}"
         )
     if params.routes and not config.experts:
         raise ValueError(
@@ -71,12 +81,19 @@ def check_params(params, config):
         )
 
 
-def check_prompts(prompts, longest, vocab_size):
-    """The most tokens that a prompt may have: `longest`, or where that is None, those of the longest
-    of these, rounded up to 16.
+def check_prompts(prompts: Sequence[Sequence[int]], longest: int | None, vocab_size: int) -> int:
+    """Checks prompts and returns the most tokens that a prompt may have.
+
+    Args:
+      prompts: lists of token ids.
+      longest: the sampler's prompt length. None: the longest of these prompts, rounded up to 16.
+      vocab_size: size of the model's vocabulary.
+
+    Returns:
+      The limit of a prompt's length in tokens.
 
     Raises:
-      ValueError: names prompts that are no lists of token ids of the vocabulary, empty or too long.
+      ValueError: if a prompt is not a list of token ids of the vocabulary, is empty, or is too long.
     """
     lengths = []
     for i, prompt in enumerate(prompts):
@@ -86,8 +103,8 @@ def check_prompts(prompts, longest, vocab_size):
             ids = np.array(None)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(
-                f"prompt {i} must be a list of token ids, got {prompt!r:.80}; a tokenizer makes them "
-                "of text: TextTokenizer(path).prompt(text). Nothing was sampled"
+                f"prompt {i} must be a list of token ids, got {prompt!r:.80}; convert text with a "
+                "tokenizer: TextTokenizer(path).prompt(text). Nothing was sampled"
             )
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(
@@ -107,12 +124,22 @@ def check_prompts(prompts, longest, vocab_size):
     return limit
 
 
-def check_requests(places, limits, prompts, params):
-    """(places int32 [prompts], limits int32 [prompts, samples]) of so many prompts, for None the
-    default.
+def check_requests(
+    places: Any, limits: Any, prompts: int, params: SamplingParams
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checks the optional arguments `places` and `limits` of `Sampler.stream`.
+
+    Args:
+      places: an integer per prompt, or None for 0, 1, 2, …
+      limits: integers [prompts, samples], or None for params.max_tokens.
+      prompts: number of prompts.
+      params: how the call samples.
+
+    Returns:
+      places, int32 [prompts], and limits, int32 [prompts, samples].
 
     Raises:
-      ValueError: arrays of other shapes or values.
+      ValueError: if they have another shape, or values outside their range.
     """
     shape = prompts, params.samples
     places = np.arange(prompts) if places is None else np.asarray(places)
@@ -130,7 +157,3 @@ def check_requests(places, limits, prompts, params):
             f"and max_tokens = {params.max_tokens}, got {limits.tolist()}"
         )
     return places.astype(np.int32), limits.astype(np.int32)
-
-
-def is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

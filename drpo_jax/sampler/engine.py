@@ -1,24 +1,28 @@
-"""Continuous batching: a queue of requests on their way through a fixed number of slots.
+"""The sampler's public interface: continuous batching of requests in a fixed number of slots.
 
 A request is one sample of one prompt. Whenever slots are free and requests wait, the slots are handed
-out, prompts being prefilled a few at a time and once for all samples of their group; then a round of
-decoding runs on the device, until `decode_steps` tokens a row are sampled or, while requests wait, an
-eighth of the slots is free again. The rings that hold keys and values have as many columns as the
-longest sequence in flight needs, up to the next of a few sizes.
+out; prompts are prefilled a few at a time, once for all samples of their group. Then one device call
+decodes up to `decode_steps` tokens per sequence. While requests wait, the call ends earlier, once an
+eighth of the slots is free again. The ring buffers of keys and values have as many columns as the
+longest sequence in flight needs, rounded up to one of a few sizes.
 
-What a request samples depends on the weights, its prompt, and a key of (call, prompt, sample): not on
-the slots, its neighbours, or when it was begun. Floating point adds a reservation: a sum over a ring is
-taken in another order when the ring has another size or the row another place in it, so logprobs differ
-in the last bits, and where a draw falls between two tokens within them, so does the token.
+What a request samples depends only on the weights, on its prompt, and on a key derived from the
+call, the prompt and the sample. It does not depend on the slots, on other requests, or on when it
+started, except through rounding: a sum over a ring is computed in another order if the ring has
+another size or the sequence another position in it. Logprobs then differ in the last bits, and so
+does a token in the rare case that the draw falls between two tokens within that error.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from drpo_jax.models import Compute
+from drpo_jax.models import Compute, Transformer
 from drpo_jax.parallel import named_sharding
 from drpo_jax.sampler.checks import (
     check_model,
@@ -42,7 +46,7 @@ from drpo_jax.sampler.slots import (
 )
 from drpo_jax.sampler.token import SamplingParams
 
-COUNTED = (
+COUNTERS = (
     "steps", "live_rows", "busy_steps", "busy_live_rows", "rounds", "prompt_tokens", "response_tokens"
 )  # fmt: skip
 
@@ -51,28 +55,34 @@ class Sampler:
     """Generates responses with one model.
 
     Args:
-      model: a `Transformer`; `load` replaces it.
-      slots: sequences decoded at once.
-      decode_steps: most tokens per sequence between two looks of the host.
-      prompt_length: most tokens of a prompt; a longer one is an error. Default: the longest prompt
-        of a call, rounded up to 16 (which compiles anew when it grows).
+      model: the weights, or None until `load` is called.
+      slots: sequences decoded at the same time.
+      decode_steps: decode steps per device call.
+      prompt_length: most tokens of a prompt; longer prompts are an error. Default: the longest prompt of
+        each call, rounded up to 16, which compiles again whenever it grows.
       prefill_chunk: tokens of a prompt that are prefilled at once.
       compute: how to compute.
-      float8_cache: keep keys and values in e4m3, with a scale for every token and head.
+      float8_cache: whether to keep keys and values in float8_e4m3fn, with a scale per token and head.
 
     Attributes:
-      version: of the weights, recorded with every response.
+      version: version of the weights, recorded with every response.
+      loads: number of calls of `load`.
+      programs: the compiled programs by name, see `sampler.slots`.
+
+    Raises:
+      ValueError: if a size is not a positive integer, if `compute` is not a `Compute`, or if the mesh
+        does not divide the slots or the model's heads.
     """
 
     def __init__(
         self,
-        model,
-        slots=64,
-        decode_steps=16,
-        prompt_length=None,
-        prefill_chunk=256,
-        compute=Compute(),
-        float8_cache=False,
+        model: Transformer | None,
+        slots: int = 64,
+        decode_steps: int = 16,
+        prompt_length: int | None = None,
+        prefill_chunk: int = 256,
+        compute: Compute = Compute(),
+        float8_cache: bool = False,
     ):
         sizes = {"slots": slots, "decode_steps": decode_steps, "prefill_chunk": prefill_chunk}
         if prompt_length is not None:
@@ -80,12 +90,13 @@ class Sampler:
         check_sampler(compute, **sizes)
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self._loads = compute, 0
-        self.statistics = dict.fromkeys(COUNTED, 0)
+        self.compute, self.loads = compute, 0
+        self.statistics = dict.fromkeys(COUNTERS, 0)
+        self.version = 0
         self.load(model, version=0)
         static = ("params",)
-        # partial: a jitted function of its own, whose compilations are this sampler's.
-        self.programs = {
+        # A partial is a function of its own for jax.jit, so that compilations are counted per sampler.
+        self.programs: dict[str, Any] = {
             "empty_slots": jax.jit(
                 partial(empty_slots, compute=compute, float8=float8_cache), static_argnums=(1, 2)
             ),
@@ -103,60 +114,84 @@ class Sampler:
             ),
         }
 
-    def load(self, model, version=None):
-        """Samples with `model` from now on.
+    def load(self, model: Transformer | None, version: int | None = None) -> None:
+        """Replaces the weights.
 
-        What its predecessor has filled caches for cannot be gone on with: a call that is under way
-        ends with a RuntimeError. None gives the memory of the weights back.
+        A call that is in progress cannot continue, because its caches were filled with the old weights;
+        it ends with a RuntimeError.
 
         Args:
-          version: what `Rollouts.version` says of these weights; default: one more than before.
+          model: the new weights. None frees the memory of the old ones.
+          version: value of `Rollouts.version` for these weights; by default the previous version + 1.
+
+        Raises:
+          ValueError: if `model` is not a model, or if the mesh does not divide its heads or the slots.
         """
         if model is not None:
             check_model(model, self.slots)
         self.model = model
         self.version = self.version + 1 if version is None else version
-        self._loads += 1
+        self.loads += 1
 
-    def compilations(self):
-        """Programs compiled so far: for one SamplingParams and prompt length at most
-        `most_compilations`."""
+    def compilations(self) -> int:
+        """Returns the number of programs compiled so far.
+
+        For a single value of SamplingParams and a fixed prompt length it is at most `most_compilations`.
+        """
         return sum(program._cache_size() for program in self.programs.values())
 
-    def most_compilations(self, params):
-        """The bound of `compilations`.
+    def most_compilations(self, params: SamplingParams) -> int:
+        """Returns the upper bound of `compilations`.
 
         Raises:
-          ValueError: the sampler has no prompt_length, and so no bound.
+          ValueError: if the sampler has no prompt_length, and therefore no bound.
         """
         if self.prompt_length is None:
             raise ValueError("most_compilations: only a Sampler with a prompt_length has a bound")
         sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
         widths = len(row_widths(self.prompt_length, self.prefill_chunk))
-        # By width: empty_prompts, prefill, and admit by both; by size: empty_slots, decode, and
-        # resize to the next ones; first_tokens.
+        # Per width: empty_prompts, prefill, and one admit per size. Per size: empty_slots, decode, and
+        # resize to the neighbouring sizes. Once: first_tokens.
         return widths * (2 + sizes) + 2 * sizes + 2 * (sizes - 1) + 1
 
-    def read_statistics(self):
-        """Counts since the last reading, by name: steps of decoding; live_rows, summed over them; both
-        while requests were waiting (busy_…); rounds between looks of the host; prompt tokens
-        prefilled; response tokens."""
-        counted, self.statistics = self.statistics, dict.fromkeys(COUNTED, 0)
-        return counted
+    def read_statistics(self) -> dict[str, int]:
+        """Returns the counts since the last call, and resets them.
 
-    def largest(self, model, params, mesh):
-        """Its programs at the longest sequences, to be compiled without any weights.
+        Returns:
+          By name: steps, the decode steps; live_rows, the live slots summed over the steps; busy_steps
+          and busy_live_rows, the same while requests were waiting; rounds, the device calls of decode;
+          prompt_tokens, prefilled; response_tokens.
+        """
+        counts, self.statistics = self.statistics, dict.fromkeys(COUNTERS, 0)
+        return counts
+
+    def shape(self, params: SamplingParams, limit: int, longest: int) -> Shape:
+        """Returns the shapes of the programs for prompts of up to `longest` tokens, at most `limit`."""
+        return Shape(
+            self.slots, self.decode_steps, self.prefill_chunk, params, limit=limit, longest=longest
+        )
+
+    def largest(
+        self, model: Any, params: SamplingParams, mesh: jax.sharding.Mesh
+    ) -> dict[str, tuple[Callable, dict[str, Any], dict[str, Any]]]:
+        """Returns the programs at their largest shapes, to be compiled without weights.
 
         Args:
           model: ShapeDtypeStructs of the weights, with their shardings.
-          mesh: the devices.
+          params: how to sample.
+          mesh: the mesh to compile for.
 
         Returns:
-          name → (jitted function, its arguments by name as ShapeDtypeStructs in order, its static
-          keywords), for prefill, first_tokens, admit and decode.
+          For prefill, first_tokens, admit and decode, by name: the jitted function; its arguments in
+          order, ShapeDtypeStructs by descriptive names; its static keyword arguments.
+
+        Raises:
+          ValueError: if the sampler has no prompt_length.
         """
+        if self.prompt_length is None:
+            raise ValueError("largest: only a Sampler with a prompt_length has largest programs")
         with jax.set_mesh(mesh):
-            shape = Shape(self, params, self.prompt_length, self.prompt_length)
+            shape = self.shape(params, self.prompt_length, self.prompt_length)
             dtype = self.compute.dtype
             slots = jax.eval_shape(
                 lambda m: self.programs["empty_slots"](m, self.slots, shape.sizes[-1]), model
@@ -172,7 +207,9 @@ class Sampler:
         def placed(caches, axes_of):
             return [type(c)(*map(place, c, axes_of(c))) for c in caches]
 
-        ints = lambda *sizes: place(jax.ShapeDtypeStruct(sizes, jnp.int32))  # noqa: E731
+        def ints(*sizes):
+            return place(jax.ShapeDtypeStruct(sizes, jnp.int32))
+
         caches = placed(slots.caches, lambda c: c.AXES)
         slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
         rows = placed(rows, lambda c: c.AXES)
@@ -199,48 +236,66 @@ class Sampler:
             "decode": (self.programs["decode"], decode | {"floor": ints()}, static),
         }
 
-    def generate(self, prompts, params: SamplingParams, key, limits=None):
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        key: jax.Array,
+        limits: np.ndarray | None = None,
+    ) -> Rollouts:
         """Samples `params.samples` responses to each prompt.
 
         Args:
           prompts: non-empty lists of token ids.
-          params: SamplingParams.
-          key: PRNG key; a response depends on it, on the prompt's place in the list and on the
-            sample's number.
-          limits: int [prompts, samples], most tokens of each response; default params.max_tokens,
-            which none may exceed.
+          params: how to sample.
+          key: PRNG key. A response depends on the key, on the prompt's position in the list, and on the
+            number of the sample.
+          limits: int [prompts, samples], most tokens of each response, from 1 to params.max_tokens;
+            default: params.max_tokens.
 
         Returns:
-          Rollouts, prompt-major.
+          Rollouts, ordered by prompt, then by sample.
 
         Raises:
-          ValueError: no prompts; some that are empty, longer than `prompt_length`, or no ids of the
-            vocabulary; wrong limits; params that the model, or a model that the mesh, cannot serve.
+          ValueError: if there are no prompts; if a prompt is empty, longer than `prompt_length`, or
+            contains ids outside the vocabulary; if `limits` has another shape or range; if `params` does
+            not fit the model; if the model does not fit the mesh. Nothing has been sampled then.
+          RuntimeError: if no weights are loaded.
         """
         if not len(prompts):
             raise ValueError("no prompts to sample from")
         groups = dict(self.stream(prompts, params, key, limits=limits))
         return Rollouts.concatenate([groups[i] for i in range(len(prompts))])
 
-    def stream(self, prompts, params: SamplingParams, key, places=None, limits=None):
-        """`generate` as an iterator of (index of a prompt, Rollouts of its samples), each given as
-        soon as its last sample has ended.
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        key: jax.Array,
+        places: Sequence[int] | None = None,
+        limits: np.ndarray | None = None,
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """Samples like `generate` and yields each prompt's responses as soon as the last one has ended.
 
-        The iterator may be left at any time; what it gave stays valid.
+        The iterator may be abandoned at any time; what it has yielded stays valid.
 
         Args:
-          places: int per prompt, its place in a longer list, of which these are a part: what a
-            response depends on; default 0, 1, 2, …
-          limits: see `generate`.
+          prompts, params, key, limits: as for `generate`. `prompts` may be empty.
+          places: an integer per prompt that takes the role of its position in the list, for prompts that
+            are part of a longer list; default: 0, 1, 2, …
+
+        Returns:
+          An iterator over (position of the prompt in `prompts`, Rollouts of its samples).
 
         Raises:
-          ValueError: see `generate`; before anything is sampled.
-          RuntimeError: no weights are loaded, or others were while responses were under way.
+          ValueError: as for `generate`.
+          RuntimeError: if no weights are loaded, or, while iterating, if other weights were loaded
+            in the meantime.
         """
         if self.model is None:
-            raise RuntimeError("the sampler has no weights: `load` some")
+            raise RuntimeError("the sampler has no weights; call `load` first")
         check_model(self.model, self.slots)
         check_params(params, self.model.config)
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
-        places, limits = check_requests(places, limits, len(prompts), params)
-        return Flight(self, prompts, params, key, places, limits, limit).run()
+        requests = check_requests(places, limits, len(prompts), params)
+        return Flight(self, prompts, params, key, *requests, limit).run()

@@ -1,114 +1,179 @@
-"""The host's side of one call of the sampler: requests on their way through the slots."""
+"""The host's side of one call of the sampler: moves requests from the queue through the slots.
+
+`Flight.run` repeats four steps: hand free slots to waiting requests (`_fill`), start a device call of
+decode steps (`_decode`), yield the groups of samples that are complete while the device works, and read
+the tokens that it has sampled (`_read`).
+
+Axis letters: S decode steps per device call, B slots, R response tokens (max_tokens), L layers, k
+experts per token.
+"""
 
 import dataclasses
 from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from drpo_jax.sampler.rollouts import Rollouts
-from drpo_jax.sampler.sizes import Shape
-from drpo_jax.sampler.slots import Arrivals
+from drpo_jax.sampler.slots import Arrivals, Round
+from drpo_jax.sampler.token import Sampled, SamplingParams
+
+Record = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
 class _Request:
-    """A sample that waits for a slot, its first token known."""
+    """A sample whose prompt is prefilled and whose first token is known.
 
-    prompt: int  # place in the list
+    Attributes:
+      prompt: index into the prompts of the call.
+      sample: number of the sample.
+      row: row of the prefilled prompts.
+      first: what was recorded of the first token, by name.
+    """
+
+    prompt: int
     sample: int
-    row: int  # of the prefilled prompts
-    first: dict  # name → what was recorded of the first token
+    row: int
+    first: dict[str, Any]
 
 
 class Flight:
-    """The host's side of one call of `Sampler.stream`."""
+    """The host's side of one call of `Sampler.stream`.
 
-    def __init__(self, sampler, prompts, params, key, places, limits, limit):
+    Args:
+      sampler: the `Sampler`; provides the compiled programs, the weights and the sizes.
+      prompts: lists of token ids.
+      params: how to sample.
+      key: PRNG key of the call.
+      places: int32 [prompts], numbers of the prompts, which determine the random numbers.
+      limits: int32 [prompts, samples], most tokens of each response.
+      limit: most tokens that a prompt may have; determines the width of the returned arrays.
+
+    Attributes (state):
+      device: `Slots`; None before the first sequence.
+      rows: caches of the latest prefilled prompts; None when no request waits.
+      waiting: requests whose prompt is prefilled.
+      next_prompt: index of the next prompt to prefill.
+      requests: the request of each slot; None for free slots.
+      lengths, counts, limits: int32 [B], the host's copy of the fields of `Slots`.
+      record: what was recorded of the sequences in the slots, arrays [B, R, …] by name.
+      groups: from the index of a prompt to the records [samples, R, …] of its ended samples.
+      prompt_routes: from the index of a prompt to the experts that its tokens visited, [tokens, L, k].
+      complete: (index of the prompt, Rollouts) of complete groups that are still to be yielded.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        key: jax.Array,
+        places: np.ndarray,
+        limits: np.ndarray,
+        limit: int,
+    ):
         self.sampler, self.prompts, self.params = sampler, prompts, params
-        self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler._loads
+        self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler.loads
         self.config, self.version, self.limit = sampler.model.config, sampler.version, limit
-        shape = Shape(sampler, params, limit, max(map(len, prompts), default=1))
+        shape = sampler.shape(params, limit, max(map(len, prompts), default=1))
         self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
         self.sizes = shape.sizes
         slots = sampler.slots
-        self.device, self.rows = None, None  # Slots, caches of the prefilled prompts
-        self.waiting, self.next_prompt = deque(), 0
-        self.request = [None] * slots
+        self.device: Any = None
+        self.rows: list[Any] | None = None
+        self.waiting: deque[_Request] = deque()
+        self.next_prompt = 0
+        self.requests: list[_Request | None] = [None] * slots
         self.lengths, self.counts, self.limits = np.zeros((3, slots), np.int32)
         self.record = self._empty_record(slots)
-        self.groups = {}  # prompt → its samples that have ended
-        self.prompt_routes = {}
-        self.complete = []  # groups of which all have, to be given
+        self.groups: dict[int, Record] = {}
+        self.prompt_routes: dict[int, np.ndarray] = {}
+        self.complete: list[tuple[int, Rollouts]] = []
 
-    def run(self):
+    def run(self) -> Iterator[tuple[int, Rollouts]]:
+        """Yields (index of a prompt, Rollouts of its samples) in the order of completion."""
         while True:
             self._fill()
-            round_ = self._decode() if any(self.request) else None
+            busy = self._requests_wait()
+            sampled = self._decode(busy) if any(self.requests) else None
             complete, self.complete = self.complete, []
-            yield from complete  # what the caller does with them is done while the device decodes
-            if round_ is None:
+            yield from complete  # The caller works on these while the device decodes.
+            if sampled is None:
                 return
-            self._read(*round_)
+            self._read(sampled, busy)
 
     # ------------------------------------------------------------------------------- admission
 
-    def _fill(self):
-        """Hands out the free slots as long as requests wait."""
-        free = [slot for slot, request in enumerate(self.request) if request is None]
-        while free and (self.waiting or self.next_prompt < len(self.prompts)):
+    def _requests_wait(self) -> bool:
+        return bool(self.waiting) or self.next_prompt < len(self.prompts)
+
+    def _fill(self) -> None:
+        """Hands free slots to requests until there are no more of either."""
+        free = [slot for slot, request in enumerate(self.requests) if request is None]
+        while free and self._requests_wait():
             if not self.waiting:
                 self._prefill()
-            arrivals = Arrivals(*np.zeros((6, len(self.request)), np.int32))
+            arrivals = Arrivals(*np.zeros((6, len(self.requests)), np.int32))
             arrivals.source[:] = -1
             while free and self.waiting:
-                request = self.waiting.popleft()
                 slot = free.pop()
-                self.request[slot] = request
-                self.lengths[slot] = len(self.prompts[request.prompt])
-                self.limits[slot] = self.all_limits[request.prompt, request.sample]
-                self.counts[slot] = 1
-                for name, value in request.first.items():
-                    self.record[name][slot, 0] = value
-                if self._ended(slot):
+                if not self._enter(self.waiting.popleft(), slot, arrivals):
                     free.append(slot)
-                    self._land(slot)
-                    continue
-                for name, value in (
-                    ("source", request.row),
-                    ("last", request.first["tokens"]),
-                    ("lengths", self.lengths[slot]),
-                    ("limits", self.limits[slot]),
-                    ("prompt", self.places[request.prompt]),
-                    ("sample", request.sample),
-                ):
-                    getattr(arrivals, name)[slot] = value
             if np.any(arrivals.source >= 0):
                 self._fit()
                 self.device = self._call("admit", self.device, self.rows, arrivals)
         if not self.waiting:
             self.rows = None
 
-    def _prefill(self):
+    def _enter(self, request: _Request, slot: int, arrivals: Arrivals) -> bool:
+        """Puts a request into a slot and fills in its row of `arrivals`.
+
+        Returns:
+          False if the response has already ended with its first token, so that the slot stays free.
+        """
+        self.requests[slot] = request
+        self.lengths[slot] = len(self.prompts[request.prompt])
+        self.limits[slot] = self.all_limits[request.prompt, request.sample]
+        self.counts[slot] = 1
+        for name, value in request.first.items():
+            self.record[name][slot, 0] = value
+        if self._ended(slot):
+            self._leave(slot, request)
+            return False
+        for name, value in (
+            ("source", request.row),
+            ("last", request.first["tokens"]),
+            ("lengths", self.lengths[slot]),
+            ("limits", self.limits[slot]),
+            ("prompt", self.places[request.prompt]),
+            ("sample", request.sample),
+        ):
+            getattr(arrivals, name)[slot] = value
+        return True
+
+    def _prefill(self) -> None:
         """Prefills the next prompts and queues their samples."""
         params, start = self.params, self.next_prompt
-        some = self.prompts[start : start + self.together]
-        self.next_prompt += len(some)
+        prompts = self.prompts[start : start + self.together]
+        self.next_prompt += len(prompts)
         tokens = np.zeros((self.together, self.width), np.int32)
         lengths = np.zeros(self.together, np.int32)
-        for row, prompt in enumerate(some):
+        for row, prompt in enumerate(prompts):
             tokens[row, self.width - len(prompt) :] = prompt
             lengths[row] = len(prompt)
-        ids = np.resize(self.places[start : start + len(some)], self.together)
+        ids = np.resize(self.places[start : start + len(prompts)], self.together)
         self.rows = None
         self.rows = self._call(
             "empty_prompts", self._model(), self.together, self.width, self.sampler.compute.dtype
         )
         begin = (self.width - lengths.max()) // self.chunk * self.chunk
-        experts = []
+        chunks = []
         for at in range(begin, self.width, self.chunk):
-            self.rows, hidden, seen = self._call(
+            self.rows, hidden, visited = self._call(
                 "prefill",
                 self._model(),
                 self.rows,
@@ -117,31 +182,34 @@ class Flight:
                 lengths,
                 record=params.routes,
             )
-            experts.append(seen)
+            chunks.append(visited)
         first = self._call("first_tokens", self._model(), hidden, self.key, ids, params=params)
-        first, experts = jax.device_get((first, experts))
+        first, chunks = jax.device_get((first, chunks))
         if params.routes:
-            experts = np.concatenate(experts, axis=1)
-            for row, prompt in enumerate(some):
+            experts = np.concatenate(chunks, axis=1)
+            for row, prompt in enumerate(prompts):
                 self.prompt_routes[start + row] = experts[row, experts.shape[1] - len(prompt) :]
         first = _by_name(first)
-        for row in range(len(some)):
+        for row in range(len(prompts)):
             for sample in range(params.samples):
                 at = row * params.samples + sample
                 one = {name: values[at] for name, values in first.items()}
                 self.waiting.append(_Request(start + row, sample, row, one))
         self.sampler.statistics["prompt_tokens"] += int(lengths.sum())
 
-    def _fit(self):
-        """Gives the rings room for the next round: of the sizes, the first that is large enough,
-        a smaller one than now only where it is half as large."""
-        live = [slot for slot, request in enumerate(self.request) if request]
+    def _fit(self) -> None:
+        """Resizes the rings for the next device call.
+
+        They get the smallest of the sizes that is large enough. They shrink only to half their size or
+        less.
+        """
+        live = [slot for slot, request in enumerate(self.requests) if request]
         left = (self.limits - self.counts)[live]
         need = np.max(self.lengths[live] + np.minimum(self.sampler.decode_steps, left))
         size = next(i for i, size in enumerate(self.sizes) if size >= need)
         if self.device is None:
             self.device = self._call(
-                "empty_slots", self._model(), len(self.request), self.sizes[size]
+                "empty_slots", self._model(), len(self.requests), self.sizes[size]
             )
             return
         now = self.sizes.index(self.device.columns())
@@ -149,8 +217,8 @@ class Flight:
             now += 1 if now < size else -1
             self._resize(self.sizes[now])
 
-    def _resize(self, columns):
-        """Layer by layer, so that one layer at a time is in memory twice."""
+    def _resize(self, columns: int) -> None:
+        """Resizes the rings layer by layer, so that only one layer is in memory twice."""
         old, clock, caches = self.device.columns(), self.device.clock, list(self.device.caches)
         self.device = dataclasses.replace(self.device, caches=None)
         for i, cache in enumerate(caches):
@@ -161,38 +229,42 @@ class Flight:
 
     # ------------------------------------------------------------------------------- decoding
 
-    def _decode(self):
-        """Sets the device to decode for a while. → what it will have sampled, whether requests wait."""
-        slots = len(self.request)
-        busy = bool(self.waiting) or self.next_prompt < len(self.prompts)
+    def _decode(self, busy: bool) -> Round:
+        """Starts a device call of decode steps and returns what it will have sampled.
+
+        Args:
+          busy: whether requests wait. The call then ends early, once an eighth of the slots is free.
+        """
+        slots = len(self.requests)
         self._fit()
-        live = np.array([request is not None for request in self.request])
+        live = np.array([request is not None for request in self.requests])
         left = (self.limits - self.counts)[live].max()
         steps = np.int32(min(self.sampler.decode_steps, left))
         floor = np.int32(slots - max(1, slots // 8) if busy else 0)
-        self.device, told = self._call(
+        self.device, sampled = self._call(
             "decode", self._model(), self.device, self.key, steps, floor, params=self.params
         )
-        return told, busy
+        return sampled
 
-    def _read(self, told, busy):
-        """Records what was sampled and takes out the sequences that have ended."""
-        told = jax.device_get(told)
-        step, slot = np.nonzero(told.live)
-        place = self.counts[slot] + step
-        for name, values in _by_name(told.sampled).items():
-            self.record[name][slot, place] = values[step, slot]
-        if self.params.routes:  # of the token that the step has read
-            self.record["routes"][slot, place - 1] = told.experts[step, slot]
-        taken = told.live.sum(axis=0)
+    def _read(self, sampled: Round, busy: bool) -> None:
+        """Records what a device call sampled and frees the slots of sequences that have ended."""
+        live, tokens, experts = jax.device_get(sampled)
+        steps, slots = np.nonzero(live)
+        places = self.counts[slots] + steps
+        for name, values in _by_name(tokens).items():
+            self.record[name][slots, places] = values[steps, slots]
+        if self.params.routes:  # The experts belong to the token that the step has read.
+            self.record["routes"][slots, places - 1] = experts[steps, slots]
+        taken = live.sum(axis=0)
         self.lengths += taken
         self.counts += taken
-        self._count(told.live, busy)
-        for slot, request in enumerate(self.request):
+        self._count(live, busy)
+        for slot, request in enumerate(self.requests):
             if request and self._ended(slot):
-                self._land(slot)
+                self._leave(slot, request)
 
-    def _count(self, live, busy):
+    def _count(self, live: np.ndarray, busy: bool) -> None:
+        """Adds one device call to the statistics; `live` is bool [S, B]."""
         steps, rows = int(live.any(axis=1).sum()), int(live.sum())
         statistics = self.sampler.statistics
         statistics["rounds"] += 1
@@ -202,7 +274,7 @@ class Flight:
             statistics["busy_steps"] += steps
             statistics["busy_live_rows"] += rows
 
-    def _ended(self, slot):
+    def _ended(self, slot: int) -> bool:
         count = self.counts[slot]
         return (
             count == self.limits[slot] or self.record["tokens"][slot, count - 1] in self.params.stop
@@ -210,10 +282,10 @@ class Flight:
 
     # ------------------------------------------------------------------------------- responses
 
-    def _land(self, slot):
-        """Takes an ended sequence out of its slot."""
-        request, count = self.request[slot], self.counts[slot]
-        self.request[slot] = None
+    def _leave(self, slot: int, request: _Request) -> None:
+        """Moves an ended sequence from its slot to the group of its prompt."""
+        count = self.counts[slot]
+        self.requests[slot] = None
         if request.prompt not in self.groups:
             samples = self.params.samples
             lengths = {"response_lengths": np.zeros(samples, np.int32)}
@@ -221,14 +293,15 @@ class Flight:
         group = self.groups[request.prompt]
         for name, values in self.record.items():
             group[name][request.sample, :count] = values[slot, :count]
-        group["routes"][request.sample, count - 1] = -1  # nothing has read it
+        group["routes"][request.sample, count - 1] = -1  # The model has not read the last token.
         group["response_lengths"][request.sample] = count
         self.sampler.statistics["response_tokens"] += int(count)
         if np.all(group["response_lengths"]):
-            group = self._rollouts(request.prompt, self.groups.pop(request.prompt))
-            self.complete.append((request.prompt, group))
+            rollouts = self._rollouts(request.prompt, self.groups.pop(request.prompt))
+            self.complete.append((request.prompt, rollouts))
 
-    def _rollouts(self, prompt, group):
+    def _rollouts(self, prompt: int, group: Record) -> Rollouts:
+        """Returns the samples of a prompt as Rollouts."""
         tokens, params = self.prompts[prompt], self.params
         samples, start = params.samples, len(tokens)
         longest = self.limit + params.max_tokens
@@ -255,8 +328,8 @@ class Flight:
             version=np.full(samples, self.version, np.int32),
         )
 
-    def _empty_record(self, rows):
-        """What is recorded of `rows` responses, by name, zeros (experts: −1) [rows, R, …]."""
+    def _empty_record(self, rows: int) -> Record:
+        """Returns the arrays [rows, R, …] that are recorded of responses: zeros, and −1 for experts."""
         params, config = self.params, self.config
         empty = np.zeros((rows, params.max_tokens), np.float32)
         top = np.zeros((*empty.shape, params.top_logprobs), np.float32)
@@ -272,18 +345,18 @@ class Flight:
         }
 
     def _model(self):
-        if self.sampler._loads != self.loads:
+        if self.sampler.loads != self.loads:
             raise RuntimeError(
-                "the sampler's weights were replaced while responses were under way: their caches "
-                "were filled by the old ones. Begin anew, or take all responses before loading"
+                "the sampler's weights were replaced while responses were in flight, and the caches "
+                "were filled with the old ones. Start a new call, or take all responses before loading"
             )
         return self.sampler.model
 
-    def _call(self, name, *args, **kwargs):
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self.sampler.programs[name](*args, **kwargs)
 
 
-def _by_name(sampled):
-    """`Sampled` as the arrays of a record."""
+def _by_name(sampled: Sampled) -> dict[str, Any]:
+    """Returns the fields of a `Sampled` under the names of a record."""
     named = sampled._asdict()
     return {"tokens": named.pop("token")} | named

@@ -1,34 +1,43 @@
-"""What sampling leaves: responses, and what was recorded of every token.
+"""The result of sampling: responses, and what was recorded of every token.
 
 Axis letters: N responses, P prompt tokens, R response tokens, K most likely tokens, L layers, k experts
 per token.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
+class Decoder(Protocol):
+    """The part of a tokenizer that turns token ids into text."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Rollouts:
-    """Sampled responses; N = prompts · samples rows, the samples of a prompt next to each other.
+    """Sampled responses. The N = prompts · samples rows are ordered by prompt, then by sample.
 
     Attributes:
-      tokens: int32 [N, P + R], prompt and response without a gap, zeros behind.
-      prompt_lengths, response_lengths: int32 [N]; the stop token counts. Masks come from these, never
-        from token ids.
+      tokens: int32 [N, P + R], prompt and response without a gap between them, then zeros.
+      prompt_lengths, response_lengths: int32 [N], in tokens. A response's length includes its stop
+        token. Masks follow from these lengths, never from token ids.
       sampled_logp: float32 [N, R], logprob of each response token under the distribution it was drawn
-        from: temperature, top-k and top-p applied. Equal to full_logp for greedy tokens and where
-        nothing is filtered. Zeros behind the response. `logp` is another name for it.
+        from, with temperature, top-k and top-p applied. It equals full_logp for greedy tokens and
+        without filters. Zero after the response. `logp` is an alias.
       full_logp: float32 [N, R], logprob under the full softmax at the sampling temperature (1 for
         greedy tokens), before top-k and top-p. This is the default log µ of the objective.
-      entropy: float32 [N, R], of the distribution that full_logp is of, in nats.
-      finished: bool [N], the response ended with a stop token (and was not cut at max_tokens).
-      top_ids, top_logp: int32 and float32 [N, R, K], the most likely tokens of the full
-        distribution at each step, the sampled one among them, K = SamplingParams.top_logprobs.
-      routes: int16 [N, P + R, L, k], the experts that each token visited in each layer; −1 where none
-        did (the last token of a response, and behind it). k = 0 unless SamplingParams.routes.
-      version: int32 [N], of the weights, see `Sampler.load`.
+      entropy: float32 [N, R], entropy in nats of the distribution of full_logp.
+      finished: bool [N], whether the response ended with a stop token rather than at its limit.
+      top_ids, top_logp: int32 and float32 [N, R, K], ids and full_logp of the K most likely tokens at
+        each step, with K = SamplingParams.top_logprobs. The sampled token is always among them.
+      routes: int16 [N, P + R, L, k], the experts that each token visited in each layer; −1 where the
+        model did not read the token (the last token of a response, and padding). k = 0 unless
+        SamplingParams.routes.
+      version: int32 [N], version of the weights, see `Sampler.load`.
     """
 
     tokens: np.ndarray
@@ -43,40 +52,56 @@ class Rollouts:
     routes: np.ndarray
     version: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        """For example: Rollouts(16 responses to 2 prompts, 9.3 tokens on average, 14 finished)."""
+        if not len(self):
+            return "Rollouts(no responses)"
+        prompts = {
+            tuple(row[:length]) for row, length in zip(self.tokens, self.prompt_lengths.tolist())
+        }
+        return (
+            f"Rollouts({_count(len(self), 'response')} to {_count(len(prompts), 'prompt')}, "
+            f"{self.response_lengths.mean():.1f} tokens on average, {self.finished.sum()} finished)"
+        )
+
     @property
-    def logp(self):
-        """`sampled_logp`."""
+    def logp(self) -> np.ndarray:
+        """Alias of `sampled_logp`."""
         return self.sampled_logp
 
     @classmethod
-    def concatenate(cls, parts):
-        """The rows of several Rollouts of the same shapes as one."""
+    def concatenate(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
+        """Returns the rows of several Rollouts, whose arrays must have equal trailing shapes."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    def mask(self):
-        """bool [N, R]: the response tokens."""
+    def mask(self) -> np.ndarray:
+        """Returns bool [N, R], True for response tokens."""
         return np.arange(self.sampled_logp.shape[1]) < self.response_lengths[:, None]
 
-    def finish_reasons(self):
-        """ "stop" or "length" of every response."""
+    def finish_reasons(self) -> np.ndarray:
+        """Returns str [N]: "stop" for a response that ended with a stop token, "length" for others."""
         return np.where(self.finished, "stop", "length")
 
-    def response(self, row):
-        """Token ids of one response, the stop token left out."""
+    def response(self, row: int) -> list[int]:
+        """Returns the token ids of one response, without its stop token."""
         start = self.prompt_lengths[row]
         end = start + self.response_lengths[row] - self.finished[row]
         return self.tokens[row, start:end].tolist()
 
-    def pieces(self, tokenizer):
-        """(ids int32 [U], texts unicode [U]) of the distinct response tokens, ids ascending."""
+    def pieces(self, tokenizer: Decoder) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the distinct response tokens: ids, int32 [U], ascending, and texts, str [U]."""
         rows, columns = np.nonzero(self.mask())
         ids = np.unique(self.tokens[rows, self.prompt_lengths[rows] + columns])
         return ids, np.array([tokenizer.decode([i]) for i in ids], dtype=str)
 
-    def texts(self, tokenizer):
-        """The responses as text (derived: the token ids are the record)."""
+    def texts(self, tokenizer: Decoder) -> list[str]:
+        """Returns the N responses as text. The token ids remain the record."""
         return [tokenizer.decode(self.response(row)) for row in range(len(self))]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

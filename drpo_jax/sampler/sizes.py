@@ -1,30 +1,45 @@
-"""Sizes of the sampler's programs: each is a compilation, so there are few."""
+"""The shapes of the sampler's programs, few in number because each one is compiled separately."""
 
 import jax
 
 from drpo_jax.parallel import batch_shards
+from drpo_jax.sampler.token import SamplingParams
 
-MOST_PROMPTS = 16  # prefilled together (a multiple of the devices, at least one on each)
+# Prompts prefilled together; on larger meshes one per device that shares the batch.
+MOST_PROMPTS = 16
 
 
-def ring_sizes(longest, decode_steps):
-    """Columns that the rings may have, each a compilation: multiples of `decode_steps` up to eight,
-    then doubling, up to the `longest` sequence; each, beyond 64, a multiple of 16 (`block_columns`)."""
+def ring_sizes(longest: int, decode_steps: int) -> list[int]:
+    """Returns the numbers of columns that the rings may have, in ascending order.
 
-    def whole(n):
+    Sizes are multiples of `decode_steps` up to eight times `decode_steps`, then double, up to `longest`.
+    Sizes above 64 are rounded up to multiples of 16 because of `models.cache.block_columns`.
+
+    Args:
+      longest: most tokens of a sequence, prompt and response.
+      decode_steps: decode steps per device call.
+    """
+
+    def rounded(n: int) -> int:
         return n if n <= 64 else -(-n // 16) * 16
 
-    longest = whole(longest)
-    sizes = [min(whole(decode_steps), longest)]
+    longest = rounded(longest)
+    sizes = [min(rounded(decode_steps), longest)]
     while sizes[-1] < longest:
         grow = decode_steps if sizes[-1] < 8 * decode_steps else sizes[-1]
-        sizes.append(min(whole(sizes[-1] + grow), longest))
+        sizes.append(min(rounded(sizes[-1] + grow), longest))
     return sizes
 
 
-def row_widths(limit, chunk):
-    """Columns that a prompt's row may have, each a compilation: 1, 2, 4, … chunks, up to those that
-    hold `limit` tokens."""
+def row_widths(limit: int, chunk: int) -> list[int]:
+    """Returns the numbers of columns that the row of a prompt may have, in ascending order.
+
+    Widths are 1, 2, 4, … chunks, up to the number of chunks that holds `limit` tokens.
+
+    Args:
+      limit: most tokens of a prompt.
+      chunk: tokens of a prompt that are prefilled at once.
+    """
     chunk, widths = min(chunk, limit), []
     while not widths or widths[-1] < limit:
         widths.append(min(2 * widths[-1], -(-limit // chunk) * chunk) if widths else chunk)
@@ -32,19 +47,36 @@ def row_widths(limit, chunk):
 
 
 class Shape:
-    """Sizes of the programs for prompts of up to `longest` tokens, of which `limit` could come.
+    """The shapes of the programs of one call of the sampler.
+
+    Args:
+      slots: slots of the sampler.
+      decode_steps: decode steps per device call.
+      prefill_chunk: tokens of a prompt that are prefilled at once.
+      params: how the call samples.
+      limit: most tokens that a prompt may have.
+      longest: tokens of the longest prompt of the call, at most `limit`.
 
     Attributes:
-      chunk, width: tokens of a prompt's chunk; columns of its row, a multiple of it.
+      chunk: tokens of a prompt that are prefilled at once.
+      width: columns of the row of a prompt, a multiple of `chunk`.
       together: prompts that are prefilled together.
-      sizes: columns that the rings may have.
+      sizes: numbers of columns that the rings may have.
     """
 
-    def __init__(self, sampler, params, limit, longest):
-        self.chunk = min(sampler.prefill_chunk, limit)
+    def __init__(
+        self,
+        slots: int,
+        decode_steps: int,
+        prefill_chunk: int,
+        params: SamplingParams,
+        limit: int,
+        longest: int,
+    ):
+        self.chunk = min(prefill_chunk, limit)
         self.width = next(w for w in row_widths(limit, self.chunk) if w >= longest)
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else batch_shards(mesh)
-        fill = min(-(-sampler.slots // params.samples), max(MOST_PROMPTS, shards))
+        fill = min(-(-slots // params.samples), max(MOST_PROMPTS, shards))
         self.together = -(-fill // shards) * shards
-        self.sizes = ring_sizes(limit + params.max_tokens, sampler.decode_steps)
+        self.sizes = ring_sizes(limit + params.max_tokens, decode_steps)

@@ -1,23 +1,25 @@
-"""The sampler's programs on the device: prefill, admission to a slot, resizing, decoding.
+"""The device's side of the sampler: prefill, admission to slots, resizing, decoding.
 
-A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into rows of
-their own; a slot that has become free is handed a prompt's row (all samples of a group are handed the
-same one) and decodes on. See `models.cache` for how rows of different lengths share a clock.
+A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into caches of
+their own. A free slot receives a copy of a prompt's caches (all samples of a prompt receive the
+same ones) and continues from there. `models.cache` explains how rows of different lengths share a clock.
 
-Axis letters: B slots, P prompts prefilled together, T tokens of a chunk, S steps of a round, C columns
-of a ring, L layers, k experts per token.
+Every function here is compiled by `Sampler`; arguments after the `*` are static.
+
+Axis letters: B slots, P prompts prefilled together, T tokens of a chunk, S decode steps per device call,
+C columns of a ring, D model width, L layers, k experts per token.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from drpo_jax.models import Prefix
+from drpo_jax.models import Compute, Prefix, Transformer
 from drpo_jax.parallel import BATCH_AXES, constrain, partition_spec
-from drpo_jax.sampler.token import Sampled, sample_token
+from drpo_jax.sampler.token import Sampled, SamplingParams, sample_token
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +31,15 @@ class Slots:
       caches: one per layer, see `models.cache`.
       clock: int32 scalar, the column that the next step writes.
       last: int32 [B], the latest token, which is not in the caches yet.
-      lengths, counts: int32 [B], tokens of a row in the caches; response tokens sampled.
-      live: bool [B].
+      lengths: int32 [B], tokens of each sequence in the caches.
+      counts: int32 [B], response tokens sampled so far.
+      live: bool [B], whether the slot is decoding a sequence.
       limits: int32 [B], most tokens of the response.
-      prompt, sample: int32 [B], whose response it is: its random numbers follow from them.
+      prompt, sample: int32 [B], numbers of the prompt and the sample, which determine the random
+        numbers.
     """
 
-    caches: list
+    caches: list[Any]
     clock: jax.Array
     last: jax.Array
     lengths: jax.Array
@@ -45,13 +49,18 @@ class Slots:
     prompt: jax.Array
     sample: jax.Array
 
-    def columns(self):
-        """Of the rings."""
+    def columns(self) -> int:
+        """Returns the number of columns of the rings."""
         return next(c.columns for c in self.caches if c.columns)
 
 
 class Arrivals(NamedTuple):
-    """Sequences to begin, int32 [B]: which prompt row a slot gets (−1: none), and its state."""
+    """Sequences to start, int32 [B] each.
+
+    Attributes:
+      source: the row of the prefilled prompts that the slot receives; −1 for slots without an arrival.
+      last, lengths, limits, prompt, sample: the slot's new state, as in `Slots`.
+    """
 
     source: jax.Array
     last: jax.Array
@@ -62,12 +71,13 @@ class Arrivals(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a round of decoding sampled.
+    """The tokens sampled in one device call of `decode`.
 
     Attributes:
-      live: bool [S, B], the row sampled a token at the step.
-      sampled: `Sampled` of [S, B, …] arrays.
-      experts: int16 [S, B, L, k], those that the token before visited; k = 0 unless recorded.
+      live: bool [S, B], whether the slot sampled a token at the step.
+      sampled: `Sampled` with arrays [S, B, …].
+      experts: int16 [S, B, L, k], the experts that the token read at the step visited; k = 0 unless
+        routes are recorded.
     """
 
     live: jax.Array
@@ -75,30 +85,44 @@ class Round(NamedTuple):
     experts: jax.Array
 
 
-def empty_slots(model, slots, columns, *, compute, float8=False):
-    """Slots without sequences; `compute` and `float8` as `Transformer.empty_caches` takes them."""
+def empty_slots(
+    model: Transformer, slots: int, columns: int, *, compute: Compute, float8: bool = False
+) -> Slots:
+    """Returns `Slots` without sequences, see `Transformer.empty_caches`."""
     none = jnp.zeros((slots,), jnp.int32)
     caches = [_placed(c) for c in model.empty_caches(slots, columns, compute, float8)]
     clock = jnp.zeros((), jnp.int32)
     return Slots(caches, clock, none, none, none, none > 0, none, none, none)
 
 
-def empty_prompts(model, prompts, columns, dtype):
-    """Rows for prompts, of `columns` tokens."""
+def empty_prompts(model: Transformer, prompts: int, columns: int, dtype: Any) -> list[Any]:
+    """Returns empty caches for `prompts` prompts of up to `columns` tokens, one per layer."""
     return [_placed(c) for c in model.empty_prefix(prompts, columns, dtype)]
 
 
-def prefill(model, caches, tokens_PxT, start, lengths_P, *, record, compute):
-    """One chunk of the prompts.
+def prefill(
+    model: Transformer,
+    caches: list[Any],
+    tokens_PxT: jax.Array,
+    start: jax.Array,
+    lengths_P: jax.Array,
+    *,
+    record: bool,
+    compute: Compute,
+) -> tuple[list[Any], jax.Array, jax.Array | None]:
+    """Runs the model on one chunk of the prompts.
 
     Args:
-      caches: of the chunks before, from `empty_prompts`.
-      tokens_PxT: int32, the chunk's tokens; prompts are right-aligned in the row of all chunks.
-      start: int32 scalar, the column of the chunk.
+      model: the model.
+      caches: caches after the previous chunks, at first from `empty_prompts`.
+      tokens_PxT: int32, tokens of the chunk. Prompts are right-aligned in the row of all chunks.
+      start: int32 scalar, the column of the chunk's first token.
       lengths_P: int32, tokens of the prompts.
+      record: whether to return the experts visited.
+      compute: how to compute.
 
     Returns:
-      (caches, hidden [P, D] of the last column, experts int16 [P, T, L, k] or None).
+      The caches; hidden states [P, D] of the last column; experts, int16 [P, T, L, k], or None.
     """
     width, chunk = caches[-1].keys.shape[1], tokens_PxT.shape[1]
     begin = width - lengths_P[:, None]
@@ -112,12 +136,27 @@ def prefill(model, caches, tokens_PxT, start, lengths_P, *, record, compute):
     return [_placed(c) for c in out.caches], out.hidden[:, -1], _replicated(experts)
 
 
-def first_tokens(model, hidden_PxD, key, ids_P, *, params, compute):
-    """The first token of every sample of the prompts, `Sampled` [P · samples], prompt-major.
+def first_tokens(
+    model: Transformer,
+    hidden_PxD: jax.Array,
+    key: jax.Array,
+    ids_P: jax.Array,
+    *,
+    params: SamplingParams,
+    compute: Compute,
+) -> Sampled:
+    """Samples the first token of every sample of the prompts.
 
     Args:
-      hidden_PxD: of `prefill`'s last chunk.
-      ids_P: int32, numbers of the prompts, for the random numbers.
+      model: the model.
+      hidden_PxD: hidden states from the last chunk of `prefill`.
+      key: PRNG key of the call.
+      ids_P: int32, numbers of the prompts, which determine the random numbers.
+      params: how to sample.
+      compute: how to compute.
+
+    Returns:
+      `Sampled` with arrays [P · samples, …], ordered by prompt, then by sample.
     """
     logits = model.logits(hidden_PxD, compute)
     samples = jnp.tile(jnp.arange(params.samples), len(ids_P))
@@ -125,20 +164,23 @@ def first_tokens(model, hidden_PxD, key, ids_P, *, params, compute):
     return _replicated(sample_token(jnp.repeat(logits, params.samples, axis=0), uniform, params))
 
 
-def admit(slots, prompts, arrivals):
-    """Hands slots to new sequences.
+def admit(slots: Slots, prompts: list[Any], arrivals: Arrivals) -> Slots:
+    """Assigns slots to new sequences.
 
     Args:
-      slots: Slots (donate them).
-      prompts: caches of `prefill`.
-      arrivals: Arrivals.
+      slots: the slots. Donate them.
+      prompts: caches from `prefill`, one per layer.
+      arrivals: the new sequences.
+
+    Returns:
+      The slots with the new sequences.
     """
     new = arrivals.source >= 0
     mesh = jax.sharding.get_abstract_mesh()
     many = not mesh.empty and mesh.size > 1
 
     def local(caches, prompts, source_B, clock):
-        """On one device: layer by layer all prompts, and a loop over the slots that get one."""
+        """Fills this device's slots, layer by layer, in a loop over the slots with an arrival."""
         chosen = source_B >= 0
         order = jnp.nonzero(chosen, size=len(source_B), fill_value=0)[0]
 
@@ -170,57 +212,46 @@ def admit(slots, prompts, arrivals):
     return dataclasses.replace(slots, caches=caches, **_replicated(fields))
 
 
-def resize(cache, clock, *, columns, compute):
-    """A layer's cache with rings of another size, whose clock is then at min(old, new) % new."""
+def resize(cache: Any, clock: jax.Array, *, columns: int, compute: Compute) -> Any:
+    """Returns one layer's cache with rings of another size.
+
+    The clock then has to be min(old, new) % new, where old and new are the numbers of columns.
+    """
     return _placed(cache.resized(clock, columns, compute.on_cpu()))
 
 
-def decode(model, slots, key, steps, floor, *, room, params, compute):
-    """Samples until `steps` tokens a row, or until no more than `floor` rows are live.
+def decode(
+    model: Transformer,
+    slots: Slots,
+    key: jax.Array,
+    steps: jax.Array,
+    floor: jax.Array,
+    *,
+    room: int,
+    params: SamplingParams,
+    compute: Compute,
+) -> tuple[Slots, Round]:
+    """Decodes until `steps` steps are done or no more than `floor` slots are live.
 
     Args:
-      slots: Slots (donate them); every row has room in its rings for the tokens.
+      model: the model.
+      slots: the slots. Donate them. The rings must have room for the new tokens.
       key: PRNG key of the call.
-      steps, floor: int32 scalars; steps is at most room.
-      room: S of what is recorded.
+      steps: int32 scalar, at most `room`.
+      floor: int32 scalar.
+      room: S, the number of steps that the Round has room for.
+      params: how to sample.
+      compute: how to compute.
 
     Returns:
-      (Slots, Round).
+      The slots after the last step, and what was sampled.
     """
-    columns = slots.columns()
-    # Both before they are needed: all random numbers of a round at once; and the rotary angles of a
-    # step, which XLA's CPU backend would else compute in every layer.
+    # Random numbers and rotary angles are computed outside the step. All random numbers are drawn at
+    # once, and XLA's CPU backend would compute the angles again in every layer.
     random = jax.vmap(_uniform, (None, None, None, 0))
     uniform_SxB = random(key, slots.prompt, slots.sample, slots.counts + jnp.arange(room)[:, None])
     angles = model.angles(slots.lengths)
-
-    def step(slots, angles, uniform_B):
-        age = (slots.clock - jnp.arange(columns)) % columns
-        hidden, caches, experts = model.decode(
-            slots.last,
-            angles,
-            slots.caches,
-            slots.clock,
-            age <= slots.lengths[:, None],
-            slots.live,
-            compute,
-        )
-        logits = model.logits(hidden, compute)
-        sampled = sample_token(logits, uniform_B, params)
-        record = Round(slots.live, sampled, experts if params.routes else experts[..., :0])
-        live, counts = slots.live, slots.counts + slots.live
-        stop = jnp.array(params.stop, jnp.int32)
-        ended = jnp.isin(sampled.token, stop) | (counts >= slots.limits)
-        slots = dataclasses.replace(
-            slots,
-            caches=caches,
-            clock=(slots.clock + 1) % columns,
-            last=jnp.where(live, sampled.token, slots.last),
-            lengths=slots.lengths + live,
-            counts=counts,
-            live=live & ~ended,
-        )
-        return slots, record
+    step = functools.partial(_step, model, params=params, compute=compute)
 
     def body(carry):
         i, slots, angles, record = carry
@@ -228,22 +259,57 @@ def decode(model, slots, key, steps, floor, *, room, params, compute):
         record = jax.tree.map(lambda all, one: all.at[i].set(one), record, new)
         return i + 1, slots, model.angles(slots.lengths), record
 
-    def going(carry):
+    def unfinished(carry):
         i, slots, _, _ = carry
         return (i < steps) & (jnp.sum(slots.live) > floor)
 
     record = jax.eval_shape(step, slots, angles, uniform_SxB[0])[1]
     record = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), record)
     start = jnp.zeros((), jnp.int32), slots, angles, record
-    _, slots, _, record = jax.lax.while_loop(going, body, start)
-    # Sharded as they came in, or the next round would be another program.
+    _, slots, _, record = jax.lax.while_loop(unfinished, body, start)
+    # Restore the sharding of the arguments: another sharding would compile the next call again.
     small = {f: getattr(slots, f) for f in ("clock", "last", "lengths", "counts", "live")}
     caches = [_placed(c) for c in slots.caches]
     return dataclasses.replace(slots, caches=caches, **_replicated(small)), _replicated(record)
 
 
+def _step(model, slots, angles, uniform_B, *, params, compute):
+    """One decode step: reads the last token of every slot and samples the next.
+
+    Returns:
+      The slots after the step, and a Round without the axis S.
+    """
+    columns = slots.columns()
+    age = (slots.clock - jnp.arange(columns)) % columns
+    hidden, caches, experts = model.decode(
+        slots.last,
+        angles,
+        slots.caches,
+        slots.clock,
+        age <= slots.lengths[:, None],
+        slots.live,
+        compute,
+    )
+    logits = model.logits(hidden, compute)
+    sampled = sample_token(logits, uniform_B, params)
+    record = Round(slots.live, sampled, experts if params.routes else experts[..., :0])
+    live, counts = slots.live, slots.counts + slots.live
+    stop = jnp.array(params.stop, jnp.int32)
+    ended = jnp.isin(sampled.token, stop) | (counts >= slots.limits)
+    slots = dataclasses.replace(
+        slots,
+        caches=caches,
+        clock=(slots.clock + 1) % columns,
+        last=jnp.where(live, sampled.token, slots.last),
+        lengths=slots.lengths + live,
+        counts=counts,
+        live=live & ~ended,
+    )
+    return slots, record
+
+
 def _placed(cache):
-    """A cache with its arrays sharded by their logical axes."""
+    """Constrains the sharding of a cache by its logical axes."""
     return type(cache)(*(constrain(x, *a) for x, a in zip(cache, cache.AXES)))
 
 
@@ -252,7 +318,7 @@ def _replicated(tree):
 
 
 def _uniform(key, prompts_B, samples_B, counts_B):
-    """A random number per row, of its prompt, sample and count of tokens alone: float32 [B]."""
+    """Returns a random number per slot that depends on key, prompt, sample and count: float32 [B]."""
 
     def row(*numbers):
         return jax.random.uniform(functools.reduce(jax.random.fold_in, numbers, key))

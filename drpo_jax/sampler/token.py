@@ -1,12 +1,12 @@
-"""Sampling one token, and the logprobs that are recorded of it.
+"""Sampling one token per row from logits, and the logprobs that are recorded of it.
 
-Axis letters: B rows, V vocabulary.
+Axis letters: B rows, V vocabulary, K most likely tokens.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterable
-from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from drpo_jax.parallel import BATCH_AXES
-from drpo_jax.sampler.checks import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +21,19 @@ class SamplingParams:
     """How responses are sampled.
 
     Attributes:
-      max_tokens: most tokens of a response, the stop token included.
+      max_tokens: most tokens of a response, including its stop token.
       samples: responses per prompt (the group size G).
-      temperature: divides the logits; 0 takes the most likely token (greedy), whose logprobs are
-        recorded as at temperature 1, without filters.
-      top_k: keep only the k most likely tokens; 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probabilities reach p; 1 keeps all.
-      stop: token ids (or one) that end a response and are part of it.
-      top_logprobs: most likely tokens whose ids and logprobs are recorded at every step, the sampled
-        one in place of the last where it is not among them; 0: none.
-      routes: record the experts that every token visits in every layer.
+      temperature: divides the logits. 0 selects the most likely token (greedy); its logprobs are
+        recorded at temperature 1 and without filters.
+      top_k: keeps only the k most likely tokens; 0 keeps all.
+      top_p: keeps the smallest set of most likely tokens whose total probability reaches p; 1 keeps all.
+      stop: one or several token ids that end a response. The stop token is part of the response.
+      top_logprobs: number of most likely tokens whose ids and logprobs are recorded at every step.
+        If the sampled token is not among them, it replaces the last one. 0 records none.
+      routes: whether to record the experts that every token visits in every layer.
 
     Raises:
-      ValueError: a value of another type, or outside its range.
+      ValueError: if a value has another type or lies outside its range.
     """
 
     max_tokens: int
@@ -46,19 +45,19 @@ class SamplingParams:
     top_logprobs: int = 0
     routes: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def whole(value, least):
             return is_integer(value) and value >= least
 
         several = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
         object.__setattr__(self, "stop", tuple(self.stop) if several else (self.stop,))
-        numbers = [isinstance(value, Real) for value in (self.temperature, self.top_p)]
+        real = [isinstance(value, numbers.Real) for value in (self.temperature, self.top_p)]
         for name, ok, right in (
             ("max_tokens", whole(self.max_tokens, 1), "an integer of at least 1"),
             ("samples", whole(self.samples, 1), "an integer of at least 1"),
-            ("temperature", numbers[0] and self.temperature >= 0, "at least 0 (0 is greedy)"),
+            ("temperature", real[0] and self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_k", whole(self.top_k, 0), "an integer of at least 0 (0 keeps all tokens)"),
-            ("top_p", numbers[1] and 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_p", real[1] and 0 < self.top_p <= 1, "in (0, 1]"),
             ("stop", all(whole(i, 0) for i in self.stop), "token ids, as a tokenizer's stop_ids"),
             ("top_logprobs", whole(self.top_logprobs, 0), "an integer of at least 0 (0: none)"),
             ("routes", isinstance(self.routes, bool), "True or False"),
@@ -69,8 +68,21 @@ class SamplingParams:
                 )
 
 
-def filter_logits(logits_BxV, top_k, top_p):
-    """Sets the logits outside the top-k and top-p sets to -inf (ties at the border are kept)."""
+def is_integer(value: Any) -> bool:
+    """Returns whether `value` is an integer, Python's or NumPy's, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def filter_logits(logits_BxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Returns the logits with those outside the top-k and top-p sets set to −inf.
+
+    Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept.
+
+    Args:
+      logits_BxV: float32.
+      top_k: number of tokens to keep; 0 keeps all.
+      top_p: probability to keep; 1 keeps all.
+    """
     if top_k and top_k < logits_BxV.shape[-1]:
         border = _largest(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
@@ -80,10 +92,11 @@ def filter_logits(logits_BxV, top_k, top_p):
 
 
 def _in_nucleus(logits_BxV, top_p):
-    """Which tokens are as likely as the last one with which the probabilities reach top_p.
+    """Returns bool [B, V], True for the tokens of the top-p set.
 
-    Its distance from the most likely one is found by halving an interval: 31 sums instead of a sort,
-    and on a mesh no logit leaves its device. Floats from 0 on are ordered as their bits are.
+    The set holds every token whose logit lies within some distance of the largest one. The distance is
+    found by bisection over the bits of a float32, because non-negative floats are ordered like their bit
+    patterns. That takes 31 sums instead of a sort, and on a mesh no logit leaves its device.
     """
     distance = jnp.max(logits_BxV, axis=-1, keepdims=True) - logits_BxV
     bits, mass = jax.lax.bitcast_convert_type(distance, jnp.int32), jnp.exp(-distance)
@@ -103,16 +116,16 @@ def _in_nucleus(logits_BxV, top_p):
 
 
 class Sampled(NamedTuple):
-    """One sampled token a row, and what is recorded of it.
+    """One sampled token per row, and what is recorded of it.
 
     Attributes:
       token: int32 [B].
-      sampled_logp: float32 [B], its logprob under the distribution it was sampled from (temperature and
-        filters applied): log µ.
-      full_logp: float32 [B], the same without the filters.
-      entropy: float32 [B], of the distribution without the filters, in nats.
-      top_ids, top_logp: int32 and float32 [B, K], the most likely tokens of the distribution without
-        the filters, the sampled one among them, K = SamplingParams.top_logprobs.
+      sampled_logp: float32 [B], logprob under the distribution that the token was sampled from, with
+        temperature and filters applied.
+      full_logp: float32 [B], logprob under the same distribution without the filters.
+      entropy: float32 [B], entropy in nats of the distribution without the filters.
+      top_ids, top_logp: int32 and float32 [B, K], ids and full_logp of the most likely tokens, always
+        including the sampled one, with K = SamplingParams.top_logprobs.
     """
 
     token: jax.Array
@@ -123,16 +136,17 @@ class Sampled(NamedTuple):
     top_logp: jax.Array
 
 
-def sample_token(logits_BxV, uniform_B, params):
-    """Samples one token a row: the first whose cumulative probability exceeds a uniform draw.
+def sample_token(logits_BxV: jax.Array, uniform_B: jax.Array, params: SamplingParams) -> Sampled:
+    """Samples one token per row by inverting the cumulative distribution.
 
     Args:
-      logits_BxV: float32.
-      uniform_B: float32 in [0, 1), a random number for each row.
-      params: SamplingParams.
+      logits_BxV: logits; computed with in float32.
+      uniform_B: float32 in [0, 1), one random number per row.
+      params: how to sample.
 
     Returns:
-      `Sampled`. A greedy token's logprobs are those of the unfiltered distribution at temperature 1.
+      A `Sampled`. The logprobs of a greedy token are those of the unfiltered distribution at
+      temperature 1.
     """
     logits = logits_BxV.astype(jnp.float32)
     if params.temperature == 0:
@@ -154,24 +168,28 @@ def sample_token(logits_BxV, uniform_B, params):
     return Sampled(token, sampled_logp, full_logp, entropy, ids, top - log_total[:, None])
 
 
-BLOCK = 256  # tokens whose probabilities are summed before the one is searched among them
+BLOCK = 256  # Tokens per block in the two-level search of `draw`.
 
 
-def draw(mass_BxV, uniform_B):
-    """The first token of each row at which the cumulated mass exceeds uniform · total. int32 [B]
+def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """Returns the first token of each row whose cumulative mass exceeds uniform · total, int32 [B].
 
-    Two levels, blocks and the tokens of one, so that the row is read once; on a mesh with a third
-    above them, the shards of the vocabulary. A token of no mass is never drawn.
+    The search first finds a block of tokens and then the token in it, so that each row is read
+    once. On a mesh it starts with the shard of the vocabulary. Tokens without mass are never drawn.
+
+    Args:
+      mass_BxV: float32, unnormalised probabilities.
+      uniform_B: float32 in [0, 1).
     """
 
     def search(mass_BxN, target_B):
-        """(index of the first entry at which the sum exceeds the target, what is left of it)."""
+        """Returns the first index whose cumulative mass exceeds the target, and the remaining target."""
         total = jnp.cumsum(mass_BxN, axis=-1)
         positive = mass_BxN > 0
         beyond = positive & (total > target_B[:, None])
         last = mass_BxN.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
-        found = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
-        return found, target_B - (_at(total, found) - _at(mass_BxN, found))
+        index = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
+        return index, target_B - (_at(total, index) - _at(mass_BxN, index))
 
     def local(mass, target):
         width = min(BLOCK, mass.shape[1])
@@ -180,7 +198,8 @@ def draw(mass_BxV, uniform_B):
         block, rest = search(jnp.sum(blocks, axis=-1), target)
         inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
         token = block * width + search(inside, rest)[0]
-        return jnp.minimum(token, mass.shape[1] - 1).astype(jnp.int32)  # NaN finds the padding
+        # If the mass is NaN, the search ends in the padding.
+        return jnp.minimum(token, mass.shape[1] - 1).astype(jnp.int32)
 
     def sharded(mass, uniform):
         shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), "tensor", axis=1)
@@ -199,8 +218,10 @@ def draw(mass_BxV, uniform_B):
 
 
 def _top(logits_BxV, token_B, count):
-    """(ids, logits) [B, count] of the most likely tokens, the last place given to token_B if it is
-    not among them."""
+    """Returns (ids, logits) [B, count] of the most likely tokens.
+
+    If token_B is not among them, it replaces the last one.
+    """
     if not count:
         return jnp.zeros((len(token_B), 0), jnp.int32), jnp.zeros((len(token_B), 0), jnp.float32)
     top, ids = _largest(logits_BxV, count)
@@ -210,7 +231,7 @@ def _top(logits_BxV, token_B, count):
 
 
 def _largest(logits_BxV, count):
-    """`lax.top_k`, on a mesh without gathering the vocabulary: the largest of every shard's largest."""
+    """`lax.top_k` that does not gather the vocabulary of a mesh: top-k of the shards' top-k."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return jax.lax.top_k(logits_BxV, count)
@@ -228,8 +249,8 @@ def _largest(logits_BxV, count):
     )(logits_BxV)
 
 
-def token_logp(logits_BxV, token_B):
-    """Log-softmax of the logits at one token a row."""
+def token_logp(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """Returns the log-softmax of the logits at one token per row, float32 [B]."""
     return _at(logits_BxV, token_B) - jax.nn.logsumexp(logits_BxV, axis=-1)
 
 

@@ -1,8 +1,8 @@
-"""Attention within segments: every kernel against a slow twin in float64 NumPy.
+"""Attention within segments: every kernel against a reference in float64 NumPy.
 
-The kernel of TPU runs in Pallas's interpreter and is compiled for a TPU where libtpu is installed
-(that needs no TPU); that of GPU runs as what it stands for and is lowered for one. Axis letters as in
-`drpo_jax.models.flash`.
+The TPU kernel runs in Pallas's interpreter. If libtpu is installed, it is also compiled for a TPU,
+which does not have to be present. The GPU kernel runs in its XLA implementation and is lowered for
+a GPU. Axis letters are those of `drpo_jax.models.flash`.
 """
 
 import importlib.util
@@ -31,15 +31,15 @@ TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # only to compile, no TPU is taken
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # safe: libtpu only compiles and locks no TPU
 }
 B, N, K, H = 2, 6, 2, 8
 BLOCK = 16
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-def twin(q, k, v, segments, d_out):
-    """The output at real tokens, zero at padding, and its gradients for q, k, v; all float64."""
+def reference(q, k, v, segments, d_out):
+    """Returns the output (zero at padding) and the gradients for q, k and v, all float64."""
     q, k, v, d_out = (np.asarray(a, np.float64) for a in (q, k, v, d_out))
     out, dq, dk, dv = (np.zeros_like(a) for a in (q, q, k, v))
     group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
@@ -60,21 +60,21 @@ def twin(q, k, v, segments, d_out):
 
 
 def draw(length, rows=B, heads=(N, K), width=H, seed=0):
-    """q, k, v and a gradient of the output, float64."""
+    """Returns random q, k, v and a gradient of the output, float64."""
     rng = np.random.default_rng(seed)
     n, kv = heads
     return tuple(rng.normal(size=(rows, length, heads, width)) for heads in (n, kv, kv, n))
 
 
 def segment(lengths, width, left=0):
-    """One row of segment ids 1, 2, … with `left` padding tokens before and the rest behind."""
+    """Returns a row of segment ids 1, 2, … with `left` padding tokens in front and the rest behind."""
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return np.pad(ids, (left, width - left - len(ids))).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0)
 def both(function, q, k, v, segments, d_out):
-    """`function`'s output, zero at padding as `attend` has it, and the gradients for q, k, v."""
+    """Returns the output of `function`, zero at padding, and the gradients for q, k and v."""
 
     def masked(q, k, v):
         return jnp.where((segments > 0)[..., None, None], function(q, k, v, segments), 0)
@@ -103,18 +103,18 @@ small_blocks = partial(chunked, block=BLOCK)
 # The kernels
 
 
-def test_the_twin_is_its_own_derivative():
+def test_gradients_of_the_reference_equal_finite_differences():
     length, step = 9, 1e-6
     q, k, v, d_out = draw(length)
     segments = np.stack([segment([4, 3], length, left=1), segment([9], length)])
-    _, *grads = twin(q, k, v, segments, d_out)
+    _, *grads = reference(q, k, v, segments, d_out)
     rng = np.random.default_rng(1)
     for i, grad in enumerate(grads):
         way = rng.normal(size=grad.shape)
         ends = [[q, k, v], [q, k, v]]
         for sign, arrays in zip((1, -1), ends):
             arrays[i] = arrays[i] + sign * step * way
-        up, down = (np.sum(twin(*arrays, segments, d_out)[0] * d_out) for arrays in ends)
+        up, down = (np.sum(reference(*arrays, segments, d_out)[0] * d_out) for arrays in ends)
         np.testing.assert_allclose((up - down) / (2 * step), np.sum(grad * way), rtol=1e-7)
 
 
@@ -127,11 +127,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_exact_kernels_equal_the_twin(layout):
-    length = 47  # three blocks, the last one filled up
+def test_exact_kernels_equal_the_reference(layout):
+    length = 47  # three blocks, the last one padded
     arrays = draw(length)
     segments = np.stack([segment(lengths, length, left) for lengths, left in LAYOUTS[layout]])
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     for kernel in (full, small_blocks):
         assert_close(run(kernel, arrays, segments), expected, 1e-13)
         assert_close(run(kernel, arrays, segments, np.float32), expected, 3e-6)
@@ -141,14 +141,14 @@ def test_exact_kernels_equal_the_twin(layout):
 def test_chunks_at_any_length(length):
     arrays = draw(length, heads=(3, 3))
     segments = np.stack([segment([length], length), segment([length - 1], length, left=1)])
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     assert_close(run(small_blocks, arrays, segments), expected, 1e-13)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_arrangement_of_segments(data):
-    """Ids in any order, the same one in several places, padding anywhere."""
+    """Ids in any order, also repeated, with padding anywhere."""
     length = 60
     rows = []
     for _ in range(B):
@@ -157,17 +157,17 @@ def test_any_arrangement_of_segments(data):
         rows.append((row + [0] * length)[:length])
     segments = np.array(rows, np.int32)
     arrays = draw(length, seed=data.draw(st.integers(0, 99)))
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     assert_close(run(small_blocks, arrays, segments), expected, 1e-13)
 
 
-def test_blocks_that_nobody_may_see_are_not_looked_at():
-    """Later blocks, and blocks without a segment in common: NaN there changes nothing."""
+def test_blocks_without_visible_keys_are_skipped():
+    """NaN in later blocks and in blocks of other segments does not reach the output."""
     length = 4 * BLOCK
     q, k, v, d_out = draw(length)
     segments = np.stack([segment([16, 40], length), segment([10, 6, 30], length)])
     clean = run(small_blocks, (q, k, v, d_out), segments)
-    past = slice(0, BLOCK)  # holds no token that a later block's segments know
+    past = slice(0, BLOCK)  # shares no segment with later blocks
     q, k, v = (a.copy() for a in (q, k, v))
     for a in (k, v):
         a[:, past] = np.nan
@@ -183,33 +183,33 @@ def test_blocks_that_nobody_may_see_are_not_looked_at():
     assert np.any(np.isnan(early[0][:, late]))
 
 
-def test_bfloat16_is_as_good_as_with_all_scores():
+def test_bfloat16_is_as_accurate_as_full_attention():
     length = 200
     arrays = draw(length, rows=1, heads=(4, 2), width=16)
     segments = segment([150, 40], length)[None]
     low = [jnp.asarray(a, jnp.bfloat16) for a in arrays]
-    expected = twin(*low[:3], segments, low[3])
+    expected = reference(*low[:3], segments, low[3])
     for kernel in (full, small_blocks):
         for ours, exact in zip(run(kernel, arrays, segments, jnp.bfloat16), expected):
             error = np.linalg.norm(ours.astype(np.float64) - exact) / np.linalg.norm(exact)
             assert 1e-4 < error < 6e-3
 
 
-def test_splash_equals_the_twin():
-    """Two blocks, the second one filled up."""
+def test_splash_equals_the_reference():
+    """Two blocks, the second one padded."""
     length = 150
     arrays = draw(length, rows=2, heads=(2, 1), width=64)
     segments = np.stack([segment([60, 1, 70], length), segment([120], length, left=30)])
     kernel = partial(splash, block=128, interpret=True)
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     assert_close(run(kernel, arrays, segments, np.float32), expected, 5e-6)
 
 
-def test_cudnn_equals_the_twin_on_rows_of_one_segment():
+def test_cudnn_equals_the_reference_on_rows_of_one_segment():
     length = 20
     arrays = draw(length, rows=3)
     segments = np.stack([segment(lengths, length) for lengths in ([20], [7], [])])
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     kernel = partial(cudnn, implementation="xla")
     assert_close(run(kernel, arrays, segments, np.float32), expected, 3e-6)
 
@@ -223,7 +223,7 @@ def gradients_of(kernel, q, k, v, segments):
 
 @pytest.fixture
 def optimized():
-    """What comes out of the cache has no memory analysis, what is not optimized no short one."""
+    """Compiles with optimizations and without the cache, whose programs have no memory analysis."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -250,8 +250,8 @@ def test_memory_grows_with_the_length_not_its_square(optimized):
         assert max(sizes) <= max(length * 2 * 16, 2 * 128 * 128)
 
 
-def test_remat_dots_never_runs_the_forward_pass_again():
-    """One loop forward, one backward; with "full" once more forward."""
+def test_remat_dots_does_not_repeat_the_forward_pass():
+    """One loop runs forward and one backward; "full" repeats the forward loop."""
     config = ModelConfig(
         vocab_size=8, hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_size=8
     )
@@ -268,7 +268,7 @@ def test_remat_dots_never_runs_the_forward_pass_again():
 # The choice
 
 
-def test_the_kernel_is_the_fastest_that_can():
+def test_auto_selects_the_fastest_supported_kernel():
     low, high = jnp.dtype("bfloat16"), jnp.dtype("float32")
 
     def kernel(platform, dtype, length, width, attention="auto", one_segment=True):
@@ -287,17 +287,17 @@ def test_the_kernel_is_the_fastest_that_can():
     assert kernel("gpu", low, 9, 256, "cudnn", one_segment=False) == "chunked"
     assert kernel("tpu", high, 9999, 7, "full") == "full"
     assert kernel("tpu", high, 9, 7, "chunked") == "chunked"
-    with pytest.raises(ValueError, match="'flash' is no kernel; known: auto, full, chunked"):
+    with pytest.raises(ValueError, match="'flash' is not a kernel; known: auto, full, chunked"):
         kernel("cpu", low, 9, 64, "flash")
     for name in ("splash", "cudnn"):
         with pytest.raises(ValueError, match=f"'{name}' multiplies in bfloat16, .* is float32"):
             kernel("tpu", high, 9, 64, name)
-    with pytest.raises(ValueError, match="width .64, 128, 256., not 80"):
+    with pytest.raises(ValueError, match="width .64, 128, 256., but model.head_dim is 80"):
         kernel("tpu", low, 9, 80, "splash")
 
 
 def test_a_model_computes_the_same_with_any_kernel():
-    """Packed, and right-aligned."""
+    """Rows are packed or right-aligned."""
     length = 40
     config = ModelConfig(
         vocab_size=32, hidden_size=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_size=16
@@ -322,11 +322,11 @@ def test_a_model_computes_the_same_with_any_kernel():
 
 @pytest.mark.parametrize("kv_heads, rows", [(4, 4), (2, 4), (4, 1)])
 def test_eight_devices_equal_one_without_communication(kv_heads, rows):
-    """Key heads that are fewer than the devices are copied, rows that do not divide stay whole."""
+    """If key heads are fewer than devices, they are copied; rows that do not divide stay whole."""
     length, heads = 40, 8
     arrays = draw(length, rows=rows, heads=(heads, kv_heads))
     segments = np.stack([segment(n, length) for n in ([13, 20], [40], [1, 2, 30], [39])][:rows])
-    expected = twin(*arrays[:3], segments, arrays[3])
+    expected = reference(*arrays[:3], segments, arrays[3])
     compute = Compute(attention="chunked")
     mesh = make_mesh(data=1, fsdp=2, tensor=4)
     batch = "batch" if rows > 1 else None
@@ -351,7 +351,7 @@ def test_eight_devices_equal_one_without_communication(kv_heads, rows):
     assert not moved or (kv_heads, rows) != (4, 4)
 
 
-def test_heads_that_the_mesh_does_not_divide_are_refused():
+def test_heads_that_the_mesh_does_not_divide_raise():
     q, k, v, _ = draw(4, rows=2, heads=(6, 2))
     segments = np.ones((2, 4), np.int32)
     with jax.set_mesh(make_mesh(data=2, tensor=4)), pytest.raises(ValueError, match="tensor = 4"):
@@ -374,7 +374,7 @@ def shapes(mesh, batch, length, heads, kv_heads, width):
 
 
 def test_cudnn_is_lowered_for_gpu(monkeypatch):
-    """One kernel forward, one backward, on every device's rows and heads."""
+    """Every device runs one kernel forward and one backward, on its rows and heads."""
     cudnn_of_jax = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
     monkeypatch.setattr(cudnn_of_jax, lambda: 91000)
     mesh = make_mesh(data=2, tensor=4)
@@ -392,7 +392,7 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch):
 
 
 def tpu_program():
-    """Prints what the TPU's compiler makes of the gradient of 8,192 tokens with remat "dots"."""
+    """Prints figures of the program for the gradient of 8,192 tokens with remat "dots" on TPU."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     mesh = make_mesh(data=1, fsdp=2, tensor=4, devices=devices)
     kernel = jax.checkpoint(
@@ -412,7 +412,7 @@ def tpu_program():
 
 
 def test_on_tpu():
-    """Splash and its two backward kernels, every device its own rows and heads, linear memory."""
+    """Splash and its two backward kernels run without communication in linear memory."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, the TPU's compiler")
     env = os.environ | TPU | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}

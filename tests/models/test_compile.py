@@ -1,6 +1,6 @@
-"""What the learner compiles does not grow with depth: the programs of twice the layers are as long.
+"""The size of the learner's programs does not grow with depth.
 
-The length is that of the lowered program, so nothing is timed and nothing compiled.
+The tests compare lowered programs, so nothing is timed and nothing is compiled.
 """
 
 import jax
@@ -34,7 +34,7 @@ def new_model(family, layers):
 
 
 def lines(function, *args):
-    """Of the lowered program: one for every operation."""
+    """Returns the number of lines of the lowered program, one for every operation."""
     return jax.jit(function).lower(*args).as_text().count("\n")
 
 
@@ -56,14 +56,14 @@ def step(family, layers):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_forward_of_twice_the_layers(family):
+def test_twice_the_layers_have_the_same_forward_program(family):
     assert forward(family, 16) == forward(family, 8) > 50
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_update_of_twice_the_layers(family):
+def test_twice_the_layers_have_the_same_update_program(family):
     assert step(family, 16) == step(family, 8) > 300
 
 
-def test_layers_outside_the_scan_would_be_seen():
+def test_unrolled_layers_are_detected():
     assert forward("qwen3", 16, unroll=16) > forward("qwen3", 8, unroll=8) + 8 * 10

@@ -1,6 +1,6 @@
 """Gated DeltaNet: chunks against the recurrence in float64, and the layer against `transformers`.
 
-Axis letters as in `drpo_jax.models.delta_net`.
+Axis letters are those of `drpo_jax.models.delta_net`.
 """
 
 import json
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from drpo_jax.models import Compute, DeltaState
 from drpo_jax.models.delta_net import (
+    CHUNK,
     GatedDeltaNet,
     channel_order,
     delta_rule,
@@ -40,7 +41,7 @@ chunked = jax.jit(delta_rule)
 
 
 def recurrence(q, k, v, g, beta, segments):
-    """The recurrence of the paper, token by token, in the dtype of its arguments."""
+    """Computes the paper's recurrence token by token, in the dtype of its arguments."""
 
     def unit(x):
         return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
@@ -65,7 +66,7 @@ def recurrence(q, k, v, g, beta, segments):
 
 @partial(jax.jit, static_argnums=0)
 def grads_and_outputs(rule, arrays, segments, d_o, d_S):
-    """Gradients of Σ o·d_o over real tokens + Σ S·d_S, and (o, S)."""
+    """Returns the gradients of Σ o·d_o over real tokens + Σ S·d_S, and (o, S)."""
 
     def loss(arrays):
         o, S = rule(*arrays, segments)
@@ -76,7 +77,7 @@ def grads_and_outputs(rule, arrays, segments, d_o, d_S):
 
 
 def widened(function, segments, *arrays, dtype=np.float64):
-    """function(arrays, …, segments) computed in float64 (or `dtype`), as NumPy arrays."""
+    """Calls `function` with arrays in `dtype` and returns NumPy arrays."""
     with jax.enable_x64(dtype == np.float64):
         arrays = jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays)
         out = function(arrays[0], segments, *arrays[1:])
@@ -94,7 +95,7 @@ def exact(arrays, segments):
 
 
 def draw(seed, length=T, rows=B, alike=0.0, forget=1.0):
-    """q, k, v, g, β. `alike`: how much of a key all tokens share; `forget`: the scale of −g."""
+    """Returns q, k, v, g, β. `alike` is an offset common to all keys, `forget` the scale of −g."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=(rows, length, *shape)).astype(np.float32)  # noqa: E731
     q, k, v = normal(K, H) + alike, normal(K, H) + alike, normal(K, R, V)
@@ -103,7 +104,7 @@ def draw(seed, length=T, rows=B, alike=0.0, forget=1.0):
 
 
 def segment(lengths, width=T, left=0):
-    """One row of segment ids 1, 2, … with `left` padding tokens before and the rest behind."""
+    """Returns a row of segment ids 1, 2, … with `left` padding tokens in front and the rest behind."""
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return np.pad(ids, (left, width - left - len(ids))).astype(np.int32)
 
@@ -132,7 +133,7 @@ def test_chunks_equal_the_recurrence_at_any_length(length):
 @pytest.mark.parametrize("forget", [0.0, 0.01, 30.0])
 def test_keys_may_be_equal_and_decay_absent_or_total(alike, forget):
     arrays = draw(1, alike=alike, forget=forget)
-    if alike > 100:  # one key, written over by every token
+    if alike > 100:  # all keys are equal, so every token overwrites the same value
         arrays = (*arrays[:4], np.ones_like(arrays[4]))
     segments = np.ones((B, T), np.int32)
     expected_o, expected_S = exact(arrays, segments)
@@ -214,7 +215,7 @@ def test_steps_equal_the_recurrence():
 
 @pytest.mark.parametrize("size", [1, 37, 64])
 def test_unit_lower_inverse(size):
-    """Also where the powers of L reach 10¹⁷: all keys equal, β = 1, no decay."""
+    """Includes equal keys with β = 1 and no decay, where the powers of L reach 10¹⁷."""
     rng = np.random.default_rng(size)
     keys = rng.normal(size=(3, size, H)) * np.array([1.0, 0.3, 0.0])[:, None, None] + 1.0
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
@@ -229,22 +230,22 @@ def test_unit_lower_inverse(size):
 
     T, d_L = ours(*(jnp.asarray(a, jnp.float32) for a in (L, g)))
     assert_close(T, inverse, 1e-6)
-    turned = inverse.transpose(0, 2, 1)
-    assert np.max(np.abs(d_L - np.tril(-turned @ g @ turned, -1)), initial=0) < 1e-4
+    transposed = inverse.transpose(0, 2, 1)
+    assert np.max(np.abs(d_L - np.tril(-transposed @ g @ transposed, -1)), initial=0) < 1e-4
 
 
 def test_no_array_grows_with_the_square_of_the_length():
-    """And the backward pass keeps one state a chunk, nothing else as large."""
-    length, chunk = 4096, 64
+    """The largest residual of the backward pass is one state per chunk."""
+    length = 4096
     shape = lambda *s: jax.ShapeDtypeStruct((1, length, *s), jnp.float32)  # noqa: E731
     arrays = shape(K, H), shape(K, H), shape(K, R, V), shape(K, R), shape(K, R)
-    loss = lambda *a: jnp.sum(delta_rule(*a[:5], a[5], chunk=chunk)[0] ** 2)  # noqa: E731
+    loss = lambda *a: jnp.sum(delta_rule(*a)[0] ** 2)  # noqa: E731
     segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*arrays, segments))
     sizes = {np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"f32\[([\d,]+)\]", text)}
-    states = length // chunk * K * R * H * V
+    states = length // CHUNK * K * R * H * V
     assert states in sizes
-    assert max(sizes) <= max(states, length * K * R * max(H, V), K * R * chunk * chunk)
+    assert max(sizes) <= max(states, length * K * R * max(H, V), K * R * CHUNK * CHUNK)
 
 
 # The layer
@@ -253,7 +254,7 @@ def test_no_array_grows_with_the_square_of_the_length():
 def new_layer(seed=0, **change):
     config = SimpleNamespace(**SIZES | change)
     layer = jax.jit(partial(GatedDeltaNet, config))(jax.random.key(seed))
-    # Memories of all lengths, a norm that is not ones.
+    # Heads that forget at different rates, and a norm whose scale is not 1.
     layer.A_log[...] = jnp.linspace(-6.0, 1.0, config.linear_value_heads)
     layer.norm[...] = jnp.linspace(0.5, 1.5, config.linear_value_dim)
     return layer
@@ -293,26 +294,28 @@ def test_decoding_equals_the_whole_sequence(layer, x):
     out, state = run(layer, x, np.ones((B, T), np.int32))
     stepped, after = decode(layer, x, empty(layer))
     assert_close(stepped, np.asarray(out))
-    short, _ = run(layer, x[:, :2], np.ones((B, 2), np.int32))  # shorter than the convolution
+    short, _ = run(
+        layer, x[:, :2], np.ones((B, 2), np.int32)
+    )  # shorter than the convolution's kernel
     assert_close(short, np.asarray(out[:, :2]))
     for ours, theirs in zip(state, after):
         assert_close(ours, np.asarray(theirs))
 
 
 @pytest.mark.parametrize("lengths", [(30, 1), (2, 130)])
-def test_decoding_goes_on_from_right_aligned_prompts(layer, x, lengths):
-    """A prompt may be shorter than the convolution's window."""
+def test_decoding_continues_right_aligned_prompts(layer, x, lengths):
+    """Prompts may be shorter than the convolution's window."""
     more = 6
     width = T - more
     whole, _ = run(layer, x, np.stack([segment([n + more], left=width - n) for n in lengths]))
     prompts = np.stack([segment([n], width, left=width - n) for n in lengths])
-    prompts = np.pad(prompts, ((0, 0), (0, more)))  # and padding behind, which changes no state
+    prompts = np.pad(prompts, ((0, 0), (0, more)))  # padding behind the prompt changes no state
     _, state = run(layer, x, prompts)
     out, _ = decode(layer, x[:, width:], state)
     assert_close(out, np.asarray(whole[:, width:]))
 
 
-def test_packed_segments_run_as_if_alone(layer, x):
+def test_packed_segments_do_not_affect_each_other(layer, x):
     lengths = [3, 64, 2, 61]
     packed, (window, memory) = run(layer, x, np.stack([segment(lengths, left=4)] * B))
     start = 4
@@ -324,13 +327,13 @@ def test_packed_segments_run_as_if_alone(layer, x):
     assert_close(window, np.asarray(state[0]))
     assert_close(memory, np.asarray(state[1]))
     together, _ = run(layer, x, np.stack([segment([sum(lengths)], left=4)] * B))
-    for place in (7, 8, 9, 71, 73):  # the first tokens of a segment: convolution and state
+    for place in (7, 8, 9, 71, 73):  # the first tokens of segments differ without boundaries
         assert np.max(np.abs(packed[:, place] - together[:, place])) > 1e-3
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 64, 100])
-def test_a_sequence_may_be_continued_anywhere(layer, x, cut):
-    """Right-aligned rows, as in prefill: one is all there, one begins later, in either part."""
+def test_a_sequence_can_be_continued_anywhere(layer, x, cut):
+    """Rows are right-aligned as in prefill: one without padding, one that begins in either part."""
     valid = np.arange(T) >= np.array([[0], [cut - 1 if cut > 3 else cut + 1]])
     whole, after = run(layer, x, valid.astype(np.int32))
     first, state = run(layer, x[:, :cut], valid[:, :cut].astype(np.int32))
@@ -366,7 +369,7 @@ def test_bfloat16_keeps_a_float32_state(layer, x):
     np.testing.assert_array_equal(kept, S)
 
 
-def test_fp8_reaches_the_projections_alone(layer, x):
+def test_fp8_applies_only_to_the_projections(layer, x):
     recipe = MatmulRecipe(weight="float8_e4m3fn", activation="float8_e4m3fn")
     segments = np.ones((B, T), np.int32)
     exact, _ = run(layer, x, segments)
@@ -377,8 +380,8 @@ def test_fp8_reaches_the_projections_alone(layer, x):
     assert projections == {"qkv_proj", "z_proj", "out_proj"}
 
 
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="linear_value_heads = 3 .* linear_key_heads = 2"):
+def test_heads_that_do_not_divide_raise():
+    with pytest.raises(ValueError, match="model.linear_value_heads = 3 .* model.linear_key_heads = 2"):
         new_layer(linear_value_heads=3)
 
 
@@ -386,7 +389,7 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_stacked_layers_on_eight_devices_equal_one():
-    # A larger eps: the norm of an output near zero would amplify what the order of sums changes.
+    # A larger eps, because the norm of an output near zero amplifies rounding errors.
     sizes = SIZES | dict(linear_key_heads=4, linear_value_heads=8, rms_eps=0.01)
     config = SimpleNamespace(**sizes)
     length, rows = 70, 4
@@ -425,8 +428,8 @@ def test_stacked_layers_on_eight_devices_equal_one():
         assert_close(a, np.asarray(b), 5e-6)
     for state, axes in zip(many[3], DeltaState.AXES):
         assert state.sharding.is_equivalent_to(named_sharding(mesh, ("layers", *axes)), state.ndim)
-    # Heads never leave their device: only sums over heads (out_proj and the gradient for x) and over
-    # rows (the weights' gradients) travel.
+    # Heads stay on their device. Only sums over heads (out_proj, the gradient for x) and over rows
+    # (the gradients of the weights) are communicated.
     assert set(re.findall(r" (all-\w+|collective-\w+|reduce-scatter)\(", compiled.as_text())) == {
         "all-reduce"
     }
@@ -448,7 +451,7 @@ def shardings(mesh, tree):
 
 
 def load(record):
-    """(our layer, x, segment ids, their y) of a fixture's arrays."""
+    """Returns our layer, x, segment ids, and their y, from the arrays of a fixture."""
     hf = json.loads(str(record["config"]))
     config = SimpleNamespace(
         hidden_size=hf["hidden_size"],
@@ -486,7 +489,7 @@ def load(record):
 def assert_equal_outputs(record):
     layer, x, segments, theirs = load(record)
     ours, _ = run(layer, x, segments)
-    assert np.std(theirs) > 0.3  # something to get wrong
+    assert np.std(theirs) > 0.3  # outputs vary, so that errors are visible
     assert_close(ours, theirs, 1e-5, where=segments > 0)
 
 
@@ -504,9 +507,9 @@ def test_the_layer_equals_that_of_transformers(name):
     assert_equal_outputs(make["record"](name, seed=1))
 
 
-def test_channel_order_can_be_undone():
+def test_channel_order_is_a_permutation():
     order = channel_order(SimpleNamespace(**SIZES))
     assert np.array_equal(np.sort(order), np.arange(2 * K * H + K * R * V))
-    # The first key head: its query, its key, the values of its two value heads.
+    # The first key head has its query, its key, and the values of its two value heads.
     first = np.r_[0:H, K * H : (K + 1) * H, 2 * K * H : 2 * K * H + R * V]
     np.testing.assert_array_equal(order[: len(first)], first)

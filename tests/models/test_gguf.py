@@ -1,4 +1,4 @@
-"""GGUF files: weights, architecture and tokenizer come out as they went in."""
+"""Conversion of GGUF files: weights, architecture and tokenizer are preserved."""
 
 import json
 
@@ -21,9 +21,10 @@ TOKENS = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]
 
 
 def write_gguf(path, fields, tensors, family, kinds={}, split="smollm"):  # noqa: B006
-    """A GGUF file of Hugging Face tensors, as llama.cpp's own converter lays them out.
+    """Writes a GGUF file of Hugging Face tensors in the layout of llama.cpp's own converter.
 
-    kinds: {name: type} of the tensors that are quantized codes.
+    Args:
+      kinds: quantization types by name, for tensors that are quantized codes.
     """
     names = {theirs: ours for ours, theirs in (LAYER | OUTSIDE).items()}
     writer = gguf.GGUFWriter(path, family)
@@ -61,7 +62,7 @@ def write_gguf(path, fields, tensors, family, kinds={}, split="smollm"):  # noqa
 
 
 def released(case, tmp_path):
-    """A fixture's (fields, tensors) and the ModelConfig that they have."""
+    """Returns a fixture's fields of config.json, its tensors, and its ModelConfig."""
     record = stored(case)
     tensors = write(record, tmp_path)
     return json.loads((tmp_path / "config.json").read_text()), tensors, read_config(tmp_path)
@@ -85,12 +86,12 @@ def test_weights_and_architecture(case, family, tmp_path):
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
 
 
-def test_quantized_tensors_become_the_values_of_their_codes(tmp_path):
+def test_quantized_tensors_are_dequantized(tmp_path):
     (tmp_path / "hf").mkdir()
     fields, tensors, _ = released("llama_tied", tmp_path / "hf")
     name, kind = "model.layers.0.mlp.up_proj.weight", gguf.GGMLQuantizationType.Q8_0
     tensors[name] = np.pad(tensors[name], ((0, 0), (0, -tensors[name].shape[1] % 32)))
-    codes = quantize(tensors[name], kind)  # 32 values share a scale
+    codes = quantize(tensors[name], kind)  # one scale per 32 values
     write_gguf(tmp_path / "a.gguf", fields, tensors | {name: codes}, "llama", {name: kind})
     convert(tmp_path / "a.gguf", tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")[name]
@@ -104,7 +105,11 @@ def test_tokenizer(tmp_path):
     write_gguf(tmp_path / "a.gguf", fields, tensors, "llama")
     convert(tmp_path / "a.gguf", tmp_path / "out")
     tokenizer = TextTokenizer(tmp_path / "out", chat=True)
-    assert [TOKENS[i] for i in tokenizer.encode("12 th")] == ["1", "2", "Ġth"]  # digits stay apart
+    assert [TOKENS[i] for i in tokenizer.encode("12 th")] == [
+        "1",
+        "2",
+        "Ġth",
+    ]  # digits are not merged
     assert tokenizer.decode(tokenizer.encode("12 the ∑")) == "12 the ∑"
     assert tokenizer.prompt("2") == [1, TOKENS.index("2"), 0]
     assert tokenizer.eos_id == 0 and tokenizer.stop_ids == (0,)
@@ -114,9 +119,13 @@ def test_errors(tmp_path):
     (tmp_path / "hf").mkdir()
     fields, tensors, _ = released("llama_tied", tmp_path / "hf")
     write_gguf(tmp_path / "a.gguf", fields, tensors, "llama", split="tekken")
-    with pytest.raises(ValueError, match="split 'tekken'; byte-level BPE .* smollm"):
+    with pytest.raises(
+        ValueError, match="split 'tekken' cannot be converted; supported: byte-level BPE .* smollm"
+    ):
         convert(tmp_path / "a.gguf", tmp_path / "out")
     write_gguf(tmp_path / "b.gguf", fields, tensors, "gemma")
-    with pytest.raises(ValueError, match="architecture 'gemma'; llama, qwen2, qwen3 can be"):
+    with pytest.raises(
+        ValueError, match="architecture 'gemma' cannot be converted; supported: llama, qwen2, qwen3"
+    ):
         convert(tmp_path / "b.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

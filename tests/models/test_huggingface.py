@@ -1,4 +1,4 @@
-"""Hugging Face directories: round trips, the layouts there are, shards, and errors that name tensors."""
+"""Hugging Face directories: round trips, layouts, sharded reading, and errors that name tensors."""
 
 import json
 from functools import partial
@@ -41,7 +41,7 @@ def test_round_trips_are_bit_exact(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe"])
 def test_fused_experts_and_multimodal_names(name, tmp_path):
-    """As Qwen3.5's released checkpoint lies: fused experts, a vision tower, a nested config."""
+    """The layout of Qwen3.5's released checkpoint: fused experts, a vision tower, a nested config."""
     record = stored(name)
     (tmp_path / "plain").mkdir()
     tensors = write(record, tmp_path / "plain")
@@ -66,7 +66,7 @@ def test_fused_experts_and_multimodal_names(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "qwen2"])
-def test_straight_into_shards(name, tmp_path):
+def test_reading_into_shards(name, tmp_path):
     write(stored(name), tmp_path)
     whole, config = from_pretrained(tmp_path)
     sizes = dict(fsdp=2, tensor=2, expert=2 if config.experts else 1, data=-1)
@@ -79,15 +79,15 @@ def test_straight_into_shards(name, tmp_path):
     assert equal(from_pretrained(tmp_path / "out")[0], whole)
 
 
-def test_what_is_read_is_what_the_devices_hold(tmp_path, monkeypatch):
-    """No process reads a whole tensor where its devices hold a part of it."""
+def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
+    """A tensor of which devices hold parts is never read whole."""
     tensors = write(stored("qwen3_moe"), tmp_path)
     read, original = {}, H.Checkpoint.read
 
     def watched(self, name, index=()):
-        found = original(self, name, index)
-        read.setdefault(name, []).append(found.size)
-        return found
+        part = original(self, name, index)
+        read.setdefault(name, []).append(part.size)
+        return part
 
     monkeypatch.setattr(H.Checkpoint, "read", watched)
     mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
@@ -96,7 +96,7 @@ def test_what_is_read_is_what_the_devices_hold(tmp_path, monkeypatch):
     assert max(read[name]) == tensors[name].size / 4
 
 
-def test_wrong_tensors_are_named(tmp_path):
+def test_wrong_tensors_raise(tmp_path):
     tensors = write(stored("qwen3_dense"), tmp_path)
     tensors["model.layers.0.extra.weight"] = tensors.pop("model.layers.1.self_attn.q_norm.weight")
     tensors["model.norm.weight"] = np.ones(3, np.float32)
@@ -110,17 +110,21 @@ def test_wrong_tensors_are_named(tmp_path):
     ):
         assert text in str(error.value)
     (tmp_path / "model.safetensors").write_bytes(b"12345678 half a file")
-    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
         from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no .*safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no .*safetensors"):
         from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("qwen3_dense", {"model_type": "gpt2"}, "model_type 'gpt2'; implemented are llama, qwen2"),
+        (
+            "qwen3_dense",
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not supported; supported: llama, qwen2",
+        ),
         ("qwen3_dense", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("qwen3_dense", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters = .*yarn"),
         ("qwen3_dense", {"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "linear"),
@@ -131,14 +135,14 @@ def test_wrong_tensors_are_named(tmp_path):
         ("qwen3_5_moe", {"layer_types": ["full_attention", "linear_attention"] * 3}, "repeat"),
     ],
 )
-def test_what_is_not_implemented_is_told(name, change, message, tmp_path):
+def test_unsupported_settings_raise(name, change, message, tmp_path):
     fields = json.loads(str(stored(name)["config"])) | change
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
         H.read_config(tmp_path)
 
 
-def test_the_dialect_of_released_checkpoints(tmp_path):
+def test_reading_the_dialect_of_released_checkpoints(tmp_path):
     fields = json.loads(str(stored("qwen3_moe")["config"]))
     released = {
         k: v for k, v in fields.items() if k not in ("rope_parameters", "num_local_experts")

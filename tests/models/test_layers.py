@@ -15,7 +15,11 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def on_the_mesh(f, *arrays, sizes=SIZES):
-    """f, jitted, of arrays that lie on eight devices: (array, its logical axes)."""
+    """Runs jitted f on eight devices. Returns its results and the text of the compiled program.
+
+    Args:
+      *arrays: (array, its logical axes).
+    """
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, named_sharding(mesh, axes)) for a, axes in arrays]
@@ -24,10 +28,10 @@ def on_the_mesh(f, *arrays, sizes=SIZES):
 
 
 @pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2)])
-def test_the_embeddings_gradient(sizes):
+def test_gradient_of_the_embedding(sizes):
     rng = np.random.default_rng(0)
     table, g = (rng.normal(size=s).astype(np.float32) for s in ((V, D), (B, T, D)))
-    tokens = rng.integers(V // 2, size=(B, T)).astype(np.int32)  # some more than once, some never
+    tokens = rng.integers(V // 2, size=(B, T)).astype(np.int32)  # some occur repeatedly, some never
 
     def gradient(table, tokens, g):
         rows, pullback = jax.vjp(lambda t: look_up(t, tokens, jnp.bfloat16), table)
@@ -42,8 +46,8 @@ def test_the_embeddings_gradient(sizes):
 
 
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
-def test_sharded_weights_have_the_codes_of_whole_ones(axes):
-    """Slices of 48 and 96 do not end where blocks of 128 do."""
+def test_sharded_weights_have_the_codes_of_unsharded_ones(axes):
+    """The shards, 48 and 96 wide, do not align with the blocks of 128."""
     rng = np.random.default_rng(1)
     x, g = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
     w = np.exp(4 * rng.normal(size=(D, D))).astype(np.float32)

@@ -26,7 +26,7 @@ def new_moe(experts, k, seed=0):
 
 
 def dense_reference(x, valid, w, k):
-    """Every expert computes every token; the gates choose. Float64 when its arguments are."""
+    """Every expert computes every token, and gates select. Float64 for float64 arguments."""
     probs = jax.nn.softmax(x @ w["router"], axis=-1)
     top = jnp.sort(probs, axis=-1)[:, ::-1]
     chosen = jnp.where(probs >= top[:, k - 1 : k], probs, 0.0)
@@ -36,7 +36,7 @@ def dense_reference(x, valid, w, k):
     return jnp.einsum("nef,efd,ne->nd", inner, w["down_proj"], gates)
 
 
-# (experts, experts per token, tokens, padding tokens, experts that no token may choose)
+# (experts, experts per token, tokens, padding tokens, experts that no token can select)
 CASES = {
     "several blocks, idle experts, padding": (5, 2, 70, 5, 2),
     "one per token, sizes that do not divide": (16, 1, 13, 0, 0),
@@ -51,7 +51,7 @@ def test_grouped_experts_equal_the_dense_reference(case, kernel):
     moe = new_moe(experts, k)
     rng = np.random.default_rng(1)
     x = rng.normal(size=(tokens, D)).astype(np.float32)
-    x[:, 0] = 1.0  # through this feature the router shuts experts out
+    x[:, 0] = 1.0  # through this feature the router excludes experts
     moe.router[...] = moe.router[...].at[0, :idle].add(-50.0)
     valid = np.arange(tokens) < tokens - padding
     x[~valid] *= 1e3
@@ -92,7 +92,9 @@ def test_grouped_experts_equal_the_dense_reference(case, kernel):
 
 def assert_close(ours, expected):
     error = np.linalg.norm(np.asarray(ours, np.float64) - expected)
-    assert error <= 2e-6 * max(np.linalg.norm(expected), 1.0)  # a router of k = 1 has no gradient
+    assert error <= 2e-6 * max(
+        np.linalg.norm(expected), 1.0
+    )  # the gradient of a router vanishes for k = 1
 
 
 def test_load_balance_loss_is_one_when_balanced_and_E_when_collapsed():
@@ -100,7 +102,7 @@ def test_load_balance_loss_is_one_when_balanced_and_E_when_collapsed():
     assert load_balance_loss(balanced, balanced) == pytest.approx(1.0)
     assert load_balance_loss(collapsed, collapsed) == pytest.approx(8.0)
     assert load_balance_loss(jnp.zeros(8), jnp.zeros(8)) == 0.0
-    # The gradient goes through the probabilities alone.
+    # Only the probabilities receive a gradient.
     d_load, d_probability = jax.grad(load_balance_loss, argnums=(0, 1))(collapsed, balanced)
     assert not np.any(d_load) and np.any(d_probability)
 
@@ -111,7 +113,7 @@ jitted_layout = jax.jit(make_layout, static_argnums=(1, 2))
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_layout_gives_every_assignment_its_own_row(data):
+def test_every_assignment_has_its_own_row(data):
     n, k, e, block = data.draw(st.sampled_from(SHAPES))
     flat = data.draw(st.lists(st.integers(0, e), min_size=n * k, max_size=n * k))
     experts = np.array(flat, np.int32).reshape(n, k)
@@ -141,7 +143,7 @@ def test_layout_gives_every_assignment_its_own_row(data):
         assert np.all(part.row.reshape(-1)[~here] == block)
         assert part.blocks == (i < layout.blocks) and part.block_expert == layout.block_expert[i]
     counts = np.bincount(flat, minlength=e + 1)[:e]
-    assert np.all(layout.group_sizes - counts < block)  # no more padding than it needs
+    assert np.all(layout.group_sizes - counts < block)  # no more padding than necessary
 
 
 # Eight devices
@@ -152,7 +154,7 @@ MESHES = [dict(data=2, expert=4), dict(data=1, fsdp=2, expert=2, tensor=2)]
 
 
 def new_model():
-    """Two layers; two experts of the second are hard to tell apart."""
+    """Returns a model of two layers; two experts of the second are nearly identical."""
     config = ModelConfig(
         vocab_size=32, hidden_size=16, layers=2, heads=4, kv_heads=2, head_dim=4,
         experts=8, experts_per_token=2, expert_size=F,
@@ -165,7 +167,7 @@ def new_model():
 
 @jax.jit
 def compute(model, tokens, clear):
-    """Gradient of the NLL, told at the tokens that are `clear`; (logits, what the routers tell)."""
+    """Returns the gradient of the NLL of `clear` tokens, and (logits, statistics of the routers)."""
 
     def loss(model):
         out = model.hidden(tokens)
@@ -177,12 +179,12 @@ def compute(model, tokens, clear):
 
 
 @pytest.mark.usefixtures("compile_quickly")
-def test_eight_devices_equal_one_where_the_routers_calls_are_clear(monkeypatch):
-    routes.tell(monkeypatch)
+def test_eight_devices_equal_one_where_no_routing_choice_is_close(monkeypatch):
+    routes.record_choices(monkeypatch)
     model = new_model()
     tokens = np.random.default_rng(3).integers(32, size=(P, T)).astype(np.int32)
     margin = compute(model, tokens, np.ones((P, T), bool))[1][1]["margin"].reshape(2, P, T)
-    # What a token's close call may change, all after it in its sequence see.
+    # A close choice of one token may affect all later tokens of its sequence.
     clear = np.logical_and.accumulate(np.all(margin >= routes.MARGIN, axis=0), axis=1)
     assert 0.4 < np.mean(clear) < 0.95
     grads, (logits, router) = compute(model, tokens, clear)
@@ -200,8 +202,8 @@ def test_eight_devices_equal_one_where_the_routers_calls_are_clear(monkeypatch):
 
 
 @pytest.mark.usefixtures("compile_quickly")
-def test_sharded_experts_have_the_codes_of_whole_ones():
-    """Slices of 96 do not end where blocks of 128 do; the gradient arrives in every slice."""
+def test_sharded_experts_have_the_codes_of_unsharded_ones():
+    """Shards of 96 do not align with blocks of 128; every shard receives its gradient."""
     config = ModelConfig(
         vocab_size=8, hidden_size=192, layers=1, heads=1, kv_heads=1, head_dim=8,
         experts=4, experts_per_token=2, expert_size=24,
@@ -217,7 +219,10 @@ def test_sharded_experts_have_the_codes_of_whole_ones():
         return y(moe), jax.grad(lambda moe: jnp.sum(y(moe) * cotangent))(moe)
 
     product = jax.jit(product, static_argnums=2)
-    for name, tolerance in (("none", 1e-5), ("e2e", None)):  # its gradients' tiles go along tokens
+    for name, tolerance in (
+        ("none", 1e-5),
+        ("e2e", None),
+    ):  # its gradients have tiles along tokens, which are sharded
         recipe = get_recipe(name).learner
         y, grads = product(moe, x, recipe)
         mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
@@ -232,8 +237,8 @@ def test_sharded_experts_have_the_codes_of_whole_ones():
 
 @pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("kernel, part", [("blocked", 64), ("blocked", 96), ("ragged_dot", 64)])
-def test_rows_in_parts_equal_all_at_once(kernel, part, monkeypatch):
-    """One device of the axis is sent nearly every token, which takes two or three parts."""
+def test_computing_rows_in_parts_changes_nothing(kernel, part, monkeypatch):
+    """One device of the axis receives nearly all tokens, and needs two or three parts."""
     moe, rng = new_moe(8, 3), np.random.default_rng(2)
     moe.router[...] = moe.router[...].at[0, 5:].add(50.0)
     x, cotangent = (rng.normal(size=(P, T, D)).astype(np.float32) for _ in range(2))
@@ -259,8 +264,8 @@ def test_rows_in_parts_equal_all_at_once(kernel, part, monkeypatch):
         assert_close(a, b)
 
 
-def test_the_tpu_kernel_of_the_weights_gradient():
-    """Simulated: empty groups give zeros, rows behind the last group count for nothing."""
+def test_megablox_gradient_of_the_weights():
+    """Runs in the interpreter. Empty groups have zeros, rows behind the last group do not count."""
     rng = np.random.default_rng(0)
     sizes = np.array([100, 0, 3, 120], np.int32)
     x, g = (rng.normal(size=(256, n)).astype(np.float32) for n in (128, 256))
@@ -268,7 +273,7 @@ def test_the_tpu_kernel_of_the_weights_gradient():
     ends = np.cumsum(sizes)
     expected = [x[e - n : e].T @ g[e - n : e] for e, n in zip(ends, sizes)]
     np.testing.assert_allclose(ours, expected, atol=1e-3)
-    odd = megablox_dw(x[:250], g[:250], sizes)  # no tile divides 250 rows
+    odd = megablox_dw(x[:250], g[:250], sizes)  # no tile size divides 250 rows
     np.testing.assert_allclose(odd, expected, atol=1e-3)
     low = megablox_dw(x[:250].astype(jnp.bfloat16), g[:250].astype(jnp.bfloat16), sizes)
     assert low.dtype == jnp.float32

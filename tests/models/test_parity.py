@@ -1,5 +1,6 @@
-"""Every family against `transformers`: logits, routes, gradients and greedy continuations of the same
-files.
+"""Every family against `transformers` on the same files.
+
+Compared are logits, routes, gradients and greedy continuations.
 
 Axis letters: P rows, T tokens, D model width, L layers, k experts per token.
 """
@@ -16,20 +17,21 @@ from tests.fixtures import make, routes
 from tests.fixtures.load import CASES, gradients, stored, write
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-ALONE = {  # length of an array with one sequence; where none is given, the packed rows must do
+# Lengths of single sequences that are also compared without packing.
+ALONE = {
     "llama 3/1": 1, "qwen2 3/1 tied": 2, "qwen3 5/1 tied": 65, "qwen3_moe 4/1": 1,
     "qwen3_5_moe 1/2": 63, "qwen3_5_moe 2/2": 1,
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def routes_are_told(monkeypatch):
-    routes.tell(monkeypatch)
+def record_router_choices(monkeypatch):
+    routes.record_choices(monkeypatch)
 
 
 @jax.jit
 def compute(model, tokens, positions, segment_ids):
-    """Gradient of the mean NLL of every sequence's tokens from its second on; (logits, router)."""
+    """Returns the gradient of the mean NLL (each sequence from its second token), (logits, router)."""
 
     def loss(model):
         out = model.hidden(tokens, positions, segment_ids)
@@ -49,10 +51,12 @@ def positions_of(segment_ids):
 
 
 def differences(model, config, record):
-    """Against the record: max |Δ logits|, {tensor: |Δ gradient|, relative}, whether routes are equal.
+    """Compares a model with a record.
 
-    A gradient that is nothing beside the others (that of a router that chooses one expert) is compared
-    with 1e-4 of all of them together.
+    Returns:
+      max |Δ logits|; |Δ gradient| / |gradient| by tensor; whether the routes are equal. The
+      denominator is at least 1e-4 of the norm of all gradients, because some vanish (that of a
+      router with k = 1).
     """
     segments = record["segment_ids"]
     real = segments > 0
@@ -67,7 +71,7 @@ def differences(model, config, record):
         for name, g in theirs.items()
     }
     equal = True
-    if config.experts:  # every call between experts is clear: nothing is left out
+    if config.experts:  # no choice between experts is close, so all are compared
         assert np.min(record["margins"][:, real]) >= routes.MARGIN
         experts = np.sort(router["chosen"]).reshape(record["routes"].shape)
         equal = np.array_equal(experts[:, real], record["routes"][:, real])
@@ -75,7 +79,7 @@ def differences(model, config, record):
 
 
 def continued(model, record):
-    """Our greedy continuation of the record's prompts."""
+    """Returns our greedy continuation of the record's prompts."""
     prompts, new = record["prompts"], record["greedy"].shape[1]
     size = prompts.shape[1]
     sampler = Sampler(model, slots=2, decode_steps=new, prompt_length=size + 3)
@@ -87,10 +91,10 @@ def continued(model, record):
 def assert_same_model(record, directory):
     write(record, directory)
     model, config = from_pretrained(directory)
-    assert 0.3 < np.std(record["logits"]) < 2  # something to get wrong
+    assert 0.3 < np.std(record["logits"]) < 2  # logits vary, so that errors are visible
     logits, grads, routes_are_equal = differences(model, config, record)
     assert routes_are_equal
-    # A DeltaNet's output norm magnifies what is small: float32 errors of both sides come to 5e-5.
+    # A DeltaNet's output norm amplifies small values: float32 errors of both sides reach 5e-5.
     hybrid = config.full_attention_every > 1
     assert logits <= (1e-4 if hybrid else 2e-5)
     limit = 1e-3 if hybrid else 1e-4

@@ -1,4 +1,4 @@
-"""The presets: the published tables, parameter counts, `transformers`' configs, tensors on disk."""
+"""The presets against published tables, parameter counts, `transformers`' configs, tensors on disk."""
 
 import dataclasses
 import functools
@@ -12,10 +12,12 @@ import pytest
 import transformers
 
 from drpo_jax.models import Transformer
-from drpo_jax.models.huggingface import model_rules, read_config, write_config
+from drpo_jax.models.config_json import read_config, write_config
+from drpo_jax.models.huggingface import model_rules
 from drpo_jax.models.presets import PRESETS
 
-# layers, width, heads, kv heads, head width, vocabulary, rope theta, epsilon, tied, q/k norm, q/k/v bias
+# layers, width, heads, kv heads, head width, vocabulary, rope theta, epsilon, tied, q/k norm, q/k/v
+# bias
 TABLE = {
     "qwen3-4b": (36, 2560, 32, 8, 128, 151936, 1e6, 1e-6, True, True, False),
     "qwen3-30b-a3b": (48, 2048, 32, 4, 128, 151936, 1e6, 1e-6, False, True, False),
@@ -23,7 +25,7 @@ TABLE = {
     "r1-distill-qwen-1.5b": (28, 1536, 12, 2, 128, 151936, 1e4, 1e-6, False, False, True),
     "smollm2-135m": (30, 576, 9, 3, 64, 49152, 1e5, 1e-5, True, False, False),
 }
-# dense MLP, or experts, per token, expert width, shared expert width
+# width of the dense MLP; or experts, experts per token, expert width, shared expert width
 MLPS = {
     "qwen3-4b": 9728,
     "qwen3-30b-a3b": (128, 8, 768, 0),
@@ -31,7 +33,7 @@ MLPS = {
     "r1-distill-qwen-1.5b": 8960,
     "smollm2-135m": 1536,
 }
-# all parameters, those that a token meets, tensors of a checkpoint (experts one by one)
+# parameters, active parameters per token, tensors of a checkpoint (one per expert)
 COUNTS = {
     "qwen3-4b": (4.02e9, 4.02e9, 2 + 36 * 11),
     "qwen3-30b-a3b": (30.5e9, 3.3e9, 3 + 48 * (8 + 1 + 3 * 128)),
@@ -47,7 +49,7 @@ CONFIGS = {
     "smollm2-135m": "LlamaConfig",
 }
 NORMS = {"input_layernorm.weight": (2048,), "post_attention_layernorm.weight": (2048,)}
-EXPERTS = {  # the first and the last
+EXPERTS = {  # the first and the last one
     **{f"mlp.experts.{e}.gate_proj.weight": (768, 2048) for e in (0, 127)},
     **{f"mlp.experts.{e}.up_proj.weight": (768, 2048) for e in (0, 127)},
     **{f"mlp.experts.{e}.down_proj.weight": (2048, 768) for e in (0, 127)},
@@ -62,7 +64,7 @@ SHARED = {
     "mlp.shared_expert.down_proj.weight": (2048, 512),
     "mlp.shared_expert_gate.weight": (1, 2048),
 }
-LAYERS = {  # (preset, layer): its tensors as the released files have them
+LAYERS = {  # (preset, layer): tensors in the released files
     ("qwen3-4b", 0): {
         "input_layernorm.weight": (2560,),
         "post_attention_layernorm.weight": (2560,),
@@ -145,13 +147,13 @@ def abstract(name):
 
 @functools.cache
 def tensors(name):
-    """{name on disk: shape} of a checkpoint."""
+    """Returns the shapes of a checkpoint's tensors by name."""
     rules = model_rules(PRESETS[name], abstract(name)).values()
     return {tensor: shape for rule in rules for tensor, shape in rule.tensors().items()}
 
 
 def counted(config):
-    """Parameters by hand: (all, those that one token meets, the embedding's lookup included)."""
+    """Counts parameters by hand: (all, active per token including the embedding)."""
     d, h = config.hidden_size, config.head_dim
     head = 0 if config.tie_embeddings else config.vocab_size * d
     n, k = config.heads * h, config.kv_heads * h
@@ -178,7 +180,7 @@ def counted(config):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_published_tables(name):
+def test_presets_equal_the_published_tables(name):
     c = PRESETS[name]
     sizes = (c.layers, c.hidden_size, c.heads, c.kv_heads, c.head_dim, c.vocab_size, c.rope_theta)
     settings = c.rms_eps, c.tie_embeddings, c.qk_norm, c.attention_bias
@@ -193,7 +195,7 @@ def test_presets_are_the_published_tables(name):
         assert (c.linear_key_dim, c.linear_value_dim, c.linear_conv_kernel) == (128, 128, 4)
 
 
-def test_the_tables_are_whole():
+def test_the_tables_are_complete():
     assert TABLE.keys() == MLPS.keys() == COUNTS.keys() == CONFIGS.keys() == PRESETS.keys()
 
 
@@ -229,7 +231,7 @@ def test_tensors_outside_the_layers(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_config_of_transformers_and_back(name, tmp_path):
+def test_round_trip_through_the_config_of_transformers(name, tmp_path):
     c = PRESETS[name]
     theirs = transformers.AutoConfig.for_model(**write_config(c))
     assert type(theirs).__name__ == CONFIGS[name]
@@ -241,12 +243,12 @@ def test_the_config_of_transformers_and_back(name, tmp_path):
         np.testing.assert_array_equal(np.flatnonzero(kinds), np.arange(3, 40, 4))
     (tmp_path / "config.json").write_text(json.dumps(write_config(c)))
     assert read_config(tmp_path) == c
-    theirs.save_pretrained(tmp_path)  # their dialect, with their defaults filled in
+    theirs.save_pretrained(tmp_path)  # their dialect, with all defaults
     assert read_config(tmp_path) == c
 
 
-def test_the_defaults_of_transformers_are_qwen3_5s(tmp_path):
-    """The class's defaults are the sizes of Qwen3.5-35B-A3B: one table more to agree with."""
+def test_qwen3_5_equals_the_defaults_of_transformers(tmp_path):
+    """The defaults of the config class are the sizes of Qwen3.5-35B-A3B."""
     theirs = transformers.AutoConfig.for_model("qwen3_5_moe_text")
     theirs.save_pretrained(tmp_path)
     preset = dataclasses.replace(PRESETS["qwen3.5-35b-a3b"], rope_theta=1e4)  # the class's default

@@ -33,7 +33,7 @@ def defaults():
     return np.tile(np.arange(T, dtype=np.int32), (B, 1)), np.ones((B, T), np.int32)
 
 
-def test_a_token_sees_itself_and_the_past(model, tokens, defaults):
+def test_a_token_sees_only_itself_and_the_past(model, tokens, defaults):
     changed = tokens.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 64
     before, after = forward(model, tokens, *defaults), forward(model, changed, *defaults)
@@ -44,7 +44,7 @@ def test_a_token_sees_itself_and_the_past(model, tokens, defaults):
 
 
 def test_packed_segments_do_not_see_each_other(model, tokens, defaults):
-    # Rows of 5 and 7 tokens, packed into one; then each where it stands alone.
+    # Two segments of 5 and 7 tokens, packed into each row, then each on its own.
     segments = np.repeat([[1, 2]] * B, [5, 7], axis=1).astype(np.int32)
     positions = np.tile(np.r_[0:5, 0:7].astype(np.int32), (B, 1))
     packed = forward(model, tokens, positions, segments)
@@ -83,7 +83,7 @@ def test_padding_reaches_no_router_statistic(tokens):
 
 
 def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults):
-    """Two chunks of right-aligned rows, one of them shorter; then a ring that begins anywhere."""
+    """Prefills right-aligned rows of two lengths in two chunks, then decodes in a ring."""
     full, chunk, columns, clock = forward(model, tokens, *defaults), 3, 70, 67
     lengths = np.array([6, 4])
     rows = np.stack([tokens[0][:6], [0, 0, *tokens[1][:4]]])
@@ -101,7 +101,7 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
         model.logits(out.hidden[:, -1]), full[np.arange(B), lengths - 1], atol=1e-5
     )
     rings = model.empty_caches(B, columns)
-    rings = jax.tree.map(lambda x: x + 1e3, rings)  # nobody may read what was not written
+    rings = jax.tree.map(lambda x: x + 1e3, rings)  # columns that were not written must not be read
     for slot in range(B):
         of_slot = lambda cache: jax.tree.map(lambda x: x[slot], cache)  # noqa: E731, B023
         rings = [ring.put(slot, of_slot(kv), clock) for ring, kv in zip(rings, caches)]
@@ -118,7 +118,7 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
         logits, rings = decode(*args)
         np.testing.assert_allclose(logits, full[np.arange(B), lengths], atol=1e-5)
         clock, lengths = (clock + 1) % columns, lengths + 1
-        if lengths[0] == 8:  # in the middle, to another size
+        if lengths[0] == 8:  # resize in the middle
             rings, clock = [ring.resized(clock, 66, True) for ring in rings], min(columns, 66) % 66
             columns = 66
 
@@ -144,8 +144,8 @@ def loss_and_grads(model, tokens, compute):
     return jax.jit(jax.value_and_grad(loss))(model)
 
 
-def test_remat_recomputes_what_it_says(tokens):
-    """Matmuls in the backward pass: as many with "dots" as with "none", more with "full"."""
+def test_remat_recomputes_as_documented(tokens):
+    """The backward pass has as many matmuls with "dots" as with "none", and more with "full"."""
     model = new_model("dense")
 
     def matmuls(remat):
@@ -165,4 +165,4 @@ def test_bfloat16_compute_keeps_float32_weights_and_logits(model, tokens, defaul
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
     exact = forward(model, tokens, *defaults)
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < 0.15  # a router may choose otherwise
+    assert 1e-4 < error < 0.15  # a router may select other experts

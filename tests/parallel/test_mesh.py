@@ -4,7 +4,7 @@ import pytest
 from drpo_jax.parallel import MESH_AXES, make_mesh
 
 
-def test_one_axis_takes_the_rest():
+def test_one_axis_takes_the_remaining_devices():
     assert jax.device_count() == 8  # tests/conftest.py
     assert dict(make_mesh().shape) == dict(zip(MESH_AXES, (8, 1, 1, 1)))
     assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == dict(zip(MESH_AXES, (2, 2, 1, 2)))
@@ -23,6 +23,6 @@ def test_one_axis_takes_the_rest():
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit_are_explained(sizes, message):
+def test_wrong_sizes_raise(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(**sizes)

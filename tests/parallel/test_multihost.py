@@ -1,4 +1,4 @@
-"""Real processes on this machine, of four CPU devices each."""
+"""Runs of real processes on this machine, with four CPU devices each."""
 
 import os
 import re
@@ -11,13 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
 
 from drpo_jax.parallel import multihost
 
 ROOT = Path(__file__).parents[2]
 HOST = re.escape(socket.gethostname())
 
-# What each process runs first; the numbers it was started with are in sys.argv.
+# The beginning of every process's program.
 START = """
 import sys, time
 import jax, numpy as np
@@ -29,8 +30,11 @@ me = multihost.process_id()
 
 
 def start(program, environments):
-    """Runs `program` in one process for each environment. → (exit status, output) of each, and
-    when each ended, by number."""
+    """Runs `program` in one process per environment.
+
+    Returns:
+      A list of (exit status, output), and a dictionary from process number to end time in seconds.
+    """
     common = {
         name: value
         for name, value in os.environ.items()
@@ -64,7 +68,7 @@ def start(program, environments):
 
 
 def numbered(count):
-    """The environments of `count` processes."""
+    """Returns the environments of `count` processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return [
@@ -77,7 +81,7 @@ def numbered(count):
     ]
 
 
-def test_two_processes_are_one_run_and_name_who_is_missing():
+def test_two_processes_form_one_run_and_name_missing_processes():
     program = (
         START
         + """
@@ -111,7 +115,7 @@ else:
 large = multihost.gather("large", value=np.full(2**20, me, np.float32))  # 4 MB
 assert all((part["value"] == i).all() for i, part in enumerate(large))
 multihost.barrier("all here", 10)
-client = multihost.distributed.global_state.client
+client = multihost.jax_internals.client()
 names = ("parts/2", "right/0", "wrong/0", "large/0", "all here/0")
 kept = {key.rsplit("/", 1)[0] for key, _ in client.key_value_dir_get_bytes("drpo_jax/gather/")}
 assert kept == {f"drpo_jax/gather/{n}" for n in names}, kept
@@ -125,33 +129,33 @@ except multihost.MissingProcess as error:
 assert me or time.monotonic() - started < 2
 time.sleep(2 - 2 * me)
 if me == 1:
-    raise KeyError("a defect")  # leaves at once, though process 0 has not ended
+    raise KeyError("a defect")  # exits immediately although process 0 is still running
 time.sleep(3)
 multihost.leave(3)
 """
     )
     ((status_0, output_0), (status_1, output_1)), ended = start(program, numbered(2))
     assert (status_0, status_1) == (3, 1), output_0 + output_1
-    assert ended[1] < ended[0] - 2  # process 1 has not waited for process 0
+    assert ended[1] < ended[0] - 2  # process 1 did not wait for process 0
     missing = (
-        rf"'one is late': process 1 \({HOST}\) of 2 did not come within 1 seconds; .*\(This is"
+        rf"'one is late': process 1 \({HOST}\) of 2 did not arrive within 1 seconds; .*\(This is"
     )
     assert re.search(missing + r" process 0\.\)", output_0), output_0
-    assert "'one is late': process 1 came when the others had given up" in output_1
+    assert "'one is late': process 1 arrived after the others had timed out" in output_1
     assert "KeyError: 'a defect'" in output_1
 
 
-def test_start_names_the_missing_process():
+def test_start_names_missing_processes():
     program = START.replace("initialize()", "initialize(3)")
     for status, output in start(program, numbered(3)[:2])[0]:
-        assert status < 0  # jax aborts
+        assert status < 0  # jax aborts the process
         assert re.search(
             r"reached the barrier: 2/3.*timed out task names:\s+2\b", output, re.DOTALL
         )
 
 
 def test_hosts_of_a_tpu_slice_find_each_other():
-    """As GKE describes them to jax; the devices stay those of the CPU."""
+    """The environment is that of a GKE slice; the devices are CPU devices."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     program = START.replace(
@@ -178,7 +182,7 @@ def test_hosts_of_a_tpu_slice_find_each_other():
     ]
 
 
-GIVEN = {
+ENVIRONMENT = {
     "JAX_COORDINATOR_ADDRESS": "host:1",
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": "0",
@@ -196,14 +200,17 @@ GIVEN = {
             {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"},
             "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES set, but not JAX_PROCESS_ID",
         ),
-        (GIVEN | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2: there is no"),
-        (GIVEN | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: there is no such"),
-        (GIVEN | {"JAX_COORDINATOR_ADDRESS": "host"}, "ADDRESS=host: there is no port"),
+        (
+            ENVIRONMENT | {"JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2: there is no",
+        ),
+        (ENVIRONMENT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: there is no such"),
+        (ENVIRONMENT | {"JAX_COORDINATOR_ADDRESS": "host"}, "ADDRESS=host: there is no port"),
     ],
     ids=str,
 )
-def test_wrong_environment_is_explained(monkeypatch, environment, message):
-    for name in GIVEN:
+def test_invalid_environment_raises(monkeypatch, environment, message):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -211,14 +218,15 @@ def test_wrong_environment_is_explained(monkeypatch, environment, message):
         multihost.initialize()
 
 
-def test_a_process_alone_needs_nobody(monkeypatch):
-    for name in GIVEN:
+def test_a_single_process_needs_no_coordinator(monkeypatch):
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     multihost.initialize()
-    monkeypatch.setattr(multihost.GkeTpuCluster, "is_env_present", lambda: True)
-    monkeypatch.setattr(multihost.GkeTpuCluster, "get_process_count", lambda: 2)
-    for name, value in (GIVEN | {"JAX_NUM_PROCESSES": "1"}).items():
-        monkeypatch.setenv(name, value)  # which decides also on a TPU
+    monkeypatch.setattr(GkeTpuCluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(GkeTpuCluster, "get_process_count", lambda: 2)
+    assert multihost.jax_internals.tpu_cluster() == "gketpu"
+    for name, value in (ENVIRONMENT | {"JAX_NUM_PROCESSES": "1"}).items():
+        monkeypatch.setenv(name, value)  # takes precedence over the TPU
     multihost.initialize()
     assert multihost.is_main() and multihost.process_count() == 1
     multihost.barrier("alone")
@@ -233,7 +241,7 @@ def test_a_process_alone_needs_nobody(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_shares_are_even_and_make_up_the_whole(monkeypatch, count):
+def test_shares_are_even_and_add_up_to_the_whole(monkeypatch, count):
     monkeypatch.setattr(multihost, "process_count", lambda: count)
     for length in (0, 1, 7, 24):
         parts = []

@@ -26,7 +26,7 @@ GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
 @pytest.fixture(scope="module")
 def model():
     model = jax.jit(lambda key: Transformer(CONFIG, key))(jax.random.key(1))
-    model.lm_head[...] = 2 * model.lm_head[...]  # a distribution with something to choose
+    model.lm_head[...] = 2 * model.lm_head[...]  # sharper, so that tokens differ in probability
     return model
 
 
@@ -44,7 +44,7 @@ def rollouts(sampler):
 
 
 def learner_trace(model, rollouts, temperature):
-    """The learner's own TokenTrace of sampled responses."""
+    """Returns the learner's TokenTrace of sampled responses."""
     settings = UpdateSettings(likelihood, "token-mean", 1, temperature=temperature)
     lengths = rollouts.prompt_lengths, rollouts.response_lengths
     layout = lay_out(*lengths, width=rollouts.tokens.shape[1])
@@ -58,7 +58,7 @@ def test_logprobs_equal_the_learners(model, rollouts):
     logp = np.asarray(learner_trace(model, rollouts, PARAMS.temperature).logp)
     assert mask.sum() > 40
     assert np.max(np.abs(rollouts.full_logp - logp)[mask]) <= 2e-5
-    # Of the filtered distribution, which has lost mass:
+    # The filters remove mass, so the remaining tokens become more likely.
     gap = (rollouts.sampled_logp - rollouts.full_logp)[mask]
     assert np.all(gap >= -1e-6) and np.max(gap) > 1e-3
     assert not np.any(rollouts.sampled_logp[~mask]) and not np.any(rollouts.full_logp[~mask])
@@ -76,7 +76,9 @@ def test_top_logprobs_are_recorded(model, rollouts):
     np.testing.assert_allclose(trace.topk_logp[mask], more.top_logp[mask], atol=2e-5)
     rows = more.tokens[np.arange(len(more))[:, None], more.prompt_lengths[:, None] + np.arange(9)]
     among = more.top_ids == rows[..., None]
-    assert np.all(among.sum(-1)[mask] == 1)  # the sampled token, in the last place if need be
+    assert np.all(
+        among.sum(-1)[mask] == 1
+    )  # the sampled token, in the last place if it is unlikely
     assert np.any(np.diff(more.top_logp[mask][:, 1:]) < -0.5)
     sampled = np.where(among, more.top_logp, 0).sum(-1)
     np.testing.assert_allclose(sampled[mask], more.full_logp[mask], atol=1e-6)
@@ -99,11 +101,11 @@ def test_rows_are_prompt_then_response_in_the_order_of_the_prompts(rollouts):
         assert rollouts.finished[row] or length == PARAMS.max_tokens
         assert response == (sampled[:-1] if rollouts.finished[row] else sampled)
         distinct.add((row // PARAMS.samples, *sampled))
-    assert len(distinct) >= n - 1  # the samples of a group differ (two may both end at once)
+    assert len(distinct) >= n - 1  # the samples of a group differ, but two may both end at once
     assert 0 < rollouts.finished.sum() < n
 
 
-def test_tokens_depend_on_the_seed_alone(model, sampler, rollouts):
+def test_tokens_depend_only_on_the_seed(model, sampler, rollouts):
     other = Sampler(model, slots=12, decode_steps=9, prompt_length=8)
     assert_same(other.generate(PROMPTS, PARAMS, KEY), rollouts)
     assert_same(sampler.generate(PROMPTS, PARAMS, KEY), rollouts)
@@ -151,13 +153,12 @@ def test_a_stop_token_first_and_a_single_token(model, sampler):
     assert rollouts.tokens.shape == (1, 9)
 
 
-def test_a_float8_cache_rounds_keys_and_values_alone(model, rollouts):
+def test_a_float8_cache_rounds_only_keys_and_values(model, rollouts):
     new = partial(Sampler, model, slots=6, decode_steps=5, prompt_length=8, float8_cache=True)
     ours = new().generate(PROMPTS, PARAMS, KEY)
     first = ours.sampled_logp[:, 0]
-    np.testing.assert_allclose(
-        first, rollouts.sampled_logp[:, 0], atol=2e-5
-    )  # prefill has none of it
+    # Prefill does not use the float8 cache.
+    np.testing.assert_allclose(first, rollouts.sampled_logp[:, 0], atol=2e-5)
     same = np.all(ours.tokens == rollouts.tokens, axis=1)
     gap = np.abs(ours.full_logp - rollouts.full_logp)[same & (rollouts.response_lengths > 2)]
     assert same.sum() >= 3 and 1e-3 < gap[gap > 0].mean() < 0.1
@@ -179,7 +180,7 @@ def test_every_response_may_have_its_own_limit(model, sampler, rollouts):
             sampler.generate(PROMPTS, PARAMS, KEY, wrong)
 
 
-def test_bad_prompts_are_named(sampler):
+def test_bad_prompts_raise(sampler):
     for prompts, message in (
         ([], "no prompts"),
         ([[1], []], "prompt 1 has 0 tokens; it must have between 1 and 8"),
@@ -210,11 +211,11 @@ def test_prompts_may_be_an_array(sampler):
     "params, message",
     [
         ({"top_logprobs": 65}, "top_logprobs = 65: the vocabulary has 64 tokens"),
-        ({"stop": (3, 64)}, r"stop = \[64\]: the model's token ids end with 63"),
+        ({"stop": (3, 64)}, r"stop = \[64\]: the model's token ids are 0 to 63"),
         ({"routes": True}, "routes: the model is dense, there are no experts to record"),
     ],
 )
-def test_what_the_model_cannot_serve_is_named(params, message):
+def test_params_that_do_not_fit_the_model_raise(params, message):
     sampler = Sampler(jax.eval_shape(lambda: Transformer(DENSE, KEY)), slots=2)
     with pytest.raises(ValueError, match=message):
         sampler.generate([[1]], SamplingParams(4, **params), KEY)
@@ -227,7 +228,7 @@ def test_sizes_of_a_sampler_are_checked(model, name):
             Sampler(model, **{"slots": 2, name: value})
 
 
-def test_what_is_no_model_and_no_compute_is_named(model):
+def test_wrong_types_of_model_and_compute_raise(model):
     with pytest.raises(ValueError, match="takes a Transformer .* got tuple"):
         Sampler((model, CONFIG), slots=2)
     with pytest.raises(ValueError, match="compute must be a models.Compute, .* got 'bfloat16'"):
@@ -240,11 +241,17 @@ def test_places_are_checked(sampler):
             sampler.stream([[1], [2]], PARAMS, KEY, places=places)
 
 
-def test_meshes_that_do_not_divide_are_named(model):
+def test_meshes_that_do_not_divide_raise(model):
     prompts = [[1, 2]]
     for sizes, message in (
-        (dict(data=4, tensor=2), r"slots = 6 must be a multiple of data·fsdp·expert = 4"),
-        (dict(data=2, tensor=4), "tensor = 4 of the mesh must divide the model's 2 kv_heads"),
+        (
+            dict(data=4, tensor=2),
+            r"slots = 6 .*sampler.slots. must be a multiple of data·fsdp·expert = 4",
+        ),
+        (
+            dict(data=2, tensor=4),
+            "mesh.tensor = 4 must divide the model's 2 kv_heads .config field model.kv_heads",
+        ),
     ):
         with jax.set_mesh(make_mesh(**sizes)), pytest.raises(ValueError, match=message):
             Sampler(model, slots=6).generate(prompts, PARAMS, KEY)
@@ -260,8 +267,10 @@ LONG = SamplingParams(max_tokens=40, samples=4, stop=tuple(range(6)))
 
 @pytest.mark.parametrize("slots, steps, chunk", [(2, 16, 8), (24, 7, 3)])
 def test_refilled_slots_change_no_response(model, slots, steps, chunk):
-    """Lengths of 1 to 40: slots are refilled at all times, rings grow and shrink, chunks begin
-    anywhere; and a response is what it is alone."""
+    """Responses equal those sampled without refilling, for lengths from 1 to 40.
+
+    Slots are refilled at any time, rings grow and shrink, and chunks begin at any column.
+    """
     prompts = [[i + 7] * (1 + i % 8) for i in range(9)]
     ours = Sampler(model, slots=slots, decode_steps=steps, prompt_length=8, prefill_chunk=chunk)
     rollouts = ours.generate(prompts, LONG, KEY)
@@ -270,23 +279,25 @@ def test_refilled_slots_change_no_response(model, slots, steps, chunk):
     assert_same(rollouts, alone.generate(prompts, LONG, KEY))
     counted = ours.read_statistics()
     assert counted["response_tokens"] == rollouts.response_lengths.sum()
-    assert counted["live_rows"] == counted["response_tokens"] - 36  # the first ones are prefill's
+    assert (
+        counted["live_rows"] == counted["response_tokens"] - 36
+    )  # prefill samples the first tokens
     assert counted["busy_live_rows"] >= 0.85 * slots * counted["busy_steps"]
     assert ours.compilations() <= ours.most_compilations(LONG)
 
 
-def test_order_of_completion_and_leaving_early(model):
+def test_order_of_completion_and_abandoned_streams(model):
     prompts, sampler = [[i + 7] * 3 for i in range(9)], Sampler(model, slots=8, prompt_length=8)
     whole = sampler.generate(prompts, LONG, KEY)
     order = [i for i, _ in sampler.stream(prompts, LONG, KEY)]
     assert sorted(order) == list(range(9)) != order
     stream = sampler.stream(prompts, LONG, KEY)
     first, group = next(stream)
-    stream.close()  # as an interruption would
+    stream.close()  # as an interrupt would
     rows = slice(first * LONG.samples, (first + 1) * LONG.samples)
     np.testing.assert_array_equal(group.tokens, whole.tokens[rows])
     assert_same(sampler.generate(prompts, LONG, KEY), whole)
-    some = [7, 2]  # those of a longer list
+    some = [7, 2]  # places in a longer list
     for i, group in sampler.stream([prompts[p] for p in some], LONG, KEY, places=some):
         rows = slice(some[i] * LONG.samples, (some[i] + 1) * LONG.samples)
         assert_same(group, Rollouts(*(getattr(whole, f)[rows] for f in FIELDS)))
@@ -296,12 +307,12 @@ def test_order_of_completion_and_leaving_early(model):
 FIELDS = [field.name for field in dataclasses.fields(Rollouts)]
 
 
-def test_new_weights_end_what_the_old_ones_began(model):
+def test_loading_weights_ends_calls_in_progress(model):
     sampler = Sampler(model, slots=4, prompt_length=8)
     stream = sampler.stream([[9]] * 5, LONG, KEY)
     next(stream)
     sampler.load(model, version=17)
-    with pytest.raises(RuntimeError, match="weights were replaced while responses were under way"):
+    with pytest.raises(RuntimeError, match="weights were replaced while responses were in flight"):
         list(stream)
     rollouts = sampler.generate([[9]], LONG, KEY)
     assert rollouts.version.tolist() == [17] * 4
@@ -311,7 +322,7 @@ def test_new_weights_end_what_the_old_ones_began(model):
 
 
 def test_permuted_rows_change_no_bit_of_a_program(model):
-    """What a row samples in one compiled function is independent of its place among the rows."""
+    """In one compiled function, what a row samples does not depend on its index."""
     slots, columns = 6, 12
     state = empty_slots(model, slots, columns, compute=Compute())
     rng = np.random.default_rng(0)
@@ -329,39 +340,55 @@ def test_permuted_rows_change_no_bit_of_a_program(model):
 
     rng_of = np.random.default_rng
     run = jax.jit(partial(decode, room=5, params=LONG, compute=Compute()))
-    told = [
+    rounds = [
         run(model, filled(o), KEY, np.int32(5), np.int32(0))[1] for o in (np.arange(slots), order)
     ]
-    assert told[0].live.sum() > 12
-    for a, b in zip(*map(jax.tree.leaves, told), strict=True):
+    assert rounds[0].live.sum() > 12
+    for a, b in zip(*map(jax.tree.leaves, rounds), strict=True):
         np.testing.assert_array_equal(np.asarray(a)[:, order], b)
 
 
 def test_routes_are_those_of_the_model_and_can_be_replayed(model, rollouts):
     params = dataclasses.replace(PARAMS, routes=True)
     sampler = Sampler(model, slots=6, decode_steps=5, prompt_length=8, prefill_chunk=3)
-    found = sampler.generate(PROMPTS, params, KEY)
-    assert_same(found, rollouts)
-    assert rollouts.routes.shape[-1] == 0 and found.routes.dtype == np.int16
-    lengths = found.prompt_lengths + found.response_lengths
-    read = np.arange(found.tokens.shape[1]) < lengths[:, None] - 1  # the last token is never read
-    assert np.all((found.routes >= 0) == read[..., None, None])
-    segments = (np.arange(found.tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+    ours = sampler.generate(PROMPTS, params, KEY)
+    assert_same(ours, rollouts)
+    assert rollouts.routes.shape[-1] == 0 and ours.routes.dtype == np.int16
+    lengths = ours.prompt_lengths + ours.response_lengths
+    read = (
+        np.arange(ours.tokens.shape[1]) < lengths[:, None] - 1
+    )  # the model never reads the last token
+    assert np.all((ours.routes >= 0) == read[..., None, None])
+    segments = (np.arange(ours.tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     visit = jax.jit(lambda *a: model.hidden(a[0], segment_ids=a[1], routes=a[2], record=True))
-    free = visit(found.tokens, segments, np.full_like(found.routes, -1))
+    free = visit(ours.tokens, segments, np.full_like(ours.routes, -1))
     own = np.moveaxis(np.asarray(free.experts), 0, 2)
-    np.testing.assert_array_equal(np.sort(own[read]), np.sort(found.routes[read]))
+    np.testing.assert_array_equal(np.sort(own[read]), np.sort(ours.routes[read]))
     assert free.router["replayed"].sum() == 0
-    held = visit(found.tokens, segments, found.routes)
+    held = visit(ours.tokens, segments, ours.routes)
     np.testing.assert_allclose(held.hidden[read], free.hidden[read], atol=1e-5)
     assert held.router["replayed"].sum() == 2 * 2 * read.sum()
     assert held.router["changed"].sum() == 0
-    turned = np.where(found.routes >= 0, (found.routes + 1) % CONFIG.experts, -1)
-    other = visit(found.tokens, segments, turned)
+    turned = np.where(ours.routes >= 0, (ours.routes + 1) % CONFIG.experts, -1)
+    other = visit(ours.tokens, segments, turned)
     np.testing.assert_array_equal(np.moveaxis(np.asarray(other.experts), 0, 2)[read], turned[read])
     assert other.router["changed"].sum() > 0.3 * other.router["replayed"].sum()
     metrics = router_metrics(other.router)
     assert 0.3 < metrics["router/changed"] <= 1
+
+
+def test_repr_is_a_summary(rollouts):
+    tokens, finished = rollouts.response_lengths.mean(), rollouts.finished.sum()
+    assert repr(rollouts) == (
+        f"Rollouts(15 responses to 5 prompts, {tokens:.1f} tokens on average, {finished} finished)"
+    )
+
+    def rows(*index):
+        return Rollouts(*(getattr(rollouts, f)[list(index)] for f in FIELDS))
+
+    assert repr(rows(4)).startswith("Rollouts(1 response to 1 prompt, ")
+    assert repr(rows(0, 3, 1, 6)).startswith("Rollouts(4 responses to 3 prompts, ")
+    assert repr(rows()) == "Rollouts(no responses)"
 
 
 def test_ring_sizes():
@@ -370,8 +397,8 @@ def test_ring_sizes():
     assert long[-1] == 8192 and len(long) < 30 and all(a < b for a, b in zip(long, long[1:]))
 
 
-def test_a_mesh_samples_the_same_and_compiles_no_more(rollouts):
-    """Slots on two devices, heads and vocabulary on the other two."""
+def test_a_mesh_samples_the_same_without_more_compilations(rollouts):
+    """Slots are split over two devices; heads and vocabulary over two more."""
     mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
     params = dataclasses.replace(LONG, samples=3)
     prompts = [[i + 7] * (1 + i % 8) for i in range(6)]

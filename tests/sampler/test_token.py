@@ -22,7 +22,10 @@ DRAWS = 4000
         ({"top_p": 0.6}, 2),
         ({"top_p": 0.66}, 3),
         ({"top_p": 0.01}, 1),
-        ({"top_k": 4, "top_p": 0.85}, 3),  # top-p of what top-k kept: 0.8 / 0.9 ≥ 0.85
+        (
+            {"top_k": 4, "top_p": 0.85},
+            3,
+        ),  # top-p applies to the tokens that top-k keeps: 0.8 / 0.9 ≥ 0.85
         ({"temperature": 2.0}, 6),
         ({"temperature": 0.5, "top_p": 0.6}, 1),  # 0.4² / Σp² = 0.61
     ],
@@ -30,7 +33,7 @@ DRAWS = 4000
 )
 def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters, kept):
     params = SamplingParams(max_tokens=1, **filters)
-    order = np.array([3, 0, 5, 1, 4, 2])  # not sorted
+    order = np.array([3, 0, 5, 1, 4, 2])  # unsorted
     full = PROBABILITIES[order] ** (1 / params.temperature)
     full /= full.sum()
     filtered = np.where(full >= np.sort(full)[-kept], full, 0.0)
@@ -47,7 +50,7 @@ def test_frequencies_and_logprobs_are_those_of_the_filtered_distribution(filters
     assert not np.any(counts[expected == 0])
     held = expected > 0
     chi_square = np.sum((counts - expected)[held] ** 2 / expected[held])
-    assert chi_square < 25  # at most 5 degrees of freedom: one in 10,000
+    assert chi_square < 25  # exceeded once in 10,000 runs with 5 degrees of freedom
 
 
 def test_filters_keep_ties_at_the_border():
@@ -96,14 +99,14 @@ def test_top_logprobs_are_those_of_the_unfiltered_distribution():
     + [("temperature", "1"), ("routes", "yes"), ("stop", ("</s>",)), ("stop", (-1,))]
     + [("stop", (None,)), ("stop", (2.0,))],
 )
-def test_params_out_of_range_are_named(field, value):
+def test_params_out_of_range_raise(field, value):
     with pytest.raises(ValueError) as error:
         SamplingParams(**{"max_tokens": 4, field: value})
     assert str(error.value).startswith(f"SamplingParams.{field} must be ")
     assert str(error.value).endswith(f", got {value!r}")
 
 
-def test_stop_tokens_may_come_in_any_sequence_or_alone():
+def test_stop_takes_any_sequence_or_a_single_token():
     for stop in ([5, 6], np.array([5, 6]), (5, 6)):
         assert SamplingParams(4, stop=stop) == SamplingParams(4, stop=(5, 6))
         assert hash(SamplingParams(4, stop=stop)) == hash(SamplingParams(4, stop=(5, 6)))
@@ -113,7 +116,7 @@ def test_stop_tokens_may_come_in_any_sequence_or_alone():
 def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
     logits = jax.random.normal(jax.random.key(1), (8, 24))
     uniform = jax.random.uniform(jax.random.key(2), 8)
-    # More than a shard of 6 has.
+    # A shard holds 6 tokens, fewer than top_k and top_logprobs.
     params = SamplingParams(max_tokens=1, top_k=7, top_p=0.8, top_logprobs=9)
     expected = jax.jit(sample_token, static_argnums=2)(logits, uniform, params)
     mesh = make_mesh(data=2, tensor=4)
@@ -124,23 +127,23 @@ def test_top_tokens_and_filters_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_draws_find_the_token_in_a_large_vocabulary():
-    """One in thousands, in the blocks and on the shards of a mesh; those without mass never."""
+def test_draws_from_a_large_vocabulary():
+    """Also across blocks and shards of a mesh; tokens without mass are never drawn."""
     vocabulary, rows = 4 * 700, 8
     rng = np.random.default_rng(0)
     mass = rng.exponential(size=(rows, vocabulary)).astype(np.float32)
     mass[rng.random(mass.shape) < 0.7] = 0
-    mass[0, :2000] = 0  # whole blocks and shards of nothing
+    mass[0, :2000] = 0  # empty blocks and shards
     mass[1] = np.eye(vocabulary)[2799]
     mesh = make_mesh(data=2, tensor=4)
     total = np.cumsum(mass.astype(np.float64), axis=1)
     for uniform in (0.0, 1e-7, 0.3, 0.77777, 1 - 2**-23):
         at = np.full(rows, uniform, np.float32)
-        found = np.asarray(jax.jit(draw)(mass, at))
+        index = np.asarray(jax.jit(draw)(mass, at))
         with jax.set_mesh(mesh):
             placed = jax.device_put(mass, NamedSharding(mesh, PartitionSpec("data", "tensor")))
-            np.testing.assert_array_equal(jax.jit(draw)(placed, at), found)
-        picked = np.arange(rows), found
+            np.testing.assert_array_equal(jax.jit(draw)(placed, at), index)
+        picked = np.arange(rows), index
         assert np.all(mass[picked] > 0)
         target = uniform * total[:, -1]
         slack = 3e-7 * total[:, -1]

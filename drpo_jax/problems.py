@@ -231,8 +231,8 @@ def _checked(config, tokenizer, problems, where, advice) -> list[EncodedProblem]
         raise ValueError(
             f"{where}: {len(too_long)} of {len(encoded)} prompts are longer than "
             f"sampler.max_prompt_length = {limit} tokens; the longest has {max(lengths)}. The first "
-            f"one is that of problem {encoded[i].id!r} with {lengths[i]} tokens: "
-            f"{encoded[i].prompt[:60]!r}. Raise the limit to {max(lengths)}, or {advice}"
+            f"is problem {encoded[i].id!r} with {lengths[i]}: {encoded[i].prompt[:60]!r}. Raise the "
+            f"limit to {max(lengths)}, or {advice}"
         )
     for problem, ok in zip(encoded, _rewardable(config, encoded)):
         if not ok:

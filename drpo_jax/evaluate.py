@@ -25,7 +25,7 @@ from drpo_jax.evaluation import files, in_order, sample_heldout, source
 from drpo_jax.evaluation.accuracy import by_problem
 from drpo_jax.evaluation.tables import Progress, accuracy_table
 from drpo_jax.parallel import multihost
-from drpo_jax.rewards import ANSWER
+from drpo_jax.rewards import get_reward
 
 SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
@@ -57,7 +57,7 @@ def main(config, workdir, shard="1/1", step=None):
         print(f"shard {shard} is done; the same command without --shard joins the shards")
         return
     responses = in_order(run, file.responses)
-    problems = by_problem(responses, ANSWER.get(config.reward.name, str.strip))
+    problems = by_problem(responses, get_reward(config.reward.name).extract)
     result = files.write_results(workdir, folder, settings, responses, problems)
     print(f"{checkpoint}: accuracy ({settings['sets']}), % (95 % interval)\n")
     print(accuracy_table(result["accuracy"]))

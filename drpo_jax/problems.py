@@ -1,115 +1,143 @@
-"""The problems of a run: what it trains on, what it is judged on, and the checks before it starts."""
+"""The problems of a run: what it trains on, what it is evaluated on, and the checks before it starts."""
 
 import dataclasses
 import hashlib
-from types import SimpleNamespace
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from drpo_jax import data, rewards
+from drpo_jax.data import CharTokenizer, EncodedProblem, Problem, ProceduralTask, TextTokenizer
+
+Tokenizer = CharTokenizer | TextTokenizer
+
+_HASH = "hash of the problems: "
 
 
 class Problems(NamedTuple):
-    """What `load` gives.
+    """The problems of a run.
 
     Attributes:
-      train: a procedural task, or a list of `Problem`; None where it was not asked for.
-      heldout: list of `Problem`.
-      report: text: what was dropped and why, what the training problems share with the held-out ones,
-        and a hash of them all; "" for a procedural task.
+      train: a procedural task, or the problems of a file or data set; None if they were not needed.
+      heldout: the problems to evaluate on.
+      report: what was dropped and why, the n-grams that training and held-out problems share, and a
+        hash of all problems, as text; empty for a procedural task.
     """
 
-    train: object
-    heldout: list
+    train: ProceduralTask | list[EncodedProblem] | None
+    heldout: list[EncodedProblem]
     report: str
 
 
-def load(config, tokenizer, train=True) -> Problems:
-    """The problems that `config.data` and `config.evaluate` name.
+def load(config: ConfigDict, tokenizer: Tokenizer, train: bool = True) -> Problems:
+    """Loads and checks the problems that `config.data` and `config.evaluate` name.
+
+    Prompts are encoded here, once. `encode` returns the token ids that the problems carry.
 
     Args:
-      train: False where only the held-out problems are needed: with `evaluate.sets`, the training
-        problems are then not even read.
+      config: a resolved config.
+      tokenizer: the tokenizer of the model.
+      train: whether training problems are needed. With `evaluate.sets` and without `train`, they
+        are not even read.
 
     Raises:
-      ValueError: a bad file (with file, line and field), too few problems, a prompt that is too long
-        or an answer that can never be rewarded (where `data.filter` does not drop such problems).
-      OSError: a file that cannot be read.
+      ValueError: a malformed file (with file, line and field), too few problems, or a problem that
+        cannot be used (too long, or with an answer that no response can match) and that
+        `data.filter` does not drop.
+      OSError: a file cannot be read.
     """
-    asked, heldout = config.evaluate.problems, evaluation_sets(config)
-    for name, some in heldout.items():
-        _check(config, tokenizer, some, name, "mend it or remove it")
-    listed = [problem for some in heldout.values() for problem in some]
-    if heldout and not train:
-        return Problems(None, listed, "")
-    if not config.data.problems:
-        task = data.TASKS[config.data.task](config.data)
-        if not heldout:
-            listed = task.sample(config.seed, 0, asked, "heldout")
-            _check(config, tokenizer, listed, "the held-out problems", "change the task")
-        return Problems(task, listed, "")
-    where = config.data.problems
-    found = _load(where, "data.problems")
-    report = f"{where}: {len(found):,} problems\n"
-    held_out = set() if heldout else _held_out(config, found)
-    if config.data.filter == "none":
-        _check(config, tokenizer, found, where, "mend it, remove it, or let data.filter drop it")
-        kept = found
+    sets = {
+        name: _checked(config, tokenizer, problems, name, "fix or remove the problem")
+        for name, problems in _evaluation_sets(config).items()
+    }
+    heldout = [problem for problems in sets.values() for problem in problems]
+    if sets and not train:
+        return Problems(None, heldout, "")
+    if config.data.problems:
+        return _load_training_file(config, tokenizer, sets)
+    task = data.TASKS[config.data.task](config.data)
+    if not sets:
+        sampled = task.sample(config.seed, 0, config.evaluate.problems, "heldout")
+        heldout = _checked(config, tokenizer, sampled, "the held-out problems", "change the task")
+    return Problems(task, heldout, "")
+
+
+def encode(
+    config: ConfigDict, tokenizer: Tokenizer, problems: Iterable[Problem]
+) -> list[list[int]]:
+    """Returns the token ids of the prompts that the model receives.
+
+    Problems from `load` already carry them. Others, such as a batch of a procedural task, are
+    encoded now.
+    """
+    return [
+        list(p.token_ids if isinstance(p, EncodedProblem) else _token_ids(config, tokenizer, p))
+        for p in problems
+    ]
+
+
+def same_problems(report: str, other: str) -> bool:
+    """Returns whether two reports of `load` describe the same problems, whatever their wording."""
+    return _fingerprint(report) == _fingerprint(other)
+
+
+def _fingerprint(report):
+    return report.rpartition(_HASH)[2].split()[:1]
+
+
+# -------------------------------------------------------------------------------- files and data sets
+
+
+def _load_training_file(config, tokenizer, sets) -> Problems:
+    """Loads `data.problems`.
+
+    Args:
+      sets: {name: problems} of `evaluate.sets`. If empty, a part of the file is held out instead.
+    """
+    name = config.data.problems
+    problems = _read(name, "data.problems")
+    heldout_ids = set() if sets else _heldout_ids(config, problems)
+    usable, filtered = _usable(config, tokenizer, problems)
+    report = f"{name}: {len(problems):,} problems\n{filtered}"
+    if sets:
+        train, overlap = _without_copies(config, usable, sets)
+        heldout = [problem for problems in sets.values() for problem in problems]
+        report += overlap
     else:
-        kept, dropped = _filtered(config, tokenizer, found)
-        report += dropped
-    if heldout:
-        overlap = data.overlap_report(kept, heldout)
-        report += f"\nn-grams of {overlap.n} words shared with the held-out problems\n"
-        report += overlap.table() + "\n"
-        if config.data.filter != "none":
-            copied = overlap.train_ids()
-            kept = [p for p in kept if p.id not in copied]
-            report += f"{len(copied)} training problems hold half of a held-out one: dropped\n"
-        elif copied := overlap.train_ids():
-            logging.warning(
-                "%d of the %d training problems hold half of a held-out one or all of it; "
-                "data.filter = 'clean' drops them",
-                len(copied),
-                len(kept),
-            )
-    else:
-        listed = [p for p in kept if p.id in held_out]
-        kept = [p for p in kept if p.id not in held_out]
-    if len(kept) < config.train.prompts or not listed:
+        train = [p for p in usable if p.id not in heldout_ids]
+        heldout = [p for p in usable if p.id in heldout_ids]
+    if len(train) < config.train.prompts or not heldout:
         raise ValueError(
-            f"{where} has {len(found)} problems, of which {len(kept)} are left to train on and "
-            f"{len(listed)} to evaluate; {config.train.prompts} per rollout (train.prompts) and one or "
-            "more to evaluate (evaluate.problems are held out) are needed"
+            f"{name} has {len(problems)} problems, of which {len(train)} remain to train on and "
+            f"{len(heldout)} to evaluate. Training needs {config.train.prompts} per rollout "
+            "(train.prompts) and evaluation at least one (evaluate.problems are held out)"
         )
-    text = repr([(p.id, p.prompt, p.answer) for p in [*kept, *listed]])
-    report += f"\nhash of the problems: {hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
-    return Problems(
-        kept, listed, report + f"{len(kept):,} problems to train on, {len(listed):,} held out\n"
-    )
+    text = repr([(p.id, p.prompt, p.answer) for p in [*train, *heldout]])
+    report += f"\n{_HASH}{hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
+    report += f"{len(train):,} problems to train on, {len(heldout):,} held out\n"
+    return Problems(train, heldout, report)
 
 
-def encode(config, tokenizer, problems):
-    """Token ids of the prompts: what the model is asked."""
-    instruction = config.data.instruction
-    return [tokenizer.prompt(data.with_instruction(p, instruction).prompt) for p in problems]
+def _evaluation_sets(config) -> dict[str, list[Problem]]:
+    """Returns {name: problems} of `evaluate.sets`.
 
-
-def evaluation_sets(config):
-    """{name: problems} of `evaluate.sets`. Of several sets, name and ids tell them apart."""
+    With several sets, the name of the set becomes the kind of its problems and a prefix of their ids.
+    """
     names = [name.strip() for name in config.evaluate.sets.split(",") if name.strip()]
-    sets = {name: _load(name, "evaluate.sets") for name in names}
+    sets = {name: _read(name, "evaluate.sets") for name in names}
     if len(sets) > 1:
         sets = {
-            name: [dataclasses.replace(p, kind=name, id=f"{name}: {p.id}") for p in some]
-            for name, some in sets.items()
+            name: [dataclasses.replace(p, kind=name, id=f"{name}: {p.id}") for p in problems]
+            for name, problems in sets.items()
         }
     return sets
 
 
-def _load(name, field):
+def _read(name, field):
+    """Reads a file or data set. `field` of the config names it."""
     try:
         return data.load_set(name)
     except FileNotFoundError:
@@ -118,9 +146,12 @@ def _load(name, field):
         raise ValueError(f"{field} = {name!r}: {error}") from None
 
 
-def _held_out(config, problems):
-    """The ids of the problems that are held out: a hash of seed and prompt decides, so that no filter
-    and no other field moves a problem from one side to the other."""
+def _heldout_ids(config, problems):
+    """Returns the ids of the `evaluate.problems` problems to hold out.
+
+    A hash of seed and prompt decides, so that no filter and no other field moves a problem from one
+    side to the other.
+    """
 
     def key(problem):
         return hashlib.sha256(f"{config.seed} {problem.prompt}".encode()).digest()
@@ -128,63 +159,115 @@ def _held_out(config, problems):
     return {p.id for p in sorted(problems, key=key)[: config.evaluate.problems]}
 
 
-def _filtered(config, tokenizer, problems):
-    """The problems that can be used, and a text: how many were dropped, for which reason."""
+def _without_copies(config, train, sets):
+    """Drops training problems that contain half of a held-out problem, unless `data.filter` is "none".
+
+    Returns:
+      The training problems, and a text on the overlap.
+    """
+    overlap = data.overlap_report(train, sets)
+    report = (
+        f"\nn-grams of {overlap.n} words shared with the held-out problems\n{overlap.table()}\n"
+    )
+    copied = overlap.train_ids()
+    if config.data.filter != "none":
+        report += f"{len(copied)} training problems contain half of a held-out problem: dropped\n"
+        return [p for p in train if p.id not in copied], report
+    if copied:
+        logging.warning(
+            "%d of the %d training problems contain half or all of a held-out problem; "
+            "data.filter = 'clean' drops them",
+            len(copied),
+            len(train),
+        )
+    return train, report
+
+
+# -------------------------------------------------------------------------------- usable problems
+
+
+def _usable(config, tokenizer, problems) -> tuple[list[EncodedProblem], str]:
+    """Returns the usable training problems, and a text on those that `data.filter` dropped.
+
+    Raises:
+      ValueError: a problem cannot be used and `data.filter` is "none".
+    """
+    name = config.data.problems
+    if config.data.filter == "none":
+        advice = "fix or remove the problem, or let data.filter drop it"
+        return _checked(config, tokenizer, problems, name, advice), ""
     dapo = config.data.filter == "dapo"
-
-    def asked(text):
-        return encode(config, tokenizer, [data.Problem(text, "", "", "")])[0]
-
-    kept, rules = data.filter_problems(
-        problems,
+    kept, filtered = data.filter_problems(
+        _encoded(config, tokenizer, problems, name),
         integer_answers=dapo,
         chinese=not dapo,
         characters=(10, 2000) if dapo else (1, 10**9),
-        tokenizer=SimpleNamespace(encode=asked),
+        count_tokens=lambda problem: len(problem.token_ids),
         max_tokens=config.sampler.max_prompt_length,
         rollouts=config.data.rollouts or None,
         pass_rate=(config.data.pass_low, config.data.pass_high),
     )
-    right = _rewardable(config, kept)
-    report = rules.table() + "\n"
-    report += f"answer that {config.reward.name!r} never rewards: {sum(~right)} dropped\n"
-    return [p for p, ok in zip(kept, right) if ok], report
+    rewardable = _rewardable(config, kept)
+    report = f"{filtered.table()}\n"
+    report += f"answer that {config.reward.name!r} never rewards: {sum(~rewardable)} dropped\n"
+    return [p for p, ok in zip(kept, rewardable) if ok], report
 
 
-def _check(config, tokenizer, problems, where, advice):
-    """Raises ValueError for a prompt that is too long or an answer that is never rewarded."""
+def _checked(config, tokenizer, problems, where, advice) -> list[EncodedProblem]:
+    """Returns the problems with their token ids.
+
+    Args:
+      where: the source of the problems, for messages.
+      advice: what to do about a problem that cannot be used, for messages.
+
+    Raises:
+      ValueError: a prompt is too long or cannot be encoded, or no response can match an answer.
+    """
+    encoded = _encoded(config, tokenizer, problems, where)
     limit = config.sampler.max_prompt_length
-    lengths = []
-    for problem in problems:
-        try:
-            lengths += map(len, encode(config, tokenizer, [problem]))
-        except ValueError as error:
-            raise ValueError(
-                f"{where}: the prompt of problem {problem.id!r} cannot be encoded: {error}"
-            ) from None
-    long = [i for i, length in enumerate(lengths) if length > limit]
-    if long:
-        first = long[0]
+    lengths = [len(p.token_ids) for p in encoded]
+    if too_long := [i for i, length in enumerate(lengths) if length > limit]:
+        i = too_long[0]
         raise ValueError(
-            f"{where}: {len(long)} of {len(problems)} prompts are longer than "
-            f"sampler.max_prompt_length = {limit} tokens, the longest has {max(lengths)}. The first "
-            f"is that of problem {problems[first].id!r} with {lengths[first]}: "
-            f"{problems[first].prompt[:60]!r}. Raise the limit to {max(lengths)}, or {advice}"
+            f"{where}: {len(too_long)} of {len(encoded)} prompts are longer than "
+            f"sampler.max_prompt_length = {limit} tokens; the longest has {max(lengths)}. The first "
+            f"is problem {encoded[i].id!r} with {lengths[i]}: {encoded[i].prompt[:60]!r}. Raise the "
+            f"limit to {max(lengths)}, or {advice}"
         )
-    for problem, right in zip(problems, _rewardable(config, problems)):
-        if not right:
+    for problem, ok in zip(encoded, _rewardable(config, encoded)):
+        if not ok:
             raise ValueError(
                 f"{where}, problem {problem.id!r}: the answer {problem.answer!r} could never be "
                 f"rewarded by {config.reward.name!r}; {advice}"
             )
+    return encoded
 
 
-def _rewardable(config, problems):
-    """bool [N]: a response that gives the answer is rewarded."""
-    given = rewards.GIVEN.get(config.reward.name)
-    if given is None:  # a reward of the user's own
+def _encoded(config, tokenizer, problems, where) -> list[EncodedProblem]:
+    encoded = []
+    for problem in problems:
+        try:
+            token_ids = _token_ids(config, tokenizer, problem)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: the prompt of problem {problem.id!r} cannot be encoded: {error}"
+            ) from None
+        encoded.append(EncodedProblem.of(problem, token_ids))
+    return encoded
+
+
+def _token_ids(config, tokenizer, problem):
+    return tokenizer.prompt(data.with_instruction(problem, config.data.instruction).prompt)
+
+
+def _rewardable(config, problems: Sequence[Problem]) -> np.ndarray:
+    """Returns whether a response that gives the answer is rewarded, bool [problems].
+
+    A reward without a template is not checked: all of its problems count as rewardable.
+    """
+    reward = rewards.get_reward(config.reward.name)
+    if reward.template is None:
         return np.ones(len(problems), bool)
     prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]
-    responses = [given.replace("{answer}", answer) for answer in answers]
-    reward = rewards.REWARDS[config.reward.name]
+    responses = [reward.template.replace("{answer}", answer) for answer in answers]
     return rewards.submit(reward, prompts, responses, answers).result() == 1

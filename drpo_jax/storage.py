@@ -1,7 +1,7 @@
-"""The files of a run: on a disk, or on object storage (gs://BUCKET/RUN, which needs gcsfs).
+"""Files of a run, on a disk or on object storage.
 
-A path on object storage is an `etils.epath.Path`, which Orbax takes as well; any other is a
-`pathlib.Path`.
+Object storage is a path like gs://BUCKET/RUN, which needs the package gcsfs. Such a path is an
+`etils.epath.Path`, which Orbax accepts as well. Any other path is a `pathlib.Path`.
 """
 
 import os
@@ -10,39 +10,44 @@ from pathlib import Path
 from etils import epath
 
 
-def path_of(text) -> Path | epath.Path:
-    """The path that a flag or a field names: ~, gs://…, or a path already."""
+def path_of(text: str | os.PathLike) -> Path | epath.Path:
+    """Returns the path that a flag or a config field names: gs://…, a path with ~, or a path object."""
     return epath.Path(text) if str(text).startswith("gs://") else Path(text).expanduser()
 
 
-def is_remote(path) -> bool:
-    """Whether the path is one of object storage."""
+def is_remote(path: Path | epath.Path) -> bool:
+    """Returns whether a path is on object storage."""
     return not isinstance(path, Path)
 
 
-def write_whole(path, data: str | bytes) -> None:
-    """Writes a file that is whole or as it was before, also when killed here."""
-    data = data.encode() if isinstance(data, str) else data
-    if is_remote(path):  # an object is there once all of it is
-        path.write_bytes(data)
+def write_whole(path: Path | epath.Path, content: str | bytes) -> None:
+    """Writes a file atomically: a process that is killed here leaves the old or the new file."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):  # Object storage creates an object only once it is complete.
+        path.write_bytes(content)
         return
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 class Lines:
-    """A file of lines that grows; begins with `text`.
+    """A text file that grows by lines.
 
-    Objects cannot be appended to: there, the whole is written again at every call.
+    Object storage cannot append to an object, so there every call writes the whole file again.
+
+    Args:
+      path: the file, which is overwritten.
+      text: its initial content.
     """
 
-    def __init__(self, path, text: str = ""):
+    def __init__(self, path: Path | epath.Path, text: str = ""):
         write_whole(path, text)
         self._path, self._text = path, text
         self._file = None if is_remote(path) else path.open("a", buffering=1)
 
     def write(self, lines: str) -> None:
+        """Appends text, which ends with a newline."""
         if self._file:
             self._file.write(lines)
             return
@@ -50,6 +55,7 @@ class Lines:
         write_whole(self._path, self._text)
 
     def close(self) -> None:
+        """Closes the file."""
         if self._file:
             self._file.close()
 

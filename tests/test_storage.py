@@ -1,4 +1,4 @@
-"""Files on object storage, which here is memory."""
+"""Files on a disk and on object storage, which is simulated in memory."""
 
 import logging
 
@@ -14,7 +14,7 @@ from drpo_jax.storage import Lines, is_remote, path_of, write_whole
 
 
 class Bucket(MemoryFileSystem):
-    """gs:// in memory; objects cannot be appended to."""
+    """gs:// in memory. Like object storage, it cannot append to an object."""
 
     protocol = ("gs", "gcs")
     store, pseudo_dirs = {}, [""]
@@ -62,7 +62,7 @@ def test_a_run_keeps_its_files_in_a_bucket(bucket, monkeypatch):
     monkeypatch.setattr("drpo_jax.metrics.SummaryWriter", lambda *_, **__: logging)
     monkeypatch.setattr(logging, "add_scalar", lambda *_: None, raising=False)
     monkeypatch.setattr(logging, "close", lambda: None, raising=False)
-    for first in (0, 1):  # the second is a resumed one
+    for first in (0, 1):  # the second one is resumed
         with MetricLogger(bucket, 2, first_step=first, console=False) as log:
             for step in range(first, 2):
                 log.log(step, {"loss": step + first})

@@ -1,19 +1,11 @@
-"""Problems to train and evaluate on: procedural tasks, files, sets; and tokenizers."""
+"""Problems to train on and to evaluate with, and tokenizers.
 
-from drpo_jax.data.chains import ChainSum, Countdown
-from drpo_jax.data.filters import FilterReport, filter_problems
-from drpo_jax.data.overlap import OverlapReport, overlap_report
-from drpo_jax.data.prompts import (
-    TEMPLATES,
-    ProblemStream,
-    load_problems,
-    strip_instruction,
-    with_instruction,
-)
-from drpo_jax.data.sets import SETS, load_set
-from drpo_jax.data.tasks import (
+Problems come from procedural tasks (`TASKS`), files (`load_problems`) or data sets by name
+(`load_set`).
+"""
+
+from drpo_jax.data.arithmetic import (
     ArithmeticTask,
-    Problem,
     demonstrations,
     direct,
     is_heldout,
@@ -22,14 +14,17 @@ from drpo_jax.data.tasks import (
     sample_problems,
     worked,
 )
+from drpo_jax.data.chain_sum import ChainSum
+from drpo_jax.data.countdown import Countdown
+from drpo_jax.data.files import load_problems
+from drpo_jax.data.filters import FilterReport, filter_problems
+from drpo_jax.data.instructions import TEMPLATES, strip_instruction, with_instruction
+from drpo_jax.data.overlap import OverlapReport, overlap_report
+from drpo_jax.data.problem import EncodedProblem, Problem, ProceduralTask
+from drpo_jax.data.sets import SETS, load_set
+from drpo_jax.data.stream import ProblemStream
+from drpo_jax.data.tasks import TASKS, Task
 from drpo_jax.data.tokenizer import CharTokenizer, TextTokenizer, make_tokenizer
-
-# The procedural tasks by name, made from the fields of `config.data`.
-TASKS = {
-    "arithmetic": lambda data: ArithmeticTask(data["operations"], data["digits"]),
-    "chain_sum": lambda data: ChainSum((2, data["terms"]), (1, data["digits"]), data["operations"]),
-    "countdown": lambda data: Countdown((2, data["terms"])),
-}
 
 __all__ = [
     "SETS",
@@ -39,10 +34,13 @@ __all__ = [
     "ChainSum",
     "CharTokenizer",
     "Countdown",
+    "EncodedProblem",
     "FilterReport",
     "OverlapReport",
     "Problem",
     "ProblemStream",
+    "ProceduralTask",
+    "Task",
     "TextTokenizer",
     "demonstrations",
     "direct",

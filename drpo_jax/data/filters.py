@@ -1,16 +1,22 @@
-"""Which problems of a set to train on: rules with a reason, applied in a fixed order, and counted.
+"""Rules that choose the training problems of a data set, and count what they drop.
 
-The papers train on "about 13K" of DAPO-Math-17k's 17.4K problems and do not publish the rule. Ours is
-`filter_problems`: its result is a function of the problems and of the rules' values, all of which the
-report repeats.
+The papers train on "about 13K" of DAPO-Math-17k's 17.4K problems and do not publish their rule.
+This project's rule is `filter_problems`: its result depends only on the problems and on its
+arguments.
 """
 
 import collections
 import dataclasses
+import pathlib
 import re
 import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
-from drpo_jax.data.prompts import read_jsonl
+from drpo_jax.data.files import read_jsonl
+from drpo_jax.data.problem import Problem
+
+P = TypeVar("P", bound=Problem)
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
@@ -22,26 +28,24 @@ _ROLLOUT_EXAMPLE = '{"id": "p1", "mode": "avg", "reward": 1.0}'
 
 @dataclasses.dataclass(frozen=True)
 class FilterReport:
-    """What `filter_problems` did.
+    """The problems that `filter_problems` dropped.
 
-    rules: the values of its arguments, by name.
-    total, kept: numbers of problems before and after.
-    dropped: reason -> the problems dropped for it, in the order in which the rules were applied;
-      rules that were on and dropped nothing are there with an empty list.
+    Attributes:
+      total: number of problems before the filter.
+      dropped: {reason: the problems dropped for it}, in the order of the rules. A rule that dropped
+        nothing has an empty list.
     """
 
-    rules: dict
     total: int
-    kept: int
-    dropped: dict
+    dropped: dict[str, list]
 
-    def table(self, examples=2):
-        """The report as an aligned text table: reason, number, share, what is left, examples."""
+    def table(self, examples: int = 2) -> str:
+        """Returns an aligned text table: reason, number, share, what is left, and some examples."""
         rows = [("all problems", "", "", self.total, "")]
         left = self.total
         for reason, problems in self.dropped.items():
             left -= len(problems)
-            shown = "; ".join(f"{p.id}: {_short(p.prompt)}" for p in problems[:examples])
+            shown = "; ".join(f"{p.id}: {_shortened(p.prompt)}" for p in problems[:examples])
             share = f"{100 * len(problems) / max(self.total, 1):.1f} %"
             rows.append((reason, len(problems), share, left, shown))
         width = max(len(row[0]) for row in rows)
@@ -50,100 +54,116 @@ class FilterReport:
         return "\n".join(lines)
 
 
+class _Sieve(Generic[P]):
+    """The problems that are left, and those that the rules so far have dropped."""
+
+    def __init__(self, problems: Iterable[P]):
+        self.kept = list(problems)
+        self.dropped: dict[str, list[P]] = {}
+
+    def drop(self, reason: str, breaks_rule: Callable[[P], object]) -> None:
+        """Applies one rule."""
+        verdicts = [bool(breaks_rule(p)) for p in self.kept]
+        self.dropped[reason] = [p for p, bad in zip(self.kept, verdicts) if bad]
+        self.kept = [p for p, bad in zip(self.kept, verdicts) if not bad]
+
+
 def filter_problems(
-    problems,
+    problems: Sequence[P],
     *,
-    integer_answers=True,
-    characters=(10, 2000),
-    tokenizer=None,
-    max_tokens=None,
-    chinese=False,
-    duplicates="normalised",
-    rollouts=None,
-    pass_rate=(0.0, 1.0),
-):
-    """The problems to train on, and why the others are not among them.
+    integer_answers: bool = True,
+    characters: tuple[int, int] = (10, 2000),
+    count_tokens: Callable[[P], int] | None = None,
+    max_tokens: int | None = None,
+    chinese: bool = False,
+    rollouts: str | pathlib.Path | None = None,
+    pass_rate: tuple[float, float] = (0.0, 1.0),
+) -> tuple[list[P], FilterReport]:
+    """Chooses the problems to train on.
 
-    A problem is dropped by the first rule that it breaks, in this order:
+    A problem is dropped by the first rule that it breaks. The rules are applied in this order:
 
-    1. answers agree: of texts that are duplicates of each other (rule 6, by the same comparison) but
-       have different answers, none is kept, since one of the answers must be wrong;
-    2. `integer_answers`: the answer is an integer (a sign, `$` around it and commas between thousands
-       are allowed; it is not changed);
-    3. `characters`: the prompt's length lies in this range, both ends included;
-    4. `max_tokens`: the prompt has at most so many tokens of `tokenizer` (both or neither);
-    5. `chinese`: False drops prompts with a Chinese character (DAPO-Math-17k has about 3,300);
-    6. `duplicates`: the first of several equal prompts is kept. "exact" compares characters,
-       "normalised" forgets case, white space, dollar signs and LaTeX's spacing, "" keeps all (and
-       switches rule 1 off);
-    7. `rollouts`: a file of responses as `drpo_jax.evaluate` writes it (JSON lines with id, mode,
-       reward; those of mode "avg" count). The problem's mean reward lies in `pass_rate`, both ends
-       included: (1/16, 15/16) asks for one right and one wrong among 16.
+    1. Contradictions: equal texts (see `normalized_text`) with different answers are all dropped,
+       because at least one of the answers must be wrong.
+    2. `integer_answers`, 3. `characters`, 4. `max_tokens`, 5. `chinese`.
+    6. Duplicates: the first of several equal texts is kept.
+    7. `rollouts` and `pass_rate`.
 
     Args:
-      problems: a list of `Problem`.
-    Returns: the list of the kept ones, in their order, and a `FilterReport`.
-    Raises: ValueError for a wrong argument, or a bad rollouts file (file, line, field).
+      problems: the problems of a data set.
+      integer_answers: keep only integer answers (see `integer`).
+      characters: the shortest and the longest prompt, in characters.
+      count_tokens, max_tokens: the number of tokens of a prompt, and its maximum. Both or neither.
+      chinese: keep prompts with a Chinese character. DAPO-Math-17k has about 3,300 of them.
+      rollouts: a file of responses as `drpo_jax.evaluate` writes it. Keep only problems with
+        responses there.
+      pass_rate: the lowest and the highest mean reward of a problem in `rollouts`. (1/16, 15/16)
+        requires a right and a wrong one among 16 responses.
+
+    Returns:
+      The problems that are kept, in their order, and a report.
+
+    Raises:
+      ValueError: a wrong argument, or a malformed rollouts file (with file, line and field).
     """
-    rules = {
-        "integer_answers": integer_answers,
-        "characters": tuple(characters),
-        "max_tokens": max_tokens,
-        "chinese": chinese,
-        "duplicates": duplicates,
-        "rollouts": str(rollouts) if rollouts else None,
-        "pass_rate": tuple(pass_rate),
-    }
-    if duplicates not in ("exact", "normalised", ""):
-        raise ValueError(f"duplicates is {duplicates!r}; it must be 'exact', 'normalised' or ''.")
-    if (tokenizer is None) != (max_tokens is None):
-        raise ValueError("tokenizer and max_tokens: give both, or neither.")
-    problems, dropped = list(problems), {}
-    kept = problems
-
-    def drop(reason, breaks):
-        nonlocal kept
-        verdicts = [bool(breaks(p)) for p in kept]
-        dropped[reason] = [p for p, bad in zip(kept, verdicts) if bad]
-        kept = [p for p, bad in zip(kept, verdicts) if not bad]
-
-    texts = {p.prompt: normalised_text(p.prompt) for p in problems}
-    same = {"exact": str, "normalised": texts.__getitem__}.get(duplicates)
-    if same:
-        answers = collections.defaultdict(set)
-        for p in problems:
-            answers[same(p.prompt)].add(integer(p.answer) or normalised_text(p.answer))
-        drop("duplicates disagree", lambda p: len(answers[same(p.prompt)]) > 1)
+    if (count_tokens is None) != (max_tokens is None):
+        raise ValueError("count_tokens and max_tokens: pass both, or neither")
+    sieve = _Sieve(problems)
+    texts = {p.prompt: normalized_text(p.prompt) for p in problems}
+    _drop_contradictions(sieve, texts)
     if integer_answers:
-        drop("answer is no integer", lambda p: integer(p.answer) is None)
+        sieve.drop("answer is not an integer", lambda p: integer(p.answer) is None)
     low, high = characters
-    drop(f"under {low} characters", lambda p: len(p.prompt) < low)
-    drop(f"over {high} characters", lambda p: len(p.prompt) > high)
-    if tokenizer is not None:
-        drop(f"over {max_tokens} tokens", lambda p: len(tokenizer.encode(p.prompt)) > max_tokens)
+    sieve.drop(f"under {low} characters", lambda p: len(p.prompt) < low)
+    sieve.drop(f"over {high} characters", lambda p: len(p.prompt) > high)
+    if count_tokens is not None:
+        sieve.drop(f"over {max_tokens} tokens", lambda p: count_tokens(p) > max_tokens)
     if not chinese:
-        drop("in Chinese", lambda p: _CHINESE.search(p.prompt))
-    if same:
-        seen = set()
-        drop("duplicate", lambda p: same(p.prompt) in seen or seen.add(same(p.prompt)))
+        sieve.drop("in Chinese", lambda p: _CHINESE.search(p.prompt))
+    _drop_duplicates(sieve, texts)
     if rollouts:
-        rates = pass_rates(rollouts)
-        if not any(p.id in rates for p in kept):
-            raise ValueError(
-                f"{rollouts}: none of the problems is in it; its ids look like "
-                f"{next(iter(rates))!r}, theirs like {kept[0].id!r}."
-                if kept
-                else "no problem is left for the pass-rate rule."
-            )
-        low, high = pass_rate
-        drop("not in the rollouts", lambda p: p.id not in rates)
-        drop(f"pass rate under {low:.3g}", lambda p: rates[p.id] < low)
-        drop(f"pass rate over {high:.3g}", lambda p: rates[p.id] > high)
-    return kept, FilterReport(rules, len(problems), len(kept), dropped)
+        _drop_by_pass_rate(sieve, rollouts, *pass_rate)
+    return sieve.kept, FilterReport(len(problems), sieve.dropped)
 
 
-def integer(answer):
-    """The canonical text of an answer that is an integer ("-1234" of "$-1,234$"), else None."""
+def _drop_contradictions(sieve, texts):
+    answers = collections.defaultdict(set)
+    for p in sieve.kept:
+        answers[texts[p.prompt]].add(integer(p.answer) or normalized_text(p.answer))
+    sieve.drop("duplicates disagree", lambda p: len(answers[texts[p.prompt]]) > 1)
+
+
+def _drop_duplicates(sieve, texts):
+    seen = set()
+
+    def is_repeated(problem):
+        text = texts[problem.prompt]
+        repeated = text in seen
+        seen.add(text)
+        return repeated
+
+    sieve.drop("duplicate", is_repeated)
+
+
+def _drop_by_pass_rate(sieve, rollouts, low, high):
+    rates = pass_rates(rollouts)
+    if not sieve.kept:
+        raise ValueError("no problem is left for the pass-rate rule")
+    if not any(p.id in rates for p in sieve.kept):
+        raise ValueError(
+            f"{rollouts}: contains none of the problems; its ids look like {next(iter(rates))!r}, "
+            f"those of the problems like {sieve.kept[0].id!r}"
+        )
+    sieve.drop("not in the rollouts", lambda p: p.id not in rates)
+    sieve.drop(f"pass rate under {low:.3g}", lambda p: rates[p.id] < low)
+    sieve.drop(f"pass rate over {high:.3g}", lambda p: rates[p.id] > high)
+
+
+def integer(answer: str) -> str | None:
+    """Returns the canonical text of an integer answer ("-1234" for "$-1,234$"), or None.
+
+    A sign, surrounding dollar signs and commas between groups of three digits are accepted.
+    """
     text = _THOUSANDS.sub("", answer.strip().strip("$").strip())
     if not _INTEGER.fullmatch(text):
         return None
@@ -151,19 +171,29 @@ def integer(answer):
     return f"-{digits}" if text.startswith("-") and digits != "0" else digits
 
 
-def normalised_text(text):
-    """The text without what does not change a problem: case, white space, dollar signs, LaTeX's
-    spacing and sizing commands, and a full stop at its end. Characters in their compatible form."""
+def normalized_text(text: str) -> str:
+    """Returns a text without differences that do not change the problem.
+
+    Folds case, removes white space, dollar signs, LaTeX's spacing and sizing commands and a final
+    full stop, and applies Unicode's compatibility normalization (NFKC).
+    """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\\dfrac", "\\frac")
     text = " ".join(_LAYOUT.sub(" ", text).split())
     return _LOOSE_SPACE.sub("", text).rstrip(".")
 
 
-def pass_rates(path):
-    """The mean reward of each problem in a file of rollouts, those of mode "avg": id -> float."""
+def pass_rates(path: str | pathlib.Path) -> dict[str, float]:
+    """Returns {id: mean reward} of the problems in a file of rollouts, over responses of mode "avg".
+
+    The file has JSON lines with the fields id, mode and reward, such as the responses.jsonl of an
+    evaluation.
+
+    Raises:
+      ValueError: a malformed line (with file, line and field), or no response of mode "avg".
+    """
     rewards = collections.defaultdict(list)
     for where, record in read_jsonl(path, _ROLLOUT_EXAMPLE):
-        for field, types, what in (
+        for field, types, expected in (
             ("id", str, "a string"),
             ("mode", str, "a string"),
             ("reward", (int, float), "a number"),
@@ -172,16 +202,16 @@ def pass_rates(path):
             if not isinstance(value, types) or (field == "reward" and not abs(value) < 1e9):
                 raise ValueError(
                     f"{where}: field '{field}' is "
-                    f"{repr(value)[:80] if field in record else 'missing'}, but must be {what}, as "
-                    f"in {_ROLLOUT_EXAMPLE}."
+                    f"{repr(value)[:80] if field in record else 'missing'}, but must be {expected}, "
+                    f"as in {_ROLLOUT_EXAMPLE}"
                 )
         if record["mode"] == "avg":
             rewards[record["id"]].append(record["reward"])
     if not rewards:
-        raise ValueError(f"{path}: no rollout of mode 'avg'; lines look like {_ROLLOUT_EXAMPLE}.")
+        raise ValueError(f"{path}: no rollout of mode 'avg'; lines look like {_ROLLOUT_EXAMPLE}")
     return {identity: sum(values) / len(values) for identity, values in rewards.items()}
 
 
-def _short(text, width=50):
+def _shortened(text, width=50):
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"

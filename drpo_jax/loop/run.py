@@ -14,7 +14,7 @@ from drpo_jax.config import claim_workdir, from_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
-from drpo_jax.problems import encode, load
+from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import path_of
@@ -181,7 +181,7 @@ def keep_report(report: str, path: Path) -> None:
     Raises:
       BadInput: the file holds another report, because the run began with other problems.
     """
-    if path.exists() and path.read_text() != report:
+    if path.exists() and not same_problems(path.read_text(), report):
         raise BadInput(
             f"the problems are no longer those that the run began with (listed in {path}): restore "
             "them, or choose another --workdir"

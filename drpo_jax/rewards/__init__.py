@@ -1,25 +1,25 @@
-r"""Rewards: callables `(prompt, response, answer) -> float`, texts in, by name.
+r"""Rewards verify a response against the known answer of its problem: texts in, a float out.
 
-To add one, write the function and name it in the dict:
+A reward is one row of `REWARDS` (drpo_jax/rewards/table.py). To add one, write the function and its
+row:
 
     def ends_with_answer(prompt, response, answer):
-        "1.0 if the response ends with the answer."
+        "1.0 if the response ends with the answer, else 0.0."
         return float(response.endswith(answer))
 
-    REWARDS = {..., "ends_with_answer": ends_with_answer}
+    REWARDS = {..., "ends_with_answer": Reward(ends_with_answer)}
 
-A response is whatever a model wrote: parse it, never evaluate it, raise nothing, and take time
-linear in its length. A function that cannot promise the last goes into worker processes, where a call
-ends after a second of CPU time with reward 0.0; it must be importable from there, without JAX:
+`--config.reward.name=ends_with_answer` selects it.
 
-    REWARDS = {..., "ends_with_answer": Isolated(ends_with_answer)}
+A response is whatever a model wrote. A reward parses it, never evaluates it, raises no exception
+and takes time linear in its length. A function that cannot guarantee linear time runs in worker
+processes, where each call is limited to one second of CPU time and counts 0.0 beyond that. The
+workers import the function, so it must live at the top level of a module that does not import JAX:
 
-    arithmetic   the integer after the last `#`
-    integer      the last integer of the response, or the one in its last box
-    countdown    an expression with given numbers and value
-    math         the last `\boxed{…}` against the answer, by math-verify
+    REWARDS = {..., "ends_with_answer": Reward(Isolated(ends_with_answer))}
 
-`submit` starts the rewards of a batch, which workers compute while the caller does something else.
+`submit` starts the rewards of a batch. The workers compute them while the caller samples more
+responses.
 """
 
 from drpo_jax.rewards.arithmetic import (
@@ -30,65 +30,29 @@ from drpo_jax.rewards.arithmetic import (
     integer_reward,
     last_integer,
 )
-from drpo_jax.rewards.math import VERIFIER, boxed_answer, last_box, math_reward
+from drpo_jax.rewards.math import boxed_answer, last_box, math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
-
-REWARDS = {
-    "arithmetic": arithmetic_reward,
-    "integer": integer_reward,
-    "countdown": countdown_reward,
-    "math": VERIFIER,
-}
-
-# How a response gives an answer: the answers of a data set are checked with it. Of no others.
-GIVEN = {
-    "arithmetic": "#{answer}",
-    "integer": "{answer}",
-    "countdown": "{answer}",
-    "math": "\\boxed{{answer}}",
-}
-
-# The answer that a response gives, for the vote of a majority. Of the others it is the whole text.
-ANSWER = {"arithmetic": after_hash, "integer": last_integer, "math": boxed_answer}
-
-
-def submit(reward, prompts, responses, answers):
-    """Starts the rewards of a batch: `.result()` is float32 [N], in order.
-
-    A plain function is called at once, an `Isolated` one in its worker processes.
-
-    Args:
-      reward: a value of `REWARDS`.
-      prompts, responses, answers: N texts each.
-    """
-    if isinstance(reward, Isolated):
-        return reward.submit(prompts, responses, answers)
-    found = []
-    for texts in zip(prompts, responses, answers, strict=True):
-        try:
-            found.append(reward(*texts))
-        except Exception as error:
-            name = getattr(reward, "__name__", reward)
-            raise RuntimeError(f"the reward {name} failed on the response {texts[1]!r}") from error
-    return Pending(found)
-
+from drpo_jax.rewards.table import REWARDS, Reward, get_reward, reward_of_task, submit
 
 __all__ = [
-    "ANSWER",
-    "GIVEN",
     "REWARDS",
     "Isolated",
     "Pending",
     "Pool",
+    "Reward",
     "after_hash",
     "arithmetic_reward",
+    "boxed_answer",
     "countdown_reward",
     "expression_value",
     "format_reward",
+    "get_reward",
     "integer_reward",
     "last_box",
+    "last_integer",
     "math_reward",
     "overlong_penalty",
+    "reward_of_task",
     "submit",
 ]

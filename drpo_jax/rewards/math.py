@@ -1,23 +1,26 @@
 r"""Rule-based verification of mathematical answers: the last `\boxed{…}` against a known answer.
 
-Two stages. `quick` compares strings and exact numbers, in the calling process and in time linear
-in the length; it settles integer answers. What it leaves open goes to math-verify in worker
-processes (`symbolic`, `pool`), with a second of CPU time for each check; a check that exceeds it
-counts as wrong.
+Verification has two stages. `quick` compares strings and exact numbers, in the calling process and
+in time linear in the length. It decides integer answers. All other pairs go to math-verify in
+worker processes (see `symbolic` and `pool`), with one second of CPU time per check. A check that
+takes longer counts as wrong.
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
+
+import numpy as np
 
 from drpo_jax.rewards.pool import Isolated
 
-MAX_LENGTH = 1000  # characters; a longer answer is right only if it is equal
-MAX_DEPTH = 1000  # braces within braces
+MAX_LENGTH = 1000  # characters; a longer answer is correct only if the texts are equal
+MAX_DEPTH = 1000  # nested braces
 
 _BOX = re.compile(r"\\boxed\s*\{")
-_TO_BRACE = re.compile(r"(?:[^{}\\]++|\\.)*+([{}])", re.DOTALL)  # an escaped brace is none
+_TO_BRACE = re.compile(r"(?:[^{}\\]++|\\.)*+([{}])", re.DOTALL)  # skips escaped braces
 
-# What does not change a value, in this order.
+# Removes notation that does not change a value, in this order.
 _SUBSTITUTIONS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -47,10 +50,11 @@ _SCALES = {
 }  # fmt: skip
 
 
-def last_box(text):
-    r"""The contents of the last `\boxed{…}` of a text, or None if there is none or it is not closed.
+def last_box(text: str) -> str | None:
+    r"""Returns the content of the last `\boxed{…}` of a text, or None if it is missing or not closed.
 
-    Of nested boxes the innermost one that begins last. Linear in the length.
+    The last box is the one that opens last, also where boxes are nested. The cost is linear in the
+    length.
     """
     start = None
     for match in _BOX.finditer(text):
@@ -67,27 +71,30 @@ def last_box(text):
     return text[start : end - 1] if depth == 0 else None
 
 
-def boxed_answer(response):
-    """The contents of the last box, without what does not change their value, or None."""
+def boxed_answer(response: str) -> str | None:
+    """Returns the content of the last box in plain notation, or None."""
     box = last_box(response)
-    if box is None or len(box) > MAX_LENGTH:  # `plain` is not linear
+    if box is None or len(box) > MAX_LENGTH:  # the cost of `plain` is not linear in the length
         return box
     return plain(box) or None
 
 
-def plain(text):
-    """An answer without what does not change its value: spaces, dollar and degree signs, sizes."""
+def plain(text: str) -> str:
+    """Returns an answer without notation that does not change its value.
+
+    Removes spaces, dollar and degree signs, and LaTeX's spacing and sizing commands.
+    """
     text = text.strip().rstrip(".")
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
-def number(text):
-    """The exact value of a plain integer, decimal or fraction as a `Fraction`, else None.
+def number(text: str) -> Fraction | None:
+    """Returns the exact value of a plain integer, decimal or fraction, or None for any other text.
 
-    Digits may be in groups of three ("1,234", "1 234"), and a unit in \\text{} may follow: it does
-    not count. A word such as million does.
+    Digits may be grouped by three ("1,234", "1 234"). A unit in \\text{} after the number is
+    ignored. A word such as million scales the value.
     """
     scale = 1
     if match := _SCALE.search(text):
@@ -106,52 +113,63 @@ def number(text):
     return None
 
 
-def quick(given, answer):
-    """1.0 if two answers are certainly equal, 0.0 if certainly not, None if that needs algebra.
+def quick(candidate: str, answer: str) -> float | None:
+    """Returns 1.0 if two answers are certainly equal, 0.0 if certainly not, None if algebra must decide.
 
-    Not equal are different integers, numbers of which one is in millions or the like and the other
-    is not, and texts that are no answer: empty, with characters that do not print, longer than
-    `MAX_LENGTH`.
+    Different integers are certainly not equal. Neither are two different numbers of which one is
+    scaled by a word such as million, nor a candidate that is empty, longer than `MAX_LENGTH` or not
+    printable.
+
+    Args:
+      candidate: the answer of a response.
+      answer: the known answer.
     """
-    given, answer = given.strip(), answer.strip()
-    if given == answer:
-        return float(given != "")
-    if max(len(given), len(answer)) > MAX_LENGTH or not " ".join(given.split()).isprintable():
+    candidate, answer = candidate.strip(), answer.strip()
+    if candidate == answer:
+        return float(candidate != "")
+    if max(len(candidate), len(answer)) > MAX_LENGTH:
         return 0.0
-    given, answer = plain(given), plain(answer)
-    if not given or given == answer:
-        return float(given != "")
-    x, y = number(given.removesuffix("%")), number(answer.removesuffix("%"))
+    if not " ".join(candidate.split()).isprintable():
+        return 0.0
+    candidate, answer = plain(candidate), plain(answer)
+    if not candidate or candidate == answer:
+        return float(candidate != "")
+    x, y = number(candidate.removesuffix("%")), number(answer.removesuffix("%"))
     if x is None or y is None:
         return None
     integers = x.denominator == y.denominator == 1
-    if given.endswith("%") != answer.endswith("%"):  # to math-verify 60% is 60, and 0.6
+    if candidate.endswith("%") != answer.endswith("%"):  # math-verify takes 60% for both 60 and 0.6
         if not integers or x in (100 * y, y / 100):
             return None
         return float(x == y)
     if x == y:
         return 1.0
-    scaled = _SCALE.search(given) or _SCALE.search(answer)  # math-verify reads 5 million as 5
+    scaled = _SCALE.search(candidate) or _SCALE.search(answer)  # math-verify reads 5 million as 5
     return 0.0 if scaled or integers else None
 
 
-def check(given, answer):
-    """math-verify's verdict on two answers, 1.0 or 0.0. For worker processes only: no limits here."""
-    from drpo_jax.rewards.symbolic import equal  # SymPy is not for the process that trains
+def check(candidate: str, answer: str) -> float:
+    """Returns math-verify's verdict on two answers, 1.0 or 0.0.
 
-    return float(equal(given, answer))
+    Runs in worker processes only, because it sets no limits of time and memory itself.
+    """
+    from drpo_jax.rewards.symbolic import equal  # imports SymPy, which only the workers need
+
+    return float(equal(candidate, answer))
 
 
-def first_stage(prompt, response, answer):
-    """The verdict if it is quick, else the arguments of `check`."""
+def first_stage(prompt: str, response: str, answer: str) -> float | tuple[str, str]:
+    """Returns the verdict of `quick`, or the arguments of `check` if `quick` leaves it open."""
     del prompt
-    given = last_box(response)
-    verdict = 0.0 if given is None else quick(given, answer)
-    return (given.strip(), answer.strip()) if verdict is None else verdict
+    box = last_box(response)
+    if box is None:
+        return 0.0
+    verdict = quick(box, answer)
+    return (box.strip(), answer.strip()) if verdict is None else verdict
 
 
-# What a worker checks before its first real check. Parser and algebra build their tables as they
-# go: the first of a kind takes twenty times as long as the next.
+# Checks that a worker makes before its first real one. Parser and algebra build their tables on
+# demand: the first check of a kind takes twenty times as long as the next.
 WARM = [
     (r"x^2-1", r"(x-1)(x+1)"),
     (r"\sqrt{8}", r"2\sqrt{2}"),
@@ -172,25 +190,30 @@ WARM = [
 VERIFIER = Isolated(check, quick=first_stage, warm=WARM)
 
 
-def math_reward(responses, answers):
-    r"""1.0 for each response whose last `\boxed{…}` equals the answer, else 0.0.
+def math_reward(responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    r"""Returns 1.0 for each response whose last `\boxed{…}` equals the answer, else 0.0.
 
-    Wrong are: no box, a last box that is not closed, and an answer that takes more than a second
-    of CPU time to compare. No text is evaluated as code, no text raises an error.
+    A response is wrong if it has no box, if its last box is not closed, or if its answer takes more
+    than a second of CPU time to compare. No text is evaluated as code, and no text raises an error.
 
     Args:
       responses: N texts, whatever a model wrote.
       answers: N texts, LaTeX or plain, without a box.
-    Returns: float32 [N], in order.
-    Raises: TypeError for what is no list of texts, ValueError if the lists differ in length;
-      RuntimeError if math-verify is not installed.
+
+    Returns:
+      float32 [N], in the order of the responses.
+
+    Raises:
+      TypeError: an argument is not a list of texts.
+      ValueError: the lists differ in length.
+      RuntimeError: math-verify is not installed.
     """
     for name, texts in (("responses", responses), ("answers", answers)):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"{name} is {str(texts)[:60]!r}; it must be a list of texts.")
+            raise TypeError(f"{name} is {str(texts)[:60]!r}; it must be a list of texts")
     if len(responses) != len(answers):
         raise ValueError(
-            f"there are {len(responses)} responses and {len(answers)} answers; each response needs "
-            "the answer to its problem."
+            f"there are {len(responses)} responses but {len(answers)} answers; each response needs "
+            "the answer to its problem"
         )
     return VERIFIER.submit([""] * len(responses), responses, answers).result()

@@ -1,89 +1,94 @@
-"""Worker processes that call a function on untrusted text, each call within limits.
+"""Runs a function on untrusted text in worker processes, with limits on every call.
 
-A call has `CPU_SECONDS` of CPU time, so that a busy machine does not change what it returns, and
-`MEMORY` bytes. One that needs more ends with its process, by the kernel's hand, and counts 0.0. A
-call that hangs without using the CPU is stopped by a watchdog after `WALL_SECONDS`; this, or an end
-that no limit explains, is tried once more in a fresh process before it counts 0.0.
+Limits of one call:
 
-A worker is a clean interpreter (never a fork of this process, which has JAX's threads) that imports
-the function, warms it up, and forks a child of its own for the calls. A child that a call has ended
-is replaced in milliseconds, warm. Workers end with the process that started them, however it ends:
-they read the end of their socket.
+- `CPU_SECONDS` of CPU time. CPU time does not depend on how busy the machine is, so neither do
+  results.
+- `worker.MEMORY` bytes of memory.
+- `WALL_SECONDS` of wall time, for calls that block without using the CPU.
+
+A call that exceeds its CPU time or memory is killed by the kernel, together with the process it
+runs in, and counts 0.0. A call that runs into the wall-time limit, or whose process ends for any
+other reason, is tried once more in a new process before it counts 0.0.
+
+The trainer's side is here: a `Pool` has one thread per worker process, and every thread feeds calls
+from a shared queue to its worker. `worker` describes the worker's side and the protocol between the
+two.
 """
 
 import atexit
-import contextlib
-import gc
-import json
-import multiprocessing.connection
 import os
 import queue
-import resource
-import signal
-import subprocess
-import sys
 import threading
-import traceback
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
+from drpo_jax.rewards.worker import Worker
+
 CPU_SECONDS = 1.0
 WALL_SECONDS = 60.0
-START_SECONDS = 120.0  # to import and warm up
-MEMORY = 1 << 30  # bytes that a call may take beyond what its process has
-CACHE_CHARACTERS = 10_000_000
-
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from drpo_jax.rewards.pool import serve; serve(int(sys.argv[2]))"
-)
-_OUT_OF_MEMORY = 99  # exit status
+MAX_WORKERS = 8  # default number of workers on machines with more cores
+CACHE_CHARACTERS = 10_000_000  # arguments of the cached calls, in total
 
 
 class Pool:
     """Calls of one function in worker processes: `pool.submit(calls).result()`.
 
-    Nothing is started before the first call. Safe to use from several threads. Results are kept
-    for equal calls (the oldest go when their texts exceed `CACHE_CHARACTERS`), and equal calls
-    under way are made once.
+    The workers start with the first call. All methods may be called from several threads. Results
+    are cached by the arguments of the call. The oldest are dropped when the arguments exceed
+    `CACHE_CHARACTERS` characters. Equal calls in flight are made once.
 
     Args:
-      function: (*texts) -> float; at the top level of an importable module, which must not need
-        JAX. What it raises comes out of `result`, except MemoryError and RecursionError: 0.0.
-      warm: calls that a worker makes once, without limits, before its first real one.
-      workers: number of processes; None: one per core that this process may use, at most 8.
+      function: (*texts) -> float, at the top level of an importable module that does not import
+        JAX. `result` raises RuntimeError if the function raises anything but MemoryError and
+        RecursionError, which count 0.0.
+      warm: calls that every worker makes once, without limits, before the first real call.
+      workers: number of processes. None: one per core available to this process, at most
+        `MAX_WORKERS`.
       cpu_seconds, wall_seconds: limits of one call.
-      cache: whether to keep results.
+      cache: whether to cache results.
+
+    Raises:
+      ValueError: a worker cannot import the function.
     """
 
     def __init__(
         self,
-        function,
-        warm=(),
-        workers=None,
-        cpu_seconds=CPU_SECONDS,
-        wall_seconds=WALL_SECONDS,
-        cache=True,
+        function: Callable[..., float],
+        warm: Iterable[tuple[str, ...]] = (),
+        workers: int | None = None,
+        cpu_seconds: float = CPU_SECONDS,
+        wall_seconds: float = WALL_SECONDS,
+        cache: bool = True,
     ):
         name = f"{function.__module__}.{function.__qualname__}"
         if function.__module__ == "__main__" or "<" in function.__qualname__:
             raise ValueError(
-                f"{name} runs in processes of its own, which must be able to import it: define it "
-                "at the top level of a module, with a name."
+                f"{name} runs in worker processes, which must be able to import it: define it "
+                "at the top level of a module, with a name"
             )
         self.function, self.warm = function, list(warm)
-        self.workers = workers or min(8, len(_cores()))
+        self.workers = workers or min(MAX_WORKERS, len(_cores()))
         self.cpu_seconds, self.wall_seconds = cpu_seconds, wall_seconds
-        self._cache, self._cache_room = ({} if cache else None), CACHE_CHARACTERS
-        self._lock, self._tasks = threading.Lock(), queue.SimpleQueue()
-        self._threads, self._processes, self._closed = [], set(), False
+        self._cache: dict[tuple, Future] | None = {} if cache else None
+        self._cache_room = CACHE_CHARACTERS
+        self._lock = threading.Lock()
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._processes: set[Worker] = set()
+        self._closed = False
 
-    def submit(self, calls):
-        """Starts the calls, a list of tuples of arguments, and returns at once: `Pending`."""
+    def submit(self, calls: Iterable[Sequence[str]]) -> "Pending":
+        """Starts calls, each a sequence of arguments, and returns without waiting for them.
+
+        Raises:
+          ValueError: the pool is closed.
+        """
         with self._lock:
             if self._closed:
-                raise ValueError("the pool is closed; it takes no more calls.")
+                raise ValueError("the pool is closed and takes no more calls")
             futures = [self._future(tuple(call)) for call in calls]
             if futures and not self._threads:
                 atexit.register(self.close)
@@ -92,8 +97,8 @@ class Pool:
                     self._threads[-1].start()
         return Pending(futures)
 
-    def close(self):
-        """Ends the workers; calls under way raise RuntimeError."""
+    def close(self) -> None:
+        """Ends the workers. The results of calls in flight raise RuntimeError."""
         with self._lock:
             self._closed = True
             threads, processes = list(self._threads), list(self._processes)
@@ -111,11 +116,11 @@ class Pool:
     def __exit__(self, *_):
         self.close()
 
-    def _future(self, call):
-        """The future of a call: that of an equal one, or a new one that is queued."""
+    def _future(self, call: tuple) -> Future:
+        """Returns the cached future of an equal call, or queues the call."""
         if self._cache is not None and call in self._cache:
             return self._cache[call]
-        future = Future()
+        future: Future = Future()
         self._tasks.put((future, call))
         if self._cache is not None:
             self._cache[call] = future
@@ -126,150 +131,101 @@ class Pool:
                 self._cache_room += _characters(oldest)
         return future
 
-    def _work(self):
-        """One thread: takes calls to its worker process until the pool is closed."""
+    def _work(self) -> None:
+        """The body of one thread: feeds calls to its worker process until the pool is closed."""
         process = None
         while (task := self._tasks.get()) is not None:
             future, call = task
             try:
                 for _ in range(2):
-                    process = process or self._started()
+                    process = process or self._start()
                     value, alive = process.run(call, self.wall_seconds)
                     if not alive:
-                        process = self._ended(process)
+                        self._end(process)
+                        process = None
                     if value is not None:
                         break
                 future.set_result(value or 0.0)
-            except Exception as error:  # anything: somebody waits
+            except Exception as error:  # The caller waits for this future, so it gets every error.
                 future.set_exception(error)
         if process:
-            self._ended(process)
+            self._end(process)
 
-    def _started(self):
+    def _start(self) -> Worker:
         with self._lock:
             if self._closed:
-                raise RuntimeError("the pool was closed before this call was made.")
-            process = _Process(self.function, self.warm, self.cpu_seconds, self.wall_seconds)
+                raise RuntimeError("the pool was closed before this call was made")
+            process = Worker(self.function, self.warm, self.cpu_seconds, self.wall_seconds)
             self._processes.add(process)
         try:
             process.wait_until_ready()
         except RuntimeError:
-            self._ended(process)
+            self._end(process)
             raise
         return process
 
-    def _ended(self, process):
+    def _end(self, process: Worker) -> None:
         process.end()
         with self._lock:
             self._processes.discard(process)
 
 
 class Pending:
-    """Results that are there or under way: `found` has floats and futures of floats."""
+    """Results of a batch that may still be in flight.
 
-    def __init__(self, found):
-        self.found = found
+    Args:
+      values: N floats, or futures of floats.
+    """
 
-    def done(self):
-        """Whether `result` would return at once."""
-        return all(f.done() for f in self.found if isinstance(f, Future))
+    def __init__(self, values: Sequence[float | Future]):
+        self.values = values
 
-    def result(self):
-        """float32 [N], in the order of the calls. Waits for them.
+    def done(self) -> bool:
+        """Returns whether `result` would return without waiting."""
+        return all(value.done() for value in self.values if isinstance(value, Future))
 
-        Raises: RuntimeError with the traceback if a call raised, or if workers do not start.
+    def result(self) -> np.ndarray:
+        """Waits for the calls and returns their results in order, float32 [N].
+
+        Raises:
+          RuntimeError: a call raised an error (the message has its traceback), or no worker starts.
         """
-        found = [f.result() if isinstance(f, Future) else f for f in self.found]
-        return np.array(found, np.float32)
+        values = [v.result() if isinstance(v, Future) else v for v in self.values]
+        return np.array(values, np.float32)
 
 
 class Isolated:
-    """A reward that a `Pool` computes: called like any other, better in batches through `submit`.
+    """A reward that a `Pool` computes. `submit` starts a batch; a call computes one reward.
 
     Args:
-      function, limits: as for `Pool`, which is started when first needed and lives as long as
-        the process.
-      quick: (prompt, response, answer) -> the reward itself, a float, where that is cheap and
-        safe, or else the arguments of `function`, a tuple. None: function(prompt, response, answer).
+      function, limits: as for `Pool`. The pool starts with the first call and lives as long as this
+        process.
+      quick: (prompt, response, answer) -> the reward as a float, where it is cheap and safe to
+        compute in this process; otherwise the arguments of `function` as a tuple. None: `function`
+        is called with (prompt, response, answer).
     """
 
-    def __init__(self, function, quick=None, **limits):
+    def __init__(
+        self,
+        function: Callable[..., float],
+        quick: Callable[[str, str, str], float | tuple[str, ...]] | None = None,
+        **limits,
+    ):
         self.pool = Pool(function, **limits)
         self.quick = quick or (lambda *texts: texts)
 
-    def submit(self, prompts, responses, answers):
-        """Lists of N texts -> `Pending` with N rewards."""
-        found = [self.quick(*texts) for texts in zip(prompts, responses, answers, strict=True)]
-        futures = iter(self.pool.submit([f for f in found if isinstance(f, tuple)]).found)
-        return Pending([next(futures) if isinstance(f, tuple) else f for f in found])
+    def submit(
+        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+    ) -> Pending:
+        """Starts the rewards of N responses."""
+        texts = zip(prompts, responses, answers, strict=True)
+        values = [self.quick(*three) for three in texts]
+        calls = [value for value in values if isinstance(value, tuple)]
+        futures = iter(self.pool.submit(calls).values)
+        return Pending([next(futures) if isinstance(v, tuple) else v for v in values])
 
-    def __call__(self, prompt, response, answer):
+    def __call__(self, prompt: str, response: str, answer: str) -> float:
         return float(self.submit([prompt], [response], [answer]).result()[0])
-
-
-class _Process:
-    """A worker process and this end of its socket."""
-
-    def __init__(self, function, warm, cpu_seconds, wall_seconds):
-        self.connection, theirs = multiprocessing.connection.Pipe()
-        command = [
-            sys.executable,
-            "-c",
-            _START,
-            json.dumps([*map(str, sys.path)]),
-            str(theirs.fileno()),
-        ]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # stderr is ours
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # a group of its own, which can be killed as one
-            # A set's order must not depend on the process; one thread is enough.
-            env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-        )
-        theirs.close()
-        self.name = f"{function.__module__}.{function.__qualname__}"
-        with contextlib.suppress(OSError):  # it is gone: wait_until_ready says so
-            self.connection.send((function, warm, cpu_seconds, wall_seconds))
-
-    def wait_until_ready(self):
-        kind, problem = self._receive(START_SECONDS)
-        if kind != "ready":
-            self.kill()
-            problem = problem or f"it {kind} (exit status {self.process.wait()})."
-            raise RuntimeError(f"a worker process for {self.name} did not start: {problem}")
-
-    def run(self, call, wall_seconds):
-        """→ the value, or None if none was found; whether the process can be used again."""
-        try:
-            self.connection.send(call)
-        except OSError:
-            return None, False
-        kind, value = self._receive(wall_seconds)
-        if kind == "raised":
-            raise RuntimeError(f"{self.name} raised an error in its worker process:\n{value}")
-        if kind == "ended":  # only the child did, and has a successor
-            limit = value in (-signal.SIGPROF, _OUT_OF_MEMORY)
-            return (0.0 if limit else None), True
-        return value, kind == "value"
-
-    def _receive(self, seconds):
-        try:
-            if self.connection.poll(seconds):
-                return self.connection.recv()
-            return "hung", None
-        except (EOFError, OSError):
-            return "ended without a word", None
-
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def end(self):
-        self.kill()
-        self.process.wait()
-        self.connection.close()
 
 
 def _cores():
@@ -278,64 +234,3 @@ def _cores():
 
 def _characters(call):
     return 100 + sum(len(text) for text in call if isinstance(text, str))
-
-
-# ------------------------------------------------------------------------- in the worker process
-
-
-def serve(fd):
-    """What a worker does: load, warm up, then a child for the calls, and another when it ends."""
-    connection = multiprocessing.connection.Connection(fd)
-    try:
-        function, warm, cpu_seconds, wall_seconds = connection.recv()
-        for call in warm:
-            function(*call)
-    except EOFError:
-        return
-    except BaseException:
-        connection.send(("failed", traceback.format_exc()))
-        return
-    connection.send(("ready", None))
-    gc.freeze()  # else a child's first collection copies every page
-    with contextlib.suppress(OSError):  # the parent is gone
-        while True:
-            child = os.fork()
-            if child == 0:
-                _serve_calls(connection, function, cpu_seconds, wall_seconds)
-                os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if status == 0:
-                return
-            connection.send(("ended", status))
-
-
-def _serve_calls(connection, function, cpu_seconds, wall_seconds):
-    """The child: calls until the socket ends. The timers' signals end the process by default."""
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        with open("/proc/self/statm") as statm:
-            size = int(statm.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    while True:
-        try:
-            call = connection.recv()
-        except (EOFError, OSError):
-            return
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        signal.setitimer(signal.ITIMER_REAL, 2 * wall_seconds)  # if the watchdog itself is gone
-        try:
-            found = "value", float(function(*call))
-        except MemoryError:
-            os._exit(_OUT_OF_MEMORY)
-        except RecursionError:
-            found = "value", 0.0
-        except BaseException:
-            found = "raised", traceback.format_exc()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            connection.send(found)
-        except OSError:
-            return

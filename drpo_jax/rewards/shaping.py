@@ -1,24 +1,28 @@
-"""Rewards of form, not of content: added to a verifier's, with weights of the user's."""
+"""Rewards for the form of a response, which the config adds to the reward for its answer."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from drpo_jax.rewards.math import last_box
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_AFTER = re.compile(r"[\s.$]*(?:\\[])][\s.]*)?")  # what closes a sentence or a formula
+_AFTER = re.compile(r"[\s.$]*(?:\\[])][\s.]*)?")  # the end of a sentence or a formula
 
 
-def format_reward(responses):
-    r"""1.0 for each response that has one `\boxed{…}`, closed and at the end, else 0.0.
+def format_reward(responses: Sequence[str]) -> np.ndarray:
+    r"""Returns 1.0 for each response that ends with its only `\boxed{…}`, else 0.0.
 
-    After the box there may be white space, a full stop, and the end of the formula it stands in
-    (`$`, `$$`, `\)`, `\]`). An empty box is none.
+    The box must be closed and must not be empty. White space, a full stop and the end of the
+    formula (`$`, `$$`, `\)`, `\]`) may follow it.
 
     Args:
       responses: N texts.
-    Returns: float32 [N].
+
+    Returns:
+      float32 [N].
     """
     return np.array([_ends_with_box(response) for response in responses], np.float32)
 
@@ -32,18 +36,24 @@ def _ends_with_box(response):
     return bool(_AFTER.fullmatch(response, end))
 
 
-def overlong_penalty(lengths, max_length, buffer):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), to be added to the reward.
+def overlong_penalty(lengths: ArrayLike, max_length: int, buffer: int) -> np.ndarray:
+    """Returns DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), to be added to the reward.
 
-    0 up to max_length - buffer, then linear to -1 at max_length, and -1 beyond it.
+    It is 0 up to max_length - buffer tokens, falls linearly to -1 at max_length, and stays -1
+    beyond.
 
     Args:
-      lengths: of the responses, in tokens [N].
-      max_length: the length at which a response is cut off, in tokens.
-      buffer: the number of tokens below it on which the penalty grows, 1 to max_length.
-    Returns: float32 [N], from -1 to 0.
+      lengths: lengths of the responses in tokens, [N].
+      max_length: the length in tokens at which a response is truncated.
+      buffer: the number of tokens over which the penalty grows, 1 to max_length.
+
+    Returns:
+      float32 [N], from -1 to 0.
+
+    Raises:
+      ValueError: the buffer is empty or longer than max_length.
     """
     if not 0 < buffer <= max_length:
-        raise ValueError(f"buffer is {buffer}; it must be from 1 to max_length, {max_length}.")
+        raise ValueError(f"buffer is {buffer}; it must be from 1 to max_length, {max_length}")
     over = np.asarray(lengths, np.float64) - (max_length - buffer)
     return -np.clip(over / buffer, 0, 1).astype(np.float32)

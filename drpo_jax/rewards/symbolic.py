@@ -1,10 +1,12 @@
-"""Equality of two answers by math-verify. It imports SymPy: for worker processes (`pool`) only.
+"""Equality of two answers according to math-verify. Imports SymPy, so only worker processes import it.
 
-math-verify is used without two of its habits. It takes numbers through SymPy's string parser, which
-evaluates them as Python, and SymPy writes some sums and roots out as Python functions that contain
-the model's symbols: here numbers are read by `_Reader`, and while answers are compared Python
-compiles nothing but fixed templates. And it looks for answers in a whole response: here it gets an
-answer alone.
+This module changes two things about math-verify:
+
+- math-verify evaluates text as Python. It passes numbers through SymPy's string parser, and SymPy
+  writes some sums and roots out as Python functions that contain the model's symbols. Here
+  `_Reader` reads numbers, and an audit hook refuses to compile anything but fixed templates while
+  answers are compared.
+- math-verify searches a whole response for answers. Here it receives the answer alone.
 """
 
 import functools
@@ -31,29 +33,33 @@ _SEPARATOR = re.compile(r"(?<=[0-9])(?:,\\!|\{,\})(?=[0-9]{3})")
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
-def equal(given, answer):
-    """Whether two answers, LaTeX or plain, are equal. Any text; time and memory are not limited."""
+def equal(candidate: str, answer: str) -> bool:
+    """Returns whether two answers, LaTeX or plain, are equal.
+
+    Both may be any text. The time and memory of a comparison are not limited here.
+    """
     global _guarded
     _guarded = True
     try:
-        text, value = _read(given)
+        text, value = _read(candidate)
         expected_text, expected = _read(answer)
         if text == expected_text:
             return text != ""
         if value is None or expected is None:
             return False
         same = verify(expected, value, timeout_seconds=None)
-        return same and ("%" in text + expected_text or not _apart(expected, value))
+        return same and ("%" in text + expected_text or not _differ(expected, value))
     except Exception:
         return False
     finally:
         _guarded = False
 
 
-def _apart(x, y):
-    """Whether two numbers differ: math-verify drops tiny factors of large products.
+def _differ(x, y):
+    """Returns whether two numbers differ numerically.
 
-    5^2024/C(4048,2024) and 4^2024/C(4048,2024) are equal to it.
+    math-verify drops tiny factors of large products, so that 5^2024/C(4048,2024) and
+    4^2024/C(4048,2024) are equal to it.
     """
     if not (isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)):
         return False
@@ -66,13 +72,14 @@ def _apart(x, y):
 
 @functools.lru_cache(maxsize=256)
 def _read(text):
-    """→ the text without units and spelling, and its SymPy object, or None."""
+    """Returns the text in normalized form without units, and its SymPy object or None."""
     text = text.strip().rstrip(".").replace("\N{MINUS SIGN}", "-")
     text = _SEPARATOR.sub("", text)
     forms = [normalize_latex(text, config) for config in _NORMALIZATIONS]
     if "frac" not in text and _TWO_NUMBERS.search(text):  # "2 3" would be 2 + 3
         return forms[0], None
-    # Of a = b = c the last part will do. The c of a + b + c is taken for a unit: then without units.
+    # The last part of a = b = c is tried as well. The second normalization keeps units: the first
+    # one would take the c of a + b + c for a unit.
     for form in dict.fromkeys(f(form) for form in forms for f in (str, get_last_eq)):
         try:
             return forms[0], _Reader(is_real=not should_treat_as_complex(form)).parse(form)
@@ -82,7 +89,7 @@ def _read(text):
 
 
 class _Reader(_Latex2Sympy):
-    """math-verify's parser, with numbers of its own making."""
+    """math-verify's parser, with a parser of numbers that evaluates no text."""
 
     def parse(self, latex_str):
         if comma_number_regex.match(latex_str):
@@ -94,14 +101,14 @@ class _Reader(_Latex2Sympy):
         return sympy.Integer(int(text)) if text.isdecimal() else sympy.Float(text)
 
 
-# ------------------------------------------------------------------- nothing is evaluated as code
+# ----------------------------------------------------------------------- no text runs as code
 
 _guarded = False
-_TEMPLATES = {"sympy.polys.monomials"}  # code with nothing in it but a count of variables
+_TEMPLATES = {"sympy.polys.monomials"}  # templates that contain only a count of variables
 
 
 def _refuse(event, arguments):
-    """The audit hook: no source code is compiled during a comparison, except by an import."""
+    """Audit hook: refuses to compile source code during a comparison, except for an import."""
     if not _guarded or event != "compile":
         return
     frame = sys._getframe(1)
@@ -111,7 +118,7 @@ def _refuse(event, arguments):
         if frame.f_globals.get("__name__") == "importlib._bootstrap":
             return
         frame = frame.f_back
-    raise RuntimeError("an answer is not evaluated as code.")
+    raise RuntimeError("answers are never evaluated as code")
 
 
 sys.addaudithook(_refuse)

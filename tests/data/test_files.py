@@ -1,4 +1,4 @@
-"""Problem files, their errors, prompt lengths, and the stateless stream of batches."""
+"""Files of problems in both schemas, and their errors."""
 
 import json
 import re
@@ -6,16 +6,7 @@ import sys
 
 import pytest
 
-from drpo_jax.data import (
-    TEMPLATES,
-    ArithmeticTask,
-    ChainSum,
-    Problem,
-    ProblemStream,
-    load_problems,
-    strip_instruction,
-    with_instruction,
-)
+from drpo_jax.data import Problem, load_problems
 
 GOOD = b'{"prompt": "1+2=", "answer": "3"}\n'
 
@@ -68,8 +59,11 @@ def test_load(tmp_path):
         ),
         (b'{"prompt": "1+2=", "answer": "3", "id": true}', "field 'id' is true"),
         (b'{"prompt": "1", "answer": "3", "kind": 7}', "field 'kind' is 7, but must be a string"),
-        (b'{"prompt": [], "answer": "3"}', "in the schema of DAPO-Math-17k, but the file's first"),
-        (b'{"prompt": "a\\ud800", "answer": "3"}', "field 'prompt' holds half of a surrogate pair"),
+        (b'{"prompt": [], "answer": "3"}', "in the schema of DAPO-Math-17k, but the first line of"),
+        (
+            b'{"prompt": "a\\ud800", "answer": "3"}',
+            "field 'prompt' contains half of a surrogate pair",
+        ),
         (
             '{"prompt": "groß", "answer": "3"}'.encode("latin-1"),
             r"byte 16 of the line \(0xdf\).*UTF-8",
@@ -77,7 +71,7 @@ def test_load(tmp_path):
         ('{"prompt": "1", "answer": "3"}'.encode("utf-16"), r"byte 1 of the line \(0xff\).*UTF-8"),
         (
             b'{"prompt": "1", "answer": "3", "id": "a"}',
-            "field 'id' is 'a', which line 1 has already",
+            "field 'id' is 'a', which line 1 already uses",
         ),
     ],
 )
@@ -121,7 +115,7 @@ def write_lines(tmp_path, records):
 DAPO_ROWS = [
     dapo(WRAPPED),
     dapo("What is $2+2$?", "4", 7),
-    dapo(WRAPPED),  # again
+    dapo(WRAPPED),  # a repetition
     dapo(WRAPPED, index="u2"),  # the same problem under another index
     dapo(WRAPPED, answer="4"),  # and with another answer
     dapo("What is $2+2$?", "4", None),
@@ -168,7 +162,7 @@ def test_dapo_schema(tmp_path):
         ),
         (
             {"extra_info": {"index": "u1"}},
-            "'extra_info.index' is 'u1', which line 1 has .* another text",
+            "'extra_info.index' is 'u1', which line 1 already uses for another text",
         ),
     ],
 )
@@ -209,86 +203,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         load_problems(tmp_path / "problems.parquet")
 
 
-def test_instructions():
-    bare = Problem("Is {problem} 5 % of $x$?", "3", "k", "i")
-    boxed = with_instruction(bare, "boxed")
-    assert boxed.prompt == bare.prompt + (
-        "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    )
-    assert (boxed.answer, boxed.kind, boxed.id) == ("3", "k", "i")
-    assert with_instruction(bare, "none") == bare
-    assert with_instruction(bare, "Q: {problem} {A}:").prompt == f"Q: {bare.prompt} {{A}}:"
-    plain = Problem("What is $1+2$?", "3", "", "i")
-    assert with_instruction(plain, "answer_line").prompt == WRAPPED
-    for wrong in ("bxed", "", "{problem} and {problem}"):
-        with pytest.raises(ValueError, match="must be one of none, boxed, answer_line, or a text"):
-            with_instruction(bare, wrong)
-
-
-def test_an_instruction_is_stripped_as_a_whole_or_not_at_all():
-    assert strip_instruction(WRAPPED) == "What is $1+2$?"
-    before, after = TEMPLATES["answer_line"].split("{problem}")
-    for text in ("1+2", before + "1+2", "1+2" + after, WRAPPED[1:], before + after, WRAPPED + " "):
-        assert strip_instruction(text) == text
-
-
-@pytest.mark.parametrize("task", [ArithmeticTask(digits=2), ChainSum()])
-def test_stream_of_a_task(task):
-    stream = ProblemStream(task, seed=4)
-    assert stream.batch(11, 8) == task.sample(4, 11, 8, "train")
-    assert stream.batch(11, 8) == ProblemStream(task, seed=4).batch(11, 8)
-    assert stream.batch(11, 8) != stream.batch(12, 8)
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 7, 10, 25])
-def test_stream_of_a_list_goes_through_shuffled_epochs(count):
-    problems = [Problem(f"{i}=", str(i), "", str(i)) for i in range(10)]
-    steps = -(-40 // count)
-    batches = [ProblemStream(problems, seed=1).batch(n, count) for n in range(steps)]
-    assert all(len(b) == count for b in batches)
-    read = [p.id for batch in batches for p in batch]
-    epochs = [read[10 * e : 10 * e + 10] for e in range(4)]
-    assert all(sorted(e) == sorted(p.id for p in problems) for e in epochs)
-    assert len({tuple(e) for e in epochs}) == 4
-    assert read != [p.id for n in range(steps) for p in ProblemStream(problems, 2).batch(n, count)]
-
-
-PROBLEMS = [Problem(f"{i}=", str(i), "", str(i)) for i in range(10)]
-
-
-@pytest.mark.parametrize("source", [PROBLEMS, ArithmeticTask(digits=2), ChainSum()])
-@pytest.mark.parametrize("count, processes", [(8, 1), (8, 4), (7, 3), (2, 5)])
-def test_the_shares_of_processes_are_the_batch(source, count, processes):
-    stream = ProblemStream(source, seed=2)
-    for step in (0, 5):
-        shares = [stream.batch(step, count, i, processes) for i in range(processes)]
-        assert sum(shares, []) == stream.batch(step, count)
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_the_step_number_is_the_whole_position():
-    """A stream made anew, asked for its steps in any order, goes on as if nothing had happened."""
-    steps = [ProblemStream(PROBLEMS, seed=3).batch(n, 7) for n in range(6)]
-    stream = ProblemStream(PROBLEMS, seed=3)
-    assert [stream.batch(n, 7) for n in (5, 0, 3)] == [steps[5], steps[0], steps[3]]
-    # the same on every platform, whatever its NumPy
-    assert "".join(p.id for p in stream.batch(0, 20)) == "04971563820621374985"
-
-
-def test_stream_errors():
-    with pytest.raises(ValueError, match="the list is empty"):
-        ProblemStream([], seed=0)
-    with pytest.raises(ValueError, match="seed is -1"):
-        ProblemStream(ArithmeticTask(), seed=-1)
-    with pytest.raises(ValueError, match="step is -1"):
-        ProblemStream([Problem("1", "1", "", "")], seed=0).batch(-1, 2)
-    for process in (-1, 2):
-        with pytest.raises(ValueError, match=f"process is {process}; it must be from 0 to 1"):
-            ProblemStream(PROBLEMS, seed=0).batch(0, 4, process, 2)
-
-
 @pytest.mark.parametrize("name", ["prompt", "question", "problem"])
-def test_the_problem_goes_by_several_names(name, tmp_path):
+def test_the_prompt_field_has_several_names(name, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({name: "What is 1+1?", "answer": "2"}))
     assert load_problems(path)[0].prompt == "What is 1+1?"

@@ -1,4 +1,4 @@
-"""Chain sums and countdown: right answers, disjoint splits, determinism, settings."""
+"""The tasks in words, chain sums and countdown: answers, disjoint splits, determinism, settings."""
 
 import re
 
@@ -44,7 +44,7 @@ def test_countdowns_have_a_solution(split):
 
 
 def terms_of(problem):
-    """What decides the split: the signed terms, or the numbers and the target, in no order."""
+    """Returns what decides the split: the sorted signed terms, or the sorted numbers and the target."""
     numbers, _, target = problem.id.partition(": ")
     return tuple(
         sorted(re.findall("[-+]?[0-9]+", "+" + numbers if not target else numbers))
@@ -72,7 +72,7 @@ def test_determinism(task):
 
 
 def test_fixed_problems():
-    """Were they to move, checkpoints would be resumed on other problems, and tested on seen ones."""
+    """If they changed, resumed runs would train on other problems and be tested on seen ones."""
     assert [p.id for p in ChainSum().sample(0, 0, 4)] == CHAINS
     assert [p.id for p in ChainSum().sample(0, 0, 3, "heldout")] == HELDOUT
     assert [p.answer for p in Countdown().sample(0, 0, 2)] == COUNTDOWNS
@@ -84,7 +84,7 @@ COUNTDOWNS = ["(23 + 22) + 5", "(17 + 11) + 4"]
 
 
 def test_heldout_problems_run_out_with_a_clear_error():
-    with pytest.raises(ValueError, match=r"100 heldout .* ChainSum\(.*\) has about \d+: ask for f"):
+    with pytest.raises(ValueError, match=r"100 heldout .* ChainSum\(.*\) has about \d+: request f"):
         ChainSum((2, 2), (1, 1)).sample(0, 0, 100, "heldout")
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from drpo_jax.data import (
     ArithmeticTask,
     CharTokenizer,
+    Problem,
     demonstrations,
     direct,
     is_heldout,
@@ -20,7 +21,7 @@ from drpo_jax.data import (
     sample_problems,
     worked,
 )
-from drpo_jax.data.tasks import MAX_DIGITS, OPERATIONS, Problem
+from drpo_jax.data.arithmetic import MAX_DIGITS, OPERATIONS
 from drpo_jax.rewards import arithmetic_reward, expression_value
 
 TASKS = [ArithmeticTask(digits=d) for d in (1, 3, MAX_DIGITS)] + [
@@ -30,9 +31,10 @@ STEP = re.compile(r"(\d)([-+*])(\d)([-+])(\d)=(\d)(\d)")
 
 
 def check_steps(problem, response):
-    """Every column is read off the problem and carries on from the one before; the answer too.
+    """Checks that every column and the answer follow from the problem and the columns before.
 
-    Returns which columns have a wrong result.
+    Returns:
+      For every column, whether its result is wrong.
     """
     a, operation, b = re.fullmatch(r"(\d+)(\D)(\d+)=", problem.prompt).groups()
     *steps, answer = response.split(" ")
@@ -97,7 +99,7 @@ def test_responses_without_errors_are_right(task):
         assert direct(p, rng, 0.0) == f"#{p.answer}"
 
 
-def test_errors_are_as_frequent_as_asked_and_carried_on():
+def test_errors_have_the_requested_rate_and_carry_on():
     rng = np.random.default_rng(2)
     task = ArithmeticTask()
     problems = sample_problems(task, 0, 0, 2000)
@@ -134,7 +136,8 @@ def test_heldout_share_and_commutation():
         h = is_heldout(operation, a, b)
         np.testing.assert_array_equal(h, h.T)
         np.testing.assert_allclose(h.mean(), 1 / 8, atol=0.01)
-    # a fixed sample of the hash: were it to move, old checkpoints would be tested on what they saw
+    # A fixed sample of the hash. If it changed, old checkpoints would be tested on problems they
+    # have seen.
     fixed = np.flatnonzero(is_heldout("+", np.arange(100, 140), 247)).tolist()
     assert fixed == FIXED
     assert is_heldout("+", 100 + FIXED[0], 247)
@@ -149,7 +152,7 @@ def test_heldout_problems_are_distinct_and_run_out_with_a_clear_error():
     held = [i for i in everything if is_heldout("*", *map(int, i.split("*")))]
     problems = sample_problems(task, 0, 0, len(held), "heldout")
     assert sorted(p.id for p in problems) == sorted(held)
-    with pytest.raises(ValueError, match=rf"has about {len(held)}: ask for fewer"):
+    with pytest.raises(ValueError, match=rf"has about {len(held)}: request fewer"):
         sample_problems(task, 0, 0, len(held) + 1, "heldout")
 
 
@@ -162,7 +165,9 @@ def test_determinism():
     assert first != sample_problems(task, 5, 10, 100) and first != sample_problems(task, 6, 9, 100)
     pairs = demonstrations(task, 5, 9, 100, 0.3, 0.8, 0.1)
     assert pairs == demonstrations(task, 5, 9, 100, 0.3, 0.8, 0.1)
-    sums = ArithmeticTask(operations="+")  # 700,000 problems: a common one would be no chance
+    sums = ArithmeticTask(
+        operations="+"
+    )  # 700,000 problems: a common one would not be a coincidence
     prompts = {prompt for prompt, _ in demonstrations(sums, 5, 9, 100, 0.3, 0.8, 0.1)}
     assert not {p.prompt for p in sample_problems(sums, 5, 9, 100)} & prompts
     heldout = sample_problems(task, 5, 9, 256, "heldout")

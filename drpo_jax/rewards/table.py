@@ -1,0 +1,122 @@
+r"""The table of rewards: one row holds everything that the rest of the project knows about a reward."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from drpo_jax.rewards.arithmetic import (
+    after_hash,
+    arithmetic_reward,
+    countdown_reward,
+    integer_reward,
+    last_integer,
+)
+from drpo_jax.rewards.math import VERIFIER, boxed_answer
+from drpo_jax.rewards.pool import Isolated, Pending
+
+Function = Callable[[str, str, str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One row of `REWARDS`.
+
+    Attributes:
+      function: (prompt, response, answer) -> float, called in this process; or an `Isolated`
+        function, which runs in worker processes.
+      summary: what earns the reward, in one line.
+      template: the shortest response that is rewarded, with "{answer}" in place of the answer. The
+        answers of a data set are verified with it before a run starts. None: they are not verified.
+      extract: response -> the answer it contains, or None if it contains none. maj@k counts these
+        answers as votes. By default the whole response is the answer.
+      tasks: the values of `data.task` whose problems this reward verifies unless `reward.name` is
+        set.
+    """
+
+    function: Function | Isolated
+    summary: str = ""
+    template: str | None = None
+    extract: Callable[[str], str | None] = str.strip
+    tasks: tuple[str, ...] = ()
+
+    def __call__(self, prompt: str, response: str, answer: str) -> float:
+        return self.function(prompt, response, answer)
+
+
+REWARDS: dict[str, Reward | Function] = {
+    "arithmetic": Reward(
+        arithmetic_reward,
+        summary="the integer after the last # equals the answer",
+        template="#{answer}",
+        extract=after_hash,
+        tasks=("arithmetic",),
+    ),
+    "integer": Reward(
+        integer_reward,
+        summary="the last integer, or the one in the last box, equals the answer",
+        template="{answer}",
+        extract=last_integer,
+        tasks=("chain_sum",),
+    ),
+    "countdown": Reward(
+        countdown_reward,
+        summary="the expression uses each number of the problem once and has the target value",
+        template="{answer}",
+        tasks=("countdown",),
+    ),
+    "math": Reward(
+        VERIFIER,
+        summary=r"the last \boxed{…} equals the answer, according to math-verify",
+        template=r"\boxed{{answer}}",
+        extract=boxed_answer,
+        tasks=("math",),
+    ),
+}
+_BY_TASK = {
+    task: name for name, row in REWARDS.items() if isinstance(row, Reward) for task in row.tasks
+}
+
+
+def get_reward(name: str) -> Reward:
+    """Returns the row of a reward; a plain function in the table becomes a row with the defaults."""
+    row = REWARDS[name]
+    return row if isinstance(row, Reward) else Reward(row)
+
+
+def reward_of_task(task: str) -> str:
+    """Returns the name of the reward that verifies the problems of a task (a value of `data.task`)."""
+    return _BY_TASK[task]
+
+
+def submit(
+    reward: Reward | Isolated | Function,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    answers: Sequence[str],
+) -> Pending:
+    """Starts the rewards of a batch.
+
+    A plain function is called right away, in this process. An `Isolated` function runs in its
+    workers.
+
+    Args:
+      reward: a row of `REWARDS`, or a function of a row.
+      prompts, responses, answers: N texts each.
+
+    Returns:
+      The results, whose `.result()` waits for all rewards: float32 [N], in the order of the
+      responses.
+
+    Raises:
+      RuntimeError: a plain function raised an error; names the function and the response.
+    """
+    function = reward.function if isinstance(reward, Reward) else reward
+    if isinstance(function, Isolated):
+        return function.submit(prompts, responses, answers)
+    values = []
+    for texts in zip(prompts, responses, answers, strict=True):
+        try:
+            values.append(function(*texts))
+        except Exception as error:
+            name = getattr(function, "__name__", function)
+            raise RuntimeError(f"the reward {name} failed on the response {texts[1]!r}") from error
+    return Pending(values)

@@ -1,0 +1,126 @@
+"""The problems of a run: held-out parts and sets, filters, checks, and token ids."""
+
+import json
+
+import pytest
+
+from drpo_jax import problems
+from drpo_jax.data import Problem, make_tokenizer
+from tests.pretrained import config, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The directory of a tiny model and its tokenizer."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(directory)
+    return directory
+
+
+def resolved(checkpoint, tmp_path, train, heldout=(), **fields):
+    """Writes files with these (prompt, answer) pairs and returns a config that names them."""
+    names = []
+    for name, pairs in (("train", train), ("test", heldout)):
+        lines = [
+            json.dumps({"prompt": p, "answer": a, "id": f"{name}{i}"})
+            for i, (p, a) in enumerate(pairs)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        names.append(str(tmp_path / f"{name}.jsonl"))
+    settings = dict(data__task="math", data__problems=names[0], evaluate__problems=2) | fields
+    if heldout:
+        settings["evaluate__sets"] = names[1]
+    return config(checkpoint, **settings)
+
+
+def load(config, train=True):
+    return problems.load(config, make_tokenizer(config.data, config.model.path), train)
+
+
+def math(*args, **fields):
+    """Returns `problems.load` for the config of `resolved`."""
+    math_config = resolved(*args, **fields)
+    assert math_config.reward.name == "math"
+    return load(math_config)
+
+
+GOOD = [(f"Find {i} + {i}.", str(2 * i)) for i in range(8)]
+
+
+def test_held_out_problems_are_a_part_of_the_file_or_a_set(checkpoint, tmp_path):
+    loaded = math(checkpoint, tmp_path, GOOD)
+    assert len(loaded.heldout) == 2 and len(loaded.train) == 6
+    # Neither a filter nor a further problem moves a problem from one side to the other.
+    more = math(checkpoint, tmp_path, [*GOOD, ("Find 9.", "9")], data__filter="clean")
+    assert len(more.heldout) == 2 and len({p.id for p in more.heldout + loaded.heldout}) <= 3
+    assert {p.id for p in loaded.heldout}.isdisjoint(p.id for p in loaded.train)
+    loaded = math(checkpoint, tmp_path, GOOD, [("Find 50.", "50"), ("Find a.", r"\frac{a}{2}")])
+    assert [p.id for p in loaded.heldout] == ["test0", "test1"] and len(loaded.train) == 8
+
+
+@pytest.mark.parametrize("filter_name", ["none", "clean"])
+def test_prompts_are_tokenized_once(checkpoint, tmp_path, filter_name):
+    """Loaded problems carry the ids of the whole prompt; `encode` does not tokenize them again."""
+    math_config = resolved(
+        checkpoint, tmp_path, GOOD, data__filter=filter_name, data__instruction="Q: {problem}"
+    )
+    loaded = load(math_config)
+    tokenizer = make_tokenizer(math_config.data, checkpoint)
+    everything = [*loaded.train, *loaded.heldout]
+    expected = [tokenizer.prompt(f"Q: {p.prompt}") for p in everything]
+    assert problems.encode(math_config, None, everything) == expected
+    plain = [Problem(p.prompt, p.answer, p.kind, p.id) for p in everything]
+    assert problems.encode(math_config, tokenizer, plain) == expected
+
+
+def test_a_filter_drops_unusable_problems_and_reports_them(checkpoint, tmp_path):
+    bad = [("Find 1 + 1.", "3"), ("Say why.", "{"), ("x" * 60, "1"), ("Find  2 + 2.", "4")]
+    with pytest.raises(ValueError, match=r"1 of 12 prompts .*max_prompt_length = 40 tokens"):
+        math(checkpoint, tmp_path, GOOD + bad)
+    loaded = math(checkpoint, tmp_path, GOOD + bad, data__filter="clean")
+    kept = {p.id for p in loaded.train} | {p.id for p in loaded.heldout}
+    assert kept == {f"train{i}" for i in (0, 2, 3, 4, 5, 6, 7)}
+    assert dropped(loaded.report, "duplicates disagree") == 2
+    assert dropped(loaded.report, "over 40 tokens") == 1
+    assert "answer that 'math' never rewards: 1 dropped" in loaded.report
+
+
+def dropped(report, reason):
+    (line,) = [line for line in report.splitlines() if line.startswith(reason)]
+    return int(line.removeprefix(reason).split()[0])
+
+
+def test_training_problems_that_are_held_out_are_dropped(checkpoint, tmp_path):
+    words = "a lazy fox jumps over one brown dog and then it sleeps for long"
+    fields = dict(data__filter="clean", sampler__max_prompt_length=120)
+    loaded = math(checkpoint, tmp_path, [*GOOD, (words, "5")], [(words, "5")], **fields)
+    assert len(loaded.train) == 8 and "1 training problems contain half" in loaded.report
+
+
+def test_an_answer_that_can_never_be_rewarded_is_an_error(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"problem 'train8': the answer '\{' could never be"):
+        math(checkpoint, tmp_path, [*GOOD, ("Why?", "{")])
+
+
+def test_several_sets_keep_their_problems_apart(checkpoint, tmp_path):
+    """Both sets have a problem with the id 1."""
+    for name in ("a", "b"):
+        line = {"prompt": f"Find {name}.", "answer": "1", "id": 1}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+    sets = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    loaded = load(config(checkpoint, evaluate__sets=sets, reward__name="math"), train=False)
+    assert loaded.train is None and len({p.id for p in loaded.heldout}) == 2
+    assert {p.kind for p in loaded.heldout} == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
+
+
+def test_a_hash_identifies_the_problems(checkpoint, tmp_path):
+    """A report with other words but the same hash describes the same problems."""
+    report = math(checkpoint, tmp_path, GOOD).report
+    assert problems.same_problems(report, f"Another wording.\n{report} More words.")
+    other = math(checkpoint, tmp_path, [*GOOD[1:], ("Find 9.", "9")]).report
+    assert not problems.same_problems(report, other)
+
+
+def test_text_problems_are_verified_as_math(checkpoint):
+    fields = dict(data__task="arithmetic", data__problems="gsm8k")
+    assert config(checkpoint, **fields).reward.name == "math"

@@ -1,12 +1,11 @@
-"""GGUF files (llama.cpp) to Hugging Face directories: python -m drpo_jax.models.gguf FILE.gguf DIRECTORY
+"""GGUF files (llama.cpp) to Hugging Face directories; `drpo convert` is the command line.
 
 Quantized tensors are written as the float32 values that their codes stand for. The tokenizer and its
 chat template come along: a GGUF file holds both.
 """
 
-import argparse
 import json
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -167,17 +166,5 @@ def _tokenizer(fields, file):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a GGUF file")
-    parser.add_argument("directory", help="of the model, made if it is not there")
-    args = parser.parse_args()
-    try:
-        config = convert(args.file, args.directory)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.directory}: {config.layers} layers of width {config.hidden_size}")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # An older spelling of `drpo convert`.
+    runpy.run_module("drpo_jax.convert", run_name="__main__", alter_sys=True)

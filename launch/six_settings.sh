@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the paper's six settings for TPU slices and prints the table of launch/README.md. No TPU required.
+# Compiles the paper's six settings for TPU slices and prints the table of docs/devices.md. No TPU required.
 #   bash launch/six_settings.sh
 # Takes an hour or two. A setting whose figures exist is not compiled again; delete them after a change of
 # the code.

@@ -1,4 +1,4 @@
-"""The launch scripts: their syntax, their help, their dry runs, and real runs where no cloud is needed."""
+"""The launch scripts: syntax, help, dry runs, and real runs where no cloud is needed."""
 
 import json
 import os

@@ -1,0 +1,1 @@
+"""Benchmarks and checks behind the figures in the documentation: python -m benchmarks.NAME."""

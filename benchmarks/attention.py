@@ -1,20 +1,21 @@
-"""Time and memory of the attention kernels against the length.
+"""Time and memory of the attention kernels as a function of length.
 
     python -m benchmarks.attention [--output=FILE.json]
 
-    full       all scores at once
-    chunked    exact attention in blocks, plain JAX
-    packed     the same on rows of eight segments of equal length
-    splash     the TPU's kernel; on TPU, and for a TPU v5p's compiler where libtpu is installed
-    cudnn      the GPU's kernel; on GPU
+    full       computes all scores at once
+    chunked    exact attention in blocks, in plain JAX
+    packed     chunked, on rows of eight segments of equal length
+    splash     the TPU kernel; on TPU, and compiled for a TPU v5p if libtpu is installed
+    cudnn      the GPU kernel; on GPU
 
-Memory is what the compiler says of the forward pass and the gradients for q, k and v together
-(`memory_analysis().temp_size_in_bytes`, MB = 1e6 bytes); arguments and results are not in it. The
-TPU's: one row, 32 query and 8 key heads of 128, bfloat16.
+Memory is the compiler's temporary size (`memory_analysis().temp_size_in_bytes`, MB = 1e6 bytes) of the
+forward pass together with the gradients for q, k and v. Arguments and results are not included. The
+TPU figures are for one row with 32 query heads and 8 key heads of 128 channels, in bfloat16.
 
-Time: whole calls in turn, the median of their ratios round by round; beside seconds, which say little
-on a shared machine, the seconds of CPU time that they took. On the CPU one row, 4 query and 2 key heads
-of 64, float32 (bfloat16 is emulated there); elsewhere the TPU's sizes.
+The kernels are timed in turn, one whole call each, and the ratio is the median over rounds. Wall time
+is unreliable on a shared machine, so the table shows CPU time as well. On the CPU the input is one row
+with 4 query heads and 2 key heads of 64 channels, in float32 (bfloat16 is emulated there); on other
+devices it has the TPU's sizes.
 """
 
 import time
@@ -32,7 +33,7 @@ from drpo_jax.models.attention import attend
 LENGTHS = 512, 1024, 2048, 4096, 8192
 SMALL, LARGE = (4, 2, 64, "float32"), (32, 8, 128, "bfloat16")  # heads, key heads, width, dtype
 SEGMENTS = 8
-ROUNDS = 3  # after one that does not count
+ROUNDS = 3  # One more round warms up and is not counted.
 KERNELS = {
     "cpu": ("full", "chunked", "packed"),
     "tpu": ("full", "chunked", "packed", "splash"),
@@ -41,7 +42,7 @@ KERNELS = {
 
 
 def shapes(length, sizes):
-    """Of q, k, v and of the output's gradient."""
+    """Returns the abstract q, k, v and gradient of the output, each [1, length, heads, width]."""
     heads, kv_heads, width, dtype = sizes
     return [
         jax.ShapeDtypeStruct((1, length, n, width), dtype)
@@ -50,7 +51,12 @@ def shapes(length, sizes):
 
 
 def compiled(name, length, sizes, device, backward=True):
-    """The program of a kernel for `device`: (q, k, v, d_out, segment_ids) → output (and gradients)."""
+    """Compiles a kernel for `device`.
+
+    Returns:
+      A program that maps (q, k, v, d_out, segment_ids) to the output and, with `backward`, to the
+      gradients for q, k and v.
+    """
     kernel = "chunked" if name == "packed" else name
     platform = "tpu" if "TPU" in device.device_kind else device.platform
     compute = Compute(attention=kernel, one_segment=name != "packed", platform=platform)
@@ -66,7 +72,7 @@ def compiled(name, length, sizes, device, backward=True):
 
 
 def memory(device, sizes, kernels, lengths):
-    """Prints and returns {length: {kernel: MB}}; None where the device has not as much."""
+    """Prints and returns {length: {kernel: MB}}; None where a program does not fit on the device."""
     print(f"\n{device.device_kind}, {sizes}: temporaries of forward and backward pass, MB")
     print(f"{'tokens':<8}" + "".join(f"{name:>12}" for name in kernels))
     figures = {}
@@ -87,11 +93,11 @@ def memory(device, sizes, kernels, lengths):
 
 
 def seconds(device, sizes, backward):
-    """Prints and returns {length: {kernel: median seconds, CPU seconds, full over it}}."""
+    """Prints and returns {length: {kernel: median seconds, CPU seconds, and their ratios to full}}."""
     kernels = KERNELS[device.platform]
-    what = "forward and backward" if backward else "forward"
-    print(f"\n{device.device_kind}, {sizes}: time, {what}")
-    print(f"{'tokens':<8}{'':<10}{'full/this':>11}{'of CPU time':>13}{'s':>9}{'CPU s':>9}")
+    passes = "forward and backward" if backward else "forward"
+    print(f"\n{device.device_kind}, {sizes}: time, {passes}")
+    print(f"{'tokens':<8}{'':<10}{'full/this':>11}{'in CPU time':>13}{'s':>9}{'CPU s':>9}")
     figures = {}
     for length in LENGTHS:
         rng = np.random.default_rng(0)
@@ -125,7 +131,7 @@ def seconds(device, sizes, backward):
 
 
 def main(_):
-    # What comes out of the cache has no memory analysis.
+    # A program from the cache has no memory analysis.
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]
     print(machine())

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine, its load and the versions; a TPU to compile for."""
+"""Shared by the benchmarks: the description of the machine, the results file, a TPU to compile for."""
 
 import importlib.util
 import json
@@ -11,11 +11,11 @@ import jax
 from absl import flags
 from jax.experimental import topologies
 
-OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
 
 def machine() -> dict:
-    """Device, cores, load and versions."""
+    """Returns devices, cores, load, and the versions of Python, jax, flax and optax."""
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
@@ -26,20 +26,20 @@ def machine() -> dict:
 
 
 def write_results(path: str, command: str, figures: dict) -> None:
-    """Writes the figures with the machine and the command that produced them."""
+    """Writes the figures as JSON, with the machine and the command that produced them."""
     content = {"command": command, "machine": machine(), "figures": figures}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def tpu():
-    """A TPU v5p to compile for, or None without libtpu."""
+def tpu() -> jax.Device | None:
+    """Returns a TPU v5p to compile for, or None without libtpu."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         return None
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5p-8",
         TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # only to compile, no TPU is taken
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # Compiling occupies no TPU.
     )
     return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]

@@ -1,11 +1,12 @@
-"""Sampling, update and whole RL step of a small dense model, beside what its matmuls alone would take.
+"""Throughput of sampling, update and RL step of a small dense model, relative to its matmuls alone.
 
     python -m benchmarks.cpu_baseline [--output=FILE.json]
 
-The model: 4 layers, width 256, MLP 768, 8/4 heads of 32, vocabulary 128 (3.2M parameters), float32;
-128 sequences of 16 prompt and 64 response tokens. The programs are those that `train` runs. The floor
-is a jitted loop of nothing but the model's matmuls, of the same shapes and in the same order, timed
-in turn with the programs on the same machine, whose load is printed: compare ratios, not seconds.
+The model has 4 layers of width 256, MLP width 768, 8 query heads and 4 key heads of 32 channels, and a
+vocabulary of 128 (3.2M parameters, float32). A batch has 128 sequences of 16 prompt tokens and 64
+response tokens. The programs are those that `train` runs. The floor is a jitted loop of the model's
+matmuls alone, with the same shapes and in the same order. Programs and floor are timed in turn on the
+same machine, whose load is printed: compare ratios, not seconds.
 """
 
 import time
@@ -24,7 +25,7 @@ SEQUENCES, PROMPT, RESPONSE = 128, 16, 64
 
 
 def baseline_config():
-    """The baseline model; one update on the whole rollout, in micro-batches of 8 sequences."""
+    """Returns the config: the model above, one update per rollout, micro-batches of 8 sequences."""
     config = default_config()
     config.model.update(
         vocab_size=128, hidden_size=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_size=768
@@ -39,14 +40,14 @@ def baseline_config():
 
 
 def matmul_shapes(model):
-    """(k, n) of every weight matmul of a forward pass."""
+    """Returns (k, n) of every weight matmul of a forward pass."""
     shapes = [tuple(x.shape[-2:]) for x in jax.tree.leaves(model.blocks) if x.ndim == 3]
     layers = model.config.layers
     return [shape for shape in shapes for _ in range(layers)] + [model.head_weight().shape]
 
 
 def floors(model, micro_batch):
-    """{name: a function that does the matmuls of the program, in the model's order}."""
+    """Returns {program: a function that computes its matmuls alone, in the model's order}."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     attention, mlp = model.blocks.attention, model.blocks.mlp
     stacked = [getattr(attention, n)[...] for n in names]
@@ -99,8 +100,8 @@ def main(_):
             return sampler.generate(prompts, programs.sampling_params, jax.random.key(1))
 
         def update(rollouts):
-            data = {"behavior_logp": rollouts.full_logp, "advantage": advantage}
-            batch, _ = programs.rollout_batch(rollouts, slice(None), data)
+            inputs = {"behavior_logp": rollouts.full_logp, "advantage": advantage}
+            batch, _ = programs.rollout_batch(rollouts, slice(None), inputs)
             state[0], report = programs.policy_update(state[0], batch)
             return report.metrics
 
@@ -116,7 +117,7 @@ def main(_):
             "update floor": run_floor["update"],
         }
         seconds = {name: [] for name in work}
-        for _ in range(8):  # in turn, so that a busy moment hits all of them
+        for _ in range(8):  # In turn, so that a busy moment affects all of them.
             for name, run in work.items():
                 started = time.perf_counter()
                 jax.block_until_ready(run())
@@ -132,7 +133,9 @@ def main(_):
     }
     parameters = sum(x.size for x in jax.tree.leaves(state[0].model))
     flops = 2 * sum(k * n for k, n in matmul_shapes(state[0].model))
-    print(f"{parameters / 1e6:.1f}M parameters, first calls (compilation) {compile_seconds:.1f} s")
+    print(
+        f"{parameters / 1e6:.1f}M parameters; first calls, with compilation: {compile_seconds:.1f} s"
+    )
     print(f"{'':<10}{'tokens/s':>10}{'floor':>10}{'of floor':>10}{'floor GFLOP/s':>15}")
     for name, factor in (("sample", 1), ("update", 3)):
         floor = rate[f"{name} floor"]
@@ -140,7 +143,7 @@ def main(_):
             f"{name:<10}{rate[name]:>10,.0f}{floor:>10,.0f}{rate[name] / floor:>10.0%}"
             f"{factor * flops * floor / 1e9:>15.0f}"
         )
-    print(f"{'RL step':<10}{rate['step']:>10,.0f}  completion tokens/s, weight sync included")
+    print(f"{'RL step':<10}{rate['step']:>10,.0f}  completion tokens/s, including the weight sync")
     figures = {f"{name} tokens/s": round(value) for name, value in rate.items()}
     figures |= {
         "sample of floor": round(rate["sample"] / rate["sample floor"], 3),

@@ -1,4 +1,4 @@
-"""TFLOP/s of FP8 matmuls, simulated and native, beside bfloat16 in the same run.
+"""TFLOP/s of FP8 matmuls, simulated and native, relative to bfloat16.
 
     python -m benchmarks.fp8_matmul [--output=FILE.json]
 
@@ -6,16 +6,18 @@
     simulated    `precision.matmul` on float8 values in bfloat16
     native       on float8 codes; a device without float8 matrix units converts them first
 
-for the recipes tensorwise (native: one dot) and e2e (native: one partial product per 128 summed).
+The recipes are tensorwise (native: one dot) and e2e (native: the sum of one partial product per block
+of 128).
 
-Sampler: y = x w, the weight quantized beforehand as a weight sync does it (bfloat16 values for the
-simulation, codes for the native form), x rounded at every call. Learner: y, dx and dw from a float32
-weight, everything rounded at every call. Operations are counted as 2 or 6 · M · K · N; the rounding is
-in the time and not in the count.
+Sampler: y = x w. The weight is quantized in advance, as in a weight sync (bfloat16 values for the
+simulation, codes for the native form); x is rounded in every call. Learner: y, dx and dw from a float32
+weight, everything rounded in every call. The count of operations is 2·M·K·N for the sampler and 6·M·K·N
+for the learner; rounding takes time but does not count.
 
-Calls in turn; the median of the rates, and of their ratios to bf16 round by round. Where libtpu is
-installed, also the cycles that the compiler of a TPU v7, which needs no TPU, expects: those of a loop's
-body times its rounds, without the operations that it does not estimate.
+The forms are timed in turn. The table shows the median rate and the median over rounds of the ratio to
+bf16. If libtpu is installed, it also shows the cycles that the compiler expects on a TPU v7 (no TPU
+required): those of a loop's body times its number of iterations, without the operations that the
+compiler does not estimate.
 """
 
 import dataclasses
@@ -43,13 +45,13 @@ FORMS = {
     "e2e, simulated": get_recipe("e2e"),
     "e2e, native": get_recipe("e2e", native=True),
 }
-ROUNDS = 7  # after one that does not count
+ROUNDS = 7  # One more round warms up and is not counted.
 
 
 def program(recipe, side):
-    """What is timed: (x, the weight as `held`, g) → y, or y, dx and dw."""
+    """Returns the timed function of (x, the weight as `prepare` returns it, g): y, or y, dx and dw."""
     if side == "sampler":
-        recipe = dataclasses.replace(recipe, weight=None)  # it is quantized by now
+        recipe = dataclasses.replace(recipe, weight=None)  # The weight is already quantized.
         return lambda x, w, g: matmul(x, w, recipe)
 
     def products(x, w, g):
@@ -59,8 +61,8 @@ def program(recipe, side):
     return products
 
 
-def held(w, recipe, side):
-    """The weight as that side has it."""
+def prepare(w, recipe, side):
+    """Returns the float32 weight in the form in which that side holds it."""
     if side == "learner":
         return w
     q = quantize_weight(w, recipe)
@@ -72,7 +74,9 @@ def held(w, recipe, side):
 def compiled(shape, recipe, side, device):
     m, k, n = shape
     place = jax.sharding.SingleDeviceSharding(device)
-    w = jax.eval_shape(lambda w: held(w, recipe, side), jax.ShapeDtypeStruct((k, n), jnp.float32))
+    w = jax.eval_shape(
+        lambda w: prepare(w, recipe, side), jax.ShapeDtypeStruct((k, n), jnp.float32)
+    )
     x, g = (jax.ShapeDtypeStruct((m, width), jnp.bfloat16) for width in (k, n))
     arrays = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (x, w, g)
@@ -81,7 +85,7 @@ def compiled(shape, recipe, side, device):
 
 
 def rates(shape, side, device):
-    """{form: TFLOP/s of every round}."""
+    """Returns {form: TFLOP/s of every round}."""
     m, k, n = shape
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.standard_normal((m, width)), jnp.bfloat16) for width in (k, n))
@@ -89,49 +93,49 @@ def rates(shape, side, device):
     runs = {}
     for name, form in FORMS.items():
         recipe = getattr(form, side)
-        arrays = x, jax.jit(lambda w, r=recipe: held(w, r, side))(w), g
+        arrays = x, jax.jit(lambda w, r=recipe: prepare(w, r, side))(w), g
         runs[name] = compiled(shape, recipe, side, device), jax.device_put(arrays, device)
     work = OPERATIONS[side] * m * k * n / 1e12
-    calls = math.ceil((0.005 if device.platform == "cpu" else 10) / work)  # long enough to time
-    found = {name: [] for name in runs}
+    calls = math.ceil((0.005 if device.platform == "cpu" else 10) / work)  # Long enough to time.
+    measured = {name: [] for name in runs}
     for _ in range(ROUNDS + 1):
         for name, (run, arrays) in runs.items():
             start = time.perf_counter()
             for _ in range(calls):
                 result = run(*arrays)
             jax.block_until_ready(result)
-            found[name].append(calls * work / (time.perf_counter() - start))
-    return {name: np.array(values[1:]) for name, values in found.items()}
+            measured[name].append(calls * work / (time.perf_counter() - start))
+    return {name: np.array(values[1:]) for name, values in measured.items()}
 
 
 def cycles(side, device):
-    """{form: cycles that the TPU's compiler expects of CUBE}."""
-    found = {}
+    """Returns {form: cycles that the TPU's compiler expects for `CUBE`}."""
+    expected = {}
     for name, form in FORMS.items():
         text = compiled(CUBE, getattr(form, side), side, device).as_text()
         loops = set(re.findall(r" while\(.*body=%?([\w.\-]+)", text))
-        found[name], rounds = 0, 1
+        expected[name], rounds = 0, 1
         for line in text.splitlines():
             if line.endswith("{") and not line.startswith(" "):
                 rounds = CUBE[0] // 128 if line.split()[0].lstrip("%") in loops else 1
             elif known := re.search(r'"estimated_cycles":"(\d{1,15})"', line):
-                found[name] += rounds * int(known[1])
-    return found
+                expected[name] += rounds * int(known[1])
+    return expected
 
 
 def main(_):
     device = jax.devices()[0]
-    native = "has" if multiplies_float8(device) else "has no"
-    print(machine(), f"which {native} float8 matrix units", sep="\n")
+    native = "yes" if multiplies_float8(device) else "no"
+    print(machine(), f"float8 matrix units: {native}", sep="\n")
     figures = {"float8 matrix units": multiplies_float8(device), "TFLOP/s": {}}
     for side in OPERATIONS:
         for shape in SMALL if device.platform == "cpu" else LARGE:
-            found = rates(shape, side, device)
+            measured = rates(shape, side, device)
             key = f"{side}, {' x '.join(map(str, shape))}"
             print(f"\n{device.device_kind}, {key}\n{'':<24}{'TFLOP/s':>10}{'of bf16':>10}")
             figures["TFLOP/s"][key] = {}
-            for name, values in found.items():
-                rate, ratio = np.median(values), np.median(values / found["bf16"])
+            for name, values in measured.items():
+                rate, ratio = np.median(values), np.median(values / measured["bf16"])
                 print(f"{name:<24}{rate:>10.4g}{ratio:>10.2f}", flush=True)
                 row = {"TFLOP/s": float(f"{rate:.4g}"), "of bf16": round(float(ratio), 3)}
                 figures["TFLOP/s"][key][name] = row
@@ -139,12 +143,13 @@ def main(_):
         chip = topologies.get_topology_desc("tpu7x:2x2x1", "tpu").devices[0]
         figures["cycles"] = {}
         for side in OPERATIONS:
-            found = cycles(side, chip)
+            expected = cycles(side, chip)
             key = f"{chip.device_kind}, {side}, {' x '.join(map(str, CUBE))}"
             print(f"\n{key}: expected\n{'':<24}{'1000 cycles':>12}{'speed of bf16':>15}")
-            for name, value in found.items():
-                print(f"{name:<24}{value / 1e3:>12.0f}{found['bf16'] / value:>15.2f}", flush=True)
-            figures["cycles"][key] = found
+            for name, value in expected.items():
+                speed = expected["bf16"] / value
+                print(f"{name:<24}{value / 1e3:>12.0f}{speed:>15.2f}", flush=True)
+            figures["cycles"][key] = expected
     if OUTPUT.value:
         write_results(OUTPUT.value, "python -m benchmarks.fp8_matmul", figures)
 

@@ -1,24 +1,24 @@
-"""Memory and time of the fused head, beside the naive head and a checkpointed scan over chunks.
+"""Memory and time of the fused head, compared with a naive head and a checkpointed scan over chunks.
 
     python -m benchmarks.head [--output=FILE.json]
 
-Three programs give the same loss, logprobs, entropies and gradients for hidden states and weight:
+Three programs return the same loss, logprobs, entropies and gradients for hidden states and weight:
 
     naive   all logits at once, log-softmax, autodiff
-    scan    chunks of tokens in a `lax.scan` whose body is under `jax.checkpoint`, autodiff:
-            the logits are computed twice, four matmuls
+    scan    chunks of tokens in a `lax.scan` whose body is under `jax.checkpoint`, autodiff; computes
+            the logits twice, four matmuls
     fused   `learner.head_loss`: three matmuls
 
-Memory is what the compiler says (`memory_analysis().temp_size_in_bytes`, GB = 1e9 bytes) for 8,192
-tokens × width 2,048 × vocabulary 151,936 on one device: the backend's, and where libtpu is installed
-also a TPU v5p's, whose compiler needs no TPU. Arguments and results are not in it. Each program is
-compiled for both gradients, and for the one for the hidden states alone ("without d_weight"): the CPU
-has a [width, vocab] float32 product of each chunk among its temporaries, the TPU adds it in place to
-the result.
+Memory is the compiler's temporary size (`memory_analysis().temp_size_in_bytes`, GB = 1e9 bytes) for
+8,192 tokens × width 2,048 × vocabulary 151,936 on one device: this backend's, and a TPU v5p's if libtpu
+is installed (no TPU required). Arguments and results are not included. Each program is compiled for both
+gradients, and for the gradient of the hidden states alone ("without d_weight"): on the CPU the
+temporaries include a float32 product [width, vocab] per chunk, which the TPU adds to the result in
+place.
 
-Time: whole calls in turn, the median of their ratios round by round; beside seconds, which say
-little on a shared machine, the seconds of CPU time that they took. On the CPU with 1,024 tokens in
-float32 (bfloat16 is emulated there), with the full width and vocabulary; elsewhere with 8,192 in
+The programs are timed in turn, one whole call each, and the ratio is the median over rounds. Wall time
+is unreliable on a shared machine, so the table shows CPU time as well. On the CPU there are 1,024 tokens
+in float32 (bfloat16 is emulated there), at full width and vocabulary; on other devices 8,192 tokens in
 bfloat16.
 """
 
@@ -35,27 +35,27 @@ from drpo_jax.objectives import policy_objective
 from drpo_jax.precision import dot_precision
 
 TOKENS, WIDTH, VOCAB, CHUNK = 8192, 2048, 151_936, 512
-ROUNDS = 4  # after one that does not count
+ROUNDS = 4  # One more round warms up and is not counted.
 
 
 def fused(chunk):
-    def loss(hidden, weight, targets, token_weight, data):
+    def loss(hidden, weight, targets, token_weight, inputs):
         value, trace = head_loss(
-            hidden, weight, targets, token_weight, data, objective=policy("drpo"), chunk=chunk
+            hidden, weight, targets, token_weight, inputs, objective=policy("drpo"), chunk=chunk
         )
         return value, (trace.logp, trace.entropy)
 
     return loss
 
 
-def naive(hidden, weight, targets, token_weight, data):
+def naive(hidden, weight, targets, token_weight, inputs):
     logits = jnp.dot(
         hidden, weight.astype(hidden.dtype),
         precision=dot_precision(hidden.dtype), preferred_element_type=jnp.float32,
     )  # fmt: skip
     every = jax.nn.log_softmax(logits)
     logp = jnp.take_along_axis(every, targets[:, None], axis=1)[:, 0]
-    loss = -jnp.sum(token_weight * policy_objective("drpo", logp, **data))
+    loss = -jnp.sum(token_weight * policy_objective("drpo", logp, **inputs))
     every = jax.lax.stop_gradient(every)
     return loss, (logp, -jnp.sum(jnp.exp(every) * every, axis=1))
 
@@ -81,19 +81,19 @@ def compiled(loss, dtype, tokens, device, argnums=(0, 1)):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     floats = array((tokens,))
-    data = {"behavior_logp": floats, "advantage": floats}
+    inputs = {"behavior_logp": floats, "advantage": floats}
     gradients = jax.jit(jax.value_and_grad(loss, argnums=argnums, has_aux=True))
     return gradients.lower(
         array((tokens, WIDTH), dtype),
         array((WIDTH, VOCAB)),
         array((tokens,), jnp.int32),
         floats,
-        data,
+        inputs,
     ).compile()
 
 
 def memory(device, dtype):
-    """Prints and returns {program: GB with both gradients, GB without d_weight}."""
+    """Prints and returns {program: {"GB": with both gradients, "GB without d_weight": …}}."""
     heads = {"naive": naive, "scan": scan(CHUNK), "fused": fused(CHUNK)}
     heads[f"fused, chunk {2 * CHUNK}"] = fused(2 * CHUNK)
     figures = {}
@@ -113,7 +113,7 @@ def memory(device, dtype):
 
 
 def seconds(device, tokens, dtype):
-    """Prints and returns {program: median seconds and CPU seconds; fused over it}."""
+    """Prints and returns {program: median seconds, CPU seconds, and the ratios of fused to them}."""
     rng = np.random.default_rng(0)
     arrays = (
         jnp.asarray(rng.normal(size=(tokens, WIDTH)), dtype),
@@ -136,7 +136,7 @@ def seconds(device, tokens, dtype):
             taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     taken = {name: np.array(times[1:]) for name, times in taken.items()}
     print(f"\n{device.device_kind}, {dtype.__name__}, {tokens} tokens, chunk {CHUNK}: time")
-    print(f"{'':<18}{'fused/this':>12}{'of CPU time':>13}{'s':>8}{'CPU s':>8}")
+    print(f"{'':<18}{'fused/this':>12}{'in CPU time':>13}{'s':>8}{'CPU s':>8}")
     figures = {}
     for name, times in taken.items():
         ratio, s = np.median(taken["fused"] / times, axis=0), np.median(times, axis=0)
@@ -147,7 +147,7 @@ def seconds(device, tokens, dtype):
 
 
 def main(_):
-    # What comes out of the cache has no memory analysis.
+    # A program from the cache has no memory analysis.
     jax.config.update("jax_enable_compilation_cache", False)
     device = jax.devices()[0]
     print(machine())

@@ -1,12 +1,12 @@
-"""Do all meshes compute the same? Every way to split eight devices over the four mesh axes.
+"""Checks that all meshes compute the same: every way to split eight devices over the four mesh axes.
 
     python -m benchmarks.meshes [--family=dense --family=moe --family=hybrid] [--output=FILE.json]
 
-For each family of models and each mesh that its sizes allow: the programs of a run compute three
-supervised updates and greedy samples, on eight forced CPU devices and on one. Prints the largest
-differences of the losses and the gradients' norms (relative), of the parameters after the updates, and
-of the samples' logprobs, and exits with 1 if one is beyond float32's rounding or a token differs. The
-tests run `NAMED` alone.
+For each family of models and each mesh that its sizes allow, the programs of a run compute three
+supervised updates and greedy samples on eight virtual CPU devices and on one. Prints the largest
+relative differences of the losses and gradient norms, and the largest differences of the updated
+parameters and of the sampled logprobs. Exits with 1 if one exceeds float32 rounding or if a token
+differs. The tests run the meshes in `NAMED` only.
 """
 
 import math
@@ -25,14 +25,16 @@ from drpo_jax.parallel import MESH_AXES, make_mesh
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, SamplingParams
 
-FAMILY = flags.DEFINE_multi_string("family", ["dense", "moe", "hybrid"], "Families of models.")
+FAMILY = flags.DEFINE_multi_string(
+    "family", ["dense", "moe", "hybrid"], "Family of models; may be repeated."
+)
 DEVICES, ROWS, PROMPT, RESPONSE = 8, 16, 10, 6
 GREEDY = SamplingParams(max_tokens=RESPONSE, temperature=0.0)
 MOE = {"model.experts": 8, "model.experts_per_token": 2, "model.expert_size": 16}
 FAMILIES = {
     "dense": {"model.mlp_size": 48},
     "moe": MOE,
-    # Qwen3.5: gated DeltaNet and gated attention in turn, a shared expert, part of a head rotated.
+    # Qwen3.5: alternating gated DeltaNet and gated attention, a shared expert, partial rotary embedding.
     "hybrid": MOE
     | {
         "model.full_attention_every": 2,
@@ -58,7 +60,7 @@ NAMED = {
 
 
 def small_config(fields):
-    """A config of the smallest model that all axes can divide, and of few, short sequences."""
+    """Returns a config with the smallest model that all axes divide, and few, short sequences."""
     config = default_config()
     config.update_from_flattened_dict(
         {
@@ -70,14 +72,14 @@ def small_config(fields):
             "model.head_dim": 8,
             "model.mlp_size": 0,
             "model.rope_theta": 1e4,
-            "optimizer.eps": 1e-3,  # Adam then divides by nothing tiny: float32 errors stay small
+            "optimizer.eps": 1e-3,  # Keeps Adam from amplifying float32 errors.
             "optimizer.learning_rate": 1e-2,
             "data.digits": 2,
             "sampler.max_prompt_length": PROMPT,
             "sampler.max_response_length": RESPONSE,
             "sampler.slots": 16,
             "evaluate.samples": 1,
-            "sampler.decode_steps": PROMPT + RESPONSE,  # one size of ring, one compilation
+            "sampler.decode_steps": PROMPT + RESPONSE,  # One ring size, so one compilation.
             "train.prompts": 8,
             "train.samples": 2,
             "train.mini_batch_prompts": 8,
@@ -93,24 +95,24 @@ def small_config(fields):
 
 
 def new_programs(fields, **sizes):
-    """Programs on eight devices, or on one if no sizes are given."""
+    """Returns the programs on eight devices, or on one device without `sizes`."""
     mesh = make_mesh(**sizes) if sizes else make_mesh(devices=jax.devices()[:1])
     return Programs(small_config(fields), mesh, stop=(1,))
 
 
 def new_batch(programs):
-    """One packed batch of random sequences, the same on every mesh."""
+    """Returns one packed batch of random sequences, the same on every mesh."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(64, size=(ROWS, PROMPT + RESPONSE)).astype(np.int32)
     prompts = rng.integers(1, PROMPT + 1, size=ROWS).astype(np.int32)
     responses = rng.integers(0, RESPONSE + 1, size=ROWS).astype(np.int32)
-    data = {"behavior_logp": rng.normal(-4, 0.5, size=(ROWS, RESPONSE)).astype(np.float32)}
-    data["advantage"] = rng.normal(size=ROWS).astype(np.float32)
-    return programs.batch(tokens, prompts, responses, data, pack=True)[0]
+    inputs = {"behavior_logp": rng.normal(-4, 0.5, size=(ROWS, RESPONSE)).astype(np.float32)}
+    inputs["advantage"] = rng.normal(size=ROWS).astype(np.float32)
+    return programs.batch(tokens, prompts, responses, inputs, pack=True)[0]
 
 
 class Numbers(NamedTuple):
-    """What a mesh computes: metrics of three updates, the model before and after, greedy samples."""
+    """Results on one mesh: metrics of three updates, the model before and after, greedy samples."""
 
     metrics: list
     start: Transformer
@@ -119,7 +121,7 @@ class Numbers(NamedTuple):
 
 
 def numbers(fields, policy=False, **sizes):
-    """`Numbers` of a family's fields on a mesh, of supervised updates or of the policy's."""
+    """Returns the `Numbers` of a family's fields on a mesh, from supervised or policy updates."""
     programs, key = new_programs(fields, **sizes), jax.random.key(7)
     with jax.set_mesh(programs.mesh):
         state = programs.init(key)
@@ -135,7 +137,7 @@ def numbers(fields, policy=False, **sizes):
         for _ in range(3):
             state, report = step(state, batch)
             metrics.append(jax.device_get(report.metrics))
-        assert step._cache_size() == 1  # the state comes back as it went in
+        assert step._cache_size() == 1  # The state keeps its shapes and shardings.
         placed = jax.tree.map(
             lambda a, b: (
                 (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -149,16 +151,20 @@ def numbers(fields, policy=False, **sizes):
 
 
 def bounds(family):
-    """Most that float32 sums in another order change: losses and the gradient's norm (relative; the
-    DeltaNet's is the most sensitive), parameters, logprobs."""
+    """Returns the largest differences that the order of float32 sums explains.
+
+    Losses and the gradient norm (the DeltaNet's is the most sensitive) are relative; parameters and
+    logprobs are absolute.
+    """
     gradient = 1e-4 if family == "hybrid" else 1e-5
     return {"losses": 1e-5, "gradient": gradient, "parameters": 1e-5, "logprobs": 2e-5}
 
 
 def differences(ours, expected):
-    """{name: the largest difference} of two `Numbers`, see `bounds`; and of the samples' tokens."""
+    """Returns {name: the largest difference} for the names of `bounds`, and the number of tokens that
+    differ."""
 
-    def largest(a, b):  # np.max, for max loses a NaN
+    def largest(a, b):  # np.max propagates NaN; max may lose it.
         return float(np.max([np.max(abs(x - y)) for x, y in zip(*map(jax.tree.leaves, (a, b)))]))
 
     def relative(names):
@@ -175,7 +181,7 @@ def differences(ours, expected):
 
 
 def factorisations(devices):
-    """Sizes of the mesh's axes that multiply to `devices`."""
+    """Returns all mesh sizes, by axis, whose product is `devices`."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     sizes = product(divisors, repeat=len(MESH_AXES))
     return [dict(zip(MESH_AXES, s)) for s in sizes if math.prod(s) == devices]
@@ -185,7 +191,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_disable_most_optimizations", True)
-    found, wrong = {}, 0
+    results, wrong = {}, 0
     for family in FAMILY.value:
         expected = numbers(FAMILIES[family])
         for sizes in factorisations(DEVICES):
@@ -194,18 +200,18 @@ def main(_):
                 new_programs(FAMILIES[family], **sizes)
             except ValueError as error:
                 print(f"{family:<7}{name:<34} not possible: {error}", flush=True)
-                found[f"{family}: {name}"] = "not possible"
+                results[f"{family}: {name}"] = "not possible"
                 continue
             figures = differences(numbers(FAMILIES[family], **sizes), expected)
             good = figures["tokens"] == 0
             good &= all(figures[n] <= most for n, most in bounds(family).items())
             wrong += not good
-            told = "  ".join(f"{n} {x:.1e}" for n, x in figures.items() if n != "tokens")
-            print(f"{family:<7}{name:<34}{told}  {'same' if good else 'DIFFERENT'}", flush=True)
-            found[f"{family}: {name}"] = {n: float(f"{x:.2g}") for n, x in figures.items()}
+            line = "  ".join(f"{n} {x:.1e}" for n, x in figures.items() if n != "tokens")
+            print(f"{family:<7}{name:<34}{line}  {'same' if good else 'DIFFERENT'}", flush=True)
+            results[f"{family}: {name}"] = {n: float(f"{x:.2g}") for n, x in figures.items()}
             jax.clear_caches()
     if OUTPUT.value:
-        write_results(OUTPUT.value, "python -m benchmarks.meshes", found)
+        write_results(OUTPUT.value, "python -m benchmarks.meshes", results)
     return int(wrong > 0)
 
 

@@ -1,19 +1,20 @@
-"""How far the sampler's logprobs are from the learner's, and what the dials do to it.
+"""How far the sampler's logprobs differ from the learner's, and what changes the difference.
 
     python -m benchmarks.mismatch [--output=FILE.json] [--model=DIRECTORY]
 
-Three small models with random weights (and the Hugging Face directory, if one is given), through the
-programs that `train` runs: responses are sampled, scored without an objective ("plain": rescoring) and
-as the update sees them ("differentiated": XLA compiles that forward pass otherwise).
+Three small models with random weights, and a Hugging Face directory if --model names one, go
+through the programs that `train` runs. Responses are sampled, then scored without an objective
+("plain": rescoring) and as the update sees them ("differentiated": XLA compiles that forward pass
+differently).
 
-    one model    the three pairs of these logprobs, recipe none, float32 and bfloat16
-    recipes      every pair of a sampler's and a learner's recipe, bfloat16
+    one model    the three pairs of these logprobs, without FP8, in float32 and bfloat16
+    recipes      every pair of a sampler's and a learner's recipe, in bfloat16
     routes       experts that sampler and learner choose differently, with and without routing replay
-    noise        the `precision.noise` that makes as much mismatch as was measured on Qwen3-4B between
-                 SGLang and FSDP, mean |Δ log p| of 0.0135 to 0.018, and what it does to the routes
-    same tokens  share of responses that the number of slots and the order of refills leave as they are
+    noise        the `precision.noise` that reproduces the mismatch measured on Qwen3-4B between SGLang
+                 and FSDP, mean |Δ log p| of 0.0135 to 0.018, and its effect on the routes
+    same tokens  share of responses that do not depend on the number of slots and the order of refills
 
-Δ = log π − log µ of sampled tokens; KL is the k3 estimate of KL(µ‖π), mean of expm1(Δ) − Δ.
+Δ = log π − log µ of the sampled tokens. KL is the k3 estimate of KL(µ‖π), the mean of expm1(Δ) − Δ.
 """
 
 from functools import cached_property, partial
@@ -33,7 +34,7 @@ from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler
 from drpo_jax.weights import perturb
 
-MODEL = flags.DEFINE_string("model", "", "Also measure this Hugging Face directory.")
+MODEL = flags.DEFINE_string("model", "", "Hugging Face directory to measure as well.")
 
 SIZES = dict(vocab_size=512, hidden_size=256, layers=4, heads=8, kv_heads=4, head_dim=32)
 EXPERTS = SIZES | dict(experts=16, experts_per_token=4, expert_size=128)
@@ -47,11 +48,12 @@ MODELS = {
         linear_key_dim=32, linear_value_dim=32,
     ),
 }  # fmt: skip
-HEAD = 2.0  # times the random head: a distribution with something to choose
-# Taken from the random DeltaNets' dt_bias of 1, with which most heads forget everything at every token:
-# what is then left, a tiny multiple of v, is brought to length 1 by the norm, rounding and all.
+# Factor of the random head: a distribution with several likely tokens.
+HEAD = 2.0
+# Subtracted from the random DeltaNets' dt_bias of 1. With that bias most heads forget their state at
+# every token: a tiny multiple of v remains, and the norm amplifies it with its rounding error.
 REMEMBER = 5.0
-# What a side can do, and a recipe that has it on both.
+# The precision of one side, and a recipe that has it on both sides.
 SIDES = {"high": "none", "blocks": "e2e", "tensor": "tensorwise"}
 RECIPES = {
     ("high", "high"): "none",
@@ -64,23 +66,24 @@ MEASURED = 0.0135, 0.018  # mean |Δ log p| of Qwen3-4B between SGLang and FSDP,
 
 
 def new_key(seed):
-    """A PRNG key whose normal numbers take half as long to compile."""
+    """Returns a PRNG key whose normal distribution compiles in half the time."""
     return jax.random.key(seed, impl="rbg")
 
 
 class Laboratory:
-    """One model, its prompts, and the programs of every recipe; on one device.
+    """One model, its prompts, and the programs of every recipe, on one device.
 
     Args:
-      fields: of `config.model`; with `path`, the directory's own count.
+      fields: Fields of `config.model`. With `path`, those of the directory apply.
       dtype: "float32" or "bfloat16".
-      prompts, samples: how many prompts, and responses to each.
-      response: most tokens of a response.
-      model: the weights; default: those of the directory, or random ones.
+      prompts: Number of prompts.
+      samples: Number of responses to each prompt.
+      response: Maximum number of tokens of a response.
+      model: The weights; by default those of the directory, or random ones.
 
     Attributes:
-      model: the learner's, float32.
-      prompts: lists of token ids.
+      model: The learner's model, float32.
+      prompts: Lists of token ids.
     """
 
     def __init__(self, fields, dtype, prompts=12, samples=8, response=48, model=None):
@@ -102,8 +105,8 @@ class Laboratory:
         self.model = self._new_model() if model is None else model
         if self.path:
             tokenizer = data.make_tokenizer(config.data, self.path)
-            asked = data.ChainSum((2, 2), (1, 2), "+").sample(0, 0, prompts)
-            self.prompts = [tokenizer.prompt(problem.prompt) for problem in asked]
+            problems = data.ChainSum((2, 2), (1, 2), "+").sample(0, 0, prompts)
+            self.prompts = [tokenizer.prompt(problem.prompt) for problem in problems]
         else:
             draw = partial(rng.integers, config.model.vocab_size)
             self.prompts = [draw(size=rng.integers(1, 17)).tolist() for _ in range(prompts)]
@@ -120,16 +123,16 @@ class Laboratory:
         return model
 
     def programs(self, recipe):
-        """The `Programs` of a recipe."""
+        """Returns the `Programs` of a recipe."""
         if recipe not in self._programs:
             config = self.config.copy_and_resolve_references()
             config.precision.recipe = recipe
-            stop = range(16) if not self.path else ()  # of 512: a response has 32 tokens or so
+            stop = range(16) if not self.path else ()  # Of 512 tokens: a response has about 32.
             self._programs[recipe] = Programs(resolve(config), self.mesh, stop)
         return self._programs[recipe]
 
     def sample(self, recipe="none", noise=0.0) -> Rollouts:
-        """Responses of the recipe's sampler, its weights perturbed as `precision.noise` does it."""
+        """Samples with the recipe, the sampler's weights perturbed as by `precision.noise`."""
         if (recipe, noise) not in self._sampled:
             programs = self.programs(recipe)
             with jax.set_mesh(self.mesh):
@@ -141,25 +144,29 @@ class Laboratory:
         return self._sampled[recipe, noise]
 
     def score(self, rollouts, recipe="none", replay=False, differentiated=False):
-        """log π [N, R] of the recipe's learner: by rescoring, or as an update sees it."""
+        """Returns the learner's log π [N, R] under the recipe, by rescoring or as an update sees it."""
         programs = self.programs(recipe)
         with jax.set_mesh(self.mesh):
             batch, layout = self._batch(programs, rollouts, replay)
             if differentiated:
-                state = programs.restart(jax.tree.map(jnp.copy, self.model))  # which is donated
+                model = jax.tree.map(jnp.copy, self.model)  # The update donates it.
+                state = programs.restart(model)
                 trace = programs.policy_update(state, batch)[1].trace
             else:
                 trace = programs.rescore(self.model, batch)
             return layout.take(trace.logp, rollouts.sampled_logp.shape[1])
 
     def disagreement(self, rollouts, recipe="none"):
-        """Shares of what the learner routes otherwise than the sampler: {"experts": of the experts
-        chosen; "choices": of (token, layer) with any; "tokens": of tokens with any in any layer}."""
+        """Returns the shares of routes in which the learner differs from the sampler.
+
+        "experts" counts the chosen experts, "choices" the pairs (token, layer) in which any expert
+        differs, and "tokens" the tokens for which any expert differs in any layer.
+        """
         with jax.set_mesh(self.mesh):
             batch, layout = self._batch(self.programs(recipe), rollouts, False)
             ours = self._visits(self.model, batch, recipe)
         theirs = rollouts.routes[:, : ours.shape[1]]
-        read = theirs[..., 0, 0] >= 0  # all but the last token
+        read = theirs[..., 0, 0] >= 0  # All but the last token.
         lost = ~np.any(theirs[..., None] == np.asarray(ours)[:, :, :, None], axis=-1)[read]
         shares = lost, lost.any(-1), lost.any((-1, -2))
         return {n: float(s.mean()) for n, s in zip(("experts", "choices", "tokens"), shares)}
@@ -181,15 +188,15 @@ class Laboratory:
 
 
 def spread(values):
-    """Mean, largest and quantiles of |values|, by name."""
+    """Returns mean, maximum and quantiles of |values|, by name."""
     values = np.abs(values)
     quantiles = zip(QUANTILES, np.quantile(values, QUANTILES))
     named = {f"{100 * q:g} %": x for q, x in quantiles}
     return {"mean": values.mean(), "max": values.max()} | named
 
 
-def compared(logp, rollouts):
-    """What a table says about log π [N, R] and the rollouts' µ."""
+def comparison(logp, rollouts):
+    """Returns the columns of a table that compares log π [N, R] with the rollouts' log µ."""
     mask = rollouts.mask()
     mu, pi = rollouts.full_logp[mask].astype(np.float64), logp[mask].astype(np.float64)
     change, ratio = pi - mu, np.exp(pi - mu)
@@ -205,7 +212,7 @@ def compared(logp, rollouts):
 
 
 def one_model(lab, rollouts):
-    """Sampler, plain and differentiated forward pass against each other, recipe none."""
+    """Compares the sampler, the plain and the differentiated forward pass, without FP8."""
     mask = rollouts.mask()
     mu, plain = rollouts.full_logp, lab.score(rollouts)
     differentiated = lab.score(rollouts, differentiated=True)
@@ -218,58 +225,59 @@ def one_model(lab, rollouts):
 
 
 def recipes(lab):
-    """Every sampler's recipe against every learner's."""
-    found = {}
+    """Compares every recipe of the sampler with every recipe of the learner."""
+    rows = {}
     for ours in SIDES:
         rollouts = lab.sample(SIDES[ours])
         for theirs in SIDES:
             name = f"{ours} → {theirs}"
             if (ours, theirs) in RECIPES:
                 name += f" ({RECIPES[ours, theirs]})"
-            found[name] = compared(lab.score(rollouts, SIDES[theirs]), rollouts)
-    return found
+            rows[name] = comparison(lab.score(rollouts, SIDES[theirs]), rollouts)
+    return rows
 
 
 def routes(lab):
-    """Disagreement of the routes, and the mismatch with the router's own choice and replayed."""
-    found = {}
+    """Measures how the routes disagree, and the mismatch with and without routing replay."""
+    rows = {}
     for ours, theirs in (("high", "high"), ("blocks", "high"), ("blocks", "blocks")):
         rollouts, recipe = lab.sample(SIDES[ours]), SIDES[theirs]
         differ = {f"{n} differ": x for n, x in lab.disagreement(rollouts, recipe).items()}
-        free, held = (compared(lab.score(rollouts, recipe, replay), rollouts) for replay in (0, 1))
-        found[RECIPES[ours, theirs]] = differ | {
+        free, replayed = (
+            comparison(lab.score(rollouts, recipe, replay), rollouts) for replay in (False, True)
+        )
+        rows[RECIPES[ours, theirs]] = differ | {
             "|Δ log p|": free["|Δ log p|"],
-            "replayed": held["|Δ log p|"],
+            "replayed": replayed["|Δ log p|"],
             "KL": free["KL"],
-            "KL, replayed": held["KL"],
+            "KL, replayed": replayed["KL"],
         }
-    return found
+    return rows
 
 
 def dial(lab, guess=0.01):
-    """The noise that makes the measured mismatch: tried, and corrected in proportion."""
+    """Searches the noise that reproduces the measured mismatch, by proportional correction."""
     low, high = MEASURED
     noise, tries = guess, []
     while not tries or not low <= tries[-1] <= high:
         if len(tries) == 8:
-            raise RuntimeError(f"no noise makes {MEASURED}: the last one, {noise:g}, {tries[-1]:g}")
+            raise RuntimeError(f"noise {noise:g} gives {tries[-1]:g}, which is not in {MEASURED}")
         noise *= (low * high) ** 0.5 / tries[-1] if tries else 1.0
         rollouts = lab.sample(noise=noise)
-        found = compared(lab.score(rollouts), rollouts)
-        tries.append(found["|Δ log p|"])
-    found = {"noise": noise} | found
+        row = comparison(lab.score(rollouts), rollouts)
+        tries.append(row["|Δ log p|"])
+    row = {"noise": noise} | row
     if lab.experts:
-        found |= {f"{n} differ": x for n, x in lab.disagreement(rollouts).items()}
-        found["replayed"] = compared(lab.score(rollouts, replay=True), rollouts)["|Δ log p|"]
-    return found
+        row |= {f"{n} differ": x for n, x in lab.disagreement(rollouts).items()}
+        row["replayed"] = comparison(lab.score(rollouts, replay=True), rollouts)["|Δ log p|"]
+    return row
 
 
 def same_tokens(lab):
-    """Responses of 4 and of 16 slots, and of these with the prompts from the last to the first, against
-    those of the laboratory's 32."""
+    """Compares responses from 4 and 16 slots, with the prompts in both orders, with those from 32."""
     programs, base, settings = lab.programs("none"), lab.sample(), lab.config.sampler
     params, forward = programs.sampling_params, list(range(len(lab.prompts)))
-    found = {}
+    rows = {}
     with jax.set_mesh(lab.mesh):
         weights = programs.sync(lab.model)
         for slots in (4, 16):
@@ -283,8 +291,8 @@ def same_tokens(lab):
                 other = Rollouts.concatenate([groups[order.index(i)] for i in forward])
                 equal = np.all(other.tokens == base.tokens, axis=1)
                 change = (other.full_logp - base.full_logp)[base.mask() & equal[:, None]]
-                found[f"{slots} slots{name}"] = {"equal": equal.mean()} | spread(change)
-    return found
+                rows[f"{slots} slots{name}"] = {"equal": equal.mean()} | spread(change)
+    return rows
 
 
 def show(title, rows):
@@ -298,19 +306,20 @@ def show(title, rows):
 
 
 def rounded(tree):
+    """Returns the nested dict with every number rounded to three digits."""
     if isinstance(tree, dict):
         return {name: rounded(value) for name, value in tree.items()}
     return float(f"{tree:.3g}")
 
 
 def measure(name, fields, **sizes):
-    """The figures of one model, printed."""
+    """Prints and returns the figures of one model."""
     exact = Laboratory(fields, "float32", **sizes)
     low = Laboratory(fields, "bfloat16", **sizes, model=exact.model)
-    found = {}
+    figures = {}
 
     def add(title, rows, label=None):
-        found[title] = rows
+        figures[title] = rows
         show(label or f"{name}: {title}", rows)
 
     for lab in (exact, low):
@@ -322,17 +331,17 @@ def measure(name, fields, **sizes):
     if low.experts:
         add("routes, bfloat16", routes(low))
     add("noise, float32", {"": dial(exact)})
-    if name == "moe":  # the others take as long to compile, and show the same
+    if name == "moe":  # The others take as long to compile and show the same.
         for lab in (exact, low):
             add(f"as 32 slots, {lab.config.compute.dtype}", same_tokens(lab))
-    return found
+    return figures
 
 
 def main(_):
     figures = {name: measure(name, fields) for name, fields in MODELS.items()}
     if MODEL.value:
         sizes = dict(prompts=8, samples=8, response=32)
-        figures["given"] = measure(MODEL.value, {"path": MODEL.value}, **sizes)
+        figures[MODEL.value] = measure(MODEL.value, {"path": MODEL.value}, **sizes)
     print(machine())
     if OUTPUT.value:
         write_results(OUTPUT.value, "python -m benchmarks.mismatch", rounded(figures))

@@ -1,4 +1,4 @@
-"""transformers (torch) sampling with a model of ours: what others' rates are compared with."""
+"""Sampling with `transformers` (torch) and the same weights, as a reference for the sampler's rate."""
 
 import importlib.util
 import tempfile
@@ -9,15 +9,15 @@ INSTALLED = importlib.util.find_spec("torch") is not None
 
 
 def sampling(model, prompts, new_tokens):
-    """{name: function without arguments} of `transformers.generate` with the same weights, float32.
+    """Returns functions without arguments that sample by `transformers.generate`, in float32.
 
-    "tokens" gives the tokens alone; "recorded" also the logprob of each and the entropy, from the
-    logits that `generate` keeps.
+    "tokens" samples the tokens alone. "recorded" also computes the logprob of each token and the
+    entropy, from the logits that `generate` keeps.
 
     Args:
-      model: a `Transformer`, its layers stacked.
-      prompts: lists of token ids, all of one length; a row each.
-      new_tokens: tokens of every response.
+      model: A `Transformer` with stacked layers.
+      prompts: Lists of token ids, all of one length, one row each.
+      new_tokens: Number of tokens of every response.
     """
     import torch
     from transformers import AutoModelForCausalLM

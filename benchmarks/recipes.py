@@ -1,13 +1,14 @@
-"""Does every FP8 recipe learn? The main job under each of them, on several seeds.
+"""Trains the main job under every FP8 recipe, on several seeds.
 
     python -m benchmarks.recipes [--workdir=runs/recipes] [--recipes=none,rollout,e2e,tensorwise]
         [--seeds=3] [--parallel=1] [--output=FILE.json] [--train_flag=--config.FIELD=VALUE …]
 
-Runs `python -m drpo_jax.train` with the variants of configs/tiny.py that compute in float32 and differ
-in `precision.recipe` only. A seed's run without FP8 (`none`) makes its warm start, from which the other
-recipes begin as well. Prints held-out accuracy before and after, and what a recipe loses against `none`,
-in points over the same seeds. A run that has finished is not repeated, a run that was killed resumes.
-The table and the output file, written after every run, hold all runs of the workdir.
+Runs `python -m drpo_jax.train` with the variants of configs/tiny.py that compute in float32 and
+differ in `precision.recipe` only. The run without FP8 (`none`) makes the warm start of a seed, from
+which the other recipes start as well. Prints held-out accuracy before and after, and the loss of
+each recipe against `none` in points, over the same seeds. A finished run is not repeated, and an
+interrupted run resumes. The table and the output file cover all runs of the workdir; the file is
+written after every run.
 """
 
 import sys
@@ -26,17 +27,17 @@ VARIANTS = {
     "e2e": "fp8_e2e",
     "tensorwise": "fp8_tensorwise",
 }
-RECIPES = flags.DEFINE_list("recipes", list(VARIANTS), "Recipes to run; none always is.")
+RECIPES = flags.DEFINE_list("recipes", list(VARIANTS), "Recipes to run; none always runs.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, …")
 flags.set_default(WORKDIR, "runs/recipes")
 flags.set_default(PARALLEL, 1)
 flags.register_validator(
-    RECIPES, lambda given: set(given) <= set(VARIANTS), f"recipes are {', '.join(VARIANTS)}"
+    RECIPES, lambda names: set(names) <= set(VARIANTS), f"the recipes are {', '.join(VARIANTS)}"
 )
 
 
 def run_recipe(recipe: str, seed: int) -> dict:
-    """One run; see `run` for what it returns."""
+    """Trains one seed under one recipe and returns the figures of `run`."""
     arguments = [f"--config.seed={seed}"]
     if recipe != "none":
         warm = Path(WORKDIR.value) / f"none{seed}"
@@ -45,28 +46,30 @@ def run_recipe(recipe: str, seed: int) -> dict:
 
 
 def finished() -> dict:
-    """{recipe: {seed: figures}} of the workdir's runs that have ended."""
-    found = {}
+    """Returns {recipe: {seed: figures}} of the finished runs in the workdir."""
+    figures: dict = {}
     for recipe in VARIANTS:
         for done in sorted(Path(WORKDIR.value).glob(f"{recipe}[0-9]*/seconds")):
             seed = int(done.parent.name.removeprefix(recipe))
-            found.setdefault(recipe, {})[seed] = read(done.parent)
-    return found
+            figures.setdefault(recipe, {})[seed] = read(done.parent)
+    return figures
 
 
 def summary(runs: dict) -> dict:
-    """Of {recipe: {seed: figures}}: means over a recipe's seeds, and points lost against `none` on the
-    same ones."""
-    found = {}
+    """Summarizes {recipe: {seed: figures}}: means over seeds, and points lost against `none`.
+
+    The points compare the same seeds.
+    """
+    means = {}
     for recipe, seeds in runs.items():
         names = [f"{metric} {when}" for metric in ("avg", "greedy") for when in ("before", "after")]
-        found[recipe] = {"seeds": len(seeds)}
-        found[recipe] |= {n: round(mean(r[n] for r in seeds.values()), 4) for n in names}
+        means[recipe] = {"seeds": len(seeds)}
+        means[recipe] |= {n: round(mean(r[n] for r in seeds.values()), 4) for n in names}
         for metric in ("avg", "greedy"):
             name = f"{metric} after"
             lost = mean(runs["none"][seed][name] - r[name] for seed, r in seeds.items())
-            found[recipe][f"{metric}, points lost"] = round(100 * lost, 2)
-    return found
+            means[recipe][f"{metric}, points lost"] = round(100 * lost, 2)
+    return means
 
 
 def mean(values):
@@ -90,8 +93,8 @@ def show(runs: dict) -> None:
 
 def main(_):
     recipes = [recipe for recipe in VARIANTS if recipe == "none" or recipe in RECIPES.value]
-    flags_given = [a for a in sys.argv[1:] if not a.startswith("--workdir")]
-    command = " ".join(["python -m benchmarks.recipes", *flags_given])
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--workdir")]
+    command = " ".join(["python -m benchmarks.recipes", *arguments])
     writing = Lock()
 
     def run_seed(seed):

@@ -1,4 +1,4 @@
-"""Runs of `drpo_jax.train` as a user would start them: what `seeds` and `recipes` share."""
+"""Runs of `drpo_jax.train` as a user starts them, shared by `seeds` and `recipes`."""
 
 import os
 import subprocess
@@ -10,20 +10,26 @@ from absl import flags
 
 from drpo_jax.metrics import read_metrics
 
-WORKDIR = flags.DEFINE_string("workdir", "runs", "Where the runs go, one directory each.")
+WORKDIR = flags.DEFINE_string("workdir", "runs", "Directory of the runs, one directory each.")
 CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config of the runs.")
-PARALLEL = flags.DEFINE_integer("parallel", os.cpu_count(), "Runs at a time.", lower_bound=1)
-TRAIN_FLAG = flags.DEFINE_multi_string("train_flag", [], "Handed on to drpo_jax.train.")
+PARALLEL = flags.DEFINE_integer(
+    "parallel", os.cpu_count(), "Number of runs at a time.", lower_bound=1
+)
+TRAIN_FLAG = flags.DEFINE_multi_string(
+    "train_flag", [], "Flag passed on to drpo_jax.train; may be repeated."
+)
 
 
 def run(name: str, arguments: list[str], config: str = "") -> dict:
-    """Trains in workdir/name unless that is done; a run that was killed resumes.
+    """Trains in WORKDIR/name unless that run is finished; an interrupted run resumes.
 
     Args:
-      config: default: that of --config.
+      name: Directory of the run below --workdir.
+      arguments: Further arguments of drpo_jax.train.
+      config: The config; that of --config by default.
 
     Returns:
-      held-out accuracies before and after, the share of tokens with a weight below 0, and seconds.
+      Held-out accuracies before and after, the share of tokens with a weight below 0, and seconds.
     """
     workdir = Path(WORKDIR.value) / name
     done = workdir / "seconds"
@@ -43,7 +49,7 @@ def run(name: str, arguments: list[str], config: str = "") -> dict:
 
 
 def read(workdir: Path) -> dict:
-    """What `run` returns, of a run that has finished."""
+    """Returns the figures of `run` for a finished run."""
     evaluations = [r for r in read_metrics(workdir) if "eval/avg" in r]
     steps = [r for r in read_metrics(workdir) if "reward/mean" in r]
     figures = {

@@ -1,21 +1,22 @@
 """Checks that a refactoring changed no result: python -m benchmarks.same_results BASE [HEAD]
 
-Trains six steps of four small runs on two commits in turn, with the current environment, and compares
-their `metrics.jsonl`. HEAD defaults to the working tree. Metrics that describe time or compilation are
-left out, and so are metrics that only one of the two commits logs (they are listed). Exits with 0 if
-every other number agrees bit for bit, or to within --tolerance.
+Trains six steps of four small runs on two commits in turn, with the current environment, and
+compares their `metrics.jsonl`. HEAD defaults to the working tree. Metrics of time and compilation
+are left out, and so are metrics that only one of the two commits logs (they are listed). Exits with
+0 if every other number agrees bit for bit, or to within --tolerance, and with 1 otherwise.
 
-Results are kept in --results (one directory per commit), so that a second comparison against the same
-BASE trains only HEAD.
+--results keeps the results of each commit, so that a second comparison with the same BASE trains only
+HEAD.
 """
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from absl import app, flags
 
 RUNS = {
     "tiny-fp8_rollout": "configs/tiny.py:fp8_rollout",
@@ -25,10 +26,18 @@ RUNS = {
 }
 SETTINGS = ("train.steps=6", "train.save_rollout_every=0", "checkpoint.keep=1")
 UNCOMPARED = ("time/", "compile/", "tokens_per_second")
+RUN = flags.DEFINE_multi_enum("run", list(RUNS), list(RUNS), "Run to compare; may be repeated.")
+TOLERANCE = flags.DEFINE_float("tolerance", 0.0, "Absolute and relative tolerance; 0: bit for bit.")
+STEPS = flags.DEFINE_integer("steps", None, "Compare the records up to this step only.")
+RESULTS = flags.DEFINE_string("results", "runs/same_results", "Directory of the kept results.")
 
 
 def train(tree: Path, config: str, workdir: Path) -> list[dict]:
-    """Runs `config` in the checkout `tree` unless `workdir` holds the finished run; its records."""
+    """Trains `config` in the checkout `tree`, unless `workdir` holds the finished run.
+
+    Returns:
+      The records of metrics.jsonl.
+    """
     done = workdir / "done"
     if not done.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -42,7 +51,7 @@ def train(tree: Path, config: str, workdir: Path) -> list[dict]:
 
 
 def results(commit: str | None, directory: Path, names: list[str]) -> dict[str, list[dict]]:
-    """{run: records} of a commit, or of the working tree (never kept) for None."""
+    """Returns {run: records} of a commit, or of the working tree (never kept) for None."""
     if commit is None:
         with tempfile.TemporaryDirectory() as scratch:
             return {name: train(Path.cwd(), RUNS[name], Path(scratch) / name) for name in names}
@@ -60,11 +69,11 @@ def results(commit: str | None, directory: Path, names: list[str]) -> dict[str, 
 
 
 def differences(base: list[dict], head: list[dict], tolerance: float) -> tuple[list[str], set[str]]:
-    """(a line for every number that differs, the metrics that only one side has)."""
-    found: list[str] = []
+    """Returns a line for every number that differs, and the metrics that only one side has."""
+    lines: list[str] = []
     one_sided: set[str] = set()
     if [record["step"] for record in base] != [record["step"] for record in head]:
-        found.append("the logged steps differ")
+        lines.append("the logged steps differ")
     for old, new in zip(base, head):
         one_sided |= old.keys() ^ new.keys()
         for name in old.keys() & new.keys():
@@ -76,40 +85,30 @@ def differences(base: list[dict], head: list[dict], tolerance: float) -> tuple[l
                 or b is None
                 or not math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
             ):
-                found.append(f"step {old['step']}, {name}: {a!r} -> {b!r}")
-    return found, one_sided
+                lines.append(f"step {old['step']}, {name}: {a!r} -> {b!r}")
+    return lines, one_sided
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("base", help="the commit to compare with")
-    parser.add_argument("head", nargs="?", help="the commit to check (default: the working tree)")
-    parser.add_argument(
-        "--run", action="append", choices=RUNS, help="only this run; may be repeated"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="absolute and relative; 0: bits"
-    )
-    parser.add_argument("--steps", type=int, help="compare only records up to this step")
-    parser.add_argument("--results", type=Path, default=Path("runs/same_results"))
-    args = parser.parse_args()
-    names = args.run or list(RUNS)
-    base = results(args.base, args.results, names)
-    head = results(args.head, args.results, names)
+def main(arguments: list[str]) -> int:
+    if len(arguments) not in (2, 3):
+        raise app.UsageError("give BASE, and HEAD unless it is the working tree")
+    names, directory = list(dict.fromkeys(RUN.value)), Path(RESULTS.value)
+    base = results(arguments[1], directory, names)
+    head = results((*arguments, None)[2], directory, names)
     failed = False
     for name in names:
-        kept = [
-            [r for r in records if args.steps is None or r["step"] <= args.steps]
-            for records in (base[name], head[name])
+        records = [
+            [r for r in side[name] if STEPS.value is None or r["step"] <= STEPS.value]
+            for side in (base, head)
         ]
-        found, one_sided = differences(*kept, args.tolerance)
-        failed |= bool(found)
-        print(f"{name}: {f'{len(found)} numbers differ' if found else 'the same'}")
-        print("".join(f"  {line}\n" for line in found[:20]), end="")
+        lines, one_sided = differences(*records, TOLERANCE.value)
+        failed |= bool(lines)
+        print(f"{name}: {f'{len(lines)} numbers differ' if lines else 'the same'}")
+        print("".join(f"  {line}\n" for line in lines[:20]), end="")
         if one_sided:
             print(f"  logged by one commit only: {', '.join(sorted(one_sided))}")
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app.run(main)

@@ -1,16 +1,16 @@
-"""The sampler: its rate against what the matmuls alone would take, and what continuous batching gains.
+"""Throughput of the sampler relative to its matmuls, and the gain from continuous batching.
 
     python -m benchmarks.sampler [--output=FILE.json]
 
-Floor: the baseline model of benchmarks.cpu_baseline, 128 sequences of 16 prompt and 64 response tokens
-in 128 slots, against jitted loops, in turn with it, of nothing but the model's matmuls, and of nothing
-but one reading of the keys and values (rings of 56 columns, the mean).
-transformers (where torch is installed): its `generate` with the same weights, in turn with ours.
-Recording: the same without the logprobs and the entropy, that is with the token alone.
-Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256; static
-batches are the same sampler asked for one batch of its slots at a time.
-Bandwidth (on a GPU): decode steps of a 1.7B- and a 4B-shaped model in bfloat16, against the time in
-which the memory can deliver weights and caches once.
+Floor: the baseline model of benchmarks.cpu_baseline samples 128 sequences of 16 prompt tokens and 64
+response tokens in 128 slots. It alternates with two jitted loops: the model's matmuls alone, and one
+read of the keys and values alone (rings of 56 columns, the mean).
+transformers (if torch is installed): its `generate` with the same weights, alternating with ours.
+Recording: the same without logprobs and entropy, with the token alone.
+Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256. Static batches
+come from the same sampler, called with one batch of its slots at a time.
+Bandwidth (on GPU): decode steps of a 1.7B-shaped and a 4B-shaped model in bfloat16, relative to the time
+in which the memory delivers weights and caches once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from drpo_jax.programs import Programs
 from drpo_jax.sampler import Sampler, SamplingParams, slots
 from drpo_jax.sampler.token import Sampled, draw
 
-# Bytes/s of the memory, from the vendor's data sheets (SXM).
+# Memory bandwidth in bytes/s, from the vendor's data sheets (SXM).
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
 QWEN3 = dict(heads=16, kv_heads=8, head_dim=128, vocab_size=151936, tie_embeddings=True)
 SHAPES = {
@@ -42,16 +42,16 @@ SHAPES = {
 
 
 def token_alone(logits, uniform, params):
-    """`sample_token` without what it records."""
-    nothing = jnp.zeros(len(logits))
+    """`sample_token` without its records."""
+    zeros = jnp.zeros(len(logits))
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     token = draw(mass, uniform)
     none = jnp.zeros((len(logits), 0))
-    return Sampled(token, nothing, nothing, nothing, none.astype(jnp.int32), none)
+    return Sampled(token, zeros, zeros, zeros, none.astype(jnp.int32), none)
 
 
 def in_turn(work, rounds=8):
-    """{name: median seconds} of functions that are run in turn, so that a busy moment hits all."""
+    """Returns {name: median seconds} of functions that run in turn, so that noise affects all."""
     seconds = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, run in work.items():
@@ -62,13 +62,13 @@ def in_turn(work, rounds=8):
 
 
 def reading(config, columns=56):
-    """A function that reads the caches of RESPONSE steps."""
+    """Returns a function that reads the caches of `RESPONSE` steps."""
     shape = SEQUENCES, config.kv_heads, columns, config.head_dim
     caches = [jnp.full(shape, float(i)) for i in range(2 * config.layers)]
 
     @jax.jit
     def read(caches):
-        def step(_, total):  # of the loop, so that no step's reading is done before it
+        def step(_, total):  # Depends on the carry: no read moves out of the loop.
             return sum(jnp.sum(cache + 1e-9 * total, axis=2, keepdims=True) for cache in caches)
 
         return jax.lax.fori_loop(0, RESPONSE, step, jnp.zeros((*shape[:2], 1, shape[-1])))
@@ -77,7 +77,7 @@ def reading(config, columns=56):
 
 
 def against_the_floor(model, matmuls, compute):
-    """(figures, lines to print) of the rate, the floors, and of recording."""
+    """Returns figures, and lines to print, of the rate, the floors and the cost of recording."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 128, size=(16, PROMPT)).tolist()
     params = SamplingParams(max_tokens=RESPONSE, samples=SEQUENCES // len(prompts))
@@ -119,7 +119,7 @@ def against_the_floor(model, matmuls, compute):
 
 
 def against_transformers(learner, model, compute):
-    """(figures, lines to print) of our rate and theirs, the tokens alone and with what is recorded."""
+    """Returns figures, and lines to print, of our rate and theirs, with and without recording."""
     prompts = np.random.default_rng(0).integers(1, 128, size=(16, PROMPT)).tolist()
     samples = SEQUENCES // len(prompts)
     params = SamplingParams(max_tokens=RESPONSE, samples=samples)
@@ -144,6 +144,7 @@ def against_transformers(learner, model, compute):
 
 
 def long_tail(model, compute, count=4):
+    """Returns figures, and lines to print, of continuous batching against static batches."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 128, size=(count * 16, PROMPT)).tolist()
     limits = np.where(rng.random((len(prompts), SEQUENCES // 16)) < 0.05, 256, 16)
@@ -163,18 +164,18 @@ def long_tail(model, compute, count=4):
     continuous()
     sampler.read_statistics()
     continuous()
-    counted = sampler.read_statistics()
+    statistics = sampler.read_statistics()
     static()
     static_steps = sampler.read_statistics()["steps"]
     times = in_turn({"continuous": continuous, "static": static}, rounds=3)
-    live = counted["busy_live_rows"] / counted["busy_steps"] / SEQUENCES
+    live = statistics["busy_live_rows"] / statistics["busy_steps"] / SEQUENCES
     rate = {name: limits.sum() / seconds for name, seconds in times.items()}
     gain = rate["continuous"] / rate["static"]
     lines = [
         f"long tail: {rate['continuous']:,.0f} tokens/s, {rate['static']:,.0f} in static batches: "
         f"{gain:.1f} times as fast",
-        f"  {live:.0%} of the rows live until the queue is empty; {counted['steps']} decode steps "
-        f"in {counted['rounds']} rounds, {static_steps} steps in static batches",
+        f"  {live:.0%} of the rows live until the queue is empty; {statistics['steps']} decode steps "
+        f"in {statistics['rounds']} rounds, {static_steps} steps in static batches",
     ]
     figures = {
         "long tail tokens/s": round(rate["continuous"]),
@@ -187,6 +188,7 @@ def long_tail(model, compute, count=4):
 
 
 def bandwidth(peak, context=1024, steps=64):
+    """Returns figures, and lines to print, of decoding relative to the bandwidth bound."""
     figures, lines = {}, [f"{'':<6}{'batch':>6}{'tokens/s':>11}{'of the bandwidth bound':>25}"]
     compute = Compute(dtype="bfloat16")
     for name, config in SHAPES.items():
@@ -207,10 +209,10 @@ def bandwidth(peak, context=1024, steps=64):
             key, state = jax.random.key(0), [state]
 
             def once(run=run, state=state, key=key, model=model):
-                new, told = run(model, state[0], key, np.int32(steps), np.int32(0))
+                new, record = run(model, state[0], key, np.int32(steps), np.int32(0))
                 lengths = new.lengths * 0 + context - steps - 1
                 state[0] = dataclasses.replace(new, lengths=lengths)
-                return told.sampled.token
+                return record.sampled.token
 
             seconds = in_turn({"decode": once}, rounds=5)["decode"] / steps
             caches = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0].caches))

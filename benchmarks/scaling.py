@@ -1,14 +1,14 @@
-"""How cost grows with chips and with sequence length, read from programs compiled for TPU v5p.
+"""Cost as a function of the number of chips and of sequence length, from programs compiled for TPU v5p.
 
     python -m benchmarks.scaling [--models=qwen3_4b_base,qwen3_30b_a3b] [--workdir=runs/scaling]
         [--output=FILE.json] [--plot=FILE.png]
 
-A slice of the model (`LAYERS` of its layers, embedding and head in full), one sequence a chip at a time:
-chips from 8 to 256 with 256 sequences of 4K tokens in each update, and lengths from 2K to 32K on 32
-chips. For the learner's update and a round of decoding, `drpo_jax.preflight` compiles each point in a
-process of its own and counts, for one chip and one call: FLOPs, bytes read and written in HBM, bytes
-sent, and the memory taken. A point that has been compiled is not compiled again:
-take another workdir after a change of the code.
+The model has `LAYERS` of its layers, and embedding and head in full; a chip processes one sequence
+at a time. One sweep goes from 8 to 256 chips with 256 sequences of 4K tokens per update, the other
+from 2K to 32K tokens on 32 chips. `drpo_jax.preflight` compiles the learner's update and a round of
+decoding for each point, in a separate process, and counts for one chip and one call: FLOPs, bytes
+read and written in HBM, bytes sent, and memory. A compiled point is not compiled again; use another
+workdir after a change of the code.
 """
 
 import json
@@ -21,13 +21,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import OUTPUT, write_results
 
-MODELS = flags.DEFINE_list(
-    "models", ["qwen3_4b_base", "qwen3_30b_a3b"], "Of configs/, without .py."
-)
-WORKDIR = flags.DEFINE_string("workdir", "runs/scaling", "Where the points go, a file each.")
-PLOT = flags.DEFINE_string("plot", None, "A file for the figure.")
+MODELS = flags.DEFINE_list("models", ["qwen3_4b_base", "qwen3_30b_a3b"], "Names of config files.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/scaling", "Directory of the points, one file each.")
+PLOT = flags.DEFINE_string("plot", None, "File of the figure.")
 LAYERS, SEQUENCES, PROMPT, ROUND = 4, 256, 1024, 16
-# Chips → the shape of a slice of v5p.
+# Number of chips: topology of a v5p slice.
 SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
 SWEEPS = {
@@ -44,14 +42,14 @@ PROGRAMS = {"update": "-", "decode": "--"}
 
 
 def compile_point(model, chips, length):
-    """What preflight's JSON says of the programs of one point."""
+    """Returns the figures of one point by program, from preflight's JSON."""
     file = Path(WORKDIR.value) / f"{model}_{chips}_{length}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         fields = {
             "model.layers": LAYERS,
             "mesh.data": 1,
-            "mesh.fsdp": -1,  # all chips, but for the config's mesh.expert
+            "mesh.fsdp": -1,  # All chips, except for the config's mesh.expert.
             "mesh.tensor": 1,
             "train.prompts": SEQUENCES // 8,
             "train.samples": 8,
@@ -72,8 +70,8 @@ def compile_point(model, chips, length):
     return json.loads(file.read_text())["programs"]
 
 
-def plot(found, file):
-    """Amounts (rows) of the sweeps (columns), by model and program, both axes logarithmic."""
+def plot(results, file):
+    """Plots the amounts (rows) over the sweeps (columns) by model and program, on log-log axes."""
     figure = Figure(figsize=(9, 11), layout="constrained")
     axes = figure.subplots(len(AMOUNTS), len(SWEEPS), sharex="col", sharey="row")
     for column, (sweep, points) in enumerate(SWEEPS.items()):
@@ -82,7 +80,9 @@ def plot(found, file):
             ax = axes[row, column]
             for color, model in enumerate(MODELS.value):
                 for program, line in PROGRAMS.items():
-                    series = [found[f"{model}: {c} chips, {n} tokens"][program] for c, n in points]
+                    series = [
+                        results[f"{model}: {c} chips, {n} tokens"][program] for c, n in points
+                    ]
                     heights = [figures[amount] for figures in series]
                     ax.plot(
                         values, heights, f"o{line}", color=f"C{color}", label=f"{model}, {program}"
@@ -107,24 +107,24 @@ def plot(found, file):
 
 
 def main(_):
-    found = {}
+    results = {}
     for model in MODELS.value:
         print(f"{model}\n{'chips':>6}{'tokens':>8}  {'program':<8}", *(f"{a:>27}" for a in AMOUNTS))
         for chips, length in sorted({point for points in SWEEPS.values() for point in points}):
             programs = compile_point(model, chips, length)
             name = f"{model}: {chips} chips, {length} tokens"
-            found[name] = {
+            results[name] = {
                 program: {a: float(f"{of(programs[program]):.4g}") for a, of in AMOUNTS.items()}
                 for program in PROGRAMS
             }
-            for program, figures in found[name].items():
-                told = (f"{x:>27,.4g}" for x in figures.values())
-                print(f"{chips:>6}{length:>8}  {program:<8}", *told, flush=True)
+            for program, figures in results[name].items():
+                cells = (f"{x:>27,.4g}" for x in figures.values())
+                print(f"{chips:>6}{length:>8}  {program:<8}", *cells, flush=True)
     if OUTPUT.value:
         command = f"python -m benchmarks.scaling --models={','.join(MODELS.value)}"
-        write_results(OUTPUT.value, command, found)
+        write_results(OUTPUT.value, command, results)
     if PLOT.value:
-        plot(found, PLOT.value)
+        plot(results, PLOT.value)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Is it luck? The main job on many seeds, and control runs whose rewards are shuffled.
+"""Runs the main job on many seeds, and control runs with shuffled rewards.
 
     python -m benchmarks.seeds --workdir=runs/seeds [--seeds=10] [--controls=2] [--parallel=2]
         [--config=configs/tiny.py] [--output=FILE.json] [--train_flag=--config.FIELD=VALUE …]
 
-Runs `python -m drpo_jax.train` as a user would, `parallel` processes at a time; the seconds of a run
-are therefore those of a shared machine. A run that has finished is not repeated, a run that was killed
-resumes. Prints held-out accuracy before and after for every seed, and how many reach the goal: at most
-50 % before and at least 85 % after, avg@k as well as greedy. The control starts from the seed's warm
-start and permutes the rewards over each rollout: with nothing to learn from, accuracy must not rise.
+Runs `python -m drpo_jax.train` as a user would, `parallel` processes at a time; the seconds of a
+run are therefore those of a shared machine. A finished run is not repeated, and an interrupted run
+resumes. Prints held-out accuracy before and after for every seed, and how many seeds reach the
+goal: at most 50 % before and at least 85 % after, for both avg@k and greedy. A control starts from
+the seed's warm start and permutes the rewards over each rollout: there is nothing to learn, so
+accuracy must not rise.
 """
 
 import sys
@@ -20,12 +21,15 @@ from benchmarks.common import OUTPUT, write_results
 from benchmarks.runs import PARALLEL, WORKDIR, run
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds 0, 1, …")
-CONTROLS = flags.DEFINE_integer("controls", 2, "Seeds that are also run with shuffled rewards.")
+CONTROLS = flags.DEFINE_integer(
+    "controls", 2, "Number of seeds that also run with shuffled rewards."
+)
 flags.set_default(WORKDIR, "runs/seeds")
 GOAL = {"before": 0.50, "after": 0.85}
 
 
 def reached(figures: dict) -> bool:
+    """Returns whether a run reaches `GOAL`, for avg@k and greedy."""
     metrics = ("avg", "greedy")
     low = all(figures[f"{m} before"] <= GOAL["before"] for m in metrics)
     return low and all(figures[f"{m} after"] >= GOAL["after"] for m in metrics)

@@ -1,19 +1,19 @@
-r"""Checks per second of the math verifier, beside math-verify in one process.
+r"""Checks per second of the math verifier, compared with math-verify in one process.
 
     python -m benchmarks.verifier [--output=FILE.json]
 
-Responses are a few sentences that end in a box, about half of them with a wrong answer. Two sets,
-drawn from a seed:
+A response is a few sentences that end in a box; about half of the answers are wrong. There are two
+sets, drawn from a seed:
 
     GSM8K-like   integers, plain and with commas, units, dollar signs, decimals
-    MATH-like    fractions, roots, tuples, intervals, sets, polynomials, and a third integers
+    MATH-like    fractions, roots, tuples, intervals, sets, polynomials, and one third integers
 
-    reward            what training calls: the quick stage, then workers
-    workers alone     every check by math-verify in the workers, nothing settled before
+    reward            the reward as training calls it: the quick stage, then workers
+    workers alone     every check by math-verify in the workers, without the quick stage
     math-verify       its `parse` and `verify` on the boxed answer, one second each, in one process
 
-The workers are 2 processes, warm, without a cache of verdicts. Rounds are in turn and each figure is
-the median of them; ratios are formed round by round, so that they say something on a shared machine.
+There are 2 worker processes, warm, without a cache of verdicts. The ways alternate, and each figure
+is the median over rounds. Ratios are formed round by round, so that they hold on a shared machine.
 """
 
 import logging
@@ -27,7 +27,8 @@ from drpo_jax.rewards import Isolated, submit
 from drpo_jax.rewards.math import WARM, check, first_stage, last_box
 
 ROUNDS = 3
-COUNT = 250  # checks per round where math-verify makes all or most, else twenty times as many
+# Checks per round if math-verify makes all or most of them; twenty times as many otherwise.
+COUNT = 250
 WORKERS = 2
 FILLER = (
     "First we add what she has in the morning to what she buys, and then take away a third. " * 6
@@ -47,7 +48,7 @@ EXPRESSIONS = [
 
 
 def integers(rng, count):
-    """(given, answer) pairs as in GSM8K."""
+    """Returns pairs (response, answer) as in GSM8K."""
     n = rng.integers(1, 100_000, count)
     wrong = rng.integers(0, 2, count) * rng.integers(1, 50, count)
     forms = rng.choice(INTEGERS, count)
@@ -55,28 +56,30 @@ def integers(rng, count):
 
 
 def expressions(rng, count):
-    """(given, answer) pairs as in MATH."""
+    """Returns pairs (response, answer) as in MATH."""
     pairs = integers(rng, count)
     for i in np.flatnonzero(rng.integers(0, 3, count)):
-        answer, given = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
+        answer, response = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
         n, m = rng.integers(1, 1000, 2)
-        pairs[i] = given.format(n=n + rng.integers(2), m=n + m), answer.format(n=n, m=n + m)
+        pairs[i] = response.format(n=n + rng.integers(2), m=n + m), answer.format(n=n, m=n + m)
     return pairs
 
 
 def by_reward(reward, pairs):
-    responses = [rf"{FILLER}The answer is $\boxed{{{given}}}$." for given, _ in pairs]
+    """Returns the verdicts of a reward on pairs (boxed answer, right answer), float [N]."""
+    responses = [rf"{FILLER}The answer is $\boxed{{{boxed}}}$." for boxed, _ in pairs]
     return submit(reward, [""] * len(pairs), responses, [answer for _, answer in pairs]).result()
 
 
 def by_math_verify(pairs):
+    """Returns the verdicts of math-verify, float [N]."""
     from math_verify import parse, verify
 
-    found = []
-    for given, answer in pairs:
-        sides = [parse(rf"\boxed{{{side}}}", parsing_timeout=1) for side in (answer, given)]
-        found.append(float(verify(*sides, timeout_seconds=1)))
-    return np.array(found)
+    verdicts = []
+    for boxed, answer in pairs:
+        sides = [parse(rf"\boxed{{{side}}}", parsing_timeout=1) for side in (answer, boxed)]
+        verdicts.append(float(verify(*sides, timeout_seconds=1)))
+    return np.array(verdicts)
 
 
 def main(_):
@@ -103,10 +106,10 @@ def main(_):
                     count = COUNT
                 start = time.perf_counter()
                 verdicts[way] = run(pairs[:count])
-                if round_:  # the first one warms up
+                if round_:  # The first round warms up.
                     rates[way].append(count / (time.perf_counter() - start))
         agree = np.mean(verdicts["reward"][:COUNT] == verdicts["math-verify"][:COUNT])
-        print(f"\n{name}: checks per second ({agree:.1%} of verdicts are math-verify's)")
+        print(f"\n{name}: checks per second ({agree:.1%} of verdicts agree with math-verify)")
         figures[name] = {"verdicts as math-verify's": round(float(agree), 4)}
         for way, rate in rates.items():
             ratio = np.median(np.divide(rate, rates["math-verify"]))

@@ -1,29 +1,42 @@
-"""The command line: python -m drpo_jax.ENTRY --config=FILE[:VARIANT] --workdir=DIR, and fields.
+"""What every command line shares: flags, config files, --help, warnings, errors and exit codes.
 
-Entry points end with `launch(main)`. What the user got wrong is printed as `error: …`, exit code 2; a
-run that cannot go on says why, exit code 3.
+An entry point ends with `launch(main)` if it takes a config, or with `run(main)` if it does not.
+Both print invalid input as one line, `error: …`, and exit with status 2. A run that cannot continue
+says why and exits with status 3.
 """
 
 import difflib
-import glob
+import logging
 import os
 import re
 import runpy
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags, logging
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from drpo_jax.config import field_types, resolve, suggest, type_name
+from drpo_jax.commands import COMMANDS
+from drpo_jax.config import field_types, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import path_of
 
-flags.disclaim_key_flags()  # what `launch` defines belongs to the entry point, and to its --help
+flags.disclaim_key_flags()  # Flags defined here belong to the entry point and to its --help.
+
+PACKAGE = Path(__file__).parent
+# A wheel holds the configs inside the package; in a clone they stand next to it.
+CONFIGS = next(d for d in (PACKAGE / "configs", PACKAGE.parent / "configs") if d.is_dir())
+COMPILATION_CACHE = "~/.cache/drpo_jax/jax"
+
+
+# ------------------------------------------------------------------------------ entry points
 
 
 def launch(
@@ -31,111 +44,294 @@ def launch(
     workdir: bool = True,
     prepare: Callable[[ConfigDict], ConfigDict] = lambda config: config,
 ) -> None:
-    """Runs an entry point with --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
+    """Runs an entry point that takes --config=FILE[:VARIANT], --config.FIELD=VALUE and --workdir=DIR.
 
-    Calls `main` with the resolved config and exits with what it returns. `BadInput`, from the
-    command line or from `main`, is shown as one message with exit code 2, `TrainingStopped` with 3;
-    any other exception is a defect and keeps its traceback.
+    Joins the other processes of the run, turns on the compilation cache, and calls `main` with the
+    resolved config and the workdir. With --print_config it prints the resolved config instead.
+    Errors and exit codes are those of `run`.
 
     Args:
-      workdir: False for an entry point without --workdir; `main` then gets None for it.
-      prepare: what to do with the config before it is resolved.
+      main: The entry point. Its return value is the exit status.
+      workdir: False for an entry point without --workdir; `main` then receives None.
+      prepare: Applied to the config before it is resolved.
     """
-    config, directory = define_flags(flags.FLAGS, workdir)
+    config, directory, print_config = define_flags(flags.FLAGS, workdir)
 
-    def parse(argv: list[str]) -> list[str]:
+    def start(_: list[str]) -> int | None:
+        resolved = resolve(prepare(config.value))
+        if print_config.value:
+            print(to_json(resolved), end="")
+            return None
+        with bad_input():
+            multihost.initialize()
+        if not multihost.is_main():  # Process 0 prints for all of them; errors come from each.
+            sys.stdout = open(os.devnull, "w")
+        use_compilation_cache(resolved.compute.get("compilation_cache", "auto"))
+        return main(resolved, None if directory is None else path_of(directory.value))
+
+    resume = "; run the same command again to resume from the last checkpoint" if workdir else ""
+    run(start, parse_flags, interrupted=f"interrupted{resume}")
+
+
+def run(
+    main: Callable[[list[str]], int | None],
+    parse: Callable[[list[str], flags.FlagValues], list[str]] | None = None,
+    interrupted: str = "interrupted",
+) -> None:
+    """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
+
+    `BadInput`, from the command line or from `main`, is printed as one message and exits with status
+    2, `TrainingStopped` with 3, Ctrl-C with 130. Any other exception is a defect and keeps its
+    traceback.
+
+    Args:
+      main: The entry point.
+      parse: Parses argv into the flags and returns argv without them; `parse_plain` by default.
+      interrupted: What Ctrl-C prints.
+    """
+
+    def parse_or_exit(argv: list[str]) -> list[str]:
+        if any(re.fullmatch(r"--?(help|helpshort|h)", arg) for arg in argv[1:]):
+            print(help_text(flags.FLAGS))
+            sys.exit(0)
         try:
-            return parse_flags(argv, flags.FLAGS)
+            return (parse or parse_plain)(argv, flags.FLAGS)
         except BadInput as error:
             exit_with(error, 2)
 
-    def run(_: list[str]) -> int | None:
+    def guarded(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells each save in thirty lines at INFO
+            # Orbax reports each save in thirty lines at INFO.
+            absl_logging.set_verbosity(absl_logging.WARNING)
         try:
-            with bad_input():
-                multihost.initialize()
-            if not multihost.is_main():  # process 0 speaks for all; errors are everybody's
-                sys.stdout = open(os.devnull, "w")
-            path = path_of(directory.value) if workdir else None
-            return main(resolve(prepare(config.value)), path)
+            return main(argv[1:])
         except BadInput as error:
             exit_with(error, 2)
         except TrainingStopped as error:
             exit_with(error, 3)
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"\n{interrupted}", file=sys.stderr)
             multihost.leave(130)
 
-    app.run(run, flags_parser=parse)
+    absl_logging.get_absl_handler().setFormatter(PlainFormatter())
+    app.run(guarded, flags_parser=parse_or_exit)
+
+
+def exit_with(error: Exception, status: int) -> NoReturn:
+    """Prints the error as one message and ends the process with `status`."""
+    print(f"error: {error}", file=sys.stderr)
+    multihost.leave(status)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats warnings as `warning: …`, errors as `error: …`, and anything below as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno > logging.INFO else text
+
+
+def use_compilation_cache(setting: str) -> None:
+    """Points JAX's persistent compilation cache to a directory.
+
+    Args:
+      setting: The field `compute.compilation_cache`. "auto" follows JAX_COMPILATION_CACHE_DIR if it
+        is set, and otherwise takes `COMPILATION_CACHE`; "" turns the cache off; any other value is
+        the directory.
+    """
+    if setting == "auto":
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return  # JAX reads it.
+        setting = COMPILATION_CACHE
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(setting) or None)
+
+
+# ------------------------------------------------------------------------------ flags
 
 
 def define_flags(
     values: flags.FlagValues, workdir: bool = True
-) -> tuple[flags.FlagHolder, flags.FlagHolder | None]:
-    """Defines --config, and --workdir unless it is False, among the flags `values`."""
-    help_config = (
-        "FILE[:VARIANT], for example configs/tiny.py:bf16. Single fields follow as "
-        "--config.train.steps=50; drpo_jax/config.py explains them."
+) -> tuple[flags.FlagHolder, flags.FlagHolder | None, flags.FlagHolder]:
+    """Defines --config, --print_config, and --workdir unless it is False, in `values`.
+
+    Returns:
+      The holders of config, workdir (or None) and print_config.
+    """
+    config = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "FILE[:VARIANT]. FILE is a path or the name of a config that comes with drpo_jax, such as "
+        "tiny. --config.FIELD=VALUE sets one field: --config.train.steps=50.",
+        flag_values=values,
     )
-    help_workdir = "Directory of the run; resumed if it holds one."
-    config = config_flags.DEFINE_config_file("config", None, help_config, flag_values=values)
-    if not workdir:
-        return config, None
-    return config, flags.DEFINE_string("workdir", None, help_workdir, flag_values=values)
+    print_config = flags.DEFINE_bool(
+        "print_config", False, "Print the resolved config and exit.", flag_values=values
+    )
+    directory = None
+    if workdir:
+        directory = flags.DEFINE_string(
+            "workdir", None, "Directory of the run; resumed if it holds one.", flag_values=values
+        )
+    return config, directory, print_config
+
+
+def parse_plain(argv: list[str], values: flags.FlagValues) -> list[str]:
+    """Parses `argv` into the flags `values` and returns argv without them.
+
+    Raises:
+      BadInput: A flag does not exist or has a value of the wrong type.
+    """
+    try:
+        return values(argv)
+    except flags.Error as error:
+        raise BadInput(str(error)) from None
+
+
+def refuse_arguments(arguments: list[str], hint: str = "") -> None:
+    """Raises `BadInput` if there are positional arguments; for a command that takes flags alone."""
+    if arguments:
+        raise BadInput(f"{arguments[0]}: not a flag{hint}")
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
-    """Parses the command line `argv` (of this process) into the flags `values`.
+    """Parses the command line of this process into the flags `values`, --config included.
 
-    Raises: BadInput for everything wrong with it.
+    Raises:
+      BadInput: Anything is wrong with the command line.
     """
-    if any(re.fullmatch(r"--?help(short|full|xml)?", a) for a in argv):
-        return values(argv)
-    specs = [
-        m[2] or after
-        for arg, after in zip(argv, [*argv[1:], ""])
-        if (m := re.fullmatch(r"--?config(=(.*))?", arg))
-    ]
-    if len(specs) != 1 or not specs[0]:
-        raise BadInput("give one --config=FILE[:VARIANT], for example --config=configs/tiny.py")
-    load_config(specs[0])
-    names = field_types()
-    for arg in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if match and match[1] not in names:
-            raise BadInput(f"{arg}: there is no such field: {suggest(match[1], names)}")
+    argv = _locate_config(argv)
+    fields = field_types()
+    _check_fields(argv, fields)
     try:
         rest = values(argv)
     except flags.IllegalFlagValueError as error:
         if match := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL):
-            expected = type_name(names[match[1]])
+            expected = type_name(fields[match[1]])
             raise BadInput(f"--config.{match[1]}={match[2]}: must be {expected}") from None
         raise BadInput(str(error)) from None
+    except flags.UnrecognizedFlagError as error:
+        raise BadInput(_unrecognized(error, fields)) from None
     except flags.Error as error:
         raise BadInput(str(error)) from None
-    if len(rest) > 1:
-        raise BadInput(f"{rest[1]}: not a flag; a field is set with --config.train.steps=50")
-    if "workdir" not in values:
-        return rest
-    workdir = values.workdir
+    refuse_arguments(rest[1:], "; --config.train.steps=50 sets a field")
+    if "workdir" in values and not values.print_config:
+        _check_workdir(values.workdir)
+    return rest
+
+
+def _locate_config(argv: list[str]) -> list[str]:
+    """Returns `argv` with the path of the config file in place of its name, once the file loads."""
+    places = [i for i, arg in enumerate(argv) if re.match(r"--?config(=|$)", arg)]
+    flag, _, spec = argv[places[0]].partition("=") if places else ("", "", "")
+    separate = bool(places) and not spec and places[0] + 1 < len(argv)
+    if separate:
+        spec = argv[places[0] + 1]
+    if len(places) != 1 or not spec:
+        raise BadInput("give one --config=FILE[:VARIANT], for example --config=configs/tiny.py")
+    load_config(spec)
+    name, colon, variant = spec.partition(":")
+    located = f"{flag}={find_config(name)}{colon}{variant}"
+    return [*argv[: places[0]], located, *argv[places[0] + 1 + separate :]]
+
+
+def _check_fields(argv: list[str], fields: Iterable[str]) -> None:
+    for arg in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
+        if match and match[1] not in fields:
+            raise BadInput(
+                f"{arg}: there is no such field: {suggest(match[1], fields)}\n"
+                "`drpo list fields` describes every field."
+            )
+
+
+def _unrecognized(error: flags.UnrecognizedFlagError, fields: Iterable[str]) -> str:
+    """The message for an unknown flag; one that is named like a field gets the field's flag."""
+    name = error.flagname
+    meant = [f for f in fields if name in (f, f.rpartition(".")[2])]
+    if not meant:
+        return str(error)
+    spelled = " or ".join(f"--config.{field}" for field in meant)
+    return f"--{name}: there is no such flag; did you mean {spelled}?"
+
+
+def _check_workdir(workdir: str | None) -> None:
     if not workdir:
         raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
     if "://" in workdir and not workdir.startswith("gs://"):
         raise BadInput(
-            f"--workdir={workdir}: must be a path, or gs://BUCKET/RUN; mount other storage and name "
+            f"--workdir={workdir}: must be a path or gs://BUCKET/RUN; mount other storage and give "
             "its path"
         )
-    return rest
+
+
+def help_text(values: flags.FlagValues) -> str:
+    """Returns the --help of the running entry point: purpose, usage, examples, and its own flags."""
+    program = sys.modules["__main__"]
+    module = program.__spec__.name if program.__spec__ else ""
+    names = [name for name, command in COMMANDS.items() if command.module == module]
+    if names:
+        command = COMMANDS[names[0]]
+        lines = [
+            command.summary,
+            "",
+            f"usage: drpo {names[0]} {command.arguments}",
+            "",
+            "Examples:",
+        ]
+        lines += [f"  {example}" for example in command.examples]
+    else:
+        lines = [(program.__doc__ or "").strip()]
+    own = values.get_key_flags_for_module(sys.argv[0])
+    own.sort(key=lambda flag: (flag.name not in ("config", "workdir"), flag.name))
+    if own:
+        lines += ["", "Flags:"]
+    width = max((len(flag.name) for flag in own), default=0) + 6
+    for flag in own:
+        text = re.sub(r";\s+repeat this option.*", "", flag.help)
+        if flag.default not in (None, False, []):
+            text += f" Default: {flag.default}."
+        first, *rest = textwrap.wrap(text, 98 - width)
+        lines.append(f"{f'  --{flag.name}':<{width}}{first}")
+        lines += [" " * width + line for line in rest]
+    if "config" in values:
+        lines += ["", "`drpo list fields` describes the fields of a config; `drpo list variants`,"]
+        lines += ["the config files that come with drpo_jax and their variants."]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ config files
+
+
+def find_config(path: str) -> str | None:
+    """Returns the path of a config file: `path` itself, or the shipped config that it names.
+
+    A shipped config is named as tiny, tiny.py or configs/tiny.py, from any directory. Returns None
+    if there is neither.
+    """
+    if Path(path).is_file():
+        return path
+    shipped = CONFIGS / f"{Path(path).stem}.py"
+    named = re.fullmatch(r"(configs/)?\w+(\.py)?", path)
+    return str(shipped) if named and shipped.is_file() else None
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Returns `get_config()` of a config file, `get_config(VARIANT)` for FILE:VARIANT."""
-    path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, glob.glob("configs/*.py"), 1, 0.4)
+    """Returns the config that `spec` names.
+
+    Args:
+      spec: FILE or FILE:VARIANT; FILE as `find_config` takes it. The file defines
+        `get_config()`, with the variant as its argument if there is one.
+
+    Raises:
+      BadInput: There is no such file, or it raised an exception; the message names the line.
+    """
+    name, _, variant = spec.partition(":")
+    path = find_config(name)
+    if path is None:
+        shipped = [f"configs/{file.name}" for file in sorted(CONFIGS.glob("*.py"))]
+        near = difflib.get_close_matches(name, shipped, 1, 0.4)
         raise BadInput(
-            f"--config={spec}: there is no file {path} below {Path.cwd()}"
+            f"--config={spec}: there is no file {name} below {Path.cwd()}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     try:
@@ -146,12 +342,6 @@ def load_config(spec: str) -> ConfigDict:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else f"--config={spec}"
         cause = error.args[0] if error.args else error
-        if isinstance(cause, KeyError):  # ml_collections nests it in an AttributeError
+        if isinstance(cause, KeyError):  # ml_collections nests it in an AttributeError.
             cause = cause.args[0]
         raise BadInput(f"{where}: {type(error).__name__}: {cause}") from error
-
-
-def exit_with(error: Exception, code: int) -> NoReturn:
-    """Prints the error as one message and ends the process."""
-    print(f"error: {error}", file=sys.stderr)
-    multihost.leave(code)

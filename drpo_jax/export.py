@@ -1,18 +1,19 @@
-"""A run's model as a Hugging Face directory: python -m drpo_jax.export --workdir=DIR --output=DIRECTORY
+"""Writes a checkpoint as a Hugging Face directory: drpo export --workdir=DIR --output=DIRECTORY
 
-Writes the last checkpoint of the run, or the one of --step, in bfloat16 (--dtype), with the tokenizer of
-model.path: for `transformers`, vLLM or SGLang, or for another run to start from.
+The directory loads in `transformers`, vLLM and SGLang, and another run can start from it
+(--config.model.path). It holds the weights in bfloat16 (--dtype) and the tokenizer of model.path.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
 
+from drpo_jax import cli
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.cli import exit_with
 from drpo_jax.config import run_config
 from drpo_jax.data import make_tokenizer
 from drpo_jax.errors import BadInput, bad_input
@@ -20,11 +21,22 @@ from drpo_jax.models import Transformer, save_pretrained
 from drpo_jax.programs import model_config
 
 
-def export(workdir, output, step=None, dtype="bfloat16"):
-    """Writes the directory, through host memory. → the checkpoint's step.
+def export(
+    workdir: str | Path, output: str | Path, step: int | None = None, dtype: str = "bfloat16"
+) -> int:
+    """Writes a checkpoint of the run in `workdir` to the directory `output`, through host memory.
+
+    Args:
+      workdir: Directory of the run.
+      output: Created if it does not exist; files of the same names are replaced.
+      step: The checkpoint's step; the last one by default.
+      dtype: Of the weights: "bfloat16" or "float32".
+
+    Returns:
+      The checkpoint's step.
 
     Raises:
-      BadInput: no run, no such checkpoint, or a directory that cannot be written.
+      BadInput: There is no run or no such checkpoint, or the directory cannot be written.
     """
     workdir = Path(workdir).expanduser()
     config = run_config(workdir)
@@ -40,37 +52,50 @@ def export(workdir, output, step=None, dtype="bfloat16"):
         model = checkpoints.restore(step, {"model": like})["model"]
         source = config.model.path or None
         if source and Path(source).resolve() == Path(output).resolve():
-            raise BadInput(f"{output} is what the run began with: name another directory")
+            raise BadInput(
+                f"{output} is the model that the run started from: name another directory"
+            )
         save_pretrained(model, architecture, output, jnp.dtype(dtype), source)
         if source:
-            _write_ends(Path(output) / "generation_config.json", config)
+            _write_stop_tokens(Path(output) / "generation_config.json", config)
     return step
 
 
-def _write_ends(path, config):
-    """What ended a response in training ends it in other engines too: in a chat, of a base model, that
-    is not what the original file says."""
+def _write_stop_tokens(path: Path, config: ConfigDict) -> None:
+    """Makes other engines stop at the tokens that ended a response in training.
+
+    In a chat with a base model they differ from those of the model's own file.
+    """
     tokenizer = make_tokenizer(config.data, config.model.path)
     fields = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(
-        json.dumps(fields | {"eos_token_id": list(tokenizer.stop_ids)}, indent=2) + "\n"
-    )
+    fields["eos_token_id"] = list(tokenizer.stop_ids)
+    path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--output", type=Path, required=True, help="made if it is not there")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last one)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # a run may hold the accelerators
-    try:
-        step = export(args.workdir, args.output, args.step, args.dtype)
-    except BadInput as error:
-        exit_with(error, 2)
-    print(f"{args.output}: step {step} of {args.workdir}, {args.dtype}")
+def main(workdir: str | None, output: str | None, step: int | None, dtype: str) -> None:
+    """Exports on the CPU, since a run may hold the accelerators. Raises like `export`."""
+    if not workdir:
+        raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
+    if not output:
+        raise BadInput("--output=DIRECTORY is missing, for example --output=models/trained")
+    jax.config.update("jax_platforms", "cpu")
+    step = export(workdir, output, step, dtype)
+    print(f"{output}: step {step} of {workdir}, {dtype}")
+
+
+def launch() -> None:
+    """Defines the flags and runs `main`."""
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    output = flags.DEFINE_string("output", None, "Directory to write; created if it is missing.")
+    step = flags.DEFINE_integer("step", None, "Step of the checkpoint; the last one by default.")
+    dtype = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of the weights.")
+
+    def start(arguments: list[str]) -> None:
+        cli.refuse_arguments(arguments)
+        main(workdir.value, output.value, step.value, dtype.value)
+
+    cli.run(start)
 
 
 if __name__ == "__main__":
-    main()
+    launch()

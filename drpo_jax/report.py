@@ -8,9 +8,9 @@ not log or save is left out, with a note in its place.
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from drpo_jax.cli import exit_with
+from drpo_jax import cli
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.reporting.page import plural, render
 from drpo_jax.reporting.runs import group_runs, load_run
@@ -42,20 +42,10 @@ def main(workdirs: Sequence[str], output: str | None, rest: Sequence[str] = ()) 
 
 
 def launch() -> None:
-    """Parses the command line. Bad input is printed as one message, with exit code 2."""
+    """Defines the flags and runs `main`."""
     workdirs = flags.DEFINE_multi_string("workdir", [], "Directory of a run; may be repeated.")
     output = flags.DEFINE_string("output", None, "The HTML file to write.")
-
-    def checked(action, *arguments):
-        try:
-            return action(*arguments)
-        except (BadInput, flags.Error) as error:
-            exit_with(error, 2)
-
-    app.run(
-        lambda rest: checked(main, workdirs.value, output.value, rest[1:]),
-        flags_parser=lambda argv: checked(flags.FLAGS, argv),
-    )
+    cli.run(lambda rest: main(workdirs.value, output.value, rest))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
 #!/usr/bin/env bash
-# Runs a command as several processes of one run on this machine, each with CPU devices of its own:
+# Runs a command as several processes of one run on this machine, each with its own virtual CPU devices.
 #   bash launch/multiprocess.sh N [DEVICES] -- COMMAND [ARGUMENT ...]
-#   bash launch/multiprocess.sh 2 4 -- python -m drpo_jax.train --config=configs/tiny.py --workdir=runs/two
-# Process 0 writes to the console, process i to LOGS/process_i.log. Ctrl-C, and a process that fails, end
-# all of them; the exit status is that of the first one that failed.
+#   bash launch/multiprocess.sh 2 4 -- python -m drpo_jax train --config=configs/tiny.py --workdir=runs/two
+# Process 0 writes to the console, process i to LOGS/process_i.log. Ctrl-C ends all processes, and so does a
+# process that fails; the exit status is that of the first one to fail.
 #   N        number of processes
-#   DEVICES  virtual CPU devices of each process (default: 1)
-#   LOGS     directory (default: .cache/multiprocess)
-#   PYTHON, VENV  see setup.sh
+#   DEVICES  virtual CPU devices per process (default: 1)
+#   LOGS     directory of the logs (default: .cache/multiprocess)
+#   PYTHON, VENV, INSTALL: see launch/setup.sh
 set -euo pipefail
-
-usage() {
-  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-}
-if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then usage; exit; fi
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 
 count="${1:-}" devices=1
 if (($# > 1)) && [[ "$2" != -- ]]; then devices="$2"; shift; fi
 if [[ ! "$count" =~ ^[1-9][0-9]*$ || ! "$devices" =~ ^[1-9][0-9]*$ || "${2:-}" != -- || $# -lt 3 ]]; then
-  echo "error: give a number of processes, perhaps devices for each, and -- before the command:" >&2
+  echo "error: give a number of processes, optionally the devices of each, and -- before the command:" >&2
   usage >&2
   exit 2
 fi
@@ -32,7 +29,7 @@ port="$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); pr
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count" JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# Sends the signal $1 to all that still run, and ends what has not gone $2 seconds later.
+# Sends the signal $1 to every process still running, and kills those that remain after $2 seconds.
 end_all() {
   local deadline=$((SECONDS + $2)) pid
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
@@ -42,7 +39,7 @@ end_all() {
   done
 }
 
-set -m  # a process group for each, which Ctrl-C does not reach: the trap passes it on
+set -m  # Gives each process a group of its own. Ctrl-C does not reach these groups: the trap passes it on.
 pids=()
 trap 'trap "" INT; end_all INT 10; exit 130' INT
 trap 'end_all TERM 10; exit 143' TERM
@@ -54,7 +51,7 @@ for ((i = 0; i < count; i++)); do
   fi
   pids+=($!)
 done
-if ((count > 1)); then echo "this is process 0 of $count; the others write to $logs/process_*.log" >&2; fi
+if ((count > 1)); then echo "showing process 0 of $count; the others write to $logs/process_*.log" >&2; fi
 
 running=$count
 ended=()

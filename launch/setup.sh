@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the scripts: goes to the repository root and puts a virtual environment with
-# requirements.txt on the PATH.
-#   PYTHON  interpreter that makes the environment (default: python3, 3.11 or newer)
-#   VENV    where the environment is (default: .venv)
+# Sourced by the scripts: goes to the repository root and puts a virtual environment with drpo_jax and its
+# requirements on the PATH.
+#   PYTHON   interpreter that creates the environment (default: python3; 3.11 or newer)
+#   VENV     directory of the environment (default: .venv)
+#   INSTALL  what pip installs into it (default: -r requirements.txt)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -10,29 +11,30 @@ VENV="${VENV:-.venv}"
 if [[ ! -x "$VENV/bin/pip" ]]; then
   PYTHON="${PYTHON:-python3}"
   if ! command -v "$PYTHON" >/dev/null; then
-    echo "error: there is no '$PYTHON'; name a Python of 3.11 or newer:" \
+    echo "error: '$PYTHON' not found; name a Python interpreter, 3.11 or newer:" \
       "PYTHON=/path/to/python bash $0" >&2
     exit 2
   fi
   if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: '$PYTHON' is $("$PYTHON" --version 2>&1), and 3.11 or newer is needed;" \
+    echo "error: '$PYTHON' is $("$PYTHON" --version 2>&1), but 3.11 or newer is required;" \
       "name one: PYTHON=/path/to/python bash $0" >&2
     exit 2
   fi
-  echo "making the virtual environment $VENV" >&2
+  echo "creating the virtual environment $VENV" >&2
   "$PYTHON" -m venv "$VENV"
 fi
 VENV="$(cd "$VENV" && pwd)"
 
-# The stamp is a copy of the requirements that were installed.
-if ! cmp -s requirements.txt "$VENV/installed.txt"; then
-  echo "installing requirements.txt into $VENV (a few minutes, once)" >&2
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  cp requirements.txt "$VENV/installed.txt"
+# The stamp holds everything that decides what pip installs.
+read -r -a install <<<"${INSTALL:--r requirements.txt}"
+stamp="$(printf "%s\n" "${install[*]}" && cat requirements.txt pyproject.toml)"
+if [[ "$(cat "$VENV/installed.txt" 2>/dev/null)" != "$stamp" ]]; then
+  echo "installing ${install[*]} into $VENV (takes a few minutes the first time)" >&2
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${install[@]}"
+  printf '%s\n' "$stamp" >"$VENV/installed.txt"
 fi
 
 export VENV
 export PATH="$VENV/bin:$PATH"
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
 # Huge pages for malloc: far fewer page faults in large float buffers on the CPU.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"

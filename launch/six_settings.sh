@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Compiles the paper's six settings for TPU slices that nobody needs to have, and prints the table of
-# launch/README.md: bash launch/six_settings.sh. An hour or two; a setting whose figures are there is
-# not compiled again (remove them after a change of the code).
-#   FIGURES  directory of the figures and of what preflight said (default: .cache/six_settings)
-#   PYTHON, VENV  see setup.sh; libtpu has to be there besides (preflight says how)
+# Compiles the paper's six settings for TPU slices and prints the table of docs/devices.md. No TPU required.
+#   bash launch/six_settings.sh
+# Takes an hour or two. A setting whose figures exist is not compiled again; delete them after a change of
+# the code.
+#   FIGURES  directory of the figures and of the output of preflight (default: .cache/six_settings)
+#   PYTHON, VENV, INSTALL: see launch/setup.sh; libtpu is needed as well (preflight says how to install it)
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -12,8 +15,8 @@ figures=${FIGURES:-.cache/six_settings}
 mkdir -p "$figures"
 while read -r name topology config; do
   test -s "$figures/$name.json" && continue
-  echo "$name, $topology: $figures/$name.log" >&2
-  python -m drpo_jax.preflight --config="configs/$config" --topology="$topology" \
+  echo "compiling $name for $topology; output: $figures/$name.log" >&2
+  python -m drpo_jax preflight --config="configs/$config" --topology="$topology" \
     --json="$figures/$name.json" > "$figures/$name.log" 2>&1 ||
     { echo "exit status $?:" && tail -n 3 "$figures/$name.log"; } >&2
 done << 'SETTINGS'
@@ -34,13 +37,14 @@ PROGRAMS = ["sync", "rescore", "update", "prefill", "first_tokens", "admit", "de
 print("| setting | slice | mesh |", " | ".join(PROGRAMS), "| most | step, s | MFU |")
 print("|" + "---|" * (len(PROGRAMS) + 6))
 for path in map(Path, sys.argv[1:]):
-    found = json.loads(path.read_text())
-    mesh = " · ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
-    taken = [found["programs"][name]["memory"]["total"] for name in PROGRAMS]
-    step = found["step"]
+    figures = json.loads(path.read_text())
+    mesh = " · ".join(f"{name} {size}" for name, size in figures["mesh"].items() if size > 1)
+    memory = [figures["programs"][name]["memory"]["total"] for name in PROGRAMS]
+    step = figures["step"]
     bounds = [f"{step['seconds']:.3g}", f"{step['mfu']:.0%}"] if step["seconds"] else ["–", "–"]
-    share = f"{max(taken) / found['chip']['memory']:.0%}" + ("" if found["fits"] else ", too much")
-    gib = [f"{size / 2**30:.3g}" for size in taken]
+    share = f"{max(memory) / figures['chip']['memory']:.0%}"
+    share += "" if figures["fits"] else ", too much"
+    gib = [f"{size / 2**30:.3g}" for size in memory]
     setting = path.stem.replace(",", ", ")
-    print("|", " | ".join([setting, found["topology"], mesh, *gib, share, *bounds]), "|")
+    print("|", " | ".join([setting, figures["topology"], mesh, *gib, share, *bounds]), "|")
 TABLE

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Runs the tests: bash launch/test.sh [pytest arguments]. They see 8 CPU devices (tests/conftest.py).
-#   PYTHON, VENV  see setup.sh
+# Runs the tests in two processes with eight virtual CPU devices each (tests/conftest.py).
+#   bash launch/test.sh [--quick] [PYTEST_ARGUMENT ...]
+#   --quick  leave out the tests that are marked slow: under two minutes on two cores
+#   PYTHON, VENV, INSTALL: see launch/setup.sh
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+if [[ "${1:-}" == --quick ]]; then
+  shift
+  set -- -m "not slow" "$@"
+fi
 exec python -m pytest --numprocesses=2 --dist=loadfile "$@"

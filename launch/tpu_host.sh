@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# On one host of a TPU slice: installs, and runs one command at a time that outlives the connection.
-# launch/tpu_vm.sh calls it on every host.
-#   bash launch/tpu_host.sh install             the environment, with JAX for TPUs
-#   bash launch/tpu_host.sh running COMMAND ... whether it is
-#   bash launch/tpu_host.sh start COMMAND ...   in the background
-#   bash launch/tpu_host.sh follow [LINES]      its output, to its end; exits with its status
-#   bash launch/tpu_host.sh result              how it ended; its last lines if it failed
-#   bash launch/tpu_host.sh stop
-#   RUN   directory for its output, process id and exit status (default: .cache/run)
-#   VENV  the environment (default: .venv)
+# Sets up one host of a TPU slice, and runs one command there that outlives the connection.
+# launch/tpu_vm.sh calls it on every host; on a single-host TPU VM, `install` and then `drpo train` are enough.
+#   bash launch/tpu_host.sh install              create the environment, with JAX for TPUs
+#   bash launch/tpu_host.sh start COMMAND ...    start the command in the background
+#   bash launch/tpu_host.sh running COMMAND ...  succeed if this command is running
+#   bash launch/tpu_host.sh follow [LINES]       show its output until it ends; exit with its status
+#   bash launch/tpu_host.sh result               print how it ended, with its last lines if it failed
+#   bash launch/tpu_host.sh stop                 end it
+#   RUN   directory of its output, process id and exit status (default: .cache/run)
+#   VENV  directory of the environment (default: .venv)
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run="${RUN:-.cache/run}" venv="${VENV:-.venv}"
 mkdir -p "$run"
@@ -20,16 +22,12 @@ alive() {
 
 install() {
   if [[ ! -x "$venv/bin/pip" ]] && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    python3 -m pip install --quiet --user uv  # the image's Python is too old: uv brings its own
+    python3 -m pip install --quiet --user uv  # The image's Python is too old; uv brings its own.
     python3 -m uv venv --quiet --seed --python 3.12 "$venv"
   fi
+  export INSTALL="-e .[tpu]"
   # shellcheck source=launch/setup.sh
   source launch/setup.sh
-  if ! cmp -s launch/requirements-tpu.txt "$VENV/installed-tpu.txt"; then
-    python -m pip install --quiet --disable-pip-version-check \
-      -r requirements.txt -r launch/requirements-tpu.txt
-    cp launch/requirements-tpu.txt "$VENV/installed-tpu.txt"
-  fi
 }
 
 running() {
@@ -47,8 +45,7 @@ start() {
     PATH="$(cd "$venv" && pwd)/bin:$PATH"
     export PATH
   fi
-  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}"
-  # shellcheck disable=SC2016  # expanded by the inner shell
+  # shellcheck disable=SC2016  # The inner shell expands it.
   setsid bash -c '"${@:2}"; echo $? >"$1/status"' _ "$run" "$@" >"$run/output" 2>&1 </dev/null &
   echo $! >"$run/pid"
 }
@@ -61,7 +58,7 @@ follow() {
 
 result() {
   local status
-  status="$(cat "$run/status" 2>/dev/null || echo 'none, it was killed')"
+  status="$(cat "$run/status" 2>/dev/null || echo 'none (it was killed)')"
   echo "$(hostname): exit status $status"
   if [[ "$status" != 0 ]]; then tail -n 20 "$run/output"; fi
 }
@@ -79,7 +76,7 @@ stop() {
 case "${1:-}" in
   install | running | start | follow | result | stop) "$@" ;;
   *)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    usage >&2
     exit 2
     ;;
 esac

@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Runs a command on every host of a TPU slice (Cloud TPU VMs, by a queued resource):
+# Runs a command on every host of a TPU slice of Cloud TPU VMs, requested as a queued resource.
 #   bash launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE [FLAG ...] -- COMMAND [ARGUMENT ...]
 #   bash launch/tpu_vm.sh --name=drpo --zone=us-east5-a --type=v5p-128 --spot --restarts=20 -- \
-#       python -m drpo_jax.train --config=configs/qwen3_30b_a3b.py:boundary --workdir=gs://BUCKET/run
-# It takes the slice of that name, or creates it and waits for it; copies this tree (what git does not
-# ignore); installs; starts the command on all hosts; and shows the output of the first one. The command
-# outlives the connection: Ctrl-C leaves it running, and the same call shows it again. When the slice is
-# preempted, the same call makes a new one, and the run in its workdir resumes. A workdir that is not on
-# object storage is copied back from the first host.
-#   --name=NAME          of the queued resource and of its node           (or TPU_NAME)
-#   --zone=ZONE          such as us-east5-a                               (or ZONE)
-#   --project=PROJECT    default: gcloud's                                (or PROJECT)
-#   --type=TYPE          accelerator type, such as v6e-64 or v5litepod-16 (or TPU_TYPE)
-#   --runtime=VERSION    software of the hosts; default: that of the type (or TPU_RUNTIME)
-#   --spot               cheaper, and may be preempted
-#   --restarts=N         after a preemption create it again and resume, at most N times (default: 0)
-#   --create-flag=FLAG   another flag for its creation, such as --reserved; may be repeated
-#   --ssh-flag=FLAG      another flag for gcloud's ssh and scp, such as --internal-ip; may be repeated
-#   --delete             delete the slice when the command has ended
+#       python -m drpo_jax train --config=configs/qwen3_30b_a3b.py:boundary --workdir=gs://BUCKET/run
+# Uses the slice of that name, or creates it and waits for it. Copies this directory (the files that git does
+# not ignore), installs it, starts the command on all hosts, and shows the output of the first host. The command
+# outlives the connection: Ctrl-C leaves it running, and the same call shows it again. After a preemption the
+# same call creates a new slice, and the run resumes in its workdir. A workdir that is not on object storage is
+# copied back from the first host.
+#   --name=NAME          name of the queued resource and of its node        (or TPU_NAME)
+#   --zone=ZONE          zone, such as us-east5-a                           (or ZONE)
+#   --project=PROJECT    project (default: the one set in gcloud)           (or PROJECT)
+#   --type=TYPE          accelerator type, such as v6e-64 or v5litepod-8    (or TPU_TYPE)
+#   --runtime=VERSION    software version of the hosts (default: by type)   (or TPU_RUNTIME)
+#   --spot               request Spot capacity, which is cheaper and may be preempted
+#   --restarts=N         after a preemption, create the slice again and resume, at most N times (default: 0)
+#   --create-flag=FLAG   additional flag for creating the slice, such as --reserved; may be repeated
+#   --ssh-flag=FLAG      additional flag for gcloud's ssh and scp, such as --internal-ip; may be repeated
+#   --delete             delete the slice once the command has ended
 #   --stop               end the command on all hosts and do nothing else
-#   --dry-run            print the commands instead
+#   --dry-run            print the commands instead of running them
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
@@ -46,21 +48,21 @@ while (($#)); do
     --stop) stop=yes ;;
     --dry-run) dry_run=yes ;;
     --help | -h)
-      sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      usage
       exit
       ;;
     --)
       shift
       break
       ;;
-    *) fail "$1: there is no such flag; --help lists them, and -- comes before the command" ;;
+    *) fail "$1: unknown flag; --help lists the flags, and -- precedes the command" ;;
   esac
   shift
 done
 [[ -n "$name" && -n "$zone" ]] || fail "give --name=NAME and --zone=ZONE (--help explains)"
 [[ "$restarts" =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: must be a number"
 if [[ -z "$stop" ]]; then
-  (($#)) || fail "give the command after --, such as: -- python -m drpo_jax.train --config=…"
+  (($#)) || fail "give the command after --, for example: -- python -m drpo_jax train --config=…"
   [[ -n "$type" ]] || fail "give --type=TYPE, such as v6e-64 (gcloud compute tpus accelerator-types list)"
 fi
 if [[ -z "$runtime" ]]; then
@@ -69,7 +71,7 @@ if [[ -z "$runtime" ]]; then
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
     v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
-    tpu7*) fail "--type=$type: Cloud TPU VMs end with v6e; take launch/gke" ;;
+    tpu7*) fail "--type=$type: not available as Cloud TPU VMs; use launch/gke" ;;
     "") ;;
     *) fail "--type=$type: give its --runtime=VERSION (gcloud compute tpus tpu-vm versions list)" ;;
   esac
@@ -115,7 +117,7 @@ acquire() {
   created=""
   now="$(state NONE)"
   if [[ "$now" == SUSPEND* || "$now" == FAILED ]]; then
-    echo "the slice $name is $now (preempted, or never granted): requesting it again" >&2
+    echo "the slice $name is $now (preempted or never granted); requesting it again" >&2
     run "${queued[@]}" delete "$name" "${where[@]}" --force --quiet
     now=NONE
   fi
@@ -126,7 +128,7 @@ acquire() {
   fi
   until now="$(state ACTIVE)" && [[ "$now" == ACTIVE ]]; do
     if [[ "$now" == FAILED || "$now" == SUSPEND* ]]; then
-      fail "the slice $name is $now: ${queued[*]} describe $name ${where[*]} says why"
+      fail "the slice $name is $now; see: ${queued[*]} describe $name ${where[*]}"
     fi
     echo "$(date +%H:%M:%S) waiting for the slice $name: $now" >&2
     sleep 30
@@ -138,15 +140,15 @@ check_workdir() {
   if [[ -z "$workdir" || "$workdir" == gs://* || "$workdir" == /* || -n "$dry_run" ]]; then return; fi
   hosts="$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" \
     "--format=value(networkEndpoints.len())")"
-  ((hosts == 1)) || fail "--workdir=$workdir: the $hosts hosts of $name share no disk, and each would" \
-    "keep a part of a checkpoint; give one on object storage, --workdir=gs://BUCKET/RUN"
+  ((hosts == 1)) || fail "--workdir=$workdir: the $hosts hosts of $name share no disk, so each would keep" \
+    "only its part of a checkpoint; use object storage: --workdir=gs://BUCKET/RUN"
 }
 
 copy_and_install() {
   local directory file
   directory="$(mktemp -d)"
   git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
-    if [[ -e "$file" ]]; then printf '%s\0' "$file"; fi  # not what is deleted and not committed
+    if [[ -e "$file" ]]; then printf '%s\0' "$file"; fi  # Deleted files may still be listed.
   done | tar --null -T - -czf "$directory/drpo_jax.tar.gz"
   run "${scp[@]}" "$directory/drpo_jax.tar.gz" "$name:" --worker=all
   rm -r "$directory"
@@ -154,7 +156,7 @@ copy_and_install() {
     --command="mkdir -p drpo_jax && tar -xzf drpo_jax.tar.gz -C drpo_jax && $host install"
 }
 
-# Starts the command on all hosts, unless an earlier call did and it still runs.
+# Starts the command on all hosts, unless an earlier call started it and it is still running.
 start() {
   local status=1
   if [[ -z "$created" ]]; then
@@ -168,7 +170,7 @@ start() {
   fi
 }
 
-# The output of the first host until the command ends there; connects anew when the connection breaks.
+# Shows the output of the first host until the command ends there; reconnects when the connection breaks.
 follow() {
   local status lines=+1
   while true; do
@@ -176,7 +178,7 @@ follow() {
     run "${ssh[@]}" --ssh-flag="-o ServerAliveInterval=30" --worker=0 --command="$host follow $lines" ||
       status=$?
     if ((status != 255)) || [[ "$(state ACTIVE)" != ACTIVE ]]; then return "$status"; fi
-    echo "the connection broke; connecting again" >&2
+    echo "connection lost; reconnecting" >&2
     lines=20
     sleep 10
   done
@@ -194,7 +196,7 @@ for ((attempt = 0; ; attempt++)); do
   follow || status=$?
   if ((status == 0)) || [[ "$(state ACTIVE)" == ACTIVE ]]; then break; fi
   if ((attempt >= restarts)); then
-    echo "error: the slice $name was preempted; the same call goes on from the last checkpoint" >&2
+    echo "error: the slice $name was preempted; the same call resumes from the last checkpoint" >&2
     exit 1
   fi
   echo "the slice $name was preempted; restart $((attempt + 1)) of at most $restarts" >&2

@@ -1,9 +1,10 @@
-"""Tests run on eight CPU devices, so that every sharded path runs on any machine.
+"""The tests run on eight virtual CPU devices, so that every sharded path runs on any machine.
 
-JAX reads these variables when it is first imported, which is after this file.
+JAX reads these environment variables on its first import, which comes after this file.
 """
 
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 COUNT = "--xla_force_host_platform_device_count"
 if COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
-EMITTERS = "--xla_cpu_use_fusion_emitters"  # XLA's slow way to compile small CPU programs
+EMITTERS = "--xla_cpu_use_fusion_emitters"  # Compiles small CPU programs slowly.
 if version("jax").startswith("0.10.") and EMITTERS not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {EMITTERS}=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,8 +23,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 @pytest.fixture(scope="module")
-def compile_quickly():
-    """For modules whose time is compilation, and whose checks XLA's optimizations do not touch."""
+def compile_quickly() -> Iterator[None]:
+    """Turns off most of XLA's optimizations, for modules that spend their time compiling.
+
+    Their checks must not depend on these optimizations.
+    """
     import jax
 
     options = {"jax_disable_most_optimizations": (True, False)}

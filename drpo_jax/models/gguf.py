@@ -1,15 +1,12 @@
-"""Converts a GGUF file (llama.cpp) to a Hugging Face directory.
-
-    python -m drpo_jax.models.gguf FILE.gguf DIRECTORY
+"""Converts a GGUF file (llama.cpp) to a Hugging Face directory; `drpo convert` is the command line.
 
 Quantized tensors are dequantized to float32. The tokenizer and its chat template, which a GGUF file
 contains as well, are converted too.
 """
 
-import argparse
 import json
 import os
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -181,18 +178,5 @@ def _tokenizer(fields, file):
     )
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a GGUF file")
-    parser.add_argument("directory", help="the output directory, created if necessary")
-    args = parser.parse_args()
-    try:
-        config = convert(args.file, args.directory)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.directory}: {config.layers} layers of width {config.hidden_size}")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # An older spelling of `drpo convert`.
+    runpy.run_module("drpo_jax.convert", run_name="__main__", alter_sys=True)

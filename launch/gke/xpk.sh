@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Runs a command on a TPU slice of a GKE cluster that xpk made (pip install xpk):
+# Runs a command on a TPU slice of a GKE cluster created by xpk (pip install xpk).
 #   bash launch/gke/xpk.sh --name=NAME --cluster=CLUSTER --type=TYPE --image=IMAGE [FLAG ...] -- COMMAND ...
 #   bash launch/gke/xpk.sh --name=drpo --cluster=pods --type=v5p-128 --image=IMAGE -- \
-#       python -m drpo_jax.train --config=configs/qwen3_30b_a3b.py:boundary --workdir=gs://BUCKET/run
-#   --name=NAME        of the workload                                    (or NAME)
-#   --cluster=CLUSTER  from `xpk cluster create`                          (or CLUSTER)
-#   --type=TYPE        of the slice, such as v6e-64 or v5litepod-16       (or TPU_TYPE)
-#   --image=IMAGE      from launch/gke/Dockerfile                         (or IMAGE)
-#   --zone=ZONE        default: gcloud's                                  (or ZONE)
-#   --project=PROJECT  default: gcloud's                                  (or PROJECT)
-#   --restarts=N       after failures and preemptions (default: 50)
-#   --dry-run          print the command instead
+#       python -m drpo_jax train --config=configs/qwen3_30b_a3b.py:boundary --workdir=gs://BUCKET/run
+#   --name=NAME        name of the workload                               (or NAME)
+#   --cluster=CLUSTER  cluster, as named to `xpk cluster create`          (or CLUSTER)
+#   --type=TYPE        TPU type, such as v6e-64 or v5litepod-16           (or TPU_TYPE)
+#   --image=IMAGE      image built from launch/gke/Dockerfile             (or IMAGE)
+#   --zone=ZONE        zone (default: the one set in gcloud)              (or ZONE)
+#   --project=PROJECT  project (default: the one set in gcloud)           (or PROJECT)
+#   --restarts=N       restarts after failures and preemptions (default: 50)
+#   --dry-run          print the command instead of running it
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../help.sh"
 
 fail() {
   echo "error: $*" >&2
@@ -31,22 +33,22 @@ while (($#)); do
     --restarts=*) restarts="${1#*=}" ;;
     --dry-run) dry_run=yes ;;
     --help | -h)
-      sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      usage
       exit
       ;;
     --)
       shift
       break
       ;;
-    *) fail "$1: there is no such flag; --help lists them, and -- comes before the command" ;;
+    *) fail "$1: unknown flag; --help lists the flags, and -- precedes the command" ;;
   esac
   shift
 done
-(($#)) || fail "give the command after --, such as: -- python -m drpo_jax.train --config=…"
+(($#)) || fail "give the command after --, for example: -- python -m drpo_jax train --config=…"
 [[ -n "$name" && -n "$cluster" && -n "$type" && -n "$image" ]] ||
   fail "give --name, --cluster, --type and --image (--help explains them)"
 
-# xpk restarts what a signal ended; a process that lost another one leaves with status 1.
+# xpk restarts a workload that a signal ended. A process that lost its peers exits with status 1.
 create=(xpk workload create "--workload=$name" "--cluster=$cluster" "--tpu-type=$type"
   "--docker-image=$image" "--max-restarts=$restarts" "--restart-on-exit-codes=1")
 if [[ -n "$zone" ]]; then create+=("--zone=$zone"); fi

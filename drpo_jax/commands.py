@@ -1,0 +1,94 @@
+"""The commands of `drpo`: one row each. The modules stand by themselves as `python -m MODULE`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of `COMMANDS`.
+
+    Attributes:
+      module: The entry point; `drpo COMMAND` runs it as `python -m` does.
+      summary: What the command does, in one line.
+      arguments: What follows the command, for its --help.
+      examples: Command lines for its --help.
+    """
+
+    module: str
+    summary: str
+    arguments: str
+    examples: tuple[str, ...]
+
+
+RUN = "--config=FILE[:VARIANT] --workdir=DIR [--config.FIELD=VALUE ...]"
+COMMANDS = {
+    "train": Command(
+        "drpo_jax.train",
+        "Train a language model by reinforcement learning; the same command resumes.",
+        RUN,
+        (
+            "drpo train --config=configs/tiny.py --workdir=runs/tiny",
+            "drpo train --config=configs/tiny.py:bf16 --workdir=runs/grpo "
+            "--config.objective.name=grpo",
+        ),
+    ),
+    "sft": Command(
+        "drpo_jax.sft",
+        "Fine-tune on demonstrations: a warm start that several `drpo train` runs can share.",
+        RUN,
+        (
+            "drpo sft --config=configs/tiny.py --workdir=runs/warm",
+            "drpo train --config=configs/tiny.py --workdir=runs/tiny "
+            "--config.data.init_from=runs/warm",
+        ),
+    ),
+    "evaluate": Command(
+        "drpo_jax.evaluate",
+        "Measure held-out accuracy: avg@k, pass@k and maj@k with confidence intervals.",
+        RUN,
+        (
+            "drpo evaluate --config=configs/tiny.py --workdir=runs/tiny",
+            "drpo evaluate --config=configs/qwen3_4b_base.py --workdir=runs/base "
+            "--config.model.path=Qwen3-4B-Base --config.evaluate.sets=aime24,aime25",
+        ),
+    ),
+    "report": Command(
+        "drpo_jax.report",
+        "Write one self-contained HTML page that compares runs.",
+        "--workdir=DIR [--workdir=DIR ...] --output=FILE.html",
+        (
+            "drpo report --workdir=runs/tiny --output=report.html",
+            "drpo report --workdir=runs/drpo --workdir=runs/grpo --output=comparison.html",
+        ),
+    ),
+    "preflight": Command(
+        "drpo_jax.preflight",
+        "Compile a run for a TPU slice and report whether it fits; no TPU required.",
+        "--config=FILE[:VARIANT] --topology=SLICE [--config.FIELD=VALUE ...]",
+        (
+            "drpo preflight --config=configs/qwen3_4b_base.py --topology=v6e:4x4",
+            "drpo preflight --config=configs/tiny.py --topology=cpu:8",
+        ),
+    ),
+    "export": Command(
+        "drpo_jax.export",
+        "Write a checkpoint of a run as a Hugging Face directory.",
+        "--workdir=DIR --output=DIRECTORY",
+        (
+            "drpo export --workdir=runs/smollm2 --output=models/smollm2-drpo",
+            "drpo export --workdir=runs/smollm2 --output=models/step25 --step=25 --dtype=float32",
+        ),
+    ),
+    "convert": Command(
+        "drpo_jax.convert",
+        "Convert a GGUF file (llama.cpp) to a Hugging Face directory.",
+        "FILE.gguf DIRECTORY",
+        ("drpo convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m",),
+    ),
+    "list": Command(
+        "drpo_jax.listing",
+        "List what a config can name: fields, objectives, rewards, variants.",
+        "LIST [WORD]",
+        ("drpo list fields sampler", "drpo list objectives"),
+    ),
+}

@@ -1,0 +1,93 @@
+"""Lists what a config can name: drpo list fields|objectives|rewards|variants [WORD]
+
+With a WORD, only the lines that contain it.
+"""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable
+
+from drpo_jax import cli
+from drpo_jax.config import default_config, field_types, flatten, type_name
+from drpo_jax.errors import BadInput
+from drpo_jax.objectives import OBJECTIVES
+from drpo_jax.rewards import REWARDS
+
+
+def fields() -> list[tuple[str, ...]]:
+    """Every field of a config, its type and its default."""
+    types = field_types()
+    return [
+        (name, type_name(types[name]), repr(default))
+        for name, default in flatten(default_config()).items()
+    ]
+
+
+def objectives() -> list[tuple[str, ...]]:
+    """Every objective, its hyperparameters and its equation."""
+    return [
+        (
+            name,
+            ", ".join(f"{k}={v}" for k, v in objective.hyper.items()),
+            _summary(objective.equation),
+        )
+        for name, objective in OBJECTIVES.items()
+    ]
+
+
+def rewards() -> list[tuple[str, ...]]:
+    """Every reward."""
+    return [(name, _summary(getattr(row, "function", row))) for name, row in REWARDS.items()]
+
+
+def variants() -> list[tuple[str, ...]]:
+    """Every config file that comes with drpo_jax, and what its docstring says about variants."""
+    rows = []
+    for path in sorted(cli.CONFIGS.glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        head, _, rest = text.partition("\n\n")
+        rows.append((f"configs/{path.name}", " ".join(head.split())))
+        _, found, names = rest.partition("Variants")
+        rows += [("", line) for line in f"{found}{names}".splitlines()]
+    return rows
+
+
+LISTS: dict[str, Callable[[], list[tuple[str, ...]]]] = {
+    "fields": fields,
+    "objectives": objectives,
+    "rewards": rewards,
+    "variants": variants,
+}
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Returns the rows as aligned columns, the last one ragged."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints one of `LISTS`.
+
+    Raises:
+      BadInput: The arguments name no list.
+    """
+    name, word = (*arguments, "", "")[:2]
+    if name not in LISTS or len(arguments) > 2:
+        close = difflib.get_close_matches(name, LISTS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadInput(f"give one of {', '.join(LISTS)}{hint}")
+    rows = [row for row in LISTS[name]() if word in " ".join(row)]
+    if not rows:
+        raise BadInput(f"{word!r} does not occur in the list of {name}")
+    print(table(rows))
+
+
+def _summary(function: Callable) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -58,7 +58,8 @@ def launch(
             if not multihost.is_main():  # process 0 speaks for all; errors are everybody's
                 sys.stdout = open(os.devnull, "w")
             path = path_of(directory.value) if workdir else None
-            return main(resolve(prepare(config.value)), path)
+            explicit = config_flags.get_override_values(flags.FLAGS["config"])
+            return main(resolve(prepare(config.value), explicit), path)
         except BadInput as error:
             exit_with(error, 2)
         except TrainingStopped as error:

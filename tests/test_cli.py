@@ -30,12 +30,12 @@ def test_config_file_errors_name_the_line(tmp_path):
 
 
 ENTRY = """
-from drpo_jax import cli, config
+from drpo_jax import cli, errors
 def main(c, workdir):
     print(c.train.steps, c.train.shuffle_rewards, c.objective.delta, workdir)
-    if c.seed == 1: raise config.BadInput("data.jsonl, line 3: no answer")
+    if c.seed == 1: raise errors.BadInput("data.jsonl, line 3: no answer")
     if c.seed == 2: raise ValueError("a defect")
-    if c.seed == 3: raise config.TrainingStopped("step 4: not finite")
+    if c.seed == 3: raise errors.TrainingStopped("step 4: not finite")
 if __name__ == "__main__":
     cli.launch(main)
 """

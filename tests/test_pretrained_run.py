@@ -65,7 +65,7 @@ def one_device_and_mixed_rewards():
         yield
 
 
-def config(path, **fields):
+def config(path, explicit=(), **fields):
     config = default_config()
     config.model.path = str(path)
     config.data.update(task="chain_sum", digits=1, operations="+", chat=True, system="Add.")
@@ -76,7 +76,7 @@ def config(path, **fields):
     config.evaluate.update(problems=4, samples=2, greedy=False)
     config.mesh.data = 1
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return resolve(config)
+    return resolve(config, explicit)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_architecture_is_the_checkpoints(checkpoint):
     resolved = config(checkpoint[0])
     assert resolved.model.hidden_size == 32 and resolved.model.tie_embeddings
     with pytest.raises(BadInput, match=r"another architecture .*\n  model.layers: 3 -> 2"):
-        config(checkpoint[0], model__layers=3)
+        config(checkpoint[0], model__layers=3, explicit=["model.layers"])
     with pytest.raises(
         BadInput, match="model.path = 'nowhere': .* must be a Hugging Face directory"
     ):

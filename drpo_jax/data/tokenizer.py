@@ -6,7 +6,8 @@ The surface is all that the sampler, the learner and the data need of one: `enco
 
 import itertools
 import os
-from pathlib import Path
+
+from drpo_jax.hub import TEXT_FILES, local_directory
 
 _CHARACTERS = "0123456789+-*/= #().,;:?<>[]x\n"
 
@@ -65,7 +66,7 @@ class TextTokenizer:
     rebuild it, and for some checkpoints (DeepSeek's) differently.
 
     Args:
-      path: a directory with tokenizer.json and tokenizer_config.json.
+      path: a directory with tokenizer.json and tokenizer_config.json, or a hub id.
       chat: problems are asked through the chat template, as the message of a user.
       thinking: `enable_thinking` of templates that know it: "on", "off" (Qwen3: an empty thought
         stands before the answer), or "default", which leaves it to the template.
@@ -85,7 +86,7 @@ class TextTokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
         from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-        path = Path(path)
+        path = local_directory(path, TEXT_FILES)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: there is no tokenizer.json in it")
         inner = PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)

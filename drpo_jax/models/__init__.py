@@ -2,12 +2,11 @@
 
 from drpo_jax.models.cache import KV, DeltaState, Ring
 from drpo_jax.models.huggingface import from_pretrained, read_config, save_pretrained
-from drpo_jax.models.layers import Compute
 from drpo_jax.models.moe import load_balance_loss
 from drpo_jax.models.presets import PRESETS
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.models.transformer import (
     Hidden,
-    ModelConfig,
     Prefix,
     Transformer,
     router_metrics,

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from drpo_jax.models.huggingface import write_config
-from drpo_jax.models.transformer import ModelConfig
+from drpo_jax.models.settings import ModelConfig
 
 LAYER = {  # of blk.{i} -> below model.layers.{i}
     "attn_norm": "input_layernorm",

@@ -20,8 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from drpo_jax.hub import TEXT_FILES, local_directory
 from drpo_jax.models.delta_net import channel_order
-from drpo_jax.models.transformer import ModelConfig, Transformer
+from drpo_jax.models.settings import ModelConfig
+from drpo_jax.models.transformer import Transformer
 
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")  # vision tower, multi-token prediction
 KEPT = {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}  # of config.json
@@ -36,7 +38,8 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
     """The model of a Hugging Face directory.
 
     Args:
-      path: a directory with config.json and safetensors files (with their index where they are many).
+      path: a directory with config.json and safetensors files (with their index where they are many),
+        or a hub id (see `hub.local_directory`).
       dtype: of the parameters.
       shardings: a function from the abstract model (a `Transformer` of shapes) to a pytree of
         shardings, such as `partial(programs.shardings, mesh)`; None puts all on the default device.
@@ -49,7 +52,7 @@ def from_pretrained(path, dtype=jnp.float32, shardings=None):
         unexpected or of another shape; all of them are named.
       FileNotFoundError: no config.json or no safetensors.
     """
-    path = Path(path)
+    path = local_directory(path)
     config = read_config(path)
     checkpoint = Checkpoint(path)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
@@ -108,6 +111,7 @@ def save_pretrained(model, config: ModelConfig, path, dtype=None, like=None) -> 
         "dtype": str(np.dtype(dtypes.pop())) if len(dtypes) == 1 else "float32"
     }
     if like is not None:
+        like = local_directory(like, TEXT_FILES)
         theirs = json.loads((Path(like) / "config.json").read_text())
         theirs = theirs.get("text_config", theirs)
         fields = {k: theirs[k] for k in theirs.keys() & KEPT} | fields
@@ -361,13 +365,13 @@ MUST_BE = {  # settings of which one value is implemented
 
 
 def read_config(path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory, of either dialect of config.json.
+    """The ModelConfig of a Hugging Face directory or hub id, of either dialect of config.json.
 
     Raises:
       ValueError: a family or a setting that is not implemented.
       FileNotFoundError: no config.json.
     """
-    file = Path(path) / "config.json"
+    file = local_directory(path, ["config.json"]) / "config.json"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is not there: {path} must be a Hugging Face directory, such as one that "

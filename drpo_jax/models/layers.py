@@ -1,6 +1,5 @@
 """What every layer is made of: parameters with logical axes, RMS norm, rotary embedding."""
 
-import dataclasses
 from functools import cache, partial
 
 import jax
@@ -9,54 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
-from drpo_jax.precision import DENSE, MatmulRecipe, matmul
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How a forward pass is computed (what it computes is the model's `ModelConfig`).
-
-    Attributes:
-      dtype: dtype of activations and of the weights as they enter a matmul, "float32" or "bfloat16".
-        Norms, router, softmax and logits are float32 whatever it is.
-      matmul: what the FP8 recipe does with the matmuls of this side (sampler or learner).
-      remat: "none" keeps every activation for the backward pass, "dots" keeps the outputs of the
-        matmuls, "full" keeps the layers' inputs alone.
-      unroll: layers per step of the learner's scan over layers. 1 compiles fastest; on CPU a small
-        model runs a third faster with all of them.
-      grouped_matmul: kernel of the experts' matmul: "blocked", "ragged_dot", "megablox" (ragged_dot
-        with the weights' gradient by a Pallas kernel for TPU, where XLA would expand it to a dense
-        matmul over all local experts), or "auto": blocked on CPU, where `ragged_dot` computes every
-        expert for every row, megablox on TPU, ragged_dot elsewhere.
-      attention: kernel of the attention over whole sequences: "full" (all scores at once), or one
-        whose memory is linear in the length: "chunked" (anywhere), "splash" (TPU; bfloat16, heads of
-        64, 128 or 256), "cudnn" (GPU; bfloat16; chunked takes its place without one_segment); or
-        "auto": full up to 512 tokens (128 on CPU), then splash or cudnn where they can, else chunked.
-      one_segment: every row is one segment from its first column on, with padding behind it alone
-        (neither packed nor right-aligned). cudnn needs it, and is wrong where it is not so.
-      platform: of the devices that compute: "cpu", "gpu", "tpu"; "" is JAX's default backend.
-    """
-
-    dtype: str = "float32"
-    matmul: MatmulRecipe = MatmulRecipe()
-    remat: str = "none"
-    unroll: int = 1
-    grouped_matmul: str = "auto"
-    attention: str = "auto"
-    one_segment: bool = False
-    platform: str = ""
-
-    def device(self):
-        """The platform of the devices that compute."""
-        return self.platform or jax.default_backend()
-
-    def on_cpu(self):
-        return self.device() == "cpu"
-
-    def grouped_kernel(self):
-        if self.grouped_matmul != "auto":
-            return self.grouped_matmul
-        return {"cpu": "blocked", "tpu": "megablox"}.get(self.device(), "ragged_dot")
+from drpo_jax.precision import DENSE, matmul
 
 
 def param(value, axes):

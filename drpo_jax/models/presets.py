@@ -4,7 +4,7 @@ A run from a checkpoint reads the architecture from the checkpoint's own config.
 random weights, `preflight` and checks. Qwen3.5 is its language model alone.
 """
 
-from drpo_jax.models.transformer import ModelConfig
+from drpo_jax.models.settings import ModelConfig
 
 PRESETS: dict[str, ModelConfig] = {
     "qwen3-4b": ModelConfig(

@@ -18,10 +18,13 @@ from drpo_jax.objectives.diagnostics import mismatch_summary, weight_summary, wi
 from drpo_jax.objectives.penalty import KL, kl_penalty, reward_penalty
 from drpo_jax.objectives.policy import policy_objective
 from drpo_jax.objectives.table import (
+    HYPERPARAMETERS,
     OBJECTIVES,
     THRESHOLDS,
+    Hyperparameter,
     Objective,
     gradient_weight,
+    hyperparameters,
     resolve_hyper,
     token_objective,
 )
@@ -31,15 +34,18 @@ __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "CORRECTIONS",
+    "HYPERPARAMETERS",
     "KL",
     "LEVELS",
     "OBJECTIVES",
     "THRESHOLDS",
+    "Hyperparameter",
     "Objective",
     "Token",
     "advantages",
     "beyond_clip",
     "gradient_weight",
+    "hyperparameters",
     "informative",
     "kl_penalty",
     "mismatch_summary",

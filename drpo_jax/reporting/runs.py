@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import default_config, flatten
+from drpo_jax.config import default_config, field_table, flatten
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, read_metrics, series
 
 TOLD = (
     "objective model precision compute train optimizer data reward".split()
 )  # sections of the config
-NOT_COMPARED = re.compile(
-    r"seed|(checkpoint|log|mesh)\..*|train\.(save_rollout_every|max_skipped)|evaluate\.every"
-)
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
 SMOOTHED, WINDOW = 30, 9  # curves of that many points or more: by a running mean over so many
 
@@ -77,12 +74,11 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
     The seed's number within data.init_from does not count either: every seed has its warm start.
     """
+    ignored = {row.path for row in field_table() if not row.distinguishes}
     configs: list[dict[str, Any]] = []
     members: list[list[Run]] = []
     for run in runs:
-        config = {
-            f: v for f, v in run.config.items() if v is not None and not NOT_COMPARED.fullmatch(f)
-        }
+        config = {f: v for f, v in run.config.items() if v is not None and f not in ignored}
         if "data.init_from" in config:
             number = rf"(?<!\d){run.config.get('seed')}(?!\d)"
             config["data.init_from"] = re.sub(number, "{seed}", config["data.init_from"])

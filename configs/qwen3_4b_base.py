@@ -1,12 +1,15 @@
 """Qwen3-4B-Base on DAPO-Math: the paper's dense setting.
 
     python -m drpo_jax.train --config=configs/qwen3_4b_base.py --workdir=runs/qwen3_4b \
-        --config.model.path=CHECKPOINT_DIRECTORY
+        --config.model.path=Qwen/Qwen3-4B-Base
 
-Variants, combined by commas (drpo_jax/paper.py): objectives, boundary, smoke.
+64 prompts with 8 responses each, 4 updates per rollout (drpo_jax/config/paper.py). Without a network,
+model.path is a directory. Variants, combined by commas (drpo_jax/config/variants.py): objectives,
+readings of the threshold such as boundary, smoke.
 """
 
-from drpo_jax.paper import paper_config, with_variants
+from drpo_jax.config.paper import paper_config
+from drpo_jax.config.variants import with_variants
 
 
 def get_config(variants=""):

@@ -2,17 +2,19 @@
 
     bash launch/smollm2.sh
 
-fetches the weights, converts them and trains. The model is asked "What is 68 + 56?" through its chat
-template, has at most 12 tokens for its answer, and is rewarded where the last integer in it is right.
+downloads the weights, converts them and trains. The prompt is "What is 68 + 56?" in the model's chat
+template. A response has at most 12 tokens, and is rewarded if the last integer in it is right.
+Variants, combined by commas (drpo_jax/config/variants.py): objectives, readings of the threshold, smoke.
 """
 
 import dataclasses
 
 from drpo_jax.config import default_config
+from drpo_jax.config.variants import with_variants
 from drpo_jax.models import PRESETS
 
 
-def get_config():
+def get_config(variants=""):
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS["smollm2-135m"]))
     config.data.update(
@@ -21,7 +23,7 @@ def get_config():
         terms=2,
         operations="+",
         chat=True,
-        system="Add.",  # instead of the template's own, which is four times as long
+        system="Add.",  # Replaces the template's own message, which is four times as long.
     )
     config.sampler.update(max_prompt_length=28, max_response_length=12, slots=128, decode_steps=12)
     config.optimizer.update(
@@ -31,4 +33,4 @@ def get_config():
     config.train.save_rollout_every = 10
     config.evaluate.update(every=25, problems=128, samples=2)
     config.checkpoint.update(every=25, keep=1)
-    return config
+    return with_variants(config, variants, {})

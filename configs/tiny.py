@@ -1,14 +1,19 @@
 """A small Qwen3 mixture of experts learns arithmetic on two CPU cores: warm start, then DRPO.
 
-Variants, by `--config=configs/tiny.py:VARIANT`:
-  bf16            bfloat16 compute, nothing quantized
-  fp8_rollout     float32 compute, FP8 weights in the sampler (the default)
-  fp8_e2e         float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
-  fp8_tensorwise  the same with one scale per tensor
-  float32         float32 compute, nothing quantized
+    python -m drpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Variants, by --config=configs/tiny.py:VARIANT (combined by commas with those of every config, see
+drpo_jax/config/variants.py: objectives, readings of the threshold, smoke):
+
+    fp8_rollout     float32 compute, FP8 weights in the sampler (the default)
+    fp8_e2e         float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
+    fp8_tensorwise  as fp8_e2e, with one scale per tensor
+    float32         float32 compute, nothing quantized
+    bf16            bfloat16 compute, nothing quantized
 """
 
 from drpo_jax.config import default_config
+from drpo_jax.config.variants import with_variants
 from drpo_jax.data import CharTokenizer, max_prompt_length, max_response_length
 
 VARIANTS = {
@@ -20,10 +25,9 @@ VARIANTS = {
 }
 
 
-def get_config(variant="fp8_rollout"):
-    if variant not in VARIANTS:
-        raise ValueError(f"there is no variant {variant!r}; there are {', '.join(VARIANTS)}")
+def get_config(variants=""):
     config = default_config()
+    config.precision.recipe = "rollout"
 
     config.model.vocab_size = -(-CharTokenizer.vocab_size // 16) * 16
     config.model.hidden_size = 128
@@ -62,9 +66,8 @@ def get_config(variant="fp8_rollout"):
     config.train.mini_batch_prompts = 8
     config.train.micro_batch = 64
     config.evaluate.every = 30
-    config.checkpoint.keep = 10  # all of them, for the notebook: 30 MB each
+    config.checkpoint.keep = 10  # All of them, for the notebook; 30 MB each.
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "linear"
 
-    config.update_from_flattened_dict(VARIANTS[variant])
-    return config
+    return with_variants(config, variants, VARIANTS)

@@ -58,7 +58,8 @@ def launch(
     config, directory, print_config = define_flags(flags.FLAGS, workdir)
 
     def start(_: list[str]) -> int | None:
-        resolved = resolve(prepare(config.value))
+        explicit = config_flags.get_override_values(flags.FLAGS["config"])
+        resolved = resolve(prepare(config.value), explicit)
         if print_config.value:
             print(to_json(resolved), end="")
             return None
@@ -66,7 +67,7 @@ def launch(
             multihost.initialize()
         if not multihost.is_main():  # Process 0 prints for all of them; errors come from each.
             sys.stdout = open(os.devnull, "w")
-        use_compilation_cache(resolved.compute.get("compilation_cache", "auto"))
+        use_compilation_cache(resolved.compute.compilation_cache)
         return main(resolved, None if directory is None else path_of(directory.value))
 
     resume = "; run the same command again to resume from the last checkpoint" if workdir else ""

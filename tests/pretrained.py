@@ -43,7 +43,7 @@ def write_checkpoint(directory):
     return model
 
 
-def config(path, **fields):
+def config(path, explicit=(), **fields):
     """Returns a resolved config that starts from a checkpoint, with fields (a__b for a.b) changed."""
     config = default_config()
     config.model.path = str(path)
@@ -55,4 +55,4 @@ def config(path, **fields):
     config.evaluate.update(problems=4, samples=2, greedy=False)
     config.mesh.data = 1
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    return resolve(config)
+    return resolve(config, explicit)

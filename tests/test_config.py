@@ -1,22 +1,25 @@
-"""Configs: defaults are valid, errors name the field and the remedy, workdirs keep to one run."""
+"""Configs: valid defaults, errors that name field and remedy, one config per workdir."""
 
 import json
+import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from absl import logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from drpo_jax import config as C
 from drpo_jax.cli import load_config
 from drpo_jax.errors import BadInput, bad_input
-from drpo_jax.objectives import OBJECTIVES
+from drpo_jax.objectives import OBJECTIVES, Objective
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
 
 
 def changed(**fields):
-    """The tiny config with fields (a__b for a.b) set, past any check."""
+    """Returns the tiny config with fields set (a__b for a.b), unchecked."""
     flat = C.flatten(load_config(TINY)) | {k.replace("__", "."): v for k, v in fields.items()}
     return nested(flat)
 
@@ -45,11 +48,24 @@ def test_defaults_and_every_variant_are_valid():
         load_config(f"{TINY}:fp4")
 
 
-def test_checked_fields_exist():
-    named = {*C.CHOICES, *C.POSITIVE, *C.NOT_NEGATIVE, *C.SHARES, *C.HYPER}
-    assert named <= set(C.flatten(C.default_config()))
+def test_hyperparameter_fields_follow_the_signatures():
     takes = {f"objective.{h}" for o in OBJECTIVES.values() for h in o.hyper}
-    assert takes == set(C.HYPER)
+    assert takes == {row.path for row in C.field_table() if row.optional}
+
+
+def test_every_field_has_a_row_with_a_meaning():
+    rows = {row.path: row for row in C.field_table()}
+    assert len(rows) == len(C.field_table()) and rows.keys() == C.flatten(C.default_config()).keys()
+    for path, row in rows.items():
+        assert row.meaning.endswith((".", "…")), path
+        assert row.default is None or row.type_problem(row.default) is None, path
+        assert row.value_problem(row.default) is None, path
+    free = {path for path, row in rows.items() if row.may_change}
+    assert {"train.steps", "mesh.fsdp", "log.samples_every", "model.path"} <= free
+    assert not free & {"seed", "evaluate.problems", "evaluate.sets", "train.samples"}
+    same = {path for path, row in rows.items() if not row.distinguishes}
+    assert {"seed", "mesh.data", "checkpoint.best_metric", "compute.compilation_cache"} <= same
+    assert not same & {"train.steps", "sampler.parity", "evaluate.samples"}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,9 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert C.from_json((workdir / "config.json").read_text()).to_dict() == longer.to_dict()
 
     older = json.loads((workdir / "config.json").read_text())
-    del older["train"]["pack"]  # written by a version that had no such field
+    del older["train"]["pack"]  # Written by a version without this field,
+    assert older["objective"]["delta"] == 0.15
+    older["objective"]["delta"] = None  # and by one that did not write the objective's defaults.
     (workdir / "config.json").write_text(json.dumps(older))
     assert C.claim_workdir(workdir, longer) is True
 
@@ -199,7 +217,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
     before = (workdir / "config.json").read_text()
     with pytest.raises(BadInput) as error:
         C.claim_workdir(workdir, other)
-    listed = "  evaluate.problems: 256 -> 8\n  objective.delta: None -> 0.2\n  seed: 0 -> 1\n"
+    listed = "  evaluate.problems: 256 -> 8\n  objective.delta: 0.15 -> 0.2\n  seed: 0 -> 1\n"
     assert listed in str(error.value)
     assert "train.steps" not in str(error.value) and "--workdir" in str(error.value)
     assert (workdir / "config.json").read_text() == before
@@ -207,7 +225,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
 
 
 def test_the_reference_of_a_penalty_stays_where_it_was(tmp_path):
-    """Without one the model has been read by then, and its directory may have moved."""
+    """Without a penalty, the model has been read by then, and its directory may move."""
     penalty = dict(objective__kl="k3", objective__kl_coefficient=0.1)
     for name, fields in (("free", {}), ("bound", penalty)):
         before, after = (changed(model__path=path, **fields) for path in ("a", "b"))
@@ -239,3 +257,143 @@ def test_sets_beside_a_procedural_task_need_a_reward_by_name():
     fields = {"evaluate__sets": "aime24"}
     assert any("name the reward" in p for p in problems(**fields))
     C.validate(changed(**fields, reward__name="math"))
+
+
+@pytest.mark.parametrize(
+    ("field", "suggestion"),
+    [
+        ("help", "the sections are "),
+        ("lr", "the sections are "),
+        ("stpes", "did you mean train.steps or sft.steps?"),
+        ("train.help", "train has epochs, "),
+        ("train.micro_bach", "did you mean train.micro_batch?"),
+        ("optimiser.eps", "did you mean optimizer.eps?"),
+    ],
+)
+def test_only_near_misses_are_suggested(field, suggestion):
+    assert C.suggest(field, C.field_types()).startswith(suggestion)
+
+
+def test_the_resolved_config_has_the_objectives_hyperparameters():
+    """Those of other objectives, and those that default to None, stay unset."""
+    objective = C.resolve(changed()).objective
+    assert (objective.delta, objective.epsilon) == (0.15, None)
+    released = C.resolve(changed(objective__threshold="released"))
+    assert (released.objective.delta, released.objective.threshold) == (12.5, "released")
+    assert C.resolve(released) == released
+    grpo = C.resolve(changed(objective__name="grpo", objective__epsilon_high=0.28)).objective
+    assert (grpo.epsilon_low, grpo.epsilon_high, grpo.dual_clip) == (0.2, 0.28, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "summary"),
+    [
+        ({}, "drpo, δ = 0.15 (a probability; boundary)"),
+        ({"objective__delta": 0.2}, "drpo, δ = 0.2 (a probability)"),
+        (
+            {"objective__threshold": "released"},
+            "drpo, δ = 12.5 (a probability, which no token reaches; released)",
+        ),
+        ({"objective__name": "dppo_kl"}, "dppo_kl, δ = 0.05 (nats)"),
+        (
+            {"objective__name": "grpo", "objective__epsilon_high": 0.28},
+            "grpo, ε_low = 0.2, ε_high = 0.28 (on the ratio)",
+        ),
+        ({"objective__name": "surrogate"}, "surrogate (no trust region)"),
+    ],
+)
+def test_an_objective_in_words(fields, summary):
+    assert C.objective_summary(changed(**fields)) == summary
+    assert C.objective_summary(C.flatten(C.resolve(changed(**fields)))) == summary
+
+
+def test_a_new_objective_and_its_hyperparameter_need_the_table_only(monkeypatch, tmp_path):
+    def drpo_power(t, delta=0.15, power=2.0, leaky=False):
+        """J = …: a boundary that is reached with another power."""
+
+    monkeypatch.setitem(OBJECTIVES, "drpo_power", Objective(drpo_power, boundary="probability"))
+    rows = {row.path: row for row in C.field_table()}
+    assert rows["objective.power"].type is float and rows["objective.leaky"].type is bool
+    assert "drpo_power" in rows["objective.name"].choices
+
+    config = C.resolve(changed(objective__name="drpo_power", objective__power=3.0))
+    assert C.objective_hyper(config) == {"delta": 0.15, "power": 3.0, "leaky": False}
+    assert C.objective_summary(config) == (
+        "drpo_power, δ = 0.15, power = 3 (a probability; boundary)"
+    )
+    C.claim_workdir(tmp_path, config)
+    assert C.run_config(tmp_path).objective.power == 3.0
+
+    wrong = dict(objective__name="drpo_power")
+    (problem,) = problems(**wrong, objective__power=-1.0)
+    assert problem == "objective.power = -1.0: must be positive"
+    (problem,) = problems(objective__power=3.0)
+    assert "drpo does not take power; taken by drpo_power" in problem
+    assert C.suggest("objective.powr", C.field_types()) == "did you mean objective.power?"
+    assert load_config(f"{TINY}:drpo_power").objective.name == "drpo_power"
+
+
+def test_only_the_table_tests_the_names_of_objectives():
+    names = "|".join(map(re.escape, OBJECTIVES))
+    test = re.compile(rf"(==|!=|\bin|startswith\(|endswith\() ?\(?[\"'](_kl|{names})[\"']")
+    for path in (ROOT / "drpo_jax").rglob("*.py"):
+        assert not test.search(path.read_text()), path
+
+
+def test_the_kernels_of_the_attention_are_checked_before_anything_compiles():
+    (problem,) = problems(compute__attention="splash")
+    assert "compute.attention = 'splash' multiplies in bfloat16" in problem
+    (problem,) = problems(compute__attention="splash", compute__dtype="bfloat16")
+    assert "takes heads of width" in problem
+
+
+def architecture(directory, **fields):
+    """Writes a config.json of a dense Qwen3 model that is small."""
+    fields = {
+        "model_type": "qwen3", "vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 96, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    } | fields  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3_4b_base", "qwen3_30b_a3b", "smollm2_135m", "own"])
+def test_the_checkpoint_sets_the_architecture_in_every_config(name, tmp_path):
+    architecture(tmp_path)
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    config.model.path, config.sft.steps, config.mesh.expert = str(tmp_path), 0, 1
+    model = C.resolve(config).model
+    assert (model.layers, model.mlp_size, model.experts, model.tie_embeddings) == (3, 96, 0, True)
+
+
+def test_only_an_explicit_field_has_to_agree_with_the_checkpoint(tmp_path):
+    architecture(tmp_path)
+    config = changed(model__path=str(tmp_path), model__layers=7, model__heads=4, sft__steps=0)
+    assert C.resolve(config).model.layers == 3
+    C.resolve(config, explicit=["model.heads", "train.steps"])
+    with pytest.raises(BadInput, match="another architecture .*\n  model.layers: 7 -> 3$"):
+        C.resolve(config, explicit=["model.heads", "model.layers"])
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    architecture(tmp_path)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = C.resolve(changed(model__path="some-lab/Some-Model-0.5B", sft__steps=0))
+    assert asked == [("some-lab/Some-Model-0.5B", ["config.json"])]
+    assert (config.model.path, config.model.layers) == ("some-lab/Some-Model-0.5B", 3)
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    advice = "hf download lab/model --local-dir DIRECTORY"
+    with pytest.raises(BadInput, match=f"(?s)lab/model.*no connection.*{advice}"):
+        C.resolve(changed(model__path="lab/model", sft__steps=0))

@@ -119,7 +119,7 @@ def test_accuracy_by_hand():
 
 def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickly):
     """With the same result, because every response depends on its problem's place alone."""
-    monkeypatch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     settings = config(**FIELDS)
     run = loop.Run.create(settings, tmp_path)
     with jax.set_mesh(run.mesh):

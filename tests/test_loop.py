@@ -23,6 +23,7 @@ from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import describe, read_metrics, read_starts
 from drpo_jax.objectives import advantages, token_objective
 from drpo_jax.parallel import make_mesh
+from drpo_jax.run import SHUFFLE
 
 SMALLEST = str(Path(__file__).parent / "smallest.py")
 
@@ -33,7 +34,7 @@ def quick_and_rewarding(compile_quickly):
     untrained model receives as well."""
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr(loop.run, "make_mesh", one)
+        patch.setattr("drpo_jax.run.make_mesh", one)
 
         def reward(prompt, text, answer):
             return float(len(text) % 2 or text == f"#{answer}")
@@ -277,7 +278,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
         reward = saved["reward"]
         assert set(reward) == {0, 1} and metrics(other)[step + 1]["reward/mean"] == reward.mean()
         np.testing.assert_array_equal(reward, [len(r) % 2 for r in saved["response"]])
-        rng = np.random.default_rng([settings.seed, step, loop.run.SHUFFLE, 1])
+        rng = np.random.default_rng([settings.seed, step, SHUFFLE, 1])
         shuffled = rng.permutation(reward)
         assert sorted(shuffled) == sorted(reward)
         expected = advantages(settings.objective.advantage, shuffled, settings.train.samples)
@@ -410,7 +411,7 @@ def test_a_complete_run_computes_nothing(whole, monkeypatch, capsys):
     def fail(*args, **keywords):
         raise AssertionError("a complete run has nothing to compute")
 
-    monkeypatch.setattr(loop.run, "make_mesh", fail)
+    monkeypatch.setattr("drpo_jax.run.make_mesh", fail)
     monkeypatch.setattr(jax, "devices", fail)
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     first, last = loop.train(config(), whole)
@@ -441,8 +442,9 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
 def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monkeypatch, capsys):
     exact = lambda prompt, text, answer: float(text == f"#{answer}")  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "arithmetic", exact)
-    monkeypatch.setattr(loop.console, "SAMPLES_EVERY", 2)
-    settings = config(data__init_from=str(whole), train__steps=3, evaluate__greedy=False)
+    settings = config(
+        data__init_from=str(whole), log__samples_every=2, train__steps=3, evaluate__greedy=False
+    )
     loop.train(settings, tmp_path)
     out = capsys.readouterr().out
     assert out.count("no group has mixed rewards: no gradient; first response (reward 0): ") == 1

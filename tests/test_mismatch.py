@@ -107,7 +107,7 @@ def test_noise_leaves_the_recorded_probabilities_exact():
 
 
 def test_real_and_injected_mismatch_are_logged_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.run, "make_mesh", one_device)
+    monkeypatch.setattr("drpo_jax.run.make_mesh", one_device)
     config = load_config(str(Path(__file__).parent / "smallest.py"))
     config.precision.update(recipe="none", noise=0.02)
     config.sft.steps = 0

@@ -35,7 +35,7 @@ def workdir(tmp_path_factory, compile_quickly):
     """
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2 or text == f"#{answer}")  # noqa: E731
         patch.setitem(rewards.REWARDS, "arithmetic", reward)
         loop.train(config.resolve(load_config(str(HERE / "smallest.py"))), directory)

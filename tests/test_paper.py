@@ -1,4 +1,4 @@
-"""The paper's six settings: their hyperparameters, their variants, and a run of each in small."""
+"""The configs: the paper's six settings, the variants of all configs, and small runs."""
 
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ def load(name, variants=""):
 
 
 def complete(name, variants=""):
-    """With the tokenizer that comes with a checkpoint."""
+    """Resolves a config with a stand-in for the tokenizer that comes with a checkpoint."""
     config = load(name, variants)
     if config.data.chat:
         config.data.tokenizer = "of the checkpoint"
@@ -93,6 +93,24 @@ def test_variants_combine():
 def test_every_objective_is_a_variant(name):
     config = complete("qwen3_4b_base", name)
     assert config.objective.name == name
+    assert config.objective.threshold == ("released" if OBJECTIVES[name].released else "")
+    own = "seq-mean-token-mean" if name == "gspo" else "seq-mean-token-sum-norm"
+    assert config.objective.aggregation == own
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_has_the_common_variants(path):
+    config = resolve(load_config(f"{path}:spo,original,smoke"))
+    assert objective_hyper(config) == {"epsilon": 0.2}
+    assert (config.train.steps, config.model.path, config.data.problems) == (2, "", "")
+    with pytest.raises(BadInput, match="no variant 'smke'; did you mean 'smoke'?"):
+        load_config(f"{path}:smke")
+
+
+def test_a_variant_leaves_the_others_defaults_alone():
+    tiny = load("tiny", "grpo,fp8_e2e")
+    assert (tiny.objective.name, tiny.precision.recipe) == ("grpo", "e2e")
+    assert load("tiny", "grpo").precision.recipe == load("tiny").precision.recipe == "rollout"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,7 @@ def test_wrong_variants(variants, message):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_mesh_divides_the_arrays_and_the_batches(name):
-    """On the eight devices of the tests; nothing is computed."""
+    """Runs on the eight devices of the tests and computes nothing."""
     config = complete(name)
     mesh = make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
@@ -119,10 +137,10 @@ def test_the_mesh_divides_the_arrays_and_the_batches(name):
 
 @pytest.mark.parametrize("name, variant", SIX)
 def test_a_small_run(name, variant, tmp_path, monkeypatch, compile_quickly):
-    """On one of the eight devices, which compiles for less long; with a reward for a random model."""
+    """Runs on one of the eight devices, to compile faster, with a reward that a random model gets."""
     reward = lambda prompt, text, answer: float(len(text) % 2 or text == f"#{answer}")  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "arithmetic", reward)
-    monkeypatch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     config, full = complete(name, f"{variant},smoke"), complete(name, variant)
     assert (config.compute, config.precision) == (full.compute, full.precision)
     loop.train(config, tmp_path)

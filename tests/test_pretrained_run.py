@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def one_device_and_mixed_rewards():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2 or text == answer)  # noqa: E731
         patch.setitem(rewards.REWARDS, "integer", reward)
         yield
@@ -52,7 +52,7 @@ def test_the_architecture_is_that_of_the_checkpoint(checkpoint):
     resolved = config(checkpoint[0])
     assert resolved.model.hidden_size == 32 and resolved.model.tie_embeddings
     with pytest.raises(BadInput, match=r"another architecture .*\n  model.layers: 3 -> 2"):
-        config(checkpoint[0], model__layers=3)
+        config(checkpoint[0], model__layers=3, explicit=["model.layers"])
     with pytest.raises(
         BadInput, match="model.path = 'nowhere': .* must be a Hugging Face directory"
     ):

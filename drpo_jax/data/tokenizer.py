@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from drpo_jax.hub import TEXT_FILES, local_directory
+
 _CHARACTERS = "0123456789+-*/= #().,;:?<>[]x\n"
 
 
@@ -77,7 +79,7 @@ class TextTokenizer:
     would rebuild it, for some checkpoints (DeepSeek's) differently.
 
     Args:
-      path: a directory with tokenizer.json and tokenizer_config.json.
+      path: a directory with tokenizer.json and tokenizer_config.json, or a hub id.
       chat: whether `prompt` applies the chat template, with the problem as the message of the user.
       thinking: value of `enable_thinking` for templates that have it: "on", "off" (Qwen3 puts an
         empty thought before the answer), or "default", which leaves it to the template.
@@ -101,7 +103,7 @@ class TextTokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-        path = Path(path)
+        path = local_directory(path, TEXT_FILES)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: the directory has no tokenizer.json")
         inner = PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)

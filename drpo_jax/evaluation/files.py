@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from drpo_jax.evaluation.heldout import Response
 from drpo_jax.evaluation.tables import problem_table
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
+from drpo_jax.run import Run
 from drpo_jax.storage import Lines
-
-if TYPE_CHECKING:
-    from drpo_jax.loop.run import Run
 
 
 def evaluation_settings(run: "Run", checkpoint: str, step: int) -> dict[str, Any]:

@@ -1,18 +1,14 @@
 """Samples responses to the held-out problems and verifies them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from drpo_jax.evaluation import accuracy
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
+from drpo_jax.run import Group, Run
 from drpo_jax.sampler import SamplingParams
-
-if TYPE_CHECKING:  # The loop imports this package, not the other way round.
-    from drpo_jax.loop.run import Group, Run
 
 # The processes exchange the verdicts of this many problems at once.
 GATHER = 32

@@ -1,15 +1,12 @@
 """Which model a workdir holds to evaluate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import flatten, run_config
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer
-
-if TYPE_CHECKING:
-    from drpo_jax.loop.run import Run
+from drpo_jax.run import Run
 
 
 def checkpoint_directory(workdir: Path, config) -> Path | None:

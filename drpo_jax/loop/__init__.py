@@ -15,9 +15,8 @@ tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees
     metrics      one record per step -> metrics.jsonl, TensorBoard, console
     checkpoint   model, optimizer state and step number, every checkpoint.every steps
 
-The modules, in reading order:
+The modules, in reading order, after `drpo_jax.run`, which holds what the phases share:
 
-    run         `Run`: what the phases share (config, problems, reward, mesh, programs); frozen
     loop        `train` and `rl_step`
     rollout     sample and verify: `Rollout`, the record of one rollout
     learn       inputs of the objective, scoring, mini-batches, updates
@@ -31,10 +30,10 @@ All randomness is a function of (config.seed, step, purpose), so a run that is k
 computes what it would have computed without the interruption.
 """
 
-from drpo_jax.loop import console, guard, learn, parity, rollout, run, warm_start
+from drpo_jax.loop import console, guard, learn, parity, rollout, warm_start
 from drpo_jax.loop.loop import rl_step, train
-from drpo_jax.loop.run import Run, claim, keep_report
 from drpo_jax.loop.warm_start import initial_model, make_warm_start
+from drpo_jax.run import Run, claim, keep_report
 
 __all__ = [
     "Run",
@@ -48,7 +47,6 @@ __all__ = [
     "parity",
     "rl_step",
     "rollout",
-    "run",
     "train",
     "warm_start",
 ]

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
-from drpo_jax.config import objective_hyper
+from drpo_jax.config import objective_summary
 from drpo_jax.loop.rollout import Example
-from drpo_jax.loop.run import Run
 from drpo_jax.models.huggingface import write_config
-from drpo_jax.objectives import resolve_hyper
+from drpo_jax.run import Run
 
-SAMPLES_EVERY = 10  # rollout steps between printed responses
 LONGEST = 400  # characters of a printed text
 
 # Printed when the phase begins for the first time, because compilation is silent and may take minutes.
@@ -35,7 +33,7 @@ def introduction(run: Run) -> str:
     noun = "problem" if len(run.heldout) == 1 else "problems"
     lines = {
         "model": f"{_model(run)}, {_start(config)}",
-        "objective": f"{_objective(config)}; advantage {config.objective.advantage}",
+        "objective": f"{objective_summary(config)}; advantage {config.objective.advantage}",
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
         f"({config.data.problems or config.data.task}), reward {config.reward.name!r}",
@@ -73,13 +71,6 @@ def _start(config) -> str:
     if config.sft.steps:
         return f"from a warm start of {config.sft.steps} supervised updates"
     return "from random weights"
-
-
-def _objective(config) -> str:
-    name = config.objective.name
-    hyper = resolve_hyper(name, objective_hyper(config))
-    known = ", ".join(f"{key} {value:g}" for key, value in hyper.items() if value is not None)
-    return f"{name}, {known}" if known else name
 
 
 def show_example(step: int, example: Example) -> str:

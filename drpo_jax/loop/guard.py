@@ -11,7 +11,7 @@ from absl import logging
 
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.errors import TrainingStopped
-from drpo_jax.loop.run import Run
+from drpo_jax.run import Run
 
 
 def too_many_skipped(run: Run, skipped: int, step: int) -> bool:

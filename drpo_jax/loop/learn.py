@@ -11,11 +11,11 @@ import numpy as np
 
 from drpo_jax.calls import needs_old_logp
 from drpo_jax.learner import TokenTrace, TrainState
-from drpo_jax.loop.run import SHUFFLE, Run
 from drpo_jax.metrics import reduce_pairs, reduce_values
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import advantages, mismatch_weight, reward_penalty, with_spread
 from drpo_jax.parallel import multihost
+from drpo_jax.run import SHUFFLE, Run
 from drpo_jax.sampler import Rollouts
 
 

@@ -18,12 +18,12 @@ from drpo_jax.learner.record import save_rollout
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.learn import make_updates, objective_inputs
 from drpo_jax.loop.rollout import Example, collect, training_reward
-from drpo_jax.loop.run import Run, claim
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
 from drpo_jax.objectives import informative
 from drpo_jax.parallel import multihost
+from drpo_jax.run import Run, claim
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
@@ -84,7 +84,7 @@ def _train(run: Run) -> None:
             was_mixed, mixed = mixed, metrics["reward/informative_groups"] > 0
             if was_mixed and not mixed:
                 print(console.no_gradient(step, example), flush=True)
-            if _due(step, console.SAMPLES_EVERY):
+            if _due(step, config.log.samples_every):
                 print(text := console.show_example(step, example), flush=True)
                 log.log_text("sample", text, step)
             if stuck:

@@ -8,9 +8,9 @@ from absl import logging
 
 from drpo_jax.errors import TrainingStopped
 from drpo_jax.loop.learn import score
-from drpo_jax.loop.run import NOISE, Run
 from drpo_jax.metrics import reduce_pairs
 from drpo_jax.models import Transformer
+from drpo_jax.run import NOISE, Run
 from drpo_jax.sampler import Rollouts
 
 # Bounds on mean |Δ log p|, in nats, up to which sampler and learner count as one model: the values

@@ -12,10 +12,10 @@ import numpy as np
 
 from drpo_jax import rewards
 from drpo_jax.data import Problem
-from drpo_jax.loop.run import NOISE, SAMPLE, SHUFFLE, Group, Run
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
+from drpo_jax.run import NOISE, SAMPLE, SHUFFLE, Group, Run
 from drpo_jax.sampler import Rollouts
 
 

@@ -12,10 +12,10 @@ from drpo_jax import data
 from drpo_jax.errors import bad_input
 from drpo_jax.learner import Batch
 from drpo_jax.loop import guard
-from drpo_jax.loop.run import INIT, Run
 from drpo_jax.metrics import CompileClock, MetricLogger
 from drpo_jax.models import Transformer, from_pretrained
 from drpo_jax.parallel import shardings
+from drpo_jax.run import INIT, Run
 
 
 def initial_model(run: Run) -> Transformer:

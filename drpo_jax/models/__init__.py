@@ -29,12 +29,11 @@ Families, and the fields of `ModelConfig` that distinguish them:
 
 from drpo_jax.models.cache import KV, DeltaState, Ring
 from drpo_jax.models.huggingface import from_pretrained, read_config, save_pretrained
-from drpo_jax.models.layers import Compute
 from drpo_jax.models.moe import load_balance_loss, router_metrics
 from drpo_jax.models.presets import PRESETS
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.models.transformer import (
     Hidden,
-    ModelConfig,
     Prefix,
     Transformer,
 )

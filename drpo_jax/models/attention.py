@@ -19,7 +19,6 @@ from drpo_jax.models.cache import KV, Ring, Ring8
 from drpo_jax.models.flash import MASKED, SPLASH_WIDTHS, chunked, cudnn, splash
 from drpo_jax.models.layers import (
     Angles,
-    Compute,
     fan_in_normal,
     norm_scale,
     param,
@@ -27,6 +26,7 @@ from drpo_jax.models.layers import (
     rms_norm,
     rotate,
 )
+from drpo_jax.models.settings import Compute
 from drpo_jax.parallel import BATCH_AXES, batch_shards
 from drpo_jax.precision import dot_precision
 

@@ -2,10 +2,10 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from drpo_jax.models.transformer import ModelConfig
+from drpo_jax.hub import local_directory
+from drpo_jax.models.settings import ModelConfig
 
 # Fields of `ModelConfig` that follow from model_type.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ REQUIRED = {
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
-    """Returns the architecture of a Hugging Face directory.
+    """Returns the architecture of a Hugging Face directory or hub id.
 
     Both dialects of config.json are read: that of released checkpoints and that of `transformers`
     5.
@@ -53,7 +53,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
       ValueError: if the family or a setting is not supported.
       FileNotFoundError: if there is no config.json.
     """
-    file = Path(path) / "config.json"
+    file = local_directory(path, ["config.json"]) / "config.json"
     if not file.exists():
         raise FileNotFoundError(
             f"{file} does not exist: {path} must be a Hugging Face directory, for example one created "

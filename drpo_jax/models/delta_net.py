@@ -42,7 +42,8 @@ import numpy as np
 from flax import nnx
 
 from drpo_jax.models.cache import DeltaState
-from drpo_jax.models.layers import Compute, fan_in_normal, param, project, rms_norm
+from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm
+from drpo_jax.models.settings import Compute
 from drpo_jax.precision import dot_precision
 
 CHUNK = 64  # Tokens per chunk (C).

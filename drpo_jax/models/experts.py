@@ -31,7 +31,7 @@ from drpo_jax.models.grouped import (
     part_of,
     spread,
 )
-from drpo_jax.models.layers import Compute
+from drpo_jax.models.settings import Compute
 from drpo_jax.parallel import BATCH_AXES, RULES, SAMPLER_RULES, constrain, partition_spec
 from drpo_jax.precision import Ops, Quantized, dequantize, matmul, weight_values
 

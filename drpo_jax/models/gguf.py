@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from drpo_jax.models.config_json import write_config
-from drpo_jax.models.transformer import ModelConfig
+from drpo_jax.models.settings import ModelConfig
 
 # Modules of blk.{i} and their names in model.layers.{i}.
 LAYER = {

@@ -22,9 +22,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from drpo_jax.hub import TEXT_FILES, local_directory
 from drpo_jax.models.config_json import read_config, write_config
 from drpo_jax.models.delta_net import channel_order
-from drpo_jax.models.transformer import ModelConfig, Transformer
+from drpo_jax.models.settings import ModelConfig
+from drpo_jax.models.transformer import Transformer
 
 # Prefixes of tensors that are not read: vision tower, multi-token prediction.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -45,7 +47,8 @@ def from_pretrained(
     """Loads the model of a Hugging Face directory.
 
     Args:
-      path: a directory with config.json and one or several safetensors files.
+      path: a directory with config.json and one or several safetensors files, or a hub id (see
+        `hub.local_directory`).
       dtype: dtype of the parameters.
       shardings: maps the abstract model (a `Transformer` of ShapeDtypeStructs) to a pytree of
         shardings, for example `partial(drpo_jax.parallel.shardings, mesh)`. None places all
@@ -59,7 +62,7 @@ def from_pretrained(
         unexpected or of another shape; the message names them.
       FileNotFoundError: if there is no config.json or no safetensors file.
     """
-    path = Path(path)
+    path = local_directory(path)
     config = read_config(path)
     checkpoint = Checkpoint(path)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
@@ -128,6 +131,7 @@ def save_pretrained(
         "dtype": str(np.dtype(dtypes.pop())) if len(dtypes) == 1 else "float32"
     }
     if like is not None:
+        like = local_directory(like, TEXT_FILES)
         theirs = json.loads((Path(like) / "config.json").read_text())
         theirs = theirs.get("text_config", theirs)
         fields = {k: theirs[k] for k in theirs.keys() & COPIED_FIELDS} | fields

@@ -3,7 +3,6 @@
 Axis letters: B batch, T time, V vocabulary, D model width.
 """
 
-import dataclasses
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -12,64 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from drpo_jax.models.settings import Compute
 from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
-from drpo_jax.precision import DENSE, MatmulRecipe, matmul
+from drpo_jax.precision import DENSE, matmul
 
 # Cosine and sine of rotary angles.
 Angles = tuple[jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How a forward pass is computed; `ModelConfig` describes what it computes.
-
-    Attributes:
-      dtype: dtype of activations and of the weights that enter a matmul, "float32" or "bfloat16".
-        Norms, router, softmax and logits are always float32.
-      matmul: how the FP8 recipe treats the matmuls of this side (sampler or learner).
-      remat: which activations are kept for the backward pass: "none" keeps all of them, "dots"
-        keeps the outputs of matmuls, "full" keeps only the inputs of the layers.
-      unroll: layers per step of the learner's scan over layers. 1 compiles fastest. On CPU a small
-        model runs a third faster with all layers unrolled.
-      grouped_matmul: kernel of the experts' matmuls. "blocked" is a loop over blocks of rows.
-        "ragged_dot" is `jax.lax.ragged_dot`. "megablox" is ragged_dot with a Pallas kernel for TPU
-        that computes the gradient of the weights, which XLA would expand to a dense matmul over all
-        local experts. "auto" is blocked on CPU (where `ragged_dot` computes every expert for every
-        row), megablox on TPU, and ragged_dot elsewhere.
-      attention: kernel of the attention over whole sequences. "full" computes all scores at once.
-        The memory of the others is linear in the length: "chunked" (any backend), "splash" (TPU,
-        bfloat16, heads of width 64, 128 or 256), "cudnn" (GPU, bfloat16; replaced by chunked unless
-        one_segment). "auto" is full up to 512 tokens (128 on CPU), and beyond that splash or cudnn
-        if they support the heads, otherwise chunked.
-      one_segment: asserts that every row holds a single segment that starts in the first column and
-        is followed only by padding (neither packed nor right-aligned). cudnn requires it and
-        returns wrong results otherwise.
-      platform: platform of the devices that compute, "cpu", "gpu" or "tpu"; "" is JAX's default
-        backend.
-    """
-
-    dtype: str = "float32"
-    matmul: MatmulRecipe = MatmulRecipe()
-    remat: str = "none"
-    unroll: int = 1
-    grouped_matmul: str = "auto"
-    attention: str = "auto"
-    one_segment: bool = False
-    platform: str = ""
-
-    def device(self) -> str:
-        """Returns the platform of the devices that compute."""
-        return self.platform or jax.default_backend()
-
-    def on_cpu(self) -> bool:
-        """Returns whether the devices that compute are CPUs."""
-        return self.device() == "cpu"
-
-    def grouped_kernel(self) -> str:
-        """Returns the kernel of the experts' matmuls, a key of `models.grouped.KERNELS`."""
-        if self.grouped_matmul != "auto":
-            return self.grouped_matmul
-        return {"cpu": "blocked", "tpu": "megablox"}.get(self.device(), "ragged_dot")
 
 
 def param(

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.experts import AXES, run_experts
-from drpo_jax.models.layers import Compute, fan_in_normal, param, project, value
+from drpo_jax.models.layers import fan_in_normal, param, project, value
+from drpo_jax.models.settings import Compute
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 

@@ -5,7 +5,7 @@ presets serve random weights, `preflight` and checks. The preset of Qwen3.5 is i
 without the vision tower.
 """
 
-from drpo_jax.models.transformer import ModelConfig
+from drpo_jax.models.settings import ModelConfig
 
 PRESETS: dict[str, ModelConfig] = {
     "qwen3-4b": ModelConfig(

@@ -8,7 +8,6 @@ Axis letters: B batch, T time, D model width, V vocabulary, C columns of a cache
 experts, k experts per token.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8, empty_ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Angles,
-    Compute,
     fan_in_normal,
     look_up,
     norm_scale,
@@ -31,55 +29,9 @@ from drpo_jax.models.layers import (
     rotary_angles,
 )
 from drpo_jax.models.moe import MLP, MoE
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import constrain
 from drpo_jax.precision import dot_precision
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What the model computes. Sizes are counts of scalars.
-
-    Attributes:
-      mlp_size: inner width of the dense MLP; unused where experts > 0.
-      experts, experts_per_token, expert_size: of the mixture; experts == 0 is a dense model.
-      rope_theta, rotary_fraction: base of the rotary frequencies; share of a head that is rotated.
-      rms_eps, norm_offset: RMS norms multiply by (norm_offset + scale); 1 where zero-centred
-        (Qwen3.5).
-      tie_embeddings: the head is the embedding's transpose.
-      attention_bias: of q, k and v (Qwen2).
-      qk_norm: RMS norm of every query and key head (Qwen3).
-      attention_gate: q_proj also emits a gate σ(·) of the attention's output (Qwen3.5).
-      shared_expert_size: inner width of the expert that all tokens visit; 0: none.
-      full_attention_every: n: layers n, 2n, … attend, the others are gated DeltaNets; 1: all
-        attend.
-      linear_*: sizes of the DeltaNets.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_size: int = 0
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_size: int = 0
-    rope_theta: float = 1e6
-    rms_eps: float = 1e-6
-    tie_embeddings: bool = False
-    attention_bias: bool = False
-    qk_norm: bool = True
-    attention_gate: bool = False
-    rotary_fraction: float = 1.0
-    norm_offset: float = 0.0
-    shared_expert_size: int = 0
-    full_attention_every: int = 1
-    linear_key_heads: int = 0
-    linear_value_heads: int = 0
-    linear_key_dim: int = 0
-    linear_value_dim: int = 0
-    linear_conv_kernel: int = 4
 
 
 class Block(nnx.Module):

@@ -1,20 +1,19 @@
-"""The table of objectives: one equation each, from a sampled token to its gradient.
+"""The table of objectives: one equation per objective, from a sampled token to its gradient.
 
-For a token sampled from the behavior policy µ and now scored by the policy π:
+For a token that the behavior policy µ sampled and that the policy π now scores:
 
     r = π/µ                        the importance ratio
     J                              the objective of the token, to be maximised
-    c = ∂J/∂logp                   its score coefficient: what the backward pass emits
+    c = ∂J/∂logp                   its score coefficient, which the backward pass emits
     w = c / (r·Â)                  its gradient weight: 1 for the plain surrogate
 
 Judge an objective by w. An update diverges (moves π further from µ) where Â·(r − 1) > 0 and
-converges where it is negative; w < 1 restrains it, w < 0 corrects it, w > 1 amplifies it.
+converges where Â·(r − 1) < 0. w < 1 restrains it, w < 0 corrects it, w > 1 amplifies it.
 
-Adding an objective: write its equation below, with its hyperparameters as arguments that have
-defaults, return (J, c, w), and name it in `OBJECTIVES`. Nothing else needs to know: the learner,
-the fused head, the plots and the tests read that table (and one test compares every c with the
-autodiff of its J). For instance, DRPO with a trust region that is flatter inside and steeper
-outside:
+To add an objective, write its equation below. Its hyperparameters are arguments with defaults, and it
+returns (J, c, w). Then add a row to `OBJECTIVES`. Nothing else changes: config, learner, head, plots
+and tests read the table, and one test compares every c with the autodiff of its J. For instance, DRPO
+with a trust region that is flatter inside and steeper outside:
 
     def drpo_cubic(t, delta=0.15):
         '''J = r·Â − |Â|·µ³·(r−1)⁴/(4δ³): DRPO's boundary, reached cubically.'''
@@ -22,17 +21,19 @@ outside:
         w = 1 - (t.drift / delta) ** 3
         return J, t.r * t.A * w, w
 
-    OBJECTIVES["drpo_cubic"] = Objective(drpo_cubic)      # in a notebook; here: add it to the list
+    OBJECTIVES["drpo_cubic"] = Objective(drpo_cubic, boundary="probability")
 
-An argument without a default is an array that the equation needs of each token (`old_logp`, …).
+An argument without a default is an array that the equation takes for each token (`old_logp`, …). A
+hyperparameter that no other objective has becomes a field of the config, too; a row in
+`HYPERPARAMETERS` gives it a meaning and a range.
 
 To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
 
-Numerics. Log-probabilities are clamped to at least −1e4, so that two of −inf make no NaN. log r is
-clipped to ±20; beyond the clip (`beyond_clip`) c and w are 0 for every objective. π − µ comes from
-the two exponentials, never from µ·(r − 1). w never comes from c / (r·Â): where Â = 0 it is 1 for
-every objective but those whose w says how the ratio is truncated or gated whatever the advantage:
-`cispo`, `minirl`, `sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
+Numerics: log-probabilities are clamped to at least −1e4, so that two of −inf make no NaN. log r is
+clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ is the
+difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is 1,
+except for objectives whose w says how the ratio is truncated or gated at any advantage: `cispo`,
+`minirl`, `sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
@@ -45,7 +46,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.sequences import sequence_sum
 from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, Token, beyond_clip, clamped, token
 
-TINY_ADVANTAGE = 1e-6  # |Â| up to which the no-advantage forms report w = 1
+TINY_ADVANTAGE = 1e-6  # Up to this |Â|, the forms without advantage report w = 1.
 
 Terms = tuple[jax.Array, jax.Array, jax.Array]  # (J, c, w)
 
@@ -69,8 +70,8 @@ def surrogate(t: Token) -> Terms:
 def grpo(t: Token, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None) -> Terms:
     """J = min(r·Â, clip(r, 1−ε_low, 1+ε_high)·Â): PPO's clip, as GRPO uses it.
 
-    "Clip-higher" is ε_high = 0.28. With a `dual_clip` above 1 (3 and 10 are common) J is also at
-    least dual_clip·Â where Â < 0: the gradient stops at r = dual_clip.
+    "Clip-higher" is ε_high = 0.28. With a `dual_clip` above 1 (3 and 10 are common), J is also at
+    least dual_clip·Â where Â < 0, and the gradient stops at r = dual_clip.
     """
     low, high = 1 - epsilon_low, 1 + epsilon_high
     J = jnp.minimum(t.r * t.A, jnp.clip(t.r, low, high) * t.A)
@@ -86,8 +87,8 @@ def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0
     """J = M·sg[min(r, cap)]·Â·logp: truncated ratio, clipped by the policy's own move π/π_old.
 
     M = 0 where Â > 0 and π/π_old > 1+ε_high, or Â < 0 and π/π_old < 1−ε_low. The ratio r = π/µ
-    corrects for the sampler's numerics and for staleness; the clip looks at staleness alone, so it
-    needs `old_logp`: log π_old, the trainer's own score of the token before the first update.
+    corrects for the sampler's numerics and for staleness. The clip concerns staleness alone, so it
+    needs `old_logp`: log π_old, the learner's own score of the token before the first update.
     """
     moved = jnp.exp(jnp.clip(t.logp - clamped(old_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
     stopped = ((t.A > 0) & (moved > 1 + epsilon_high)) | ((t.A < 0) & (moved < 1 - epsilon_low))
@@ -99,7 +100,7 @@ def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0
 def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
     """J = sg[clip(r, 1−ε_low, 1+ε_high)]·Â·logp: the ratio is clipped, no gradient is dropped.
 
-    ε_low ≥ 1 leaves the ratio without a lower bound, as in CISPO's own runs.
+    With ε_low ≥ 1 the ratio has no lower bound, as in CISPO's own runs.
     """
     clipped = jax.lax.stop_gradient(jnp.clip(t.r, 1 - epsilon_low, 1 + epsilon_high))
     w = jnp.where(clipped == t.r, 1.0, clipped / t.r)
@@ -118,11 +119,11 @@ def gspo(t: Token, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Terms:
     """J = min(s·Â, clip(s, 1−ε_low, 1+ε_high)·Â), s = exp(mean of log r over the response).
 
     Every token of a response has the response's J and c = s·Â·[unclipped]. c is the derivative of
-    the *sum* of J over the response (each of its T tokens moves s by s/T), so the aggregation
-    `seq-mean-token-mean` makes it GSPO: it divides by T, and nothing else does.
+    the *sum* of J over the response (each of its T tokens moves s by s/T). The aggregation
+    `seq-mean-token-mean` therefore makes it GSPO: nothing else divides by T.
 
-    `mask`: [..., time], the tokens of a response along the last axis; bool, or the response's
-    number where several share a row (see `sequences`). Â is constant within a response.
+    `mask` [..., time] marks the tokens of a response along the last axis. It is bool, or holds the
+    response's number where several share a row (see `sequences`). Â is constant in a response.
     """
     count = jnp.maximum(sequence_sum(jnp.ones_like(t.r), mask), 1)
     s = jnp.exp(sequence_sum(t.log_r, mask) / count)
@@ -139,8 +140,8 @@ def gspo(t: Token, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Terms:
 def spo(t: Token, epsilon=12.5) -> Terms:
     """J = r·Â − |Â|·(r−1)²/(2ε): a quadratic penalty on the ratio; w is unbounded as µ → 0.
 
-    ε = 12.5 is the DRPO paper's setting (the boundary then lies at r = 13.5 and nowhere below
-    r = 1); the original SPO paper uses 0.2. ε may be an array: DRPO is ε = δ/µ.
+    ε = 12.5 is the DRPO paper's setting. The boundary then lies at r = 13.5, and there is none
+    below r = 1. The original SPO paper uses 0.2. ε may be an array: DRPO is SPO with ε = δ/µ.
     """
     J = t.r * t.A - abs(t.A) * (t.r - 1) ** 2 / (2 * epsilon)
     w = 1 - jnp.sign(t.A) * (t.r - 1) / epsilon
@@ -148,9 +149,9 @@ def spo(t: Token, epsilon=12.5) -> Terms:
 
 
 def spo_no_advantage(t: Token, epsilon=12.5) -> Terms:
-    """J = r·Â − (r−1)²/(2ε): the ablation whose boundary r = 1 + ε·Â moves with reward scale.
+    """J = r·Â − (r−1)²/(2ε): an ablation whose boundary r = 1 + ε·Â moves with the reward scale.
 
-    w = 1 − (r−1)/(ε·Â), reported as 1 where |Â| ≤ 1e-6; c is exact there too.
+    w = 1 − (r−1)/(ε·Â) is reported as 1 where |Â| ≤ 1e-6; c is exact there, too.
     """
     J = t.r * t.A - (t.r - 1) ** 2 / (2 * epsilon)
     pull = (t.r - 1) / epsilon
@@ -161,16 +162,16 @@ def spo_no_advantage(t: Token, epsilon=12.5) -> Terms:
 
 
 def dppo_tv(t: Token, delta=0.15, ratio_cap=None) -> Terms:
-    """J = M·r·Â, M = [sign(Â)·(π−µ) ≤ δ]: no gradient once a diverging token has moved δ.
+    """J = M·r·Â, M = [sign(Â)·(π−µ) ≤ δ]: no gradient once a diverging token has moved by δ.
 
-    `ratio_cap` (off; 1e4 in the paper's script) truncates the ratio: c = M·min(r, cap)·Â. So that
-    c stays the derivative of J, r continues in J above the cap as cap·(1 + log(r/cap)).
+    `ratio_cap` (off by default; 1e4 in the paper's script) truncates the ratio: c = M·min(r, cap)·Â.
+    Above the cap, r continues in J as cap·(1 + log(r/cap)), so that c stays the derivative of J.
     """
     return _masked(t, t.drift <= delta, ratio_cap)
 
 
 def dppo_kl(t: Token, delta=0.05, ratio_cap=None) -> Terms:
-    """J = M·r·Â, M = [KL ≤ δ or converging], KL of the Bernoulli(µ) from the Bernoulli(π), nats.
+    """J = M·r·Â, M = [KL ≤ δ or converging], KL between Bernoulli(µ) and Bernoulli(π), nats.
 
     KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). `ratio_cap` as in `dppo_tv`.
     """
@@ -183,8 +184,8 @@ def dppo_topk_tv(t: Token, topk_logp, behavior_topk_logp, delta=0.15, ratio_cap=
     """J = M·r·Â, M = [TV ≤ δ or converging], TV over the behavior policy's top-k and the rest.
 
     TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
-    `behavior_topk_logp`: [..., K], log π and log µ of the K tokens that were likeliest under µ, the
-    sampled one among them (as in the released code: it takes the last one's place where it is not).
+    `behavior_topk_logp` [..., K] are log π and log µ of the K likeliest tokens under µ. The sampled
+    token is always among them: as in the released code, it replaces the last one if need be.
     """
     pi, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
     tv = (abs(pi - mu).sum(-1) + abs(rest_pi - rest_mu)) / 2
@@ -208,9 +209,9 @@ def dppo_topk_kl(t: Token, topk_logp, behavior_topk_logp, delta=0.05, ratio_cap=
 def drpo(t: Token, delta=0.15) -> Terms:
     """J = r·Â − |Â|·µ·(r−1)²/(2δ): a quadratic penalty on the probability shift π − µ.
 
-    w = 1 − sign(Â)·(π−µ)/δ lies in [1 − 1/δ, 1 + 1/δ] for every µ: it attenuates a diverging
+    w = 1 − sign(Â)·(π−µ)/δ lies in [1 − 1/δ, 1 + 1/δ] for every µ. It attenuates a diverging
     update, is 0 at DPPO's boundary, negative beyond it, and above 1 for a converging update. δ is
-    the boundary in probability: with δ ≥ 1 (the released code runs δ = 12.5) no token reaches it.
+    the boundary in probability. With δ ≥ 1 (the released code uses δ = 12.5) no token reaches it.
     """
     J = t.r * t.A - abs(t.A) * t.mu * (t.r - 1) ** 2 / (2 * delta)
     w = 1 - t.drift / delta
@@ -218,9 +219,9 @@ def drpo(t: Token, delta=0.15) -> Terms:
 
 
 def drpo_no_advantage(t: Token, delta=0.15) -> Terms:
-    """J = r·Â − µ·(r−1)²/(2δ): the ablation whose boundary π − µ = δ·Â moves with reward scale.
+    """J = r·Â − µ·(r−1)²/(2δ): an ablation whose boundary π − µ = δ·Â moves with the reward scale.
 
-    w = 1 − (π−µ)/(δ·Â), reported as 1 where |Â| ≤ 1e-6; c is exact there too.
+    w = 1 − (π−µ)/(δ·Â) is reported as 1 where |Â| ≤ 1e-6; c is exact there, too.
     """
     J = t.r * t.A - t.mu * (t.r - 1) ** 2 / (2 * delta)
     pull = t.shift / delta
@@ -230,7 +231,7 @@ def drpo_no_advantage(t: Token, delta=0.15) -> Terms:
 def drpo_no_correction(t: Token, delta=0.15) -> Terms:
     """w = max(w_drpo, 0): attenuation without correction, the complement of `mask_drpo`.
 
-    J is DRPO's, held at its maximum Â + |Â|·δ/(2µ) once a diverging token is past the boundary:
+    J is DRPO's, held at its maximum Â + |Â|·δ/(2µ) for diverging tokens beyond the boundary:
     J = Â + |Â|·(d − µ·d²/(2δ)) with d = min(sign(Â)·(r−1), δ/µ).
     """
     d = jnp.minimum(jnp.sign(t.A) * (t.r - 1), delta * _inverse_mu(t, delta))
@@ -242,7 +243,7 @@ def drpo_no_correction(t: Token, delta=0.15) -> Terms:
 def mask_drpo(t: Token, delta=0.15, directional=False) -> Terms:
     """J = r·Â − [outside]·|Â|·((π−µ)² − δ²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
 
-    Outside is |π−µ| > δ, where converging tokens jump to w > 2. With `directional` it is
+    Outside means |π−µ| > δ, where converging tokens jump to w > 2. With `directional`, it means
     sign(Â)·(π−µ) > δ: w = 1 wherever DPPO keeps the gradient, and DRPO's correction elsewhere.
     """
     outside = (t.drift if directional else abs(t.shift)) > delta
@@ -253,7 +254,7 @@ def mask_drpo(t: Token, delta=0.15, directional=False) -> Terms:
 
 
 def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
-    """DPPO's terms: the surrogate, its ratio truncated at `ratio_cap`, where `kept`."""
+    """Returns DPPO's terms: the surrogate with its ratio truncated at `ratio_cap`, where `kept`."""
     value = weighted = t.r
     if ratio_cap is not None:
         weighted = jnp.minimum(t.r, ratio_cap)
@@ -263,22 +264,22 @@ def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
 
 
 def _topk(topk_logp, behavior_topk_logp):
-    """π and µ of the top-k tokens, and of the bin of all the others, without gradient."""
+    """Returns π and µ of the top-k tokens, and those of the bin for all others, without gradient."""
     pi, mu = (jnp.exp(jax.lax.stop_gradient(x)) for x in (topk_logp, behavior_topk_logp))
     return pi, mu, *(jnp.maximum(1 - x.sum(-1), 0) for x in (pi, mu))
 
 
 def _inverse(A: jax.Array) -> jax.Array:
-    """1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
+    """Returns 1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
     tiny = abs(A) <= TINY_ADVANTAGE
     return jnp.where(tiny, 0.0, 1 / jnp.where(tiny, 1.0, A))
 
 
 def _inverse_mu(t: Token, delta) -> jax.Array:
-    """1/µ, finite, and exact for every token outside the boundary whose log r is not clipped.
+    """Returns a finite 1/µ, exact for every token outside the boundary whose log r is not clipped.
 
-    A token with µ < δ leaves the boundary only upwards, where π > δ; with µ ≤ δ·exp(−20) its
-    ratio would be above exp(20). The floor therefore touches only tokens beyond the clip.
+    A token with µ < δ leaves the boundary only upwards, where π > δ. With µ ≤ δ·exp(−20), its
+    ratio would be above exp(20). The floor therefore affects only tokens beyond the clip.
     """
     return 1 / jnp.maximum(t.mu, delta * math.exp(-LOG_RATIO_CLIP))
 
@@ -288,23 +289,48 @@ def _inverse_mu(t: Token, delta) -> jax.Array:
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table. Everything but the equation is read off the equation.
+    """One row of the table: an equation, and what the rest of the project has to know about it.
 
     Attributes:
       equation: (Token, arrays, **hyperparameters) -> (J, c, w).
+      boundary: quantity that its boundary or clip bounds: "probability" (|π − µ|, or a total
+        variation), "nats" (a KL divergence), "ratio" (π/µ, or π/π_old); None: it has no boundary.
+      aggregation: the only aggregation under which c is the gradient of the published objective;
+        None: any.
+      released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
+      corrects_mismatch: its ratio π/µ is what corrects the sampler's numerics, so µ has to be the
+        sampler's.
     """
 
     equation: Callable[..., Terms]
+    boundary: Literal["probability", "nats", "ratio"] | None = None
+    aggregation: str | None = None
+    released: bool = False
+    corrects_mismatch: bool = False
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """What the equation needs of a token besides log π, log µ and Â: arrays by name."""
+        """Names of the arrays that the equation takes besides log π, log µ and Â."""
         return tuple(p.name for p in self._parameters() if p.default is p.empty)
 
     @property
     def hyper(self) -> dict[str, Any]:
         """The hyperparameters by name, with their defaults."""
         return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether c of a token depends on all tokens of its response."""
+        return "mask" in self.arrays
+
+    @property
+    def threshold(self) -> str | None:
+        """The hyperparameter that the readings in `THRESHOLDS` apply to, None for none.
+
+        A reading of delta is a probability and does not apply to a boundary in nats.
+        """
+        names = [name for name in THRESHOLDS if name in self.hyper]
+        return names[0] if names and self.boundary != "nats" else None
 
     def _parameters(self):
         return list(inspect.signature(self.equation).parameters.values())[1:]
@@ -315,69 +341,142 @@ class Objective:
         return (inspect.getdoc(self.equation) or "").partition("\n")[0]
 
 
-OBJECTIVES: dict[str, Objective] = {
-    equation.__name__: Objective(equation)
-    for equation in (
-        surrogate, grpo, cispo, minirl, sapo, gspo, spo, spo_no_advantage,
-        dppo_tv, dppo_kl, dppo_topk_tv, dppo_topk_kl,
-        drpo, drpo_no_advantage, drpo_no_correction, mask_drpo,
-    )
-}  # fmt: skip
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What a hyperparameter means in every objective that takes it.
 
-# The readings of the papers' thresholds, by name: values of delta and of epsilon.
-THRESHOLDS = {
+    Attributes:
+      symbol: its name in equations.
+      meaning: one sentence.
+      above: numbers have to be larger than this.
+      type: float or bool.
+    """
+
+    symbol: str
+    meaning: str
+    above: float = 0.0
+    type: type = float
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        return f"above {self.above:g}" if self.above else "positive"
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is allowed."""
+        return value > self.above
+
+
+OBJECTIVES: dict[str, Objective] = {
+    row.equation.__name__: row
+    for row in (
+        Objective(surrogate),
+        Objective(grpo, boundary="ratio"),
+        Objective(cispo, boundary="ratio"),
+        Objective(minirl, boundary="ratio", corrects_mismatch=True),
+        Objective(sapo),
+        Objective(gspo, boundary="ratio", aggregation="seq-mean-token-mean"),
+        Objective(spo, boundary="ratio", released=True),
+        Objective(spo_no_advantage, boundary="ratio", released=True),
+        Objective(dppo_tv, boundary="probability"),
+        Objective(dppo_kl, boundary="nats"),
+        Objective(dppo_topk_tv, boundary="probability"),
+        Objective(dppo_topk_kl, boundary="nats"),
+        Objective(drpo, boundary="probability", released=True),
+        Objective(drpo_no_advantage, boundary="probability", released=True),
+        Objective(drpo_no_correction, boundary="probability", released=True),
+        Objective(mask_drpo, boundary="probability", released=True),
+    )
+}
+
+# What the hyperparameters mean; the signatures of the equations say which objective takes which. A
+# hyperparameter without a row here is a positive number, or a bool where its default is one.
+HYPERPARAMETERS: dict[str, Hyperparameter] = {
+    "delta": Hyperparameter(
+        "δ", "Boundary of |π − µ|, a probability; of the KL, nats, in dppo_*kl."
+    ),
+    "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
+    "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),
+    "epsilon_high": Hyperparameter("ε_high", "Clips the ratio from above at 1 + ε_high."),
+    "dual_clip": Hyperparameter(
+        "dual_clip", "J is at least this multiple of Â where Â < 0.", above=1.0
+    ),
+    "ratio_cap": Hyperparameter("cap", "Largest ratio in the score coefficient."),
+    "tau_positive": Hyperparameter("τ_positive", "Temperature of the gate where Â > 0."),
+    "tau_negative": Hyperparameter("τ_negative", "Temperature of the gate where Â ≤ 0."),
+    "directional": Hyperparameter(
+        "directional", "The weight is 1 wherever DPPO keeps the gradient.", type=bool
+    ),
+}
+
+# Readings of the papers' thresholds: {hyperparameter: {name of the reading: value}}.
+THRESHOLDS: dict[str, dict[str, float]] = {
     "delta": {
-        "boundary": 0.15,  # a probability: DPPO's boundary, shared by DRPO
-        "released": 12.5,  # DRPO's released code; |π − µ| ≤ 1 never reaches it
-        "scaled": 1 / 12.5,  # the reading under which 12.5 multiplies the penalty
+        "boundary": 0.15,  # DPPO's boundary, a probability, which DRPO shares.
+        "released": 12.5,  # DRPO's released code. |π − µ| ≤ 1 never reaches it.
+        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty.
     },
     "epsilon": {
-        "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5
-        "original": 0.2,  # the SPO paper's own scale
+        "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5.
+        "original": 0.2,  # The SPO paper's own scale.
     },
 }
 
 
+def hyperparameters() -> dict[str, Hyperparameter]:
+    """Returns the hyperparameters of all objectives, in the order of the table."""
+    defaults: dict[str, list[Any]] = {}
+    for objective in OBJECTIVES.values():
+        for name, default in objective.hyper.items():
+            defaults.setdefault(name, []).append(default)
+    return {
+        name: HYPERPARAMETERS.get(name)
+        or Hyperparameter(name, "", type=bool if isinstance(values[0], bool) else float)
+        for name, values in defaults.items()
+    }
+
+
 def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
-    """The objective of each token and its score coefficient: the single source of both.
+    """Returns the objective of each token and its score coefficient: the single source of both.
 
     Args:
       name: a key of `OBJECTIVES`.
       logp: log π of the sampled tokens under the current policy, nats. Any shape.
-      behavior_logp: log µ of the same tokens, as the sampler recorded it.
+      behavior_logp: log µ of the same tokens, as the sampler recorded it, nats.
       advantage: Â. The three arrays broadcast against each other.
-      **hyper: the objective's hyperparameters (`OBJECTIVES[name].hyper` has the defaults). Numbers,
-        or arrays that broadcast; at least delta and epsilon must then be positive, unchecked. And
-        the arrays that it needs besides (`OBJECTIVES[name].arrays`; its docstring says of what).
+      **hyper: hyperparameters (`OBJECTIVES[name].hyper` has the defaults) and the arrays that the
+        equation takes besides (`OBJECTIVES[name].arrays`; its docstring says which). A
+        hyperparameter is a number, or an array that broadcasts; the values of an array are not
+        checked, and at least delta and epsilon have to be positive.
 
     Returns:
-      (J, c), arrays of the broadcast shape, float32 (float64 if an input is): J to be maximised,
-      c = ∂J/∂logp exactly where J is differentiable and log r is not clipped, and 0 beyond the
-      clip. Ascent on J raises the probability of a token with Â > 0.
+      (J, c), arrays of the broadcast shape, float32 (float64 if an input is). J is to be maximised:
+      ascent on it raises the probability of a token with Â > 0. c = ∂J/∂logp exactly where J is
+      differentiable and log r is not clipped; beyond the clip it is 0.
 
     Raises:
-      ValueError: an unknown name or hyperparameter, a value it cannot take, or a missing array.
+      ValueError: an unknown name or hyperparameter, a value that is not allowed, or a missing array.
     """
     J, c, _ = token_terms(name, logp, behavior_logp, advantage, **hyper)
     return J, c
 
 
 def gradient_weight(name: str, logp, behavior_logp, advantage, **hyper) -> jax.Array:
-    """The gradient weight w of each token, with c = r·Â·w. Arguments as for `token_objective`.
+    """Returns the gradient weight w of each token, with c = r·Â·w.
 
-    In closed form, so that it is finite and meaningful at Â = 0, where c says nothing (see the
-    module's docstring). The ablations without advantage report 1 where |Â| ≤ 1e-6. 0 beyond the
-    clip of log r.
+    Takes the arguments of `token_objective`. w has a closed form, so that it is finite and meaningful
+    at Â = 0, where c says nothing (see the module's docstring). The ablations without advantage
+    report 1 where |Â| ≤ 1e-6. Beyond the clip of log r, w is 0.
     """
     return token_terms(name, logp, behavior_logp, advantage, **hyper)[2]
 
 
 def resolve_hyper(name: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """All hyperparameters of objective `name`: `hyper` over the defaults.
+    """Returns all hyperparameters of objective `name`: `hyper` over the defaults.
 
     Raises:
-      ValueError: an unknown objective or hyperparameter (naming the nearest one), or a value that
-        the hyperparameter cannot take.
+      ValueError: an unknown objective or hyperparameter (suggests the nearest one), or a value that
+        is not allowed.
     """
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
@@ -391,22 +490,22 @@ def resolve_hyper(name: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(key: str, value, default) -> str | None:
-    """What `value` should have been, or None if it may be this hyperparameter's value."""
+    """Returns what `value` should be, None if it is allowed."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
     if value is None and default is None:
         return None
-    least = 1 if key == "dual_clip" else 0
+    row = hyperparameters()[key]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if value > least:
+        if row.holds(value):
             return None
     elif hasattr(value, "shape"):
         return None
-    return f"a number above {least}" + (" or None" if default is None else "")
+    return f"a number above {row.above:g}" + (" or None" if default is None else "")
 
 
-def split_arrays(name: str, given: Mapping[str, Any]) -> tuple[dict, dict]:
-    """(arrays, hyperparameters with defaults) among the keyword arguments of objective `name`.
+def split_arrays(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Splits the keyword arguments of objective `name` into (arrays, hyperparameters with defaults).
 
     Raises:
       ValueError: as `token_objective`.
@@ -414,16 +513,16 @@ def split_arrays(name: str, given: Mapping[str, Any]) -> tuple[dict, dict]:
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
     needed, hyper = OBJECTIVES[name].arrays, OBJECTIVES[name].hyper
-    for key in given:
+    for key in keywords:
         if key not in (*needed, *hyper):
             raise unknown(f"argument of the objective {name!r}", key, (*needed, *hyper))
-    hyper = resolve_hyper(name, {k: v for k, v in given.items() if k in hyper})
-    if missing := [array for array in needed if given.get(array) is None]:
+    hyper = resolve_hyper(name, {k: v for k, v in keywords.items() if k in hyper})
+    if missing := [array for array in needed if keywords.get(array) is None]:
         raise ValueError(
             f"The objective {name!r} needs the arrays {', '.join(needed)} besides logp, "
             f"behavior_logp and advantage; missing: {', '.join(missing)}."
         )
-    return {array: given[array] for array in needed}, hyper
+    return {array: keywords[array] for array in needed}, hyper
 
 
 def token_terms(name: str, logp, behavior_logp, advantage, **hyper) -> Terms:

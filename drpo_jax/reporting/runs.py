@@ -8,16 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import default_config, flatten
+from drpo_jax.config import default_config, field_table, flatten
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
 from drpo_jax.objectives import OBJECTIVES, THRESHOLDS
 
 # Sections of the config in the order of a label's and a table's fields; others follow.
 ORDER = ("objective", "model", "precision", "compute", "train", "optimizer", "data", "reward")
-NOT_COMPARED = re.compile(
-    r"seed|(checkpoint|log|mesh)\..*|train\.(save_rollout_every|max_skipped)|evaluate\.every"
-)
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
 LONG = 60  # points from which on a curve is smoothed
 WINDOW = 9  # points in a running mean
@@ -130,9 +127,8 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that distinguish runs, without nulls."""
     compared = dict(config) | {f"objective.{k}": v for k, v in hyperparameters(config).items()}
-    compared = {
-        f: v for f, v in compared.items() if v is not None and not NOT_COMPARED.fullmatch(f)
-    }
+    ignored = {row.path for row in field_table() if not row.distinguishes}
+    compared = {f: v for f, v in compared.items() if v is not None and f not in ignored}
     if "data.init_from" in compared:
         number = rf"(?<!\d){config.get('seed')}(?!\d)"
         compared["data.init_from"] = re.sub(number, "{seed}", compared["data.init_from"])

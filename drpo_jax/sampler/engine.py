@@ -200,19 +200,17 @@ class Sampler:
                 lambda m: empty_prompts(m, shape.together, shape.width, dtype), model
             )
 
-        def place(x, axes=()):
-            sharding = named_sharding(mesh, axes, x.shape if axes else None)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        place = partial(_abstract, mesh)
 
-        def placed(caches, axes_of):
-            return [type(c)(*map(place, c, axes_of(c))) for c in caches]
+        def placed(caches):
+            return [type(c)(*map(place, c, c.AXES)) for c in caches]
 
         def ints(*sizes):
             return place(jax.ShapeDtypeStruct(sizes, jnp.int32))
 
-        caches = placed(slots.caches, lambda c: c.AXES)
+        caches = placed(slots.caches)
         slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
-        rows = placed(rows, lambda c: c.AXES)
+        rows = placed(rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
         prompts = ints(shape.together)
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
@@ -299,3 +297,9 @@ class Sampler:
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
         requests = check_requests(places, limits, len(prompts), params)
         return Flight(self, prompts, params, key, *requests, limit).run()
+
+
+def _abstract(mesh, x, axes=()):
+    """Returns x as a ShapeDtypeStruct that is split over its logical axes, or replicated."""
+    sharding = named_sharding(mesh, axes, x.shape if axes else None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -381,7 +381,9 @@ def test_fp8_applies_only_to_the_projections(layer, x):
 
 
 def test_heads_that_do_not_divide_raise():
-    with pytest.raises(ValueError, match="model.linear_value_heads = 3 .* model.linear_key_heads = 2"):
+    with pytest.raises(
+        ValueError, match="model.linear_value_heads = 3 .* model.linear_key_heads = 2"
+    ):
         new_layer(linear_value_heads=3)
 
 

@@ -29,7 +29,7 @@ SMALLEST = str(Path(__file__).parents[1] / "smallest.py")
 @pytest.fixture(scope="module", autouse=True)
 def one_device_and_mixed_rewards(compile_quickly):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2 or text == f"#{answer}")  # noqa: E731
         patch.setitem(rewards.REWARDS, "arithmetic", reward)
         yield

@@ -1,0 +1,55 @@
+"""The configuration of a run, from a config file to the copy in its workdir.
+
+A config file (`configs/*.py`) starts from `default_config()` and sets fields. The command line sets
+single ones (`--config.train.steps=50`). `resolve` checks the result, fills in what follows from other
+fields, and freezes it. `claim_workdir` keeps the resolved config beside the run, so that a directory
+never mixes two experiments.
+
+Every field is one row in the `settings.py` of the room that uses it (see `drpo_jax.fields`).
+
+    settings    the sections of the run itself: train, sft, evaluate, checkpoint, log
+    sections    all sections together; nested and flat forms
+    checks      ranges, and the rules between sections
+    objective   the objective's hyperparameters and boundary
+    resolve     derived fields
+    workdir     config.json
+    variants    what follows the colon in --config=FILE:VARIANT
+    paper       what the configs of the DRPO paper share
+
+Wrong input raises `drpo_jax.errors.BadInput`; the message names the field, its value, and what would
+be right.
+"""
+
+from drpo_jax.config.checks import validate
+from drpo_jax.config.objective import boundary, objective_hyper, objective_summary, with_hyper
+from drpo_jax.config.resolve import resolve
+from drpo_jax.config.sections import (
+    default_config,
+    field_table,
+    field_types,
+    flatten,
+    from_dict,
+    suggest,
+    type_name,
+)
+from drpo_jax.config.workdir import claim_workdir, from_json, run_config, to_json
+
+__all__ = [
+    "boundary",
+    "claim_workdir",
+    "default_config",
+    "field_table",
+    "field_types",
+    "flatten",
+    "from_dict",
+    "from_json",
+    "objective_hyper",
+    "objective_summary",
+    "resolve",
+    "run_config",
+    "suggest",
+    "to_json",
+    "type_name",
+    "validate",
+    "with_hyper",
+]

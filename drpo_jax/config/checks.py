@@ -1,0 +1,362 @@
+"""Checks of a config: types, ranges, and the rules between sections, each topic in a function."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from absl import logging
+
+from drpo_jax import data
+from drpo_jax.config.objective import objective_hyper
+from drpo_jax.config.sections import field_table, flatten, suggest
+from drpo_jax.errors import BadInput
+from drpo_jax.models.attention import attention_kernel
+from drpo_jax.models.settings import Compute
+from drpo_jax.objectives import OBJECTIVES, THRESHOLDS, hyperparameters
+from drpo_jax.objectives.advantages import NEEDS_GROUPS
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Checks a config, and warns of settings that are allowed but hardly ever meant.
+
+    Raises:
+      BadInput: one message that lists every problem: field, value, and what would be right. Ranges
+        are checked once all fields are there and have their types.
+    """
+    values = flatten(config)
+    check_fields(values)
+    problems = {
+        row.path: problem
+        for row in field_table()
+        if (problem := row.value_problem(values[row.path]))
+    }
+    check = Check(values, problems)
+    for rule in RULES:
+        rule(check)
+    _raise_problems(
+        [f"{f} = {values[f]!r}: {problem}" for f, problem in problems.items()] + check.problems
+    )
+    _warn(values)
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raises `BadInput` for flat fields that are unknown, missing or of another type."""
+    rows = {row.path: row for row in field_table()}
+    problems = [f"{f} is not a field: {suggest(f, rows)}" for f in values if f not in rows]
+    if missing := [f for f in rows if f not in values]:
+        problems.append(f"missing (start from default_config()): {', '.join(missing)}")
+    _raise_problems(
+        problems
+        + [
+            f"{f} = {value!r}: {problem}"
+            for f, value in values.items()
+            if f in rows and (problem := rows[f].type_problem(value))
+        ]
+    )
+
+
+def _raise_problems(problems: Iterable[str]) -> None:
+    if lines := list(problems):
+        raise BadInput("the config has errors:\n  " + "\n  ".join(lines))
+
+
+class Check:
+    """The flat fields of a config, and the problems that the rules find in them.
+
+    Args:
+      values: the fields.
+      invalid: names of the fields that are out of their own range, which is reported already.
+    """
+
+    def __init__(self, values: Mapping[str, Any], invalid: Collection[str]):
+        self.values, self.invalid = values, invalid
+        self.problems: list[str] = []
+
+    def __getitem__(self, field: str) -> Any:
+        return self.values[field]
+
+    def require(self, holds: Any, fields: str, right: str) -> None:
+        """Notes a problem of `fields` (separated by spaces) unless `holds`; `right` says the remedy."""
+        if not holds:
+            listed = ", ".join(f"{f} = {self[f]!r}" for f in fields.split())
+            self.problems.append(f"{listed}: {right}")
+
+    def divides(self, small: str, large: str, factor: int = 1) -> None:
+        """Requires field `small`, if it is positive, to divide field `large` times `factor`."""
+        total = self[large] * factor
+        named = large if factor == 1 else f"{large} * {factor} = {total}"
+        holds = self[small] <= 0 or total % self[small] == 0
+        self.require(holds, f"{small} {large}", f"{small} must divide {named}")
+
+
+# ------------------------------------------------------------------------------------ the rules
+# A rule has to survive fields that are out of their own range.
+
+
+def _attention(check: Check) -> None:
+    check.divides("model.kv_heads", "model.heads")
+    rotated = check["model.head_dim"] * check["model.rotary_fraction"]
+    fields = "model.head_dim model.rotary_fraction"
+    check.require(rotated % 2 == 0, fields, "the number of rotated channels must be even (pairs)")
+    kernel, dtype = check["compute.attention"], check["compute.dtype"]
+    if kernel == "auto" or {"compute.attention", "compute.dtype"} & set(check.invalid):
+        return
+    try:
+        attention_kernel(Compute(attention=kernel), jnp.dtype(dtype), 1, check["model.head_dim"])
+    except ValueError as error:
+        check.problems.append(f"compute.{error}")
+
+
+def _delta_nets(check: Check) -> None:
+    check.divides("model.full_attention_every", "model.layers")
+    sizes = [f"model.linear_{f}" for f in ("key_heads", "value_heads", "key_dim", "value_dim")]
+    fields = " ".join(["model.full_attention_every", *sizes])
+    if check["model.full_attention_every"] > 1:
+        check.require(all(check[f] > 0 for f in sizes), fields, "DeltaNet layers need their sizes")
+    else:
+        check.require(not any(check[f] for f in sizes), fields, "without DeltaNet layers, 0 in all")
+
+
+def _experts(check: Check) -> None:
+    experts, per_token = check["model.experts"], check["model.experts_per_token"]
+    sizes = "model.experts model.experts_per_token model.expert_size"
+    if experts:
+        check.require(1 <= per_token <= experts, sizes, "a token visits 1 to all experts")
+        check.require(check["model.expert_size"] > 0, sizes, "experts need a size")
+        check.divides("mesh.expert", "model.experts")
+        return
+    none = "without experts"
+    check.require(check["model.mlp_size"] > 0, "model.mlp_size model.experts", f"{none}, above 0")
+    check.require(not any(check[f] for f in sizes.split()), sizes, f"{none}, 0 in all three")
+    for field, off in (("model.shared_expert_size", 0), ("mesh.expert", 1)):
+        check.require(check[field] == off, f"{field} model.experts", f"{none}, {off}")
+    replay = "train.routing_replay"
+    check.require(not check[replay], f"{replay} model.experts", f"{none} there are no routes")
+
+
+def _mesh(check: Check) -> None:
+    axes = [f for f in check.values if f.startswith("mesh.")]
+    rest = sum(check[f] == -1 for f in axes)
+    check.require(rest <= 1, " ".join(axes), "only one can take the rest (-1)")
+
+
+def _batches(check: Check) -> None:
+    check.divides("train.mini_batch_prompts", "train.prompts")
+    check.divides("train.micro_batch", "train.mini_batch_prompts", factor=check["train.samples"])
+    check.divides("sft.micro_batch", "sft.batch")
+
+
+def _objective(check: Check) -> None:
+    name, reading = check["objective.name"], check["objective.threshold"]
+    if "objective.name" in check.invalid:
+        return
+    for hyper in hyperparameters():
+        field = f"objective.{hyper}"
+        takers = [o for o in OBJECTIVES if hyper in OBJECTIVES[o].hyper]
+        right = f"{name} does not take {hyper}; taken by {', '.join(takers)}"
+        check.require(check[field] is None or name in takers, f"{field} objective.name", right)
+    if not reading:
+        return
+    hyper, fields = OBJECTIVES[name].threshold, "objective.threshold objective.name"
+    if hyper is None:
+        check.require(False, fields, "this objective takes none")
+        return
+    readings = THRESHOLDS[hyper]
+    check.require(reading in readings, fields, f"this objective takes {', '.join(readings)}")
+    field = f"objective.{hyper}"
+    agrees = check[field] in (None, readings.get(reading))
+    check.require(agrees, f"objective.threshold {field}", "give one of the two")
+
+
+def _around_the_objective(check: Check) -> None:
+    compares = check["objective.advantage"] in NEEDS_GROUPS
+    check.require(
+        check["train.samples"] >= 2 or not compares,
+        "train.samples objective.advantage",
+        "it compares 2 samples or more",
+    )
+    check.require(
+        (check["objective.kl"] != "none") == (check["objective.kl_coefficient"] > 0),
+        "objective.kl objective.kl_coefficient",
+        "give both, or neither",
+    )
+    check.require(
+        check["sampler.top_logprobs"] <= check["model.vocab_size"],
+        "sampler.top_logprobs model.vocab_size",
+        "at most the vocabulary",
+    )
+
+
+def _correction(check: Check) -> None:
+    corrected = check["objective.correction"] != "none"
+    check.require(
+        check["objective.behavior"] == "rescored" or not corrected,
+        "objective.correction objective.behavior",
+        "a correction needs objective.behavior = 'rescored'",
+    )
+    check.require(
+        check["objective.correction_floor"] < check["objective.correction_cap"],
+        "objective.correction_floor objective.correction_cap",
+        "the floor lies below the cap",
+    )
+    name, by_token = check["objective.name"], check["objective.correction_level"] == "token"
+    whole = "objective.name" not in check.invalid and OBJECTIVES[name].needs_sequences
+    check.require(
+        not (corrected and by_token and whole),
+        "objective.correction_level objective.name",
+        f"{name} takes sequence or geometric",
+    )
+
+
+def _precision(check: Check) -> None:
+    check.require(
+        check["precision.recipe"] != "none" or check["precision.sampler_weights"] != "codes",
+        "precision.sampler_weights precision.recipe",
+        "without a recipe, no codes to hold",
+    )
+
+
+def _problems(check: Check) -> None:
+    task, problems = check["data.task"], check["data.problems"]
+    check.require(
+        task in data.TASKS or problems,
+        "data.task data.problems",
+        "name a file of problems, or a data set",
+    )
+    check.require(
+        not check["evaluate.sets"] or problems or check["reward.name"],
+        "evaluate.sets reward.name",
+        "name the reward of problems that are not the task's, such as math",
+    )
+    check.require(
+        not check["data.rollouts"] or check["data.filter"] != "none",
+        "data.rollouts data.filter",
+        "a filter: clean or dapo",
+    )
+    check.require(
+        check["data.pass_low"] <= check["data.pass_high"],
+        "data.pass_low data.pass_high",
+        "the first is at most the second",
+    )
+    check.require(
+        check["reward.overlong_buffer"] <= check["sampler.max_response_length"],
+        "reward.overlong_buffer sampler.max_response_length",
+        "the buffer lies within the response",
+    )
+
+
+def _text(check: Check) -> None:
+    instruction = check["data.instruction"]
+    if instruction not in data.TEMPLATES and instruction.count("{problem}") != 1:
+        names = ", ".join(data.TEMPLATES)
+        check.problems.append(f"data.instruction: must be {names}, or have {{problem}} in it, once")
+    check.require(
+        check["data.chat"] or (check["data.thinking"] == "default" and not check["data.system"]),
+        "data.chat data.thinking data.system",
+        "the last two belong to a chat",
+    )
+    if _has_tokenizer(check):
+        return
+    smallest = data.CharTokenizer.vocab_size
+    check.require(
+        check["model.vocab_size"] >= smallest,
+        "model.vocab_size",
+        f"must be at least the tokenizer's {smallest}",
+    )
+    check.require(
+        not check["data.chat"],
+        "data.chat",
+        "a chat template needs a model.path, or a data.tokenizer",
+    )
+    check.require(
+        check["data.task"] == "arithmetic" or check["data.problems"],
+        "data.task",
+        "problems in words need a model.path, or a data.tokenizer",
+    )
+
+
+def _demonstrations(check: Check) -> None:
+    if not check["sft.steps"]:
+        return
+    if _has_tokenizer(check):
+        check.require(False, "sft.steps", "demonstrations are made of single characters; 0")
+    elif check["data.task"] != "arithmetic":
+        check.require(False, "sft.steps data.task", "demonstrations are arithmetic")
+
+
+def _task(check: Check) -> None:
+    """The procedural task accepts its fields, and its longest texts fit."""
+    settings = {
+        f.removeprefix("data."): v for f, v in check.values.items() if f.startswith("data.")
+    }
+    if settings["task"] not in data.TASKS:
+        return
+    try:
+        task = data.TASKS[settings["task"]](settings)
+    except ValueError as error:
+        check.problems.append(f"data.{error}")
+        return
+    warm_start = check["sft.steps"]
+    used = not check["data.problems"] or warm_start
+    if settings["task"] != "arithmetic" or _has_tokenizer(check) or not used:
+        return
+    with contextlib.suppress(ValueError):
+        lengths = [("sampler.max_prompt_length", data.max_prompt_length(task), "prompt")]
+        if warm_start:
+            longest = data.max_response_length(task)
+            lengths.append(("sampler.max_response_length", longest, "demonstration"))
+        for field, longest, text in lengths:
+            right = f"the longest {text} has {longest} tokens"
+            check.require(check[field] >= longest, f"{field} data.digits", right)
+
+
+def _has_tokenizer(check: Check) -> bool:
+    """Whether text is tokenized by a Hugging Face directory's tokenizer, not by characters."""
+    return bool(check["model.path"] or check["data.tokenizer"])
+
+
+RULES = (
+    _attention,
+    _delta_nets,
+    _experts,
+    _mesh,
+    _batches,
+    _objective,
+    _around_the_objective,
+    _correction,
+    _precision,
+    _problems,
+    _text,
+    _demonstrations,
+    _task,
+)
+
+
+def _warn(values: Mapping[str, Any]) -> None:
+    """Warns of settings that run but defeat the purpose of the objective."""
+    name, aggregation = values["objective.name"], values["objective.aggregation"]
+    objective = OBJECTIVES[name]
+    if objective.aggregation not in (None, aggregation):
+        logging.warning(
+            "objective.aggregation = %r: %s divides the objective of a response by its length only "
+            "under %r; this one gives long responses more weight.",
+            aggregation,
+            name,
+            objective.aggregation,
+        )
+    uncorrected = values["objective.correction"] == "none"
+    rescored = values["objective.behavior"] == "rescored"
+    if objective.corrects_mismatch and rescored and uncorrected:
+        logging.warning(
+            "%s with objective.behavior = 'rescored': its ratio no longer corrects the sampler's "
+            "mismatch; 'sampler' does.",
+            name,
+        )
+    delta = objective_hyper(values).get("delta", 0)
+    if objective.boundary == "probability" and delta >= 1:
+        logging.warning(
+            "delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
+            "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
+            delta,
+        )

@@ -1,0 +1,70 @@
+"""The settings of the DRPO paper that its configs share."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from drpo_jax.config.sections import default_config
+from drpo_jax.models import PRESETS
+
+PRECISION = {
+    "bf16": {"precision.recipe": "none"},
+    "fp8_rollout": {"precision.recipe": "rollout"},
+    "fp8_e2e": {"precision.recipe": "e2e"},
+}
+
+
+def paper_config(preset: str) -> ConfigDict:
+    """Returns the setting of the paper's Qwen3-4B-Base run for the architecture of a preset.
+
+    64 prompts with 8 responses each, 4 updates per rollout, responses of up to 8,192 tokens, DRPO at
+    the released threshold, µ from the sampler, Â = reward − mean, AdamW at 1e-6, bfloat16 compute on
+    float32 weights. model.path has to name the checkpoint. data.problems may name a file of
+    DAPO-Math-17k.
+
+    The mesh takes 4, 8 or 16 devices. With 16 devices of 32 GB (v6e:4x4), each holds a quarter of a
+    bfloat16 copy of the model for sampling, a sixteenth of the training state, and a sixteenth of the
+    cache of 128 sequences, which has 11 GB for Qwen3-4B.
+    """
+    config = default_config()
+    config.model.update(dataclasses.asdict(PRESETS[preset]))
+    config.compute.update(dtype="bfloat16", remat="full")
+    config.mesh.update(data=1, fsdp=-1, tensor=4)
+    config.objective.update(
+        name="drpo",
+        threshold="released",
+        advantage="dr_grpo",
+        aggregation="seq-mean-token-sum-norm",
+        behavior="sampler",
+    )
+    config.optimizer.update(
+        learning_rate=1e-6, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0
+    )
+    config.sampler.update(
+        max_prompt_length=1024, max_response_length=8192, temperature=1.0, slots=128
+    )
+    config.train.update(steps=300, prompts=64, samples=8, mini_batch_prompts=16, micro_batch=16)
+    config.train.pack = True  # Most responses are far shorter than the longest.
+    config.evaluate.update(
+        sets="aime24,aime25", every=10, samples=16, temperature=1.0, greedy=False
+    )
+    config.checkpoint.update(every=10, keep=2)
+    config.data.update(
+        task="math", problems="dapo_math_17k", filter="dapo", chat=True, instruction="boxed"
+    )
+    return config
+
+
+def large_config(preset: str) -> ConfigDict:
+    """Returns the setting of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips.
+
+    256 prompts with 16 responses each, 8 updates per rollout; all else as in `paper_config`. The mesh
+    is for v5p:4x4x4. Experts lie on 4 devices: on 8, the sampler would read half as many weights per
+    token, but every layer of the learner would gather twice as many tokens
+    (`models.experts.run_experts`).
+    """
+    config = paper_config(preset)
+    config.mesh.update(expert=4, tensor=1)
+    config.sampler.update(max_prompt_length=2048, slots=1024)
+    config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
+    return config

@@ -1,0 +1,128 @@
+"""The sections that belong to the run: train, sft, evaluate, checkpoint, log; and the seed."""
+
+import dataclasses
+
+from drpo_jax.fields import NOT_NEGATIVE, OPERATIONAL, POSITIVE, SHARE, Range, field
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """Fields outside of the sections."""
+
+    seed: int = field(
+        0,
+        "Seed of the initial weights, the problems, the samples and the order of the data.",
+        Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32),
+        distinguishes=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The section `train`: rollouts and updates."""
+
+    steps: int = field(200, "Rollout steps.", POSITIVE, may_change=True)
+    prompts: int = field(64, "Prompts per rollout.", POSITIVE)
+    samples: int = field(8, "Responses per prompt: the group of an advantage.", POSITIVE)
+    mini_batch_prompts: int = field(16, "Prompts per optimizer update; divides prompts.", POSITIVE)
+    micro_batch: int = field(
+        8, "Sequences per forward and backward pass; divides the mini-batch.", POSITIVE
+    )
+    pack: bool = field(False, "Updates put several sequences into one row.")
+    routing_replay: bool = field(
+        False, "In the learner, tokens visit the experts that they visited in the sampler (R3)."
+    )
+    epochs: int = field(1, "Passes over a rollout.", POSITIVE)
+    max_skipped: int = field(
+        5,
+        "Non-finite updates in a row after which the run stops.",
+        POSITIVE,
+        **OPERATIONAL,
+    )
+    save_rollout_every: int = field(
+        20,
+        "Rollout steps between saved rollouts; 0: never.",
+        NOT_NEGATIVE,
+        **OPERATIONAL,
+    )
+    shuffle_rewards: bool = field(
+        False, "Control experiment: rewards are permuted over the rollout."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSettings:
+    """The section `sft`: the supervised warm start."""
+
+    steps: int = field(0, "Optimizer updates; 0: no warm start.", NOT_NEGATIVE)
+    batch: int = field(128, "Sequences per update.", POSITIVE)
+    micro_batch: int = field(
+        32, "Sequences per forward and backward pass; divides batch.", POSITIVE
+    )
+    learning_rate: float = field(
+        1e-3, "Peak learning rate; it falls linearly to a tenth.", POSITIVE
+    )
+    warmup_steps: int = field(20, "Updates with a rising learning rate.", NOT_NEGATIVE)
+    direct_share: float = field(
+        0.5, "Share of demonstrations that give the answer without working it out.", SHARE
+    )
+    direct_error: float = field(0.5, "Share of direct demonstrations with a wrong answer.", SHARE)
+    worked_error: float = field(
+        0.1, "Probability of an error in each column of a worked demonstration.", SHARE
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """The section `evaluate`: held-out problems, during training and in drpo_jax.evaluate."""
+
+    every: int = field(
+        0,
+        "Rollout steps between evaluations; 0: only before and after training.",
+        NOT_NEGATIVE,
+        **OPERATIONAL,
+    )
+    sets: str = field(
+        "",
+        "Files or names in drpo_jax.data.SETS, separated by commas. Empty: a held-out part of the "
+        "training problems.",
+    )
+    problems: int = field(256, "Size of the held-out part.", POSITIVE)
+    samples: int = field(4, "Responses per problem: the k of avg@k.", POSITIVE, may_change=True)
+    temperature: float = field(1.0, "Sampling temperature.", POSITIVE, may_change=True)
+    greedy: bool = field(True, "Also takes one greedy response per problem.", may_change=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """The section `checkpoint`."""
+
+    every: int = field(20, "Rollout steps between saves.", POSITIVE, **OPERATIONAL)
+    keep: int = field(
+        2,
+        "Latest checkpoints to keep, besides the best.",
+        POSITIVE,
+        **OPERATIONAL,
+    )
+    best_metric: str = field(
+        "eval/avg", "Metric whose highest value marks the best checkpoint.", distinguishes=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """The section `log`."""
+
+    every: int = field(1, "Rollout steps between logged steps.", POSITIVE, **OPERATIONAL)
+    mismatch_every: int = field(
+        10,
+        "Rollout steps between comparisons of the sampler's logprobs with the learner's; 0: never.",
+        NOT_NEGATIVE,
+        **OPERATIONAL,
+    )
+    samples_every: int = field(
+        10,
+        "Rollout steps between sampled responses printed on the console; 0: never.",
+        NOT_NEGATIVE,
+        **OPERATIONAL,
+    )

@@ -1,0 +1,111 @@
+"""The workdir's copy of the config: `config.json`, written and compared when a run starts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from drpo_jax.config.checks import check_fields
+from drpo_jax.config.objective import with_hyper
+from drpo_jax.config.sections import default_config, field_table, flatten, from_dict
+from drpo_jax.errors import BadInput
+from drpo_jax.storage import write_whole
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """Returns the config as indented JSON with sorted keys, null for an unset hyperparameter."""
+    return json.dumps(ConfigDict(config).to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the config that `to_json` wrote, with fields that it lacks at their defaults.
+
+    Values were checked when the run began. They are not checked again, so that a config may name an
+    objective or a reward that its config file registered.
+
+    Raises:
+      BadInput: other text, unknown fields, or values of another type.
+    """
+    values = _parse_json(text, "the config")
+    check_fields(values)
+    return from_dict(values)
+
+
+def run_config(workdir: Path) -> ConfigDict:
+    """Returns the resolved config of the run in `workdir`.
+
+    Raises:
+      BadInput: there is no run, or one with fields that this version does not have.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise BadInput(
+            f"{workdir} holds no run (there is no config.json); give the --workdir of one"
+        )
+    try:
+        return from_json(path.read_text())
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Binds `workdir` to `config` by writing `config.json` into it.
+
+    Fields that may change on resume (`field_table`) may differ from the last time; the file is then
+    brought up to date. Two of them are bound under a condition: train.steps where the learning rate
+    follows a schedule, which is stretched over it; model.path where a KL penalty refers to it.
+
+    Returns:
+      Whether the directory was bound before.
+
+    Raises:
+      BadInput: the directory holds a run with another config; lists the fields that differ.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise BadInput(f"{workdir} is a file: --workdir must be a directory or not exist yet")
+    path = workdir / "config.json"
+    claimed = path.exists()
+    if claimed and (differing := _differences(path, config)):
+        stretched = any(line.startswith("train.steps") for line in differing)
+        raise BadInput(
+            f"{workdir} holds a run with another config (its value -> this run's value):\n  "
+            + "\n  ".join(differing)
+            + "\nTake another --workdir for a new run, or the old values to resume that one."
+            + (
+                " (A learning rate that falls is stretched over train.steps; with "
+                "optimizer.schedule = 'constant' a run can be made longer.)"
+                if stretched
+                else ""
+            )
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, to_json(config))
+    return claimed
+
+
+def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """Returns a line for every field that may not change but differs from the file `path`."""
+    old, new = with_hyper(_parse_json(path.read_text(), str(path))), with_hyper(config)
+    free = {row.path for row in field_table() if row.may_change}
+    if new["optimizer.schedule"] != "constant":
+        free.remove("train.steps")
+    if new["objective.kl"] != "none":
+        free.remove("model.path")  # The reference is read from there.
+    return [
+        f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
+        for f in sorted({*old, *new} - free)
+        if old.get(f) != new.get(f)
+    ]
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    """Returns the flat fields that `to_json` wrote; those an older version lacked are at defaults."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where} must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{where} must be a JSON object, not {type(values).__name__}")
+    return flatten(default_config()) | flatten(values)

@@ -1,0 +1,64 @@
+"""The section `data`: problems and how the model is asked."""
+
+import dataclasses
+
+from drpo_jax.data import TASKS
+from drpo_jax.fields import SHARE, field
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Problems, filters, tokenizer and prompt format."""
+
+    task: str = field(
+        "arithmetic",
+        "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
+        "data.problems.",
+        (*TASKS, "math"),
+    )
+    digits: int = field(
+        3,
+        "Digits of the operands (of the first one in a product); chain_sum: most digits of a term.",
+    )
+    operations: str = field("+-*", "Operations of arithmetic and chain_sum.")
+    terms: int = field(2, "Most terms of a chain_sum, most numbers of a countdown.")
+    problems: str = field(
+        "",
+        "Train on these problems instead of the task's: a file (.jsonl or .parquet), or a name in "
+        "drpo_jax.data.SETS such as gsm8k.",
+    )
+    filter: str = field(
+        "none",
+        "Problems to drop. clean: those that repeat or contradict others, that are too long, or whose "
+        "answer is never rewarded. dapo: also those without an integer answer.",
+        ("none", "clean", "dapo"),
+    )
+    rollouts: str = field(
+        "",
+        "responses.jsonl of an evaluation: keeps the problems with a pass rate between pass_low and "
+        "pass_high.",
+    )
+    pass_low: float = field(0.0, "Lowest pass rate kept.", SHARE)
+    pass_high: float = field(1.0, "Highest pass rate kept.", SHARE)
+    tokenizer: str = field(
+        "",
+        "Hugging Face directory of the tokenizer. Empty: that of model.path, or single characters "
+        "without one.",
+        may_change=True,
+    )
+    instruction: str = field(
+        "{problem}", "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES."
+    )
+    chat: bool = field(False, "Prompts go through the tokenizer's chat template.")
+    system: str = field(
+        "", "System message that opens the chat. Empty: whatever the template puts there."
+    )
+    thinking: str = field(
+        "default",
+        "enable_thinking of the chat template: on, or off (Qwen3: an empty thought).",
+        ("default", "on", "off"),
+    )
+    init_from: str = field(
+        "",
+        "Workdir of an sft run to start from. Empty: train makes the warm start itself.",
+    )

@@ -1,0 +1,32 @@
+"""The section `mesh`: devices along each axis."""
+
+import dataclasses
+
+from drpo_jax.fields import OPERATIONAL, Range, field
+
+SIZE = Range("positive, or -1 for the rest", lambda x: x >= 1 or x == -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each mesh axis. One of them may be -1 and takes the remaining devices."""
+
+    data: int = field(
+        -1,
+        "Devices that split the batch, each group with its own copy of the weights.",
+        SIZE,
+        **OPERATIONAL,
+    )
+    fsdp: int = field(
+        1,
+        "Devices that split the batch, and the weights along the model width.",
+        SIZE,
+        **OPERATIONAL,
+    )
+    expert: int = field(1, "Devices that split the batch and the experts.", SIZE, **OPERATIONAL)
+    tensor: int = field(
+        1,
+        "Devices that split heads, MLP width and vocabulary.",
+        SIZE,
+        **OPERATIONAL,
+    )

@@ -190,9 +190,9 @@ class Sampler:
         """
         if self.prompt_length is None:
             raise ValueError("largest: only a Sampler with a prompt_length has largest programs")
+        dtype = self.compute.dtype
         with jax.set_mesh(mesh):
             shape = self.shape(params, self.prompt_length, self.prompt_length)
-            dtype = self.compute.dtype
             slots = jax.eval_shape(
                 lambda m: self.programs["empty_slots"](m, self.slots, shape.sizes[-1]), model
             )
@@ -217,22 +217,17 @@ class Sampler:
         static = {"params": params}
         chunk = {"tokens": ints(shape.together, shape.chunk), "start": ints(), "lengths": prompts}
         hidden = jax.ShapeDtypeStruct((shape.together, model.config.hidden_size), dtype)
+        prefill = {"sampler weights": model, "prompts": rows, **chunk}
         first = {"sampler weights": model, "hidden": place(hidden), "key": key, "ids": prompts}
+        admit = {"caches": slots, "prompts": rows, "arrivals": arrivals}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
-        return {
-            "prefill": (
-                self.programs["prefill"],
-                {"sampler weights": model, "prompts": rows, **chunk},
-                {"record": params.routes},
-            ),
-            "first_tokens": (self.programs["first_tokens"], first, static),
-            "admit": (
-                self.programs["admit"],
-                {"caches": slots, "prompts": rows, "arrivals": arrivals},
-                {},
-            ),
-            "decode": (self.programs["decode"], decode | {"floor": ints()}, static),
+        calls = {
+            "prefill": (prefill, {"record": params.routes}),
+            "first_tokens": (first, static),
+            "admit": (admit, {}),
+            "decode": (decode | {"floor": ints()}, static),
         }
+        return {name: (self.programs[name], *call) for name, call in calls.items()}
 
     def generate(
         self,

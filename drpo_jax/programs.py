@@ -75,7 +75,8 @@ class Programs:
       perturbed(model, key): the learner's model with the noise that `sync` draws from `key`.
 
     Samplers, with jitted programs of their own (see `Sampler.programs`):
-      sampler, exact_sampler: of the rollouts, and of evaluation.
+      sampler: the Sampler of the rollouts, which follows the precision recipe.
+      exact_sampler: the Sampler of evaluation, which follows none.
 
     Attributes:
       config, mesh, model_config: what the programs are built from.

@@ -20,7 +20,7 @@ from drpo_jax.learner import record
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
-from drpo_jax.metrics import describe, read_metrics
+from drpo_jax.metrics import describe, read_metrics, read_starts
 from drpo_jax.objectives import advantages, token_objective
 from drpo_jax.parallel import make_mesh
 
@@ -291,6 +291,11 @@ def test_problems_from_a_file(other):
     trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
+
+
+def test_a_run_records_its_environment(whole):
+    (start,) = read_starts(whole)
+    assert start["step"] == 0 and start["jax"] == jax.__version__
 
 
 def test_every_metric_of_a_run_is_in_the_catalogue(whole, other):

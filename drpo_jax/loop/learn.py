@@ -11,7 +11,7 @@ import numpy as np
 
 from drpo_jax.learner import TokenTrace, TrainState
 from drpo_jax.loop.run import SHUFFLE, Run
-from drpo_jax.metrics import reduce_pairs
+from drpo_jax.metrics import reduce_pairs, reduce_values
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import advantages, mismatch_weight, reward_penalty, with_spread
 from drpo_jax.parallel import multihost
@@ -177,10 +177,8 @@ def _reduced(reports: Sequence[tuple[Any, ...]]) -> dict[str, float]:
     pairs, extremes, updates, skipped = zip(*reports)
     sums = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *pairs)
     metrics = with_spread(reduce_pairs(sums))
-    for name in extremes[0]:
-        combine = min if name.endswith("_min") else max
-        metrics[name] = combine(e[name] for e in extremes)
-    metrics |= {name: np.mean([u[name] for u in updates]) for name in updates[0]}
+    for values in (extremes, updates):
+        metrics |= {name: reduce_values(name, [v[name] for v in values]) for name in values[0]}
     metrics["grad_norm_max"] = max(u["grad_norm"] for u in updates)
     metrics["updates/skipped"] = sum(count > 0 for count in skipped)
     metrics["updates/skipped_in_a_row"] = max(skipped)

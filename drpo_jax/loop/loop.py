@@ -21,7 +21,7 @@ from drpo_jax.loop.rollout import Example, collect, training_reward
 from drpo_jax.loop.run import Run, claim
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
-from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics
+from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
 from drpo_jax.objectives import informative
 from drpo_jax.parallel import multihost
 
@@ -61,7 +61,10 @@ def _train(run: Run) -> None:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, start = _start(run, checkpoints)
-        log = stack.enter_context(MetricLogger(run.workdir, total, first_step=start + bool(start)))
+        record_start(run.workdir, start)
+        first = start + bool(start)
+        log = stack.enter_context(MetricLogger(run.workdir, total, first, config=config))
+        print(f"columns\n{log.legend()}", flush=True)
         clock = CompileClock()
         if start == 0:
             print("compiling prefill and decode, evaluating the held-out problems …", flush=True)
@@ -82,7 +85,8 @@ def _train(run: Run) -> None:
             if was_mixed and not mixed:
                 print(console.no_gradient(step, example), flush=True)
             if _due(step, console.SAMPLES_EVERY):
-                print(console.show_example(step, example), flush=True)
+                print(text := console.show_example(step, example), flush=True)
+                log.log_text("sample", text, step)
             if stuck:
                 guard.stop(run, skipped, step, checkpoints)
             if last or evaluated or _due(step, config.checkpoint.every):

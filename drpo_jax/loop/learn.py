@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from drpo_jax.calls import needs_old_logp
 from drpo_jax.learner import TokenTrace, TrainState
 from drpo_jax.loop.run import SHUFFLE, Run
 from drpo_jax.metrics import reduce_pairs, reduce_values
@@ -52,7 +53,7 @@ def objective_inputs(
     rescored = objective.behavior == "rescored"
     topk = {"topk_ids": rollouts.top_ids} if "topk_logp" in arrays else {}
     old = None
-    if rescore or rescored or "old_logp" in arrays:
+    if rescore or needs_old_logp(run.programs):
         old = score(run, model, rollouts, step, topk)
     # π is the full softmax at the sampling temperature, and so is the default µ.
     recorded = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.sampled_logp}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles the paper's six settings for TPU slices that nobody needs to have, and prints the table of
-# launch/README.md: bash launch/six_settings.sh. An hour or two; a setting whose figures are there is
+# docs/devices.md: bash launch/six_settings.sh. An hour or two; a setting whose figures are there is
 # not compiled again (remove them after a change of the code).
 #   FIGURES  directory of the figures and of what preflight said (default: .cache/six_settings)
 #   PYTHON, VENV  see setup.sh; libtpu has to be there besides (preflight says how)

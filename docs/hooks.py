@@ -2,8 +2,10 @@
 
 Pages link to source files by relative paths (`../drpo_jax/loop/run.py`), which work on a code host and in
 an editor. The site has no code host to link to, so every linked file becomes a page of the site, with line
-numbers; images and notebooks are copied. A table between `<!-- generated: NAME -->` and the next blank line
-is replaced by the output of `TABLES[NAME]`.
+numbers; images and notebooks are copied. Two comments are replaced by generated text:
+
+    <!-- generated: NAME -->     the output of `TABLES[NAME]`
+    <!-- reference: MODULE -->   the docstrings of a module, and of every module of a package
 """
 
 import logging
@@ -18,7 +20,8 @@ log = logging.getLogger("mkdocs.hooks")
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\]\()(?P<target>\.\./[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
-MARKER = re.compile(r"<!-- generated: (\w+) -->")
+TABLE = re.compile(r"<!-- generated: (\w+) -->")
+REFERENCE = re.compile(r"<!-- reference: ([\w.]+) -->")
 COPIED = {".png", ".svg", ".ipynb"}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 
@@ -73,8 +76,21 @@ def on_page_markdown(markdown, page, config, files):
         target = posixpath.relpath(site_path(path), posixpath.dirname(page.file.src_uri) or ".")
         return f"{match['before']}{target}{match['anchor'] or ''})"
 
-    markdown = MARKER.sub(lambda match: TABLES[match[1]](), markdown)
+    markdown = TABLE.sub(lambda match: TABLES[match[1]](), markdown)
+    markdown = REFERENCE.sub(lambda match: reference(match[1]), markdown)
     return LINK.sub(redirect, markdown)
+
+
+def reference(module: str) -> str:
+    """The directives that render a module. Of a package itself only the docstring is shown: its names
+    are those of its modules."""
+    folder = ROOT / module.replace(".", "/")
+    if not folder.is_dir():
+        return f"::: {module}"
+    blocks = [f"::: {module}\n    options:\n      members: false"]
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    blocks += [f"::: {module}.{name}" for name in names]
+    return "\n\n".join(blocks)
 
 
 def outside(file, target: str) -> str | None:

@@ -27,21 +27,30 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".json": "json", "
 
 
 def metrics_table() -> str:
-    """The catalogue of metrics, one table per section."""
-    try:
-        from drpo_jax.metrics.catalogue import markdown_table
-    except ImportError:
-        return "PLACEHOLDER"
-    return markdown_table()
+    """The catalogue of metrics, a table per section."""
+    from drpo_jax.metrics.catalogue import markdown_table
+
+    return re.sub(r"^## ", "### ", markdown_table(), flags=re.MULTILINE)
 
 
 def fields_table() -> str:
-    """Every config field, one table per section."""
-    try:
-        from drpo_jax.config import field_table
-    except ImportError:
-        return "PLACEHOLDER"
-    return field_table()
+    """Every config field, a table per section."""
+    from drpo_jax.config import field_table
+
+    lines, section = [], None
+    for field in field_table():
+        if field.section != section:
+            section = field.section
+            lines += ["", f"### {section or 'seed'}", ""]
+            lines += [
+                "| field | default | meaning | allowed | on resume |",
+                "|---|---|---|---|---|",
+            ]
+        default = "" if field.default is None else f"`{field.default!r}`"
+        may_change = "may change" if field.may_change else ""
+        cells = (f"`{field.path}`", default, field.meaning, field.allowed, may_change)
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 TABLES = {"metrics": metrics_table, "fields": fields_table}

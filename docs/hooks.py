@@ -1,8 +1,8 @@
 """What mkdocs does besides rendering the pages: generated tables, and links into the source tree.
 
-Pages link to source files by relative paths (`../drpo_jax/loop/run.py`), which work on a code host and in
-an editor. The site has no code host to link to, so every linked file becomes a page of the site, with line
-numbers; images and notebooks are copied. Two comments are replaced by generated text:
+Pages link to source files by relative paths (`../drpo_jax/loop/run.py`), which work on a code host and
+in an editor. The site has no code host to link to, so every linked file becomes a page of the site, with
+line numbers; images and notebooks are copied. Two comments are replaced by generated text:
 
     <!-- generated: NAME -->     the output of `TABLES[NAME]`
     <!-- reference: MODULE -->   the docstrings of a module, and of every module of a package

@@ -52,7 +52,7 @@ def anchors(page):
 
 @each
 def test_python_snippets_run(page):
-    """The snippets of a page that need no files, one after the other; equations see the table's names."""
+    """The snippets of a page that need no files, in order; equations see the names of the table."""
     namespace = {"Token": table.Token, "Terms": table.Terms}
     with mock.patch.dict(REWARDS):
         for note, code in snippets(page):

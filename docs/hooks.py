@@ -1,6 +1,6 @@
 """What mkdocs does besides rendering the pages: generated tables, and links into the source tree.
 
-Pages link to source files by relative paths (`../drpo_jax/loop/run.py`), which work on a code host and
+Pages link to source files by relative paths (`../drpo_jax/loop/loop.py`), which work on a code host and
 in an editor. The site has no code host to link to, so every linked file becomes a page of the site, with
 line numbers; images and notebooks are copied. Two comments are replaced by generated text:
 

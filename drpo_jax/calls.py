@@ -92,7 +92,7 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
     """The sampler's calls for all responses of a rollout; a call of decode is `decode_steps` tokens.
 
     Args:
-      resident: name → arrays of the learner in device memory meanwhile.
+      resident: name → arrays of the learner that stay in device memory.
     """
     sampler, train = programs.config.sampler, programs.config.train
     prompt, response = sampler.max_prompt_length, sampler.max_response_length

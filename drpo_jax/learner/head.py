@@ -87,7 +87,7 @@ class Policy:
     @property
     def needs_sequences(self) -> bool:
         """Whether c of a token depends on all tokens of its response."""
-        return "mask" in self.arrays
+        return OBJECTIVES[self.name].needs_sequences
 
     def __call__(self, logp, behavior_logp, advantage, ref_logp=None, correction=1.0, **arrays):
         # Looked up at call time, so that a replacement in the table applies here and in

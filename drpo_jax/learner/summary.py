@@ -20,8 +20,8 @@ def summarize(trace: TokenTrace, batch: Batch) -> tuple[Sums, Extremes]:
       entropy, correction/mean and correction/dropped (with a correction), and policy/kl_reference (with
       a KL penalty in the loss).
     """
-    inputs, mask = batch.inputs, batch.mask > 0
-    behavior_logp, advantage = inputs["behavior_logp"], inputs["advantage"]
+    inputs, mask = batch.inputs, jnp.asarray(batch.mask) > 0
+    behavior_logp, advantage = (jnp.asarray(inputs[k]) for k in ("behavior_logp", "advantage"))
     sums, extremes = weight_summary(
         trace.weight, trace.logp, behavior_logp, advantage, trace.coefficient, mask
     )

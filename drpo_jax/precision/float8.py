@@ -103,7 +103,8 @@ def quantize(
         codes = _round(scaled, _ONE, fmt).astype(dtype)
         return _unblocked(codes, x.shape), scales[..., 0, :, 0]
 
-    return Quantized(*_in_one_pass(rounded, x, block), block)
+    codes, scales = _in_one_pass(rounded, x, block)
+    return Quantized(codes, scales, block)
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:

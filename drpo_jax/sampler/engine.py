@@ -14,7 +14,7 @@ does a token in the rare case that the draw falls between two tokens within that
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -173,7 +173,7 @@ class Sampler:
 
     def largest(
         self, model: Any, params: SamplingParams, mesh: jax.sharding.Mesh
-    ) -> dict[str, tuple[Callable, dict[str, Any], dict[str, Any]]]:
+    ) -> dict[str, tuple[jax.stages.Wrapped, dict[str, Any], dict[str, Any]]]:
         """Returns the programs at their largest shapes, to be compiled without weights.
 
         Args:

@@ -308,9 +308,9 @@ def delta_rule(
     if S is None:
         S, run = jnp.zeros((b, kv, r, q.shape[-1], width), g.dtype), run * 0
     step = jax.checkpoint(_chunk, prevent_cse=False)
-    (S, _), o = jax.lax.scan(step, (S, run), (q, k, v, g, beta, runs))
+    (after, _), o = jax.lax.scan(step, (S, run), (q, k, v, g, beta, runs))
     o = jnp.moveaxis(o, (0, -2), (1, 2)).reshape(b, -1, kv, r, width)
-    return o[:, :t], S
+    return o[:, :t], after
 
 
 def _chunk(carry, inputs):

@@ -24,6 +24,7 @@ Axis letters: B batch, T time, N query heads, K key/value heads, G query heads p
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -237,8 +238,10 @@ def splash(
     t, n, h = q.shape[1:]
     size = _even_block(t, block, 128)
     room = -t % size
-    names = ("block_q", "block_kv", "block_kv_compute")
-    names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    names = (
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+        "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+    )  # fmt: skip
     kernel = make_splash_mha(
         MultiHeadMask([CausalMask((t + room, t + room))] * n),
         # These sizes select the separate backward kernels. The fused one has a copy of dq per key
@@ -263,7 +266,7 @@ def cudnn(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """cuDNN's attention, which takes the length of each row instead of segment ids.
 

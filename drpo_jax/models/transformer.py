@@ -136,7 +136,8 @@ class Transformer(nnx.Module):
         self.embed = param(fan_in_normal(keys[0], (v, d), d), ("vocab", "embed"), "cast")
         every = config.full_attention_every
         unit = Block if every == 1 else Group
-        self.blocks = jax.vmap(partial(unit, config))(
+        # A stack of units, or a list of layers after `unstacked`.
+        self.blocks: Any = jax.vmap(partial(unit, config))(
             jax.random.split(keys[1], config.layers // every)
         )
         self.final_norm = norm_scale(config, d)

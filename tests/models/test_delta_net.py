@@ -428,7 +428,7 @@ def test_stacked_layers_on_eight_devices_equal_one():
         many = compiled(placed, *inputs)
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert_close(a, np.asarray(b), 5e-6)
-    for state, axes in zip(many[3], DeltaState.AXES):
+    for state, axes in zip(many[3], many[3].axes):
         assert state.sharding.is_equivalent_to(named_sharding(mesh, ("layers", *axes)), state.ndim)
     # Heads stay on their device. Only sums over heads (out_proj, the gradient for x) and over rows
     # (the gradients of the weights) are communicated.

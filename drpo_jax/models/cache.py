@@ -13,9 +13,9 @@ paged cache would be another such class.
 Keys lie in M blocks of W columns, C = M·W. XLA's CPU backend reads them at memory bandwidth only if
 their last axis is at most 64 long. On other platforms there is a single block.
 
-Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M
-blocks of W columns, S columns of a prompt; of a DeltaNet: T tokens of the convolution's window, X
-convolution channels, V value width.
+Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M blocks
+of W columns, S columns of a prompt. For a DeltaNet: T tokens of the convolution's window, X convolution
+channels, N value heads, H key width, V value width.
 """
 
 from functools import partial
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from drpo_jax.models.flash import MASKED
+from drpo_jax.models.settings import ModelConfig
 from drpo_jax.parallel.axes import LogicalAxes
 from drpo_jax.precision import dot_precision, quantize
 
@@ -152,7 +153,7 @@ class Ring8(NamedTuple):
 
 
 def empty_ring(
-    rows: int, columns: int, config, dtype: Any, float8: bool, on_cpu: bool
+    rows: int, columns: int, config: ModelConfig, dtype: Any, float8: bool, on_cpu: bool
 ) -> Ring | Ring8:
     """Returns a cache of zeros for the key and value heads of a `ModelConfig`.
 

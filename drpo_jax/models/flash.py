@@ -4,10 +4,10 @@
     splash    Pallas splash attention, for TPU
     cudnn     `jax.nn.dot_product_attention`, for GPU
 
-They take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and return softmax(q kᵀ
-/ √H) v [B, T, N, H], where each token attends to itself and to the earlier tokens of its segment.
-At padding (segment id 0) the output is finite but meaningless. The kernels are local: on a mesh
-`models.attention.attend` runs them under `shard_map`.
+They take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and return
+softmax(q kᵀ / √H) v [B, T, N, H]. Each token attends to itself and to the earlier tokens of its
+segment. At padding (segment id 0) the output is finite but meaningless. The kernels are local: on a
+mesh `models.attention.attend` runs them under `shard_map`.
 
 `chunked` uses the online softmax of FlashAttention (Dao et al., arXiv 2205.14135). For each block
 of queries, a loop over the blocks of keys that it may attend to accumulates the maximum m of the
@@ -162,8 +162,7 @@ def _scores(q_BxKxCxGxH, k_BxKxSxH, segments_BxC, segments_BxS, blocks_apart):
 def _first_blocks(segments_MxBxC):
     """Returns the first block that may share a segment with each block of queries, int32 [M].
 
-    The ranges of segment ids decide: blocks share no segment if their ranges are disjoint in every
-      row.
+    The ranges of segment ids decide: blocks whose ranges are disjoint in every row share no segment.
     """
     real = segments_MxBxC > 0
     least = jnp.min(jnp.where(real, segments_MxBxC, jnp.iinfo(jnp.int32).max), axis=-1)

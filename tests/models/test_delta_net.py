@@ -294,9 +294,8 @@ def test_decoding_equals_the_whole_sequence(layer, x):
     out, state = run(layer, x, np.ones((B, T), np.int32))
     stepped, after = decode(layer, x, empty(layer))
     assert_close(stepped, np.asarray(out))
-    short, _ = run(
-        layer, x[:, :2], np.ones((B, 2), np.int32)
-    )  # shorter than the convolution's kernel
+    # Shorter than the convolution's kernel:
+    short, _ = run(layer, x[:, :2], np.ones((B, 2), np.int32))
     assert_close(short, np.asarray(out[:, :2]))
     for ours, theirs in zip(state, after):
         assert_close(ours, np.asarray(theirs))

@@ -6,15 +6,17 @@ sequences. The sampler calls it with a `Prefix` to prefill prompts in chunks, an
 
 Files, in reading order:
 
-    layers       `Compute`, parameters with logical axes, RMS norm, rotary embedding, embedding
-    lookup transformer  `ModelConfig`, `Block`, `Transformer`: the whole model, best read first
-    attention    grouped-query attention; `flash` holds its kernels for long sequences delta_net
-    gated DeltaNet, the linear attention of Qwen3.5
+    settings     `ModelConfig`, the architecture, and `Compute`, how it is computed
+    transformer  `Block` and `Transformer`: the whole model
+    layers       parameters with logical axes, projections, norms, rotary embedding, embeddings
+    attention    grouped-query attention; `flash` holds its kernels for long sequences
+    delta_net    gated DeltaNet, the linear attention of Qwen3.5
     moe          the dense MLP and the mixture of experts: routing and its statistics
     experts      the experts' matmuls, on one device or over the mesh; `grouped` holds their kernels
     cache        what decoding keeps of each layer: keys and values, or the state of a DeltaNet
-    presets      `ModelConfig`s of released models huggingface  reads and writes Hugging Face
-    directories; `gguf` converts llama.cpp's files to them
+    presets      the `ModelConfig`s of released models
+    huggingface  reads and writes Hugging Face directories; `config_json` handles config.json
+    gguf         converts files of llama.cpp to Hugging Face directories
 
 Families, and the fields of `ModelConfig` that distinguish them:
 

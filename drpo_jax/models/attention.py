@@ -26,7 +26,7 @@ from drpo_jax.models.layers import (
     rms_norm,
     rotate,
 )
-from drpo_jax.models.settings import Compute
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import BATCH_AXES, batch_shards
 from drpo_jax.precision import dot_precision
 
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
       key: PRNG key of the initialization.
     """
 
-    def __init__(self, config, key):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         d, h = config.hidden_size, config.head_dim
         n, k = config.heads * h, config.kv_heads * h
         queries = 2 * n if config.attention_gate else n

@@ -6,16 +6,16 @@ therefore writes a single slice whatever the lengths of the rows, and a row may 
 its prompt is put into the columns before the clock. Keys are rotated by their own row's positions
 before they are written, so a column carries no position; only its age matters.
 
-All caches have `put`, which assigns a slot to a new row, `columns` and `resized`. Those of keys and
-values also have `append` and `attend`, the only methods that the attention layer calls. A paged
-cache would be another such class.
+All caches have `put`, which assigns a slot to a new row, `axes`, `columns` and `resized`. Those of
+keys and values also have `append` and `attend`, the only methods that the attention layer calls. A
+paged cache would be another such class.
 
 Keys lie in M blocks of W columns, C = M·W. XLA's CPU backend reads them at memory bandwidth only if
 their last axis is at most 64 long. On other platforms there is a single block.
 
-Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M
-blocks of W columns, S columns of a prompt; of a DeltaNet: T tokens of the convolution's window, X
-convolution channels, V value width.
+Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M blocks
+of W columns, S columns of a prompt. For a DeltaNet: T tokens of the convolution's window, X convolution
+channels, N value heads, H key width, V value width.
 """
 
 from functools import partial
@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from drpo_jax.models.flash import MASKED
+from drpo_jax.models.settings import ModelConfig
+from drpo_jax.parallel.axes import LogicalAxes
 from drpo_jax.precision import dot_precision, quantize
 
 
@@ -34,7 +36,10 @@ class KV(NamedTuple):
     keys: jax.Array
     values: jax.Array
 
-    AXES = (("batch", "length", "kv_heads", None),) * 2
+    @property
+    def axes(self) -> tuple[LogicalAxes, ...]:
+        """Logical axes of each array."""
+        return (("batch", "length", "kv_heads", None),) * 2
 
 
 class Ring(NamedTuple):
@@ -43,7 +48,10 @@ class Ring(NamedTuple):
     keys: jax.Array
     values: jax.Array
 
-    AXES = (("batch", "kv_heads", None, None, None), ("batch", "kv_heads", None, None))
+    @property
+    def axes(self) -> tuple[LogicalAxes, ...]:
+        """Logical axes of each array."""
+        return ("batch", "kv_heads", None, None, None), ("batch", "kv_heads", None, None)
 
     @property
     def columns(self) -> int:
@@ -100,7 +108,10 @@ class Ring8(NamedTuple):
     key_scales: jax.Array
     value_scales: jax.Array
 
-    AXES = Ring.AXES + (("batch", "kv_heads", None),) * 2
+    @property
+    def axes(self) -> tuple[LogicalAxes, ...]:
+        """Logical axes of each array."""
+        return (*Ring(self.keys, self.values).axes, *(("batch", "kv_heads", None),) * 2)
 
     @property
     def columns(self) -> int:
@@ -142,7 +153,7 @@ class Ring8(NamedTuple):
 
 
 def empty_ring(
-    rows: int, columns: int, config, dtype: Any, float8: bool, on_cpu: bool
+    rows: int, columns: int, config: ModelConfig, dtype: Any, float8: bool, on_cpu: bool
 ) -> Ring | Ring8:
     """Returns a cache of zeros for the key and value heads of a `ModelConfig`.
 
@@ -252,8 +263,15 @@ class DeltaState(NamedTuple):
     window: jax.Array
     memory: jax.Array
 
-    AXES = (("batch", None, "heads"), ("batch", "heads", None, None))
-    columns = None
+    @property
+    def axes(self) -> tuple[LogicalAxes, ...]:
+        """Logical axes of each array."""
+        return ("batch", None, "heads"), ("batch", "heads", None, None)
+
+    @property
+    def columns(self) -> None:
+        """None: a state has no columns."""
+        return None
 
     def resized(self, clock: jax.Array, columns: int, on_cpu: bool) -> "DeltaState":
         """Returns the state unchanged."""

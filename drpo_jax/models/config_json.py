@@ -46,8 +46,8 @@ REQUIRED = {
 def read_config(path: str | os.PathLike) -> ModelConfig:
     """Returns the architecture of a Hugging Face directory or hub id.
 
-    Both dialects of config.json are read: that of released checkpoints and that of `transformers`
-    5.
+    Both dialects of config.json are supported, that of released checkpoints and that of
+    `transformers` 5.
 
     Raises:
       ValueError: if the family or a setting is not supported.

@@ -21,9 +21,9 @@ Tensors on disk (transformers' `Qwen3_5MoeGatedDeltaNet`) and parameters here:
 
     in_proj_qkv.weight [X, D]   → qkv_proj [D, X], channels reordered by `channel_order`
     conv1d.weight [X, 1, W]     → conv [W, X], the same channels; conv[-1] weighs the token itself
-    in_proj_z, out_proj.weight  → z_proj, out_proj, transposed in_proj_b, in_proj_a.weight →
-    beta_gate, decay_gate, transposed; high precision in every FP8 recipe A_log, dt_bias,
-    norm.weight → A_log, dt_bias, norm, unchanged
+    in_proj_z, out_proj.weight  → z_proj, out_proj, transposed
+    in_proj_b, in_proj_a.weight → beta_gate, decay_gate, transposed; never quantized
+    A_log, dt_bias, norm.weight → A_log, dt_bias, norm, unchanged
 
 The channels of qkv_proj and conv are grouped by key head: its query, its key, the values of its
 value heads. A shard over `tensor` is therefore a set of whole heads, and no channel moves between
@@ -43,7 +43,7 @@ from flax import nnx
 
 from drpo_jax.models.cache import DeltaState
 from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm
-from drpo_jax.models.settings import Compute
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.precision import dot_precision
 
 CHUNK = 64  # Tokens per chunk (C).
@@ -64,7 +64,7 @@ class GatedDeltaNet(nnx.Module):
       ValueError: if the number of value heads is not a multiple of the number of key heads.
     """
 
-    def __init__(self, config, key):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         d, width = config.hidden_size, config.linear_conv_kernel
         n, heads = config.linear_value_heads, config.linear_key_heads
         if n % heads:
@@ -194,7 +194,7 @@ class GatedDeltaNet(nnx.Module):
         return project(y.reshape(*x.shape[:-1], -1), self.out_proj, compute)
 
 
-def channel_order(config) -> np.ndarray:
+def channel_order(config: ModelConfig) -> np.ndarray:
     """Returns the position on disk of each channel, int [X]: `ours = theirs[channel_order(config)]`.
 
     On disk all queries come first, then all keys, then all values. `np.argsort` inverts the order.
@@ -308,9 +308,9 @@ def delta_rule(
     if S is None:
         S, run = jnp.zeros((b, kv, r, q.shape[-1], width), g.dtype), run * 0
     step = jax.checkpoint(_chunk, prevent_cse=False)
-    (S, _), o = jax.lax.scan(step, (S, run), (q, k, v, g, beta, runs))
+    (after, _), o = jax.lax.scan(step, (S, run), (q, k, v, g, beta, runs))
     o = jnp.moveaxis(o, (0, -2), (1, 2)).reshape(b, -1, kv, r, width)
-    return o[:, :t], S
+    return o[:, :t], after
 
 
 def _chunk(carry, inputs):
@@ -362,10 +362,10 @@ def _chunk(carry, inputs):
 def unit_lower_inverse(L: jax.Array) -> jax.Array:
     """Returns (I + L)⁻¹ of strictly lower triangular L [..., C, C], using only matmuls.
 
-    Inverses of diagonal blocks are merged in pairs: A⁻¹ and B⁻¹ become the inverse of [[A, 0], [C,
-    B]], whose corner is −B⁻¹ C A⁻¹. The blocks of every step are blocks of the result. The
-    alternative product (I − L)(I + L²)(I + L⁴)… is unstable: for similar keys the powers of L reach
-    10¹⁷ and cancel.
+    Inverses of diagonal blocks are merged in pairs: A⁻¹ and B⁻¹ become the inverse of
+    [[A, 0], [C, B]], whose corner is −B⁻¹ C A⁻¹. The blocks of every step are blocks of the result.
+    The alternative product (I − L)(I + L²)(I + L⁴)… is unstable: for similar keys the powers of L
+    reach 10¹⁷ and cancel.
     """
     i = jnp.arange(L.shape[-1])
     product = partial(jnp.matmul, precision=dot_precision(L.dtype))

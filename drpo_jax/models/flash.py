@@ -4,10 +4,10 @@
     splash    Pallas splash attention, for TPU
     cudnn     `jax.nn.dot_product_attention`, for GPU
 
-They take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and return softmax(q kᵀ
-/ √H) v [B, T, N, H], where each token attends to itself and to the earlier tokens of its segment.
-At padding (segment id 0) the output is finite but meaningless. The kernels are local: on a mesh
-`models.attention.attend` runs them under `shard_map`.
+They take q [B, T, N, H], k and v [B, T, K, H] and int32 segment_ids [B, T], and return
+softmax(q kᵀ / √H) v [B, T, N, H]. Each token attends to itself and to the earlier tokens of its
+segment. At padding (segment id 0) the output is finite but meaningless. The kernels are local: on a
+mesh `models.attention.attend` runs them under `shard_map`.
 
 `chunked` uses the online softmax of FlashAttention (Dao et al., arXiv 2205.14135). For each block
 of queries, a loop over the blocks of keys that it may attend to accumulates the maximum m of the
@@ -24,6 +24,7 @@ Axis letters: B batch, T time, N query heads, K key/value heads, G query heads p
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +162,7 @@ def _scores(q_BxKxCxGxH, k_BxKxSxH, segments_BxC, segments_BxS, blocks_apart):
 def _first_blocks(segments_MxBxC):
     """Returns the first block that may share a segment with each block of queries, int32 [M].
 
-    The ranges of segment ids decide: blocks share no segment if their ranges are disjoint in every
-      row.
+    The ranges of segment ids decide: blocks whose ranges are disjoint in every row share no segment.
     """
     real = segments_MxBxC > 0
     least = jnp.min(jnp.where(real, segments_MxBxC, jnp.iinfo(jnp.int32).max), axis=-1)
@@ -237,8 +237,10 @@ def splash(
     t, n, h = q.shape[1:]
     size = _even_block(t, block, 128)
     room = -t % size
-    names = ("block_q", "block_kv", "block_kv_compute")
-    names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    names = (
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+        "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+    )  # fmt: skip
     kernel = make_splash_mha(
         MultiHeadMask([CausalMask((t + room, t + room))] * n),
         # These sizes select the separate backward kernels. The fused one has a copy of dq per key
@@ -263,7 +265,7 @@ def cudnn(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """cuDNN's attention, which takes the length of each row instead of segment ids.
 

@@ -334,9 +334,8 @@ def model_rules(
         for writing, with one tensor per expert.
     """
     rules, every = {}, config.full_attention_every
-    number = np.arange(config.layers).reshape(
-        -1, every
-    )  # layer numbers [groups, layers of a group]
+    # Numbers of the layers, [groups, layers of a group].
+    number = np.arange(config.layers).reshape(-1, every)
     stacks = {"linear": number[:, :-1], "full": number[:, -1]}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         names = [str(getattr(k, "name", getattr(k, "key", k))) for k in path]

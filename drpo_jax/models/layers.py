@@ -1,4 +1,4 @@
-"""The parts that all layers share: parameters with logical axes, projections, norms, rotary embedding.
+"""The parts that all layers share: parameters, projections, norms, rotary embedding.
 
 Axis letters: B batch, T time, V vocabulary, D model width.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.models.settings import Compute
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
 from drpo_jax.precision import DENSE, matmul
 
@@ -26,17 +26,17 @@ def param(
     noise: bool = True,
     decay: bool = True,
 ) -> nnx.Param:
-    """A parameter, with everything that other modules need to know of it as metadata.
+    """Returns an `nnx.Param` with metadata that describes its treatment by other modules.
 
     Args:
-      value: float32, its initial value.
-      axes: its logical axes, without the leading "layers" axis of a stack.
-      sync: what the weight sync does with it for the sampler. "quantize": round it to float8 as the
-        precision recipe says, or cast it where the recipe quantizes no weights. "cast": cast it to
-        the compute dtype. "keep": leave it float32.
-      noise: whether `precision.noise` perturbs it.
-      decay: whether weight decay should reach it: true for matrices, false for scales and biases.
-        No optimizer reads this yet; AdamW decays every parameter.
+      value: float32, the initial value.
+      axes: logical names of the axes, without the leading "layers" axis of a stack.
+      sync: how the weight sync converts the parameter for the sampler. "quantize" rounds it to
+        float8 under the precision recipe, or casts it if the recipe quantizes no weights. "cast"
+        casts it to the compute dtype. "keep" leaves it float32.
+      noise: whether `precision.noise` perturbs the parameter.
+      decay: whether weight decay should apply: true for matrices, false for scales and biases. No
+        optimizer reads this yet; AdamW decays all parameters.
     """
     return nnx.Param(value, axes=axes, sync=sync, noise=noise, decay=decay)
 
@@ -145,7 +145,7 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Ar
     return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
 
 
-def norm_scale(config, width: int) -> nnx.Param:
+def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
     """Returns the initial scale of an RMS norm, float32 [width]: ones, or zeros if zero-centred."""
     scale = jnp.full((width,), 1.0 - config.norm_offset, jnp.float32)
     return param(scale, ("norm",), "keep", noise=False, decay=False)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.experts import AXES, run_experts
 from drpo_jax.models.layers import fan_in_normal, param, project, value
-from drpo_jax.models.settings import Compute
+from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
@@ -28,7 +28,7 @@ class MLP(nnx.Module):
       size: inner width; default: config.mlp_size.
     """
 
-    def __init__(self, config, key, size=None):
+    def __init__(self, config: ModelConfig, key: jax.Array, size: int | None = None):
         d, f = config.hidden_size, size or config.mlp_size
         keys = jax.random.split(key, 3)
         self.gate_proj = param(fan_in_normal(keys[0], (d, f), d), ("embed", "mlp"), "quantize")
@@ -59,7 +59,7 @@ class MoE(nnx.Module):
       key: PRNG key of the initialization.
     """
 
-    def __init__(self, config, key):
+    def __init__(self, config: ModelConfig, key: jax.Array):
         d, f, e = config.hidden_size, config.expert_size, config.experts
         keys = jax.random.split(key, 4)
         self.router = param(fan_in_normal(keys[0], (d, e), d), ("embed", "router"), "keep")
@@ -93,12 +93,14 @@ class MoE(nnx.Module):
             a gradient.
 
         Returns:
-          y: [..., D] in x's dtype.
-          statistics: a dictionary with "load": float32 [E], assignments per expert, "probability":
-            float32 [E], router probabilities summed over tokens, "experts": int16 [..., k], the
-            experts visited, and with `routes` also "replayed": float32 scalar, number of prescribed
-            assignments, "changed": float32 scalar, number of prescribed assignments that the router
-            would not have selected.
+          y [..., D] in x's dtype, and a dictionary of statistics:
+
+          - "load": float32 [E], assignments per expert.
+          - "probability": float32 [E], router probabilities summed over tokens.
+          - "experts": int16 [..., k], the experts visited.
+          - "replayed": float32 scalar, number of prescribed assignments; only with `routes`.
+          - "changed": float32 scalar, number of prescribed assignments that the router would not
+            have selected; only with `routes`.
         """
         x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
         k = self.experts_per_token
@@ -180,10 +182,13 @@ def router_metrics(router: dict[str, jax.Array]) -> dict[str, jax.Array]:
       router: `Hidden.router`, statistics [L, E] or [L], possibly summed over micro-batches.
 
     Returns:
-      float32 scalars: "router/balance_loss": load-balancing loss, mean over layers; 1 is balanced.
-      "router/max_load": largest share of a layer's assignments that one expert receives, times E.
-      "router/idle_experts": share of experts without a token. "router/changed": share of replayed
-      assignments that the router would not have selected; only if routes were replayed.
+      float32 scalars:
+
+      - "router/balance_loss": load-balancing loss, mean over layers; 1 is balanced.
+      - "router/max_load": largest share of a layer's assignments that one expert receives, times E.
+      - "router/idle_experts": share of experts without a token.
+      - "router/changed": share of replayed assignments that the router would not have selected; only
+        if routes were replayed.
     """
     load, probability = router["load"], router["probability"]
     share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1.0)

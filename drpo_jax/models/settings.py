@@ -1,4 +1,4 @@
-"""The architecture (`ModelConfig`), how it is computed (`Compute`), and the sections they make."""
+"""The architecture (`ModelConfig`), how it is computed (`Compute`), and their config sections."""
 
 import dataclasses
 
@@ -76,15 +76,16 @@ class ModelSettings(ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a forward pass is computed (`ModelConfig` says what it computes).
+    """How a forward pass is computed; `ModelConfig` describes what it computes.
 
-    Attributes without a description here have one in their row.
+    Config fields are described where they are defined.
 
     Attributes:
-      matmul: FP8 treatment of the matmuls on this side (sampler or learner).
-      one_segment: every row is one segment that starts in its first column, with padding only
-        after it (neither packed nor right-aligned). cudnn requires this and is wrong without it.
-      platform: platform of the devices: "cpu", "gpu" or "tpu"; "": JAX's default backend.
+      matmul: how the FP8 recipe treats the matmuls of this side (sampler or learner).
+      one_segment: asserts that every row holds a single segment that starts in the first column and
+        is followed only by padding (neither packed nor right-aligned). cudnn requires it and
+        returns wrong results otherwise.
+      platform: platform of the devices, "cpu", "gpu" or "tpu"; "" is JAX's default backend.
     """
 
     dtype: str = field(
@@ -130,6 +131,7 @@ class Compute:
         return self.platform or jax.default_backend()
 
     def on_cpu(self) -> bool:
+        """Returns whether the devices are CPUs."""
         return self.device() == "cpu"
 
     def grouped_kernel(self) -> str:

@@ -4,8 +4,8 @@ The parameters of all layers are stacked, and the learner scans over the stack. 
 and gated DeltaNets alternate, the unit of the stack is a `Group` of layers. Decoding and prefill
 use unstacked layers in a Python loop (`Transformer.unstacked`).
 
-Axis letters: B batch, T time, D model width, V vocabulary, C columns of a cache, L layers, E
-experts, k experts per token.
+Axis letters: B batch, T time, D model width, V vocabulary, C columns of a cache, L layers, E experts,
+k experts per token.
 """
 
 from collections.abc import Callable, Sequence
@@ -136,7 +136,8 @@ class Transformer(nnx.Module):
         self.embed = param(fan_in_normal(keys[0], (v, d), d), ("vocab", "embed"), "cast")
         every = config.full_attention_every
         unit = Block if every == 1 else Group
-        self.blocks = jax.vmap(partial(unit, config))(
+        # A stack of units, or a list of layers after `unstacked`.
+        self.blocks: Any = jax.vmap(partial(unit, config))(
             jax.random.split(keys[1], config.layers // every)
         )
         self.final_norm = norm_scale(config, d)
@@ -178,8 +179,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: int32 [B, T].
           positions: int32 [B, T], rotary positions; default: 0, 1, 2, …
-          segment_ids: int32 [B, T]. Tokens attend within their segment; 0 marks padding. Default:
-            1.
+          segment_ids: int32 [B, T]. Tokens attend within their segment, 0 marks padding; default: 1.
           compute: how to compute.
           prefix: the Prefix that the tokens continue.
           routes: int [B, T, L, k], experts to visit, see `MoE`.
@@ -337,8 +337,7 @@ class Transformer(nnx.Module):
           caches: one per layer, from `empty_caches` or a previous call.
           column: int32 scalar, the column of the rings that all rows write.
           mask_BxC: bool, the columns that each row may read, including the one it writes.
-          valid_B: bool, False for rows whose output is not used: they visit no expert; default:
-            True.
+          valid_B: bool, False for rows whose output is not used, which visit no expert; default: True.
           compute: how to compute.
 
         Returns:

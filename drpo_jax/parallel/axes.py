@@ -57,7 +57,8 @@ def partition_spec(
       ValueError: if an axis is not in the table, if two axes of the array map to the same mesh axis, or
         if the mesh axes do not divide an axis evenly.
     """
-    entries, owner = [], {}
+    entries: list[str | tuple[str, ...] | None] = []
+    owner: dict[str, str | None] = {}
     for position, axis in enumerate(axes):
         if axis is not None and axis not in rules:
             raise ValueError(f"unknown logical axis {axis!r} in {axes}; known: {sorted(rules)}")

@@ -16,8 +16,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,7 +31,6 @@ START_TIMEOUT = 300  # Seconds between the start of the first and of the last pr
 COORDINATOR_LINGER = 2  # Seconds that process 0 stays alive after an error.
 
 _calls: collections.Counter[str] = collections.Counter()  # calls of `gather` by name
-T = TypeVar("T", bound=Sequence[Any])
 
 
 class MissingProcess(RuntimeError):
@@ -90,8 +89,8 @@ def is_main() -> bool:
     return process_id() == 0
 
 
-def share(sequence: T) -> T:
-    """Returns this process's contiguous part of a sequence.
+def share(sequence: Any) -> Any:
+    """Returns this process's contiguous part of a sequence or array.
 
     The sizes of the parts differ by at most one. Concatenated in the order of the processes, the parts
     are the whole sequence.

@@ -17,27 +17,27 @@ from drpo_jax.parallel.mesh import check_mesh
 
 
 def is_param(leaf: object) -> bool:
-    """Whether a node of a pytree is a parameter: the `is_leaf` of maps over whole parameters."""
+    """Returns whether a node of a pytree is a parameter; for `is_leaf` in maps over parameters."""
     return isinstance(leaf, nnx.Param)
 
 
 def shardings(mesh: Mesh, tree: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
-    """The sharding of every array of `tree`: parameters by their logical axes, the rest replicated.
+    """Returns the shardings of a pytree: parameters follow their logical axes, the rest is replicated.
 
     A parameter may hold several arrays of the same rank, such as the codes and scales of a
-    `precision.Quantized`. The first one is the weight itself. The others are split like it along
-    every axis that the mesh divides, and replicated along the rest.
+    `precision.Quantized`. The first one is the weight itself. The others are sharded in the same way
+    along every axis that the mesh divides, and replicated along the rest.
 
     Args:
-      mesh: from `make_mesh`.
-      tree: a pytree of arrays or of `jax.ShapeDtypeStruct`, parameters among them.
-      rules: logical axis → mesh axes.
+      mesh: a mesh of `make_mesh`.
+      tree: a pytree of arrays or ShapeDtypeStructs, some of them in parameters.
+      rules: a table from logical axes to mesh axes.
 
     Returns:
       A pytree like `tree` with a `NamedSharding` in place of each array.
 
     Raises:
-      ValueError: the mesh does not come from `make_mesh`, or it does not divide an axis of a weight.
+      ValueError: if the mesh is not one of `make_mesh`, or if it does not divide an axis of a weight.
     """
     check_mesh(mesh)
 
@@ -60,7 +60,7 @@ def shardings(mesh: Mesh, tree: Any, rules: Mapping[str, tuple[str, ...]] = RULE
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """The arrays of `tree` as `jax.ShapeDtypeStruct`s that carry the matching leaf of `shardings`."""
+    """Returns `tree` with ShapeDtypeStructs that carry the corresponding leaves of `shardings`."""
     arrays, placed = jax.tree.leaves(tree), jax.tree.leaves(shardings)
     leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(arrays, placed)]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)

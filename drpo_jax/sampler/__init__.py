@@ -25,6 +25,7 @@ Files, in reading order:
     rollouts  `Rollouts`, the result
     sizes     the few shapes that programs are compiled for
     checks    validation of the caller's arguments
+    settings  the config section `sampler`
 
 Keys and values of the sequences in flight lie in ring buffers, see `models.cache`.
 

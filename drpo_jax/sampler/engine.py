@@ -203,7 +203,7 @@ class Sampler:
         place = partial(_abstract, mesh)
 
         def placed(caches):
-            return [type(c)(*map(place, c, c.AXES)) for c in caches]
+            return [type(c)(*map(place, c, c.axes)) for c in caches]
 
         def ints(*sizes):
             return place(jax.ShapeDtypeStruct(sizes, jnp.int32))

@@ -40,7 +40,8 @@ def row_widths(limit: int, chunk: int) -> list[int]:
       limit: most tokens of a prompt.
       chunk: tokens of a prompt that are prefilled at once.
     """
-    chunk, widths = min(chunk, limit), []
+    chunk = min(chunk, limit)
+    widths: list[int] = []
     while not widths or widths[-1] < limit:
         widths.append(min(2 * widths[-1], -(-limit // chunk) * chunk) if widths else chunk)
     return widths

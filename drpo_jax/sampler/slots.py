@@ -133,7 +133,8 @@ def prefill(
     prefix = Prefix(caches, start, valid)
     out = model.hidden(tokens_PxT, positions, segments, compute, prefix=prefix, record=record)
     experts = None if out.experts is None else jnp.moveaxis(out.experts, 0, 2)
-    return [_placed(c) for c in out.caches], out.hidden[:, -1], _replicated(experts)
+    caches = [_placed(c) for c in out.caches or ()]
+    return caches, out.hidden[:, -1], _replicated(experts)
 
 
 def first_tokens(
@@ -198,7 +199,7 @@ def admit(slots: Slots, prompts: list[Any], arrivals: Arrivals) -> Slots:
 
     if many:
         ours, theirs = (
-            [type(c)(*map(partition_spec, c.AXES)) for c in caches]
+            [type(c)(*map(partition_spec, c.axes)) for c in caches]
             for caches in (slots.caches, prompts)
         )
         in_specs = (ours, theirs, partition_spec(("batch",)), partition_spec(()))
@@ -310,7 +311,7 @@ def _step(model, slots, angles, uniform_B, *, params, compute):
 
 def _placed(cache):
     """Constrains the sharding of a cache by its logical axes."""
-    return type(cache)(*(constrain(x, *a) for x, a in zip(cache, cache.AXES)))
+    return type(cache)(*(constrain(x, *a) for x, a in zip(cache, cache.axes)))
 
 
 def _replicated(tree):

@@ -294,9 +294,8 @@ def test_decoding_equals_the_whole_sequence(layer, x):
     out, state = run(layer, x, np.ones((B, T), np.int32))
     stepped, after = decode(layer, x, empty(layer))
     assert_close(stepped, np.asarray(out))
-    short, _ = run(
-        layer, x[:, :2], np.ones((B, 2), np.int32)
-    )  # shorter than the convolution's kernel
+    # Shorter than the convolution's kernel:
+    short, _ = run(layer, x[:, :2], np.ones((B, 2), np.int32))
     assert_close(short, np.asarray(out[:, :2]))
     for ours, theirs in zip(state, after):
         assert_close(ours, np.asarray(theirs))
@@ -428,7 +427,7 @@ def test_stacked_layers_on_eight_devices_equal_one():
         many = compiled(placed, *inputs)
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         assert_close(a, np.asarray(b), 5e-6)
-    for state, axes in zip(many[3], DeltaState.AXES):
+    for state, axes in zip(many[3], many[3].axes):
         assert state.sharding.is_equivalent_to(named_sharding(mesh, ("layers", *axes)), state.ndim)
     # Heads stay on their device. Only sums over heads (out_proj, the gradient for x) and over rows
     # (the gradients of the weights) are communicated.

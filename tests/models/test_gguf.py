@@ -105,11 +105,8 @@ def test_tokenizer(tmp_path):
     write_gguf(tmp_path / "a.gguf", fields, tensors, "llama")
     convert(tmp_path / "a.gguf", tmp_path / "out")
     tokenizer = TextTokenizer(tmp_path / "out", chat=True)
-    assert [TOKENS[i] for i in tokenizer.encode("12 th")] == [
-        "1",
-        "2",
-        "Ġth",
-    ]  # digits are not merged
+    # Digits are not merged.
+    assert [TOKENS[i] for i in tokenizer.encode("12 th")] == ["1", "2", "Ġth"]
     assert tokenizer.decode(tokenizer.encode("12 the ∑")) == "12 the ∑"
     assert tokenizer.prompt("2") == [1, TOKENS.index("2"), 0]
     assert tokenizer.eos_id == 0 and tokenizer.stop_ids == (0,)

@@ -92,9 +92,8 @@ def test_grouped_experts_equal_the_dense_reference(case, kernel):
 
 def assert_close(ours, expected):
     error = np.linalg.norm(np.asarray(ours, np.float64) - expected)
-    assert error <= 2e-6 * max(
-        np.linalg.norm(expected), 1.0
-    )  # the gradient of a router vanishes for k = 1
+    # The gradient of a router vanishes for k = 1.
+    assert error <= 2e-6 * max(np.linalg.norm(expected), 1.0)
 
 
 def test_load_balance_loss_is_one_when_balanced_and_E_when_collapsed():
@@ -219,10 +218,8 @@ def test_sharded_experts_have_the_codes_of_unsharded_ones():
         return y(moe), jax.grad(lambda moe: jnp.sum(y(moe) * cotangent))(moe)
 
     product = jax.jit(product, static_argnums=2)
-    for name, tolerance in (
-        ("none", 1e-5),
-        ("e2e", None),
-    ):  # its gradients have tiles along tokens, which are sharded
+    # Recipe e2e quantizes gradients in tiles along tokens, which are sharded.
+    for name, tolerance in (("none", 1e-5), ("e2e", None)):
         recipe = get_recipe(name).learner
         y, grads = product(moe, x, recipe)
         mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)

@@ -76,9 +76,8 @@ def test_top_logprobs_are_recorded(model, rollouts):
     np.testing.assert_allclose(trace.topk_logp[mask], more.top_logp[mask], atol=2e-5)
     rows = more.tokens[np.arange(len(more))[:, None], more.prompt_lengths[:, None] + np.arange(9)]
     among = more.top_ids == rows[..., None]
-    assert np.all(
-        among.sum(-1)[mask] == 1
-    )  # the sampled token, in the last place if it is unlikely
+    # The sampled token is recorded, in the last place if it is unlikely.
+    assert np.all(among.sum(-1)[mask] == 1)
     assert np.any(np.diff(more.top_logp[mask][:, 1:]) < -0.5)
     sampled = np.where(among, more.top_logp, 0).sum(-1)
     np.testing.assert_allclose(sampled[mask], more.full_logp[mask], atol=1e-6)
@@ -279,9 +278,8 @@ def test_refilled_slots_change_no_response(model, slots, steps, chunk):
     assert_same(rollouts, alone.generate(prompts, LONG, KEY))
     counted = ours.read_statistics()
     assert counted["response_tokens"] == rollouts.response_lengths.sum()
-    assert (
-        counted["live_rows"] == counted["response_tokens"] - 36
-    )  # prefill samples the first tokens
+    # Prefill samples the first token of each of the 36 responses.
+    assert counted["live_rows"] == counted["response_tokens"] - 36
     assert counted["busy_live_rows"] >= 0.85 * slots * counted["busy_steps"]
     assert ours.compilations() <= ours.most_compilations(LONG)
 
@@ -355,9 +353,8 @@ def test_routes_are_those_of_the_model_and_can_be_replayed(model, rollouts):
     assert_same(ours, rollouts)
     assert rollouts.routes.shape[-1] == 0 and ours.routes.dtype == np.int16
     lengths = ours.prompt_lengths + ours.response_lengths
-    read = (
-        np.arange(ours.tokens.shape[1]) < lengths[:, None] - 1
-    )  # the model never reads the last token
+    # The model never reads the last token.
+    read = np.arange(ours.tokens.shape[1]) < lengths[:, None] - 1
     assert np.all((ours.routes >= 0) == read[..., None, None])
     segments = (np.arange(ours.tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     visit = jax.jit(lambda *a: model.hidden(a[0], segment_ids=a[1], routes=a[2], record=True))

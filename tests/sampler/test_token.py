@@ -22,10 +22,7 @@ DRAWS = 4000
         ({"top_p": 0.6}, 2),
         ({"top_p": 0.66}, 3),
         ({"top_p": 0.01}, 1),
-        (
-            {"top_k": 4, "top_p": 0.85},
-            3,
-        ),  # top-p applies to the tokens that top-k keeps: 0.8 / 0.9 ≥ 0.85
+        ({"top_k": 4, "top_p": 0.85}, 3),  # top-p applies after top-k: 0.8 / 0.9 ≥ 0.85
         ({"temperature": 2.0}, 6),
         ({"temperature": 0.5, "top_p": 0.6}, 1),  # 0.4² / Σp² = 0.61
     ],

@@ -12,7 +12,7 @@ from drpo_jax import cli
 from drpo_jax.config import default_config, field_types, flatten, type_name
 from drpo_jax.errors import BadInput
 from drpo_jax.objectives import OBJECTIVES
-from drpo_jax.rewards import REWARDS
+from drpo_jax.rewards import REWARDS, get_reward
 
 
 def fields() -> list[tuple[str, ...]]:
@@ -37,8 +37,9 @@ def objectives() -> list[tuple[str, ...]]:
 
 
 def rewards() -> list[tuple[str, ...]]:
-    """Every reward."""
-    return [(name, _summary(getattr(row, "function", row))) for name, row in REWARDS.items()]
+    """Every reward, and what earns it."""
+    rows = {name: get_reward(name) for name in REWARDS}
+    return [(name, row.summary or _summary(row.function)) for name, row in rows.items()]
 
 
 def variants() -> list[tuple[str, ...]]:

@@ -1,6 +1,5 @@
 """Checks of a config: types, ranges, and the rules between sections, each topic in a function."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -269,8 +268,9 @@ def _text(check: Check) -> None:
         "data.chat",
         "a chat template needs a model.path, or a data.tokenizer",
     )
+    row = data.TASKS.get(check["data.task"])
     check.require(
-        check["data.task"] == "arithmetic" or check["data.problems"],
+        (row and not row.in_words) or check["data.problems"],
         "data.task",
         "problems in words need a model.path, or a data.tokenizer",
     )
@@ -281,8 +281,13 @@ def _demonstrations(check: Check) -> None:
         return
     if _has_tokenizer(check):
         check.require(False, "sft.steps", "demonstrations are made of single characters; 0")
-    elif check["data.task"] != "arithmetic":
-        check.require(False, "sft.steps data.task", "demonstrations are arithmetic")
+        return
+    row = data.TASKS.get(check["data.task"])
+    check.require(
+        row and row.demonstrations,
+        "sft.steps data.task",
+        "this task has no demonstrations; 0 steps, or data.task = 'arithmetic'",
+    )
 
 
 def _task(check: Check) -> None:
@@ -290,25 +295,25 @@ def _task(check: Check) -> None:
     settings = {
         f.removeprefix("data."): v for f, v in check.values.items() if f.startswith("data.")
     }
-    if settings["task"] not in data.TASKS:
+    row = data.TASKS.get(settings["task"])
+    if row is None:
         return
     try:
-        task = data.TASKS[settings["task"]](settings)
+        task = row(settings)
     except ValueError as error:
         check.problems.append(f"data.{error}")
         return
     warm_start = check["sft.steps"]
     used = not check["data.problems"] or warm_start
-    if settings["task"] != "arithmetic" or _has_tokenizer(check) or not used:
+    if row.lengths is None or _has_tokenizer(check) or not used:
         return
-    with contextlib.suppress(ValueError):
-        lengths = [("sampler.max_prompt_length", data.max_prompt_length(task), "prompt")]
-        if warm_start:
-            longest = data.max_response_length(task)
-            lengths.append(("sampler.max_response_length", longest, "demonstration"))
-        for field, longest, text in lengths:
-            right = f"the longest {text} has {longest} tokens"
-            check.require(check[field] >= longest, f"{field} data.digits", right)
+    prompt, demonstration = row.lengths(task)
+    lengths = [("sampler.max_prompt_length", prompt, "prompt")]
+    if warm_start:
+        lengths.append(("sampler.max_response_length", demonstration, "demonstration"))
+    for field, longest, text in lengths:
+        right = f"the longest {text} has {longest} tokens"
+        check.require(check[field] >= longest, f"{field} data.digits", right)
 
 
 def _has_tokenizer(check: Check) -> bool:

@@ -27,21 +27,20 @@ class Task:
       summary: the problems in one line.
       demonstrations: makes the pairs of the supervised warm start, as `arithmetic.demonstrations`
         does; None: the task has no demonstrations.
-      max_prompt_length, max_response_length: task -> tokens of the longest prompt, and of the
-        longest demonstration with its end of sequence. None: the problems are in words, which only
-        a text tokenizer encodes, so that lengths depend on the tokenizer.
+      lengths: task -> tokens of the longest prompt, and of the longest demonstration with its end
+        of sequence. None: the problems are in words, which only a text tokenizer encodes, so that
+        lengths depend on the tokenizer.
     """
 
     make: Callable[[Mapping[str, Any]], ProceduralTask]
     summary: str
     demonstrations: Callable[..., list[tuple[str, str]]] | None = None
-    max_prompt_length: Callable[[Any], int] | None = None
-    max_response_length: Callable[[Any], int] | None = None
+    lengths: Callable[[Any], tuple[int, int]] | None = None
 
     @property
     def in_words(self) -> bool:
         """Whether the problems need a text tokenizer; otherwise a character is a token."""
-        return self.max_prompt_length is None
+        return self.lengths is None
 
     def __call__(self, data: Mapping[str, Any]) -> ProceduralTask:
         return self.make(data)
@@ -52,8 +51,7 @@ TASKS = {
         lambda data: ArithmeticTask(data["operations"], data["digits"]),
         summary="sums, differences and products of two numbers, in single characters",
         demonstrations=demonstrations,
-        max_prompt_length=max_prompt_length,
-        max_response_length=max_response_length,
+        lengths=lambda task: (max_prompt_length(task), max_response_length(task)),
     ),
     "chain_sum": Task(
         lambda data: ChainSum((2, data["terms"]), (1, data["digits"]), data["operations"]),

@@ -108,7 +108,9 @@ def demonstration_batch(run: Run, step: int) -> Batch:
     """The demonstrations of one supervised update."""
     config, tokenizer = run.config, run.tokenizer
     sft, sampler = config.sft, config.sampler
-    pairs = data.demonstrations(
+    demonstrations = data.TASKS[config.data.task].demonstrations
+    assert demonstrations is not None  # config/checks.py allows sft.steps only with demonstrations
+    pairs = demonstrations(
         config.data,
         config.seed,
         step,

@@ -49,8 +49,8 @@ def variants() -> list[tuple[str, ...]]:
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         head, _, rest = text.partition("\n\n")
         rows.append((f"configs/{path.name}", " ".join(head.split())))
-        _, found, names = rest.partition("Variants")
-        rows += [("", line) for line in f"{found}{names}".splitlines()]
+        _, heading, names = rest.partition("Variants")
+        rows += [("", line) for line in f"{heading}{names}".splitlines() if line]
     return rows
 
 

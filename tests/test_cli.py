@@ -312,7 +312,7 @@ def test_sft_then_train_then_evaluate(entry):
     code, out, err = entry("train", "run", init, "--config.train.steps=2")
     assert code == 0, err
     assert "held-out accuracy, %" in out and "avg@2" in out and "◆ held-out avg@k" in out
-    assert "warm start" not in out
+    assert "supervised warm start" not in out
     run = entry.home / "run"
     assert [r["step"] for r in read_metrics(run)] == [0, 1, 2]
     assert (run / "learning.png").exists() and list((run / "tensorboard").iterdir())

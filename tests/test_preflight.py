@@ -183,7 +183,11 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     assert ("reference model" in listed["update"].resident) == ("k3" in case)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+# configs/own.py names a checkpoint, which it has to: its architecture is read from there.
+CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - {ROOT / "configs/own.py"})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_need_no_checkpoint(path):
     C.resolve(preflight.without_text(load_config(str(path))))
 

@@ -104,7 +104,7 @@ def _attention(check: Check) -> None:
     try:
         attention_kernel(Compute(attention=kernel), jnp.dtype(dtype), 1, check["model.head_dim"])
     except ValueError as error:
-        check.problems.append(f"compute.{error}")
+        check.problems.append(str(error))
 
 
 def _delta_nets(check: Check) -> None:

@@ -32,7 +32,7 @@ def test_the_example_runs(tmp_path, monkeypatch, compile_quickly):
     write_problems(tmp_path / "train.jsonl", range(8))
     write_problems(tmp_path / "test.jsonl", range(50, 54))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     config = load_config(OWN)
     config.model.path = "model"
     config.sampler.update(max_prompt_length=96, max_response_length=6, slots=16, decode_steps=6)

@@ -21,7 +21,7 @@ smoke.
 
 from drpo_jax.config import default_config
 from drpo_jax.config.variants import with_variants
-from drpo_jax.rewards import REWARDS
+from drpo_jax.rewards import REWARDS, Reward
 
 
 # Yours: the reward. It takes three texts and returns a number; 1 is right, 0 is wrong. A response is
@@ -32,7 +32,10 @@ def last_line(prompt: str, response: str, answer: str) -> float:
     return float(lines[-1].strip() == answer)
 
 
-REWARDS["last_line"] = last_line
+# With a template, a run first checks that a response with the right answer is rewarded.
+REWARDS["last_line"] = Reward(
+    last_line, summary="the last line is the answer", template="Therefore:\n{answer}"
+)
 
 VARIANTS = {"long": {"train.steps": 1000, "sampler.max_response_length": 4096}}
 

@@ -11,6 +11,8 @@ a network, model.path is a directory. Variants, combined by commas (drpo_jax/con
 from drpo_jax.config.paper import PRECISION, large_config
 from drpo_jax.config.variants import with_variants
 
+VARIANTS = PRECISION
+
 
 def get_config(variants=""):
-    return with_variants(large_config("qwen3-30b-a3b"), variants, PRECISION)
+    return with_variants(large_config("qwen3-30b-a3b"), variants, VARIANTS)

@@ -11,6 +11,8 @@ default), fp8_rollout, fp8_e2e; objectives, readings of the threshold such as bo
 from drpo_jax.config.paper import PRECISION, large_config
 from drpo_jax.config.variants import with_variants
 
+VARIANTS = PRECISION
+
 
 def get_config(variants=""):
-    return with_variants(large_config("qwen3.5-35b-a3b"), variants, PRECISION)
+    return with_variants(large_config("qwen3.5-35b-a3b"), variants, VARIANTS)

@@ -39,7 +39,7 @@ POSITIVE_SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 
 REQUIRED = dataclasses.MISSING
 # Keywords of fields that steer how a run executes and is watched, not what it learns.
-OPERATIONAL = {"may_change": True, "distinguishes": False}
+OPERATIONAL: dict[str, Any] = {"may_change": True, "distinguishes": False}
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 

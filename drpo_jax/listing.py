@@ -3,25 +3,30 @@
 With a WORD, only the lines that contain it.
 """
 
-import ast
 import difflib
 import inspect
+import runpy
 from collections.abc import Callable
 
 from drpo_jax import cli
-from drpo_jax.config import default_config, field_types, flatten, type_name
+from drpo_jax.config import field_table, type_name
+from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.objectives import OBJECTIVES
 from drpo_jax.rewards import REWARDS, get_reward
 
 
 def fields() -> list[tuple[str, ...]]:
-    """Every field of a config, its type and its default."""
-    types = field_types()
-    return [
-        (name, type_name(types[name]), repr(default))
-        for name, default in flatten(default_config()).items()
-    ]
+    """Every field of a config: its default, its type, and its meaning with the allowed values."""
+    rows: list[tuple[str, ...]] = []
+    for row in field_table():
+        notes = [row.meaning]
+        if row.allowed:
+            notes.append(f"One of {row.allowed}." if row.choices else f"Must be {row.allowed}.")
+        if row.may_change:
+            notes.append("May change on resume.")
+        rows.append((row.path, repr(row.default), type_name(row.type), " ".join(notes)))
+    return rows
 
 
 def objectives() -> list[tuple[str, ...]]:
@@ -43,15 +48,14 @@ def rewards() -> list[tuple[str, ...]]:
 
 
 def variants() -> list[tuple[str, ...]]:
-    """Every config file that comes with drpo_jax, and what its docstring says about variants."""
-    rows = []
+    """Every config file that comes with drpo_jax, with its own variants; and those of all configs."""
+    rows: list[tuple[str, ...]] = []
     for path in sorted(cli.CONFIGS.glob("*.py")):
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        head, _, rest = text.partition("\n\n")
-        rows.append((f"configs/{path.name}", " ".join(head.split())))
-        _, heading, names = rest.partition("Variants")
-        rows += [("", line) for line in f"{heading}{names}".splitlines() if line]
-    return rows
+        module, name = runpy.run_path(str(path)), f"configs/{path.name}"
+        rows.append((name, " ".join(module["__doc__"].partition("\n\n")[0].split())))
+        if own := module.get("VARIANTS"):
+            rows.append((f"{name}:", ", ".join(own)))
+    return [*rows, ("every config", ", ".join(common_variants()))]
 
 
 LISTS: dict[str, Callable[[], list[tuple[str, ...]]]] = {

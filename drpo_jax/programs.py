@@ -334,7 +334,7 @@ class Programs:
                     f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
                 )
         model, tensor = self.model_config, self.mesh.shape["tensor"]
-        for field in ("kv_heads", "linear_value_heads"):
+        for field in ("kv_heads", "linear_key_heads", "linear_value_heads"):
             if getattr(model, field) % tensor:
                 raise ValueError(
                     f"model.{field} = {getattr(model, field)} is not a multiple of mesh.tensor = "

@@ -19,6 +19,8 @@ from drpo_jax.commands import COMMANDS
 from drpo_jax.config import field_types, from_json
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
+from drpo_jax.models import PRESETS
+from drpo_jax.models.huggingface import write_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,6 +219,15 @@ def test_command_line_sets_fields(command_line):
 def test_command_line_errors_are_one_message_and_exit_code_2(command_line, args, message):
     code, _, err = command_line(*args)
     assert (code, err) == (2, f"error: {message}\n")
+
+
+def test_a_field_on_the_command_line_has_to_agree_with_the_checkpoint(command_line, tmp_path):
+    preset = PRESETS["qwen3-4b"]
+    (tmp_path / "config.json").write_text(json.dumps(write_config(preset)))
+    model = (FILE, DIR, f"--config.model.path={tmp_path}", "--config.sft.steps=0")
+    assert command_line(*model, f"--config.model.layers={preset.layers}")[0] == 0
+    code, _, err = command_line(*model, "--config.model.layers=7")
+    assert code == 2 and f"model.layers: 7 -> {preset.layers}" in err
 
 
 def test_a_defect_keeps_its_traceback(command_line):

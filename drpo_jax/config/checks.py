@@ -150,10 +150,10 @@ def _objective(check: Check) -> None:
     name, reading = check["objective.name"], check["objective.threshold"]
     if "objective.name" in check.invalid:
         return
-    for hyper in hyperparameters():
-        field = f"objective.{hyper}"
-        takers = [o for o in OBJECTIVES if hyper in OBJECTIVES[o].hyper]
-        right = f"{name} does not take {hyper}; taken by {', '.join(takers)}"
+    for hyperparameter in hyperparameters():
+        field = f"objective.{hyperparameter}"
+        takers = [o for o in OBJECTIVES if hyperparameter in OBJECTIVES[o].hyper]
+        right = f"{name} does not take {hyperparameter}; taken by {', '.join(takers)}"
         check.require(check[field] is None or name in takers, f"{field} objective.name", right)
     if not reading:
         return

@@ -81,7 +81,7 @@ def default_config() -> ConfigDict:
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turns {"train": {"steps": 3}} into {"train.steps": 3}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, Mapping | ConfigDict)
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}

@@ -108,14 +108,7 @@ def policy(name: str, kl: str = "none", kl_coefficient: float = 0.0, **hyper: An
       name, hyper: arguments of `objectives.token_objective`.
       kl: "k2" or "k3" subtracts β times this penalty from J, see `objectives.penalty`.
       kl_coefficient: β.
-
-    Raises:
-      ValueError: a penalty without its coefficient, or the reverse.
     """
-    if (kl != "none") != (kl_coefficient > 0):
-        raise ValueError(
-            f"kl = {kl!r} and kl_coefficient = {kl_coefficient}: give both, or neither"
-        )
     return Policy(name, tuple(hyper.items()), kl, kl_coefficient)
 
 

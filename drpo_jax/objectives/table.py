@@ -497,7 +497,7 @@ def _problem(key: str, value, default) -> str | None:
         return None
     row = hyperparameters()[key]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if row.holds(value):
+        if row.holds(float(value)):
             return None
     elif hasattr(value, "shape"):
         return None
@@ -526,7 +526,7 @@ def split_arrays(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:
 
 
 def token_terms(name: str, logp, behavior_logp, advantage, **hyper) -> Terms:
-    """(J, c, w) of each token, with c and w set to 0 beyond the clip of log r.
+    """Returns (J, c, w) of each token, with c and w set to 0 beyond the clip of log r.
 
     Arguments and errors are those of `token_objective`. The learner takes all three from here.
     """

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import default_config, field_table, flatten
+from drpo_jax.config import default_config, field_table, flatten, with_hyper
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
-from drpo_jax.objectives import OBJECTIVES, THRESHOLDS
+from drpo_jax.objectives import OBJECTIVES
 
 # Sections of the config in the order of a label's and a table's fields; others follow.
 ORDER = ("objective", "model", "precision", "compute", "train", "optimizer", "data", "reward")
@@ -82,13 +82,8 @@ def load_run(workdir: Path) -> Run:
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of the hyperparameters that the objective of a flat config takes."""
     objective = OBJECTIVES.get(config.get("objective.name", ""))
-    values = {}
-    for name, default in objective.hyper.items() if objective else ():
-        value = config.get(f"objective.{name}")
-        if value is None:
-            value = THRESHOLDS.get(name, {}).get(config.get("objective.threshold") or "", default)
-        values[name] = value
-    return values
+    values = with_hyper(config)
+    return {name: values[f"objective.{name}"] for name in objective.hyper} if objective else {}
 
 
 def objective_text(config: Mapping[str, Any]) -> str:

@@ -378,9 +378,3 @@ def test_head_and_custom_vjp_share_one_coefficient(monkeypatch):
         np.testing.assert_allclose(through_vjp, coefficient, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after[0], 2 * before[0] + 0.25, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(after[2] - before[2]) > 0.1 * np.linalg.norm(before[2])
-
-
-def test_a_penalty_without_its_coefficient_is_an_error():
-    for half in ({"kl": "k3"}, {"kl_coefficient": 0.1}):
-        with pytest.raises(ValueError, match="give both, or neither"):
-            policy("drpo", **half)

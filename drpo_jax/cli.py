@@ -15,7 +15,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -40,7 +40,7 @@ COMPILATION_CACHE = "~/.cache/drpo_jax/jax"
 
 
 def launch(
-    main: Callable[[FrozenConfigDict, Path | None], int | None],
+    main: Callable[[FrozenConfigDict, Any], int | None],
     workdir: bool = True,
     prepare: Callable[[ConfigDict], ConfigDict] = lambda config: config,
 ) -> None:

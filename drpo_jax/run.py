@@ -30,13 +30,13 @@ class Group:
     Attributes:
       index: position of the problem in the list of problems.
       rollouts: the responses as `Rollouts` with params.samples rows.
-      texts: the responses as text; None if another process verifies them.
+      texts: the responses as text; [] if another process verifies them.
       rewards: their rewards, which may still be computed; None if another process verifies them.
     """
 
     index: int
     rollouts: Rollouts
-    texts: list[str] | None
+    texts: list[str]
     rewards: rewards.Pending | None
 
 
@@ -62,7 +62,7 @@ class Run:
     tokenizer: Any
     reward: Any
     train_problems: data.ProblemStream | None
-    heldout: list[data.Problem]
+    heldout: Sequence[data.Problem]
     report: str
     mesh: jax.sharding.Mesh
     programs: Programs
@@ -88,7 +88,9 @@ class Run:
                     f"tokenizer's {tokenizer.vocab_size}"
                 )
             loaded = load(config, tokenizer, train)
-            stream = data.ProblemStream(loaded.train, config.seed) if train else None
+            stream = None
+            if train and loaded.train is not None:
+                stream = data.ProblemStream(loaded.train, config.seed)
             _check_init_from(config)
             mesh = make_mesh(**config.mesh)
             programs = Programs(config, mesh, stop=tokenizer.stop_ids)
@@ -151,7 +153,7 @@ class Run:
         own = multihost.share(range(len(problems)))
         for index, rollouts in sampler.stream(prompts, params, key, places):
             if index not in own:
-                yield Group(index, rollouts, None, None)
+                yield Group(index, rollouts, [], None)
                 continue
             texts, problem = rollouts.texts(self.tokenizer), problems[index]
             questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)

@@ -431,11 +431,13 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     )
     assert re.match(model, lines["model"])
     assert lines["model"].endswith("from a warm start of 4 supervised updates")
-    assert lines["objective"].startswith("drpo") and "0.15" in lines["objective"]
+    assert lines["objective"].startswith("drpo, δ = 0.15 (a probability")
     assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")
-    assert lines["evaluation"] == "6 held-out problems, 2 responses to each, every 3 steps"
+    assert lines["evaluation"] == (
+        "6 held-out problems, 2 responses to each, before and after training, every 3 steps"
+    )
     assert lines["devices"].startswith("1 × ") and str(tmp_path) in lines["files"]
 
 

@@ -1,5 +1,6 @@
 """Held-out accuracy: sampling, grouping, estimates, tables, files.
 
+    response     one response, a line of responses.jsonl
     heldout      samples and verifies responses to the held-out problems; `evaluate` for a running run
     accuracy     responses -> accuracy, by problem and by kind of problem
     statistics   avg@k, pass@k, maj@k and their bootstrap intervals
@@ -10,6 +11,7 @@
 The entry point is `drpo_jax.evaluate`.
 """
 
-from drpo_jax.evaluation.heldout import Response, evaluate, in_order, sample_heldout
+from drpo_jax.evaluation.heldout import evaluate, in_order, sample_heldout
+from drpo_jax.evaluation.response import Response
 
 __all__ = ["Response", "evaluate", "in_order", "sample_heldout"]

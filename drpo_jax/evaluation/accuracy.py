@@ -1,17 +1,13 @@
 """From responses to accuracy, by problem and by kind of problem."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from drpo_jax.evaluation.response import Response
 from drpo_jax.evaluation.statistics import bootstrap_interval, majority, pass_at_k
-
-if TYPE_CHECKING:
-    from drpo_jax.evaluation.heldout import Response
 
 
 def by_kind(items: Sequence[Any]) -> dict[str, list[Any]]:

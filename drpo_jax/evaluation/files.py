@@ -12,7 +12,7 @@ import numpy as np
 
 from drpo_jax.errors import BadInput
 from drpo_jax.evaluation.accuracy import ProblemResult, estimates
-from drpo_jax.evaluation.heldout import Response
+from drpo_jax.evaluation.response import Response
 from drpo_jax.evaluation.tables import problem_table
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
@@ -20,7 +20,7 @@ from drpo_jax.run import Run
 from drpo_jax.storage import Lines
 
 
-def evaluation_settings(run: "Run", checkpoint: str, step: int) -> dict[str, Any]:
+def evaluation_settings(run: Run, checkpoint: str, step: int) -> dict[str, Any]:
     """Everything that decides about the responses: an evaluation with other settings is another one."""
     config = run.config
     return {
@@ -37,7 +37,7 @@ def evaluation_settings(run: "Run", checkpoint: str, step: int) -> dict[str, Any
     }
 
 
-def _prompts_hash(run: "Run") -> str:
+def _prompts_hash(run: Run) -> str:
     """A hash of the problems: ids, answers, prompts as token ids, and the stop tokens."""
     prompts = encode(run.config, run.tokenizer, run.heldout)
     problems = [[p.id, p.answer, ids] for p, ids in zip(run.heldout, prompts)]

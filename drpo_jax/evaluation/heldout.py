@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from drpo_jax.evaluation import accuracy
+from drpo_jax.evaluation.response import Response
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Group, Run
@@ -12,29 +12,6 @@ from drpo_jax.sampler import SamplingParams
 
 # The processes exchange the verdicts of this many problems at once.
 GATHER = 32
-
-
-class Response(NamedTuple):
-    """One response to a held-out problem; its fields are those of responses.jsonl.
-
-    Attributes:
-      id, kind: ID and kind of the problem.
-      mode: "avg", sampled at evaluate.temperature, or "greedy".
-      prompt, response, answer: text.
-      reward: the verifier's verdict.
-      tokens: length of the response, the stop token included.
-      finished: whether the response ended with a stop token rather than at the limit.
-    """
-
-    id: str
-    kind: str
-    mode: str
-    prompt: str
-    response: str
-    answer: str
-    reward: float
-    tokens: int
-    finished: bool
 
 
 def evaluate(run: Run, model: Transformer) -> dict[str, float]:
@@ -121,15 +98,15 @@ def _verified(groups: Iterator[Group]):
     overlaps with sampling.
     """
     parts = iter(lambda: list(itertools.islice(groups, GATHER)), [])
-    for part, _ in itertools.pairwise(itertools.chain(parts, [None])):
+    for part, _ in itertools.pairwise(itertools.chain(parts, [[]])):
         own = [(group.index, group.rewards.result()) for group in part if group.rewards is not None]
         gathered = multihost.gather(
-            "verdicts", of=[i for i, _ in own], reward=[reward for _, reward in own]
+            "verdicts", index=[i for i, _ in own], reward=[reward for _, reward in own]
         )
         verdicts = {
             i: reward
             for process in gathered
-            for i, reward in zip(process["of"].tolist(), process["reward"])
+            for i, reward in zip(process["index"].tolist(), process["reward"])
         }
         for group in part:
             yield group, verdicts[group.index]

@@ -46,7 +46,7 @@ def checkpoint_directory(workdir: Path, config) -> Path | None:
     raise BadInput(f"{workdir} has no checkpoint yet")
 
 
-def load_checkpoint(run: "Run", directory: Path, step: int | None) -> tuple[int, Transformer]:
+def load_checkpoint(run: Run, directory: Path, step: int | None) -> tuple[int, Transformer]:
     """The step and the model of a checkpoint.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from drpo_jax.evaluation.accuracy import ProblemResult
-from drpo_jax.evaluation.heldout import Response
+from drpo_jax.evaluation.response import Response
 from drpo_jax.evaluation.statistics import majority
 
 SECONDS = 2  # between two lines of progress

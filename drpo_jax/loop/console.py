@@ -42,7 +42,7 @@ def introduction(run: Run) -> str:
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}",
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} responses to each, "
-        + (f"every {evaluate.every} steps" if evaluate.every else "before and after training"),
+        "before and after training" + f", every {evaluate.every} steps" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
         + (f", {axes}" if axes else ""),
         "seed": f"{config.seed}",

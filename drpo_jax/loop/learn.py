@@ -4,7 +4,7 @@ Axis letters: N responses, R response tokens, P rows of a mini-batch, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -29,8 +29,8 @@ class Inputs(NamedTuple):
       metrics: what a KL penalty took from the reward, if there is one.
     """
 
-    arrays: dict[str, np.ndarray]
-    old_logp: np.ndarray | None
+    arrays: dict[str, Any]
+    old_logp: Any
     metrics: dict[str, float]
 
 
@@ -52,19 +52,22 @@ def objective_inputs(
     objective, arrays = run.config.objective, run.programs.objective.arrays
     rescored = objective.behavior == "rescored"
     topk = {"topk_ids": rollouts.top_ids} if "topk_logp" in arrays else {}
-    old = None
+    old: Any = None
     if rescore or needs_old_logp(run.programs):
         old = score(run, model, rollouts, step, topk)
     # π is the full softmax at the sampling temperature, and so is the default µ.
     recorded = {"sampler": rollouts.full_logp, "sampler_filtered": rollouts.sampled_logp}
-    inputs = {"behavior_logp": old.logp if rescored else recorded[objective.behavior]}
+    inputs: dict[str, Any] = {
+        "behavior_logp": old.logp if rescored else recorded[objective.behavior]
+    }
     if topk:
         inputs |= topk | {"behavior_topk_logp": old.topk_logp if rescored else rollouts.top_logp}
     if "old_logp" in arrays:
         inputs["old_logp"] = old.logp
     metrics = {}
     if objective.kl != "none":
-        ref_logp = score(run, run.reference, rollouts, step, {}, replay=False).logp
+        reference = score(run, cast(Transformer, run.reference), rollouts, step, {}, replay=False)
+        ref_logp = reference.logp
         if objective.kl == "k1":
             # µ before top-k and top-p, because π_ref is never filtered.
             start = old.logp if rescored else rollouts.full_logp

@@ -64,7 +64,7 @@ def _train(run: Run) -> None:
         record_start(run.workdir, start)
         first = start + bool(start)
         log = stack.enter_context(MetricLogger(run.workdir, total, first, config=config))
-        print(f"columns\n{log.legend()}", flush=True)
+        print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()
         if start == 0:
             print("compiling prefill and decode, evaluating the held-out problems …", flush=True)
@@ -148,7 +148,7 @@ def rl_step(
     metrics |= rollout.metrics() | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
     mixed = informative(inputs["advantage"], config.train.samples)
-    metrics["reward/informative_groups"] = np.mean(mixed)
+    metrics["reward/informative_groups"] = float(np.mean(mixed))
     return state, metrics, rollout.example(run.tokenizer)
 
 

@@ -1,6 +1,7 @@
 """How far sampler and learner disagree about the same tokens."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,13 +52,11 @@ def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
     logging.warning(message)
 
 
-def score_synced(
-    run: Run, model: Transformer, rollouts: Rollouts, old_logp: np.ndarray | None, step: int
-) -> np.ndarray | None:
+def score_synced(run: Run, model: Transformer, rollouts: Rollouts, old_logp: Any, step: int) -> Any:
     """The learner's score with the weights that the sampler had, float32 [N, R].
 
-    These weights differ from the learner's only under precision.noise; otherwise, and where the rollout
-    was not scored, this is `old_logp` itself.
+    These weights differ from the learner's only under precision.noise. Without noise this is `old_logp`
+    itself, which is None if the rollout was not scored.
     """
     if not run.config.precision.noise or old_logp is None:
         return old_logp

@@ -55,7 +55,7 @@ class Rollout:
             "response/truncated": 1 - self.responses.finished.mean(),
         }
 
-    def arrays(self, tokenizer: Any) -> dict[str, np.ndarray]:
+    def arrays(self, tokenizer: Any) -> dict[str, Any]:
         """What `learner.record` saves of a rollout apart from the learner's view of it."""
         responses, problems = self.responses, self.problems
         piece_ids, piece_texts = responses.pieces(tokenizer)
@@ -96,6 +96,7 @@ def collect(
       The rollout, and metrics of the weight sync and the sampler.
     """
     config, sampler = run.config, run.programs.sampler
+    assert run.train_problems is not None  # None only in an evaluation
     with timer("sync"):
         noise = run.key(step, NOISE)
         sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=step)
@@ -128,12 +129,12 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
     Returns:
       float32 [N] verdicts, and float32 [N] what is added to them.
     """
-    own = [group for group in groups if group.rewards is not None]
-    texts = [text for group in own for text in group.texts]
+    verdicts = [group.rewards.result() for group in groups if group.rewards is not None]
+    texts = [text for group in groups for text in group.texts]
     own_lengths = multihost.share(lengths.reshape(-1, run.config.train.samples)).reshape(-1)
     parts = multihost.gather(
         "rewards",
-        reward=np.concatenate([np.zeros(0, np.float32), *(g.rewards.result() for g in own)]),
+        reward=np.concatenate([np.zeros(0, np.float32), *verdicts]),
         added=shaping(run.config, texts, own_lengths),
     )
     reward, added = (np.concatenate([part[name] for part in parts]) for name in ("reward", "added"))

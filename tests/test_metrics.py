@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import drpo_jax
 from drpo_jax import metrics as M
 from drpo_jax.config import default_config
 from drpo_jax.metrics import environment
@@ -148,7 +149,8 @@ def test_the_environment_is_recorded_at_every_start(tmp_path):
     first, second = M.read_starts(tmp_path)
     assert (first["step"], second["step"]) == (0, 20)
     assert first["devices"] == jax.device_count() and first["device_kind"] == "cpu"
-    assert first["jax"] == jax.__version__ and first["time"].endswith("+00:00")
+    assert first["jax"] == jax.__version__ and first["drpo_jax"] == drpo_jax.__version__
+    assert first["time"].endswith("+00:00")
     assert M.read_starts(tmp_path / "old") == []
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from drpo_jax import report
-from drpo_jax.config import default_config, to_json
+from drpo_jax.config import default_config, to_json, with_hyper
 from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.metrics import METRICS, SECTIONS, describe
@@ -109,7 +109,7 @@ def run(seed=0, **config):
     config = {"seed": seed, "objective.name": "drpo", "objective.delta": None} | {
         field.replace("__", "."): value for field, value in config.items()
     }
-    return runs.Run(Path("x"), config, [{"step": 0}], {})
+    return runs.Run(Path("x"), with_hyper(config), [{"step": 0}], {})
 
 
 def labels(*several):
@@ -324,7 +324,7 @@ def test_the_page_is_whole_self_contained_and_escaped(workdirs, tmp_path, capsys
     assert html.count("&lt;script&gt;&quot;&amp;") > 10 and "&lt;i&gt;dppo" in html
     assert "<h1>drpo_jax <span>3 runs, 2 groups</span></h1>" in html
     assert "2 runs (seeds 0, 1)" in html and "1 run (seed 0)" in html
-    assert '<meta name="viewport"' in html and "drpo, delta=0.15" in html
+    assert '<meta name="viewport"' in html and "drpo, δ = 0.15" in html
     assert html.index("Held-out accuracy in percent") < html.index("<details>")
     assert "20.0 ± 14.1" not in html and "15.0 ± 7.1" in html  # eval/avg at the first evaluation
     assert len(re.findall(r"<h4>step \d", html)) == 3  # of the first run of each group
@@ -346,7 +346,9 @@ def test_a_group_shows_what_it_ran_on(tmp_path):
     assert facts["duration"] == "6m00s of rollout steps" and facts["steps"] == "4"
     assert facts["started"] == "2026-11-28 14:00 UTC" and facts["resumed"] == "1 time"
     assert facts["hardware"] == "8 × TPU v5e on pod" and facts["commit"] == "abc123"
-    assert facts["software"] == "jax 0.10.2, python 3.12.1" and "drpo, delta=" in facts["objective"]
+    assert (
+        facts["software"] == "jax 0.10.2, python 3.12.1" and "drpo, δ = 0.15" in facts["objective"]
+    )
 
 
 def test_only_fields_that_differ_are_shown(groups):

@@ -10,16 +10,17 @@ import json
 import platform
 import socket
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from drpo_jax import __version__
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import write_whole
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "drpo-jax")
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def record_start(workdir: Path, step: int) -> None:
@@ -52,16 +53,10 @@ def environment() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "platform": device.platform,
         "python": platform.python_version(),
-        **{package.replace("-", "_"): _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
+        "drpo_jax": __version__,
         "commit": _commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # drpo_jax runs from a checkout without being installed
-        return None
 
 
 def _commit() -> str | None:

@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from drpo_jax.config import objective_hyper, run_config
+from drpo_jax.config import objective_hyper, objective_summary, run_config
 from drpo_jax.metrics import Record, describe, impossible_shares, read_metrics, series
-from drpo_jax.reporting.runs import objective_text
 
 TRAILING = 10  # steps in a trailing mean
 SHARES = {
@@ -32,7 +31,7 @@ def plot_run(workdir: Path) -> Path:
     objective = config.objective.name
     hidden = impossible_shares(objective, **objective_hyper(config))
     figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(f"{workdir.name}: {objective_text(config)}", x=0.01, ha="left", fontsize=13)
+    figure.suptitle(f"{workdir.name}: {objective_summary(config)}", x=0.01, ha="left", fontsize=13)
     accuracy, shares, entropy, shift = figure.subplots(2, 2, sharex=True).ravel()
 
     accuracy.set_title("accuracy", loc="left", fontsize=11)

@@ -21,7 +21,6 @@ from drpo_jax.reporting.runs import (
     Group,
     Run,
     accuracy,
-    hyperparameters,
     objective_text,
     training_seconds,
 )
@@ -135,11 +134,7 @@ def _software(start: dict[str, Any]) -> str:
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Returns (field, its value in each group) for the fields in which the groups differ."""
     fields = dict.fromkeys(field for group in groups for field in group.fields)
-    configs = []
-    for group in groups:
-        config = group.runs[0].config
-        hyper = {f"objective.{k}": v for k, v in hyperparameters(config).items()}
-        configs.append(config | hyper)
+    configs = [group.runs[0].config for group in groups]
     return [(f, ["–" if c.get(f) is None else str(c[f]) for c in configs]) for f in fields]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drpo_jax.config import default_config, field_table, flatten, with_hyper
+from drpo_jax.config import default_config, field_table, flatten, objective_summary, with_hyper
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
 from drpo_jax.objectives import OBJECTIVES
@@ -21,7 +21,10 @@ WINDOW = 9  # points in a running mean
 
 
 class Run(NamedTuple):
-    """A run: its flat config, its records, its saved rollouts by step, its starts (`run.json`)."""
+    """A run: its flat config, its records, its saved rollouts by step, its starts (`run.json`).
+
+    The hyperparameters of the objective have values in the config, where older runs have null.
+    """
 
     workdir: Path
     config: dict[str, Any]
@@ -71,7 +74,7 @@ def load_run(workdir: Path) -> Run:
     if not records:
         raise BadInput(f"--workdir={workdir}: metrics.jsonl holds no record yet")
     try:
-        config = flatten(json.loads(path.read_text()))
+        config = with_hyper(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise BadInput(f"{path} must be a JSON object: {error}") from error
     paths = sorted((workdir / "rollouts").glob("step_*.npz"))
@@ -79,25 +82,16 @@ def load_run(workdir: Path) -> Run:
     return Run(workdir, config, records, rollouts, read_starts(workdir))
 
 
-def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of the hyperparameters that the objective of a flat config takes."""
-    objective = OBJECTIVES.get(config.get("objective.name", ""))
-    values = with_hyper(config)
-    return {name: values[f"objective.{name}"] for name in objective.hyper} if objective else {}
-
-
 def objective_text(config: Mapping[str, Any]) -> str:
-    """Returns the objective with its hyperparameters: 'drpo, delta=0.15'."""
-    flat = flatten(config)
-    values = {name: value for name, value in hyperparameters(flat).items() if value is not None}
-    return ", ".join([str(flat.get("objective.name")), *(f"{k}={v}" for k, v in values.items())])
+    """Returns the objective of a flat config with its hyperparameters, or its name if it is unknown."""
+    name = config.get("objective.name")
+    return objective_summary(config) if name in OBJECTIVES else str(name)
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Groups runs whose configs are equal except for the seed and fields that do not affect learning.
 
-    A seed may appear in data.init_from, because every seed may have its own warm start. A
-    hyperparameter that is null counts as its default.
+    A seed may appear in data.init_from, because every seed may have its own warm start.
 
     Returns:
       The groups in the order of their first runs. Their labels name the fields in which they differ.
@@ -121,9 +115,8 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that distinguish runs, without nulls."""
-    compared = dict(config) | {f"objective.{k}": v for k, v in hyperparameters(config).items()}
     ignored = {row.path for row in field_table() if not row.distinguishes}
-    compared = {f: v for f, v in compared.items() if v is not None and f not in ignored}
+    compared = {f: v for f, v in config.items() if v is not None and f not in ignored}
     if "data.init_from" in compared:
         number = rf"(?<!\d){config.get('seed')}(?!\d)"
         compared["data.init_from"] = re.sub(number, "{seed}", compared["data.init_from"])
@@ -137,9 +130,8 @@ def _differences(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, 
     """
     if "objective.name" not in fields:
         return {f: config.get(f, "default") for f in fields}
-    defaults = flatten(default_config())
-    objective = OBJECTIVES.get(config.get("objective.name", ""))
-    defaults |= {f"objective.{k}": v for k, v in objective.hyper.items()} if objective else {}
+    name = config.get("objective.name")
+    defaults = with_hyper(flatten(default_config()) | {"objective.name": name})
     return {
         f: config[f]
         for f in fields

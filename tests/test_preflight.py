@@ -183,7 +183,11 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     assert ("reference model" in listed["update"].resident) == ("k3" in case)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+# own.py is left out: it names a checkpoint of the hub, whose config.json is its architecture.
+CONFIGS = sorted(path for path in ROOT.glob("configs/*.py") if path.stem != "own")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_need_no_checkpoint(path):
     C.resolve(preflight.without_text(load_config(str(path))))
 

@@ -183,8 +183,8 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     assert ("reference model" in listed["update"].resident) == ("k3" in case)
 
 
-# configs/own.py names a checkpoint, which it has to: its architecture is read from there.
-CONFIGS = sorted(set(ROOT.glob("configs/*.py")) - {ROOT / "configs/own.py"})
+# own.py is left out: it names a checkpoint of the hub, whose config.json is its architecture.
+CONFIGS = sorted(path for path in ROOT.glob("configs/*.py") if path.stem != "own")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -119,5 +119,5 @@ def test_an_exported_model_ends_responses_as_in_training(checkpoint, run, tmp_pa
     export.export(run, tmp_path)
     ends = json.loads((tmp_path / "generation_config.json").read_text())
     assert ends["eos_token_id"] == list(TextTokenizer(checkpoint[0], chat=True).stop_ids)
-    with pytest.raises(BadInput, match="is what the run began with: name another directory"):
+    with pytest.raises(BadInput, match="is the model that the run started from: name another directory"):
         export.export(run, json.loads((run / "config.json").read_text())["model"]["path"])

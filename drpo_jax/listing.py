@@ -43,8 +43,11 @@ def objectives() -> list[tuple[str, ...]]:
 
 def rewards() -> list[tuple[str, ...]]:
     """Every reward, and what earns it."""
-    rows = {name: get_reward(name) for name in REWARDS}
-    return [(name, row.summary or _summary(row.function)) for name, row in rows.items()]
+    lines: list[tuple[str, ...]] = []
+    for name in REWARDS:
+        row = get_reward(name)
+        lines.append((name, row.summary or _summary(row.function)))
+    return lines
 
 
 def variants() -> list[tuple[str, ...]]:

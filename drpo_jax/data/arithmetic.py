@@ -97,9 +97,9 @@ def is_heldout(operation: ArrayLike, a: ArrayLike, b: ArrayLike) -> np.ndarray:
       bool, in the shape of the broadcast arguments.
     """
     a, b = np.asarray(a, np.uint64), np.asarray(b, np.uint64)
-    operation = np.vectorize(ord, otypes=[np.uint64])(operation)
+    codes = np.vectorize(ord, otypes=[np.uint64])(operation)
     with np.errstate(over="ignore"):
-        h = _mix(np.uint64(_HASH_KEY) + operation)
+        h = _mix(np.uint64(_HASH_KEY) + codes)
         h = _mix(h + np.maximum(a, b))
         h = _mix(h + np.minimum(a, b))
     return h % np.uint64(HELDOUT_ONE_IN) == 0

@@ -61,7 +61,8 @@ def load_problems(path: str | pathlib.Path) -> list[Problem]:
     )
     if dapo:
         parsed = _merge_repeats(parsed)
-    problems, lines = [], {}
+    problems: list[Problem] = []
+    lines: dict[str, str] = {}
     for where, problem in parsed:
         if problem.id in lines:
             raise ValueError(

@@ -11,7 +11,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from drpo_jax.data.files import read_jsonl
 from drpo_jax.data.problem import Problem
@@ -24,6 +24,11 @@ _LAYOUT = re.compile(r"\\[,;:! ()\[\]]|\\(?:left|right|displaystyle|quad|qquad)(
 _LOOSE_SPACE = re.compile(r"(?<=\W) | (?=\W)")
 _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _ROLLOUT_EXAMPLE = '{"id": "p1", "mode": "avg", "reward": 1.0}'
+_ROLLOUT_FIELDS: dict[str, tuple[Any, str]] = {
+    "id": (str, "a string"),
+    "mode": (str, "a string"),
+    "reward": ((int, float), "a number"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class FilterReport:
 
     def table(self, examples: int = 2) -> str:
         """Returns an aligned text table: reason, number, share, what is left, and some examples."""
-        rows = [("all problems", "", "", self.total, "")]
+        rows: list[tuple] = [("all problems", "", "", self.total, "")]
         left = self.total
         for reason, problems in self.dropped.items():
             left -= len(problems)
@@ -116,7 +121,7 @@ def filter_problems(
     low, high = characters
     sieve.drop(f"under {low} characters", lambda p: len(p.prompt) < low)
     sieve.drop(f"over {high} characters", lambda p: len(p.prompt) > high)
-    if count_tokens is not None:
+    if count_tokens is not None and max_tokens is not None:
         sieve.drop(f"over {max_tokens} tokens", lambda p: count_tokens(p) > max_tokens)
     if not chinese:
         sieve.drop("in Chinese", lambda p: _CHINESE.search(p.prompt))
@@ -193,16 +198,12 @@ def pass_rates(path: str | pathlib.Path) -> dict[str, float]:
     """
     rewards = collections.defaultdict(list)
     for where, record in read_jsonl(path, _ROLLOUT_EXAMPLE):
-        for field, types, expected in (
-            ("id", str, "a string"),
-            ("mode", str, "a string"),
-            ("reward", (int, float), "a number"),
-        ):
+        for field, (types, right) in _ROLLOUT_FIELDS.items():
             value = record.get(field)
             if not isinstance(value, types) or (field == "reward" and not abs(value) < 1e9):
                 raise ValueError(
                     f"{where}: field '{field}' is "
-                    f"{repr(value)[:80] if field in record else 'missing'}, but must be {expected}, "
+                    f"{repr(value)[:80] if field in record else 'missing'}, but must be {right}, "
                     f"as in {_ROLLOUT_EXAMPLE}"
                 )
         if record["mode"] == "avg":

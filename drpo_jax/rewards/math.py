@@ -63,11 +63,11 @@ def last_box(text: str) -> str | None:
         return None
     depth, end = 1, start
     while 0 < depth <= MAX_DEPTH:
-        match = _TO_BRACE.match(text, end)
-        if match is None:
+        brace = _TO_BRACE.match(text, end)
+        if brace is None:
             return None
-        depth += 1 if match.group(1) == "{" else -1
-        end = match.end()
+        depth += 1 if brace.group(1) == "{" else -1
+        end = brace.end()
     return text[start : end - 1] if depth == 0 else None
 
 

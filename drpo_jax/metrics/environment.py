@@ -1,8 +1,11 @@
 """Records where and with what a run runs: `run.json`, an entry for each start or resume.
 
-{"starts": [{"time": "2026-11-28T14:00:00+00:00", "step": 0, "host": "…", "processes": 1,
-             "devices": 1, "device_kind": "cpu", "platform": "cpu", "python": "3.12.3",
-             "jax": "0.10.2", "jaxlib": …, "flax": …, "drpo_jax": …, "commit": "15b2d64…" or null}]}
+    {"starts": [{"time": "2026-11-28T14:00:00+00:00", "step": 0, "host": "…", "processes": 1,
+                 "devices": 1, "device_kind": "cpu", "platform": "cpu", "python": "3.12.3",
+                 "jax": "0.10.2", "jaxlib": …, "flax": …, "optax": …, "drpo_jax": "0.2.0",
+                 "commit": "15b2d64…"}]}
+
+`commit` ends with "+changes" if the checkout is modified, and is null without a checkout.
 """
 
 import datetime

@@ -1,11 +1,13 @@
 """Device meshes, the sharding rules of all arrays, and runs of several processes.
 
-axes           one table from logical axes to mesh axes, and the shardings that follow from it
-mesh           builds the mesh with the axes data, fsdp, expert and tensor
-placement      shardings of whole pytrees
-multihost      starts `jax.distributed` and exchanges host data between processes
-jax_internals  all private API of jax that multihost needs
-settings       the config section `mesh`
+Files, in reading order:
+
+    axes           one table from logical axes to mesh axes, and the shardings that follow from it
+    mesh           builds the mesh with the axes data, fsdp, expert and tensor
+    placement      shardings of whole pytrees
+    multihost      starts `jax.distributed` and exchanges host data between processes
+    jax_internals  all private API of jax that multihost needs
+    settings       the config section `mesh`
 """
 
 from drpo_jax.parallel.axes import (

@@ -13,7 +13,7 @@ import runpy
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -235,7 +235,7 @@ def _locate_config(argv: list[str]) -> list[str]:
     return [*argv[: places[0]], located, *argv[places[0] + 1 + separate :]]
 
 
-def _check_fields(argv: list[str], fields: Iterable[str]) -> None:
+def _check_fields(argv: list[str], fields: Collection[str]) -> None:
     for arg in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
         if match and match[1] not in fields:
@@ -245,7 +245,7 @@ def _check_fields(argv: list[str], fields: Iterable[str]) -> None:
             )
 
 
-def _unrecognized(error: flags.UnrecognizedFlagError, fields: Iterable[str]) -> str:
+def _unrecognized(error: flags.UnrecognizedFlagError, fields: Collection[str]) -> str:
     """The message for an unknown flag; one that is named like a field gets the field's flag."""
     name = error.flagname
     meant = [f for f in fields if name in (f, f.rpartition(".")[2])]

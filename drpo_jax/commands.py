@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "list": Command(
         "drpo_jax.listing",
-        "List what a config can name: fields, objectives, rewards, variants.",
+        "List what there is: config fields, objectives, rewards, variants, metrics.",
         "LIST [WORD]",
         ("drpo list fields sampler", "drpo list objectives"),
     ),

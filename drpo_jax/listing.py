@@ -1,78 +1,108 @@
-"""Lists what a config can name: drpo list fields|objectives|rewards|variants [WORD]
+"""Lists what there is: drpo list fields|metrics|objectives|rewards|variants [WORD]
 
-With a WORD, only the lines that contain it.
+With a WORD, only the entries whose name or text contains it.
 """
 
+import ast
 import difflib
 import inspect
 import runpy
+import textwrap
 from collections.abc import Callable
+from typing import NamedTuple
 
 from drpo_jax import cli
 from drpo_jax.config import field_table, type_name
 from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
+from drpo_jax.metrics.catalogue import SECTIONS
 from drpo_jax.objectives import OBJECTIVES
-from drpo_jax.rewards import REWARDS, get_reward
+from drpo_jax.rewards import REWARDS
 
 
-def fields() -> list[tuple[str, ...]]:
-    """Every field of a config: its default, its type, and its meaning with the allowed values."""
-    rows: list[tuple[str, ...]] = []
+class Entry(NamedTuple):
+    """One entry of a list: a name, what stands next to it, and the text below."""
+
+    name: str
+    remark: str
+    text: str
+
+
+def fields() -> list[Entry]:
+    """Returns every field of a config: default, type, allowed values, meaning."""
+    entries = []
     for row in field_table():
-        notes = [row.meaning]
-        if row.allowed:
-            notes.append(f"One of {row.allowed}." if row.choices else f"Must be {row.allowed}.")
-        if row.may_change:
-            notes.append("May change on resume.")
-        rows.append((row.path, repr(row.default), type_name(row.type), " ".join(notes)))
-    return rows
+        allowed = (
+            row.allowed
+            if row.choices
+            else ", ".join(filter(None, [type_name(row.type), row.allowed]))
+        )
+        default = "unset" if row.optional else repr(row.default)
+        resume = " May change on resume." if row.may_change else ""
+        entries.append(Entry(row.path, f"= {default}   ({allowed})", row.meaning + resume))
+    return entries
 
 
-def objectives() -> list[tuple[str, ...]]:
-    """Every objective, its hyperparameters and its equation."""
+def objectives() -> list[Entry]:
+    """Returns every objective: hyperparameters with their defaults, equation."""
     return [
-        (
+        Entry(
             name,
-            ", ".join(f"{k}={v}" for k, v in objective.hyper.items()),
-            _summary(objective.equation),
+            ", ".join(f"{key}={value}" for key, value in objective.hyper.items()),
+            _first_line(objective.equation),
         )
         for name, objective in OBJECTIVES.items()
     ]
 
 
-def rewards() -> list[tuple[str, ...]]:
-    """Every reward, and what earns it."""
-    lines: list[tuple[str, ...]] = []
-    for name in REWARDS:
-        row = get_reward(name)
-        lines.append((name, row.summary or _summary(row.function)))
-    return lines
+def rewards() -> list[Entry]:
+    """Returns every reward: the tasks it serves, and what earns it."""
+    entries = []
+    for name, row in REWARDS.items():
+        tasks = ", ".join(getattr(row, "tasks", ()))
+        summary = getattr(row, "summary", "") or _first_line(row)
+        entries.append(Entry(name, f"(data.task: {tasks})" if tasks else "", summary))
+    return entries
 
 
-def variants() -> list[tuple[str, ...]]:
-    """Every config file that comes with drpo_jax, with its own variants; and those of all configs."""
-    rows: list[tuple[str, ...]] = []
+def variants() -> list[Entry]:
+    """Returns every config file that comes with drpo_jax: its variants, and its purpose."""
+    entries = []
     for path in sorted(cli.CONFIGS.glob("*.py")):
-        module, name = runpy.run_path(str(path)), f"configs/{path.name}"
-        rows.append((name, " ".join(module["__doc__"].partition("\n\n")[0].split())))
-        if own := module.get("VARIANTS"):
-            rows.append((f"{name}:", ", ".join(own)))
-    return [*rows, ("every config", ", ".join(common_variants()))]
+        own = runpy.run_path(str(path)).get("VARIANTS", {})
+        purpose = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
+        entries.append(Entry(f"configs/{path.name}", ", ".join(own), " ".join(purpose.split())))
+    return [*entries, Entry("every config", "", ", ".join(common_variants()))]
 
 
-LISTS: dict[str, Callable[[], list[tuple[str, ...]]]] = {
+def metrics() -> list[Entry]:
+    """Returns every metric that a run logs: unit, title, definition."""
+    return [
+        Entry(
+            metric.name,
+            f"({metric.unit})" if metric.unit else "",
+            f"{metric.title}: {metric.definition}",
+        )
+        for section in SECTIONS
+        for metric in section.metrics
+    ]
+
+
+LISTS: dict[str, Callable[[], list[Entry]]] = {
     "fields": fields,
+    "metrics": metrics,
     "objectives": objectives,
     "rewards": rewards,
     "variants": variants,
 }
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Returns the rows as aligned columns, the last one ragged."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in rows)
+def render(entries: list[Entry]) -> str:
+    """Returns the entries as text, at most 100 columns wide where words allow it."""
+    lines = []
+    for entry in entries:
+        lines.append(f"{entry.name}  {entry.remark}".rstrip())
+        lines += textwrap.wrap(entry.text, 96, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -80,20 +110,20 @@ def main(arguments: list[str]) -> None:
     """Prints one of `LISTS`.
 
     Raises:
-      BadInput: The arguments name no list.
+      BadInput: The arguments name no list, or no entry contains the word.
     """
     name, word = (*arguments, "", "")[:2]
     if name not in LISTS or len(arguments) > 2:
         close = difflib.get_close_matches(name, LISTS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise BadInput(f"give one of {', '.join(LISTS)}{hint}")
-    rows = [row for row in LISTS[name]() if word in " ".join(row)]
-    if not rows:
+    entries = [entry for entry in LISTS[name]() if word.lower() in " ".join(entry).lower()]
+    if not entries:
         raise BadInput(f"{word!r} does not occur in the list of {name}")
-    print(table(rows))
+    print(render(entries))
 
 
-def _summary(function: Callable) -> str:
+def _first_line(function: object) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 

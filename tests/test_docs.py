@@ -185,3 +185,13 @@ def test_the_figure_of_the_weights_is_drawn(tmp_path):
     spec.loader.exec_module(figures)
     figures.draw(tmp_path / "weights.png")
     assert (tmp_path / "weights.png").stat().st_size > 10_000
+
+
+def test_the_reference_covers_every_module():
+    """All but the entry points and the command line's own tables."""
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    shown = set(re.findall(r"<!-- reference: drpo_jax\.(\w+) -->", pages))
+    paths = (ROOT / "drpo_jax").iterdir()
+    modules = {p.stem for p in paths if p.suffix == ".py" or (p / "__init__.py").exists()}
+    entry_points = {command.module.removeprefix("drpo_jax.") for command in COMMANDS.values()}
+    assert modules - entry_points - {"__init__", "__main__", "commands"} == shown

@@ -1,7 +1,7 @@
 """Reads and writes the architecture in the config.json of a Hugging Face directory."""
 
 import json
-import os
+from pathlib import Path
 from typing import Any
 
 from drpo_jax.hub import local_directory
@@ -43,7 +43,7 @@ REQUIRED = {
 }
 
 
-def read_config(path: str | os.PathLike) -> ModelConfig:
+def read_config(path: str | Path) -> ModelConfig:
     """Returns the architecture of a Hugging Face directory or hub id.
 
     Both dialects of config.json are supported, that of released checkpoints and that of

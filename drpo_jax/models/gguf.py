@@ -5,7 +5,6 @@ contains as well, are converted too.
 """
 
 import json
-import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ SPLITS = {
 CONTROL, USER_DEFINED = 3, 4
 
 
-def convert(file: str | os.PathLike, directory: str | os.PathLike) -> ModelConfig:
+def convert(file: str | Path, directory: str | Path) -> ModelConfig:
     """Writes the model and the tokenizer of a GGUF file as a Hugging Face directory.
 
     Args:

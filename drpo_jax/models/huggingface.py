@@ -10,7 +10,6 @@ Axis letters: L stacked layers (two axes where layers repeat in groups), E exper
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ SHARD_BYTES = 4 * 2**30  # Most bytes of a file that `save_pretrained` writes.
 
 
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | Path,
     dtype: Any = jnp.float32,
     shardings: Callable[[Transformer], Any] | None = None,
 ) -> tuple[Transformer, ModelConfig]:
@@ -84,9 +83,9 @@ def from_pretrained(
 def save_pretrained(
     model: Transformer,
     config: ModelConfig,
-    path: str | os.PathLike,
+    path: str | Path,
     dtype: Any = None,
-    like: str | os.PathLike | None = None,
+    like: str | Path | None = None,
 ) -> None:
     """Writes a directory that `transformers` loads: config.json, safetensors and their index.
 

@@ -1,5 +1,6 @@
 """Directories of Hugging Face checkpoints: on this machine, or downloaded by their hub id."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # Configurations and tokenizer, wit
 ALL_FILES = (*TEXT_FILES, "*.safetensors")
 
 
-def local_directory(path: str | Path, files: Sequence[str] = ALL_FILES) -> Path:
+def local_directory(path: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> Path:
     """Returns the directory of a checkpoint, downloaded from the Hugging Face hub if need be.
 
     Downloads are kept in the hub's own cache, and a second call finds them there without a network.

@@ -91,7 +91,7 @@ class Attention(nnx.Module):
             q = project(x, self.q_proj, compute, self.q_bias)
             q = q.reshape(*q.shape[:-1], -1, 2, config.head_dim)
             q, gate = q[..., 0, :], q[..., 1, :].reshape(*x.shape[:-1], -1)
-            if config.qk_norm:
+            if self.q_norm is not None:
                 q = rms_norm(q, self.q_norm[...], config.rms_eps, config.norm_offset)
         else:
             q = heads(self.q_proj, self.q_bias, self.q_norm)

@@ -79,12 +79,12 @@ def run_experts(
     recipe = compute.matmul
     if isinstance(weights[0], Quantized):  # The weight sync has quantized them already.
         recipe = dataclasses.replace(recipe, weight=None)
-    weights = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
+    dense = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
     values = [
         constrain(
             weight_values(jax.lax.stop_gradient(w), recipe, x.dtype), *axes, rules=SAMPLER_RULES
         )
-        for w, axes in zip(weights, AXES)
+        for w, axes in zip(dense, AXES)
     ]
     compute = dataclasses.replace(compute, matmul=dataclasses.replace(recipe, weight=None))
 
@@ -104,7 +104,7 @@ def run_experts(
     )
     return jax.shard_map(
         body, in_specs=(tokens, tokens, tokens, shards, whole), out_specs=tokens, check_vma=False
-    )(x, gates, experts, weights, values)
+    )(x, gates, experts, dense, values)
 
 
 def _local_experts(

@@ -127,7 +127,7 @@ class MoE(nnx.Module):
             "experts": visited.astype(jnp.int16).reshape(*valid.shape, k),
         } | replay
         y = y.reshape(x.shape)
-        if self.shared is not None:
+        if self.shared is not None and self.shared_gate is not None:
             weight = self.shared_gate[...].astype(x.dtype)
             gate = jnp.dot(x, weight, precision=dot_precision(x.dtype))
             gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype)

@@ -221,7 +221,7 @@ class Sampler:
         first = {"sampler weights": model, "hidden": place(hidden), "key": key, "ids": prompts}
         admit = {"caches": slots, "prompts": rows, "arrivals": arrivals}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
-        calls = {
+        calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "prefill": (prefill, {"record": params.routes}),
             "first_tokens": (first, static),
             "admit": (admit, {}),

@@ -17,8 +17,11 @@ and prints a table. The same command resumes an interrupted evaluation. Several 
 with --shard=1/4 to --shard=4/4; the same command without --shard then joins their responses.
 """
 
+from pathlib import Path
+
 import jax
 from absl import flags
+from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli, loop
 from drpo_jax.evaluation import files, in_order, sample_heldout, source
@@ -31,7 +34,14 @@ SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluat
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
 
 
-def main(config, workdir, shard="1/1", step=None):
+def main(
+    config: FrozenConfigDict, workdir: Path, shard: str = "1/1", step: int | None = None
+) -> None:
+    """Evaluates the part `shard` of the problems, with the checkpoint of `step` or the latest.
+
+    Raises:
+      BadInput: the workdir, the shard or the checkpoint does not fit the config.
+    """
     directory = source.checkpoint_directory(workdir, config)
     run = loop.Run.create(config, workdir, train=False)
     places = files.shard_places(shard, len(run.heldout))

@@ -1,4 +1,4 @@
-"""The structure of the package: imports run one way, and functions stay short."""
+"""The structure of the package: imports run one way, functions stay short, public ones are annotated."""
 
 import ast
 from pathlib import Path
@@ -70,3 +70,33 @@ def test_functions_are_short_or_say_why_not(path):
         length = node.end_lineno - node.lineno + 1
         reason = any(line.strip().startswith(LONG) for line in around)
         assert length <= LONGEST or reason, f"{node.name} has {length} lines"
+
+
+EQUATIONS = "objectives/table.py"  # Hyperparameters are typed by their defaults, as in the papers.
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_functions_are_annotated(path):
+    equations = str(path.relative_to(PACKAGE)) == EQUATIONS
+    for function in public_functions(ast.parse(path.read_text())):
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        named += filter(None, [arguments.vararg, arguments.kwarg])
+        if equations and named and named[0].arg == "t":
+            continue
+        missing = [a.arg for a in named if a.annotation is None and a.arg not in ("self", "cls")]
+        if function.returns is None and function.name != "__init__":
+            missing.append("return")
+        assert not missing, f"{function.name}: {', '.join(missing)}"
+
+
+def public_functions(tree):
+    """Yields the public functions of a module and the public methods of its public classes."""
+    for node in tree.body:
+        members = [node]
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            members = node.body
+        for member in members:
+            if isinstance(member, ast.FunctionDef):
+                if not member.name.startswith("_") or member.name in ("__init__", "__call__"):
+                    yield member

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ml_collections import FrozenConfigDict
+
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import flatten, run_config
 from drpo_jax.errors import BadInput, bad_input
@@ -9,7 +11,7 @@ from drpo_jax.models import Transformer
 from drpo_jax.run import Run
 
 
-def checkpoint_directory(workdir: Path, config) -> Path | None:
+def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None:
     """The directory of the checkpoints to evaluate; None where the model is that of model.path.
 
     Raises:

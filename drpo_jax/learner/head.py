@@ -89,13 +89,22 @@ class Policy:
         """Whether c of a token depends on all tokens of its response."""
         return OBJECTIVES[self.name].needs_sequences
 
-    def __call__(self, logp, behavior_logp, advantage, ref_logp=None, correction=1.0, **arrays):
+    def __call__(
+        self,
+        logp: jax.Array,
+        behavior_logp: jax.Array,
+        advantage: jax.Array,
+        ref_logp: jax.Array | None = None,
+        correction: jax.Array | float = 1.0,
+        **arrays: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Looked up at call time, so that a replacement in the table applies here and in
         # policy_objective.
         J, c, w = table.token_terms(
             self.name, logp, behavior_logp, advantage, **dict(self.hyper), **arrays
         )
         if self.kl != "none":
+            assert ref_logp is not None
             k, slope = kl_penalty(self.kl, logp, behavior_logp, ref_logp)
             J, c = J - self.kl_coefficient * k, c - self.kl_coefficient * slope
         return J * correction, c * correction, w

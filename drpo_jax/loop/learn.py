@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from drpo_jax.calls import needs_old_logp
 from drpo_jax.learner import TokenTrace, TrainState
@@ -189,7 +190,7 @@ def _reduced(reports: Sequence[tuple[Any, ...]]) -> dict[str, float]:
     return metrics
 
 
-def mini_batches(config, step: int, epoch: int) -> list[np.ndarray]:
+def mini_batches(config: FrozenConfigDict, step: int, epoch: int) -> list[np.ndarray]:
     """Row indices of each mini-batch: whole groups, in an order drawn from (seed, step, epoch)."""
     prompts, samples = config.train.prompts, config.train.samples
     order = np.random.default_rng([config.seed, step, SHUFFLE, 2 + epoch]).permutation(prompts)

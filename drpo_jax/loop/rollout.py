@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from drpo_jax import rewards
 from drpo_jax.data import Problem
@@ -141,7 +142,7 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
     return reward, added
 
 
-def shaping(config, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
+def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     """What `config.reward` adds to the verdicts, float32 [N].
 
     Args:
@@ -156,7 +157,7 @@ def shaping(config, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     return added
 
 
-def training_reward(config, rollout: Rollout, step: int) -> np.ndarray:
+def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
     """float32 [N], the reward to learn from: verdict and shaping, permuted for the control experiment
     train.shuffle_rewards."""
     reward = rollout.reward + rollout.added

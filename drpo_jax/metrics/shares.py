@@ -1,5 +1,7 @@
 """The kinds of gradient weight that an objective can produce."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ TOLERANCE = 1e-4  # Rounding may move a weight of 1 by less than this.
 LOG_RATIO = 4.0  # Larger ratios are too rare to deserve a column, and soft gates underflow there.
 
 
-def impossible_shares(name: str, **hyper) -> frozenset[str]:
+def impossible_shares(name: str, **hyper: Any) -> frozenset[str]:
     """Returns the metrics of `KINDS` that are zero for every token under an objective.
 
     Evaluates w on a grid of π and µ, with ratios of up to e⁴, for positive and negative advantages.

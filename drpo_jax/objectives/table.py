@@ -50,6 +50,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.sequences import sequence_sum
@@ -436,7 +437,9 @@ def hyperparameters() -> dict[str, Hyperparameter]:
     }
 
 
-def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
+def token_objective(
+    name: str, logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike, **hyper: Any
+) -> tuple[jax.Array, jax.Array]:
     """Returns the objective of each token and its score coefficient: the single source of both.
 
     Args:
@@ -461,7 +464,9 @@ def token_objective(name: str, logp, behavior_logp, advantage, **hyper):
     return J, c
 
 
-def gradient_weight(name: str, logp, behavior_logp, advantage, **hyper) -> jax.Array:
+def gradient_weight(
+    name: str, logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike, **hyper: Any
+) -> jax.Array:
     """Returns the gradient weight w of each token, with c = r·Â·w.
 
     Takes the arguments of `token_objective`. w has a closed form, so that it is finite and meaningful
@@ -525,7 +530,9 @@ def split_arrays(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:
     return {array: keywords[array] for array in needed}, hyper
 
 
-def token_terms(name: str, logp, behavior_logp, advantage, **hyper) -> Terms:
+def token_terms(
+    name: str, logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike, **hyper: Any
+) -> Terms:
     """Returns (J, c, w) of each token, with c and w set to 0 beyond the clip of log r.
 
     Arguments and errors are those of `token_objective`. The learner takes all three from here.

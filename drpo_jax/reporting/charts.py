@@ -165,7 +165,7 @@ def _step_strips(values: Mapping[int, Sequence[str]], last: int) -> list[Strip]:
     ]
 
 
-def bend(w):
+def bend(w: Any) -> Any:
     """Returns the place of w on an axis that is logarithmic in the distance from 1, and even near 1."""
     return np.sign(w - 1) * np.log1p(abs(w - 1) / 0.05)
 

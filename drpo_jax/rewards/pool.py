@@ -22,6 +22,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -209,7 +210,7 @@ class Isolated:
         self,
         function: Callable[..., float],
         quick: Callable[[str, str, str], float | tuple[str, ...]] | None = None,
-        **limits,
+        **limits: Any,
     ):
         self.pool = Pool(function, **limits)
         self.quick = quick or (lambda *texts: texts)

@@ -46,7 +46,8 @@ def fields_table() -> str:
                 "| field | default | meaning | allowed | on resume |",
                 "|---|---|---|---|---|",
             ]
-        default = "" if field.default is None else f"`{field.default!r}`"
+        shown = f"{field.default:g}" if isinstance(field.default, float) else repr(field.default)
+        default = "" if field.default is None else f"`{shown}`"
         may_change = "may change" if field.may_change else ""
         cells = (f"`{field.path}`", default, field.meaning, field.allowed, may_change)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")

@@ -43,12 +43,13 @@ def fields_table() -> str:
             section = field.section
             lines += ["", f"### {section or 'seed'}", ""]
             lines += [
-                "| field | default | meaning | allowed | on resume |",
+                "| field | default | allowed | meaning | on resume |",
                 "|---|---|---|---|---|",
             ]
-        default = "" if field.default is None else f"`{field.default!r}`"
+        shown = f"{field.default:g}" if isinstance(field.default, float) else repr(field.default)
+        default = "" if field.default is None else f"`{shown}`"
         may_change = "may change" if field.may_change else ""
-        cells = (f"`{field.path}`", default, field.meaning, field.allowed, may_change)
+        cells = (f"`{field.path}`", default, field.allowed, field.meaning, may_change)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -195,3 +195,16 @@ def test_the_reference_covers_every_module():
     modules = {p.stem for p in paths if p.suffix == ".py" or (p / "__init__.py").exists()}
     entry_points = {command.module.removeprefix("drpo_jax.") for command in COMMANDS.values()}
     assert modules - entry_points - {"__init__", "__main__", "commands"} == shown
+
+
+def test_the_messages_of_the_troubleshooting_page_exist():
+    """Headings in code quote messages, with … in place of what varies."""
+    files = (ROOT / "drpo_jax").rglob("*.py")
+    source = "".join(path.read_text("utf-8") for path in files)
+    source = re.sub(r'"\s*\n\s*(\+ )?(rf|f|r)?"', "", source)  # literals that continue each other
+    text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+    assert messages
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in source, f"{message}: no code says {part.strip()!r}"

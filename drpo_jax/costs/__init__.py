@@ -1,11 +1,13 @@
 """Memory, FLOPs and traffic of compiled programs, for accelerators that need not be present.
 
-chips    accelerators, their peak rates, and how to compile for them
-hlo      parser for the text of a compiled program
-counts   collectives, matmul FLOPs and memory traffic of that text
-flops    FLOPs by the equations of the model
-program  one program of a run, compiled and counted
-table    the results as tables and as JSON
+The modules:
+
+    chips    accelerators, their peak rates, and how to compile for them
+    hlo      parser for the text of a compiled program
+    counts   collectives, matmul FLOPs and memory traffic of that text
+    flops    FLOPs by the equations of the model
+    program  one program of a run, compiled and counted
+    table    the results as tables and as JSON
 """
 
 from drpo_jax.costs.chips import CHIPS, Chip, get_devices

@@ -1,11 +1,13 @@
 """The learner: its state, the update step, and a head that fuses the objective with the last matmul.
 
-head     lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
-update   gradients of a mini-batch over micro-batches, and one optimizer update
-summary  metrics of an update, from its trace
-state    TrainState, Batch, optimizer
-packing  where the sequences of a batch lie in its rows
-record   saved rollouts
+The modules:
+
+    head     lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
+    update   gradients of a mini-batch over micro-batches, and one optimizer update
+    summary  metrics of an update, from its trace
+    state    TrainState, Batch, optimizer
+    packing  where the sequences of a batch lie in its rows
+    record   saved rollouts
 """
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy

@@ -1,12 +1,14 @@
 """What a run logs, and where.
 
-catalogue    one row for each metric: definition, unit, reduction, console column
-records      pairs of sums and counts; reading `metrics.jsonl`
-log          writes records to `metrics.jsonl`, TensorBoard and the console
-console      the console's lines, and the summary at the end
-shares       the kinds of gradient weight that an objective can produce
-clock        counts compilations
-environment  records devices, package versions and the commit in `run.json`
+The modules:
+
+    catalogue    one row for each metric: definition, unit, reduction, console column
+    records      pairs of sums and counts; reading `metrics.jsonl`
+    log          writes records to `metrics.jsonl`, TensorBoard and the console
+    console      the console's lines, and the summary at the end
+    shares       the kinds of gradient weight that an objective can produce
+    clock        counts compilations
+    environment  records devices, package versions and the commit in `run.json`
 
 `python -m drpo_jax.metrics` prints the catalogue as Markdown.
 """

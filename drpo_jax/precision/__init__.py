@@ -1,9 +1,11 @@
 """FP8, simulated exactly.
 
-float8   codes and scales of blocks, and the rounding behind them
-recipes  what each side does with its matmuls
-matmul   the matmul that follows a recipe
-native   matmuls of float8 codes on devices that multiply them
+The modules:
+
+    float8   codes and scales of blocks, and the rounding behind them
+    recipes  what each side does with its matmuls
+    matmul   the matmul that follows a recipe
+    native   matmuls of float8 codes on devices that multiply them
 """
 
 from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quantize

@@ -98,6 +98,7 @@ def test_lists_have_a_line_for_every_entry(name, capsys):
     out = capsys.readouterr().out
     names = {
         "fields": field_types(),
+        "metrics": [metric.name for section in listing.SECTIONS for metric in section.metrics],
         "objectives": listing.OBJECTIVES,
         "rewards": listing.REWARDS,
         "variants": [f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")],

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
@@ -93,9 +94,13 @@ def test_help_shows_purpose_examples_and_own_flags(form):
 
 
 @pytest.mark.parametrize("name", listing.LISTS)
-def test_lists_have_a_line_for_every_entry(name, capsys):
-    listing.main([name])
-    out = capsys.readouterr().out
+def test_lists_have_an_entry_for_everything(name, capsys):
+    with mock.patch.dict(listing.REWARDS):  # configs/own.py adds one.
+        listing.main([name])
+        out = capsys.readouterr().out
+        first = out.split()[0]
+        listing.main([name, first])
+    assert capsys.readouterr().out.split()[0] == first
     names = {
         "fields": field_types(),
         "metrics": [metric.name for section in listing.SECTIONS for metric in section.metrics],
@@ -103,10 +108,14 @@ def test_lists_have_a_line_for_every_entry(name, capsys):
         "rewards": listing.REWARDS,
         "variants": [f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")],
     }[name]
-    assert set(names) <= {line.split()[0] for line in out.splitlines()}
-    first = next(iter(names))
-    listing.main([name, first])
-    assert first in capsys.readouterr().out
+    assert set(names) <= {line.split()[0] for line in out.splitlines() if line[0] != " "}
+
+
+def test_a_field_is_listed_with_its_default_choices_and_meaning(capsys):
+    listing.main(["fields", "optimizer.schedule"])
+    first, *meaning = capsys.readouterr().out.splitlines()
+    assert first == "optimizer.schedule  = 'constant'   (constant, linear, cosine)"
+    assert meaning and all(line.startswith("    ") for line in meaning)
 
 
 @pytest.mark.parametrize(

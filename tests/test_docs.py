@@ -14,7 +14,7 @@ from drpo_jax.cli import load_config
 from drpo_jax.commands import COMMANDS
 from drpo_jax.config import default_config, flatten
 from drpo_jax.metrics import describe
-from drpo_jax.objectives import OBJECTIVES, table
+from drpo_jax.objectives import AGGREGATIONS, OBJECTIVES, table
 from drpo_jax.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +168,15 @@ def test_the_table_of_objectives_has_their_defaults():
         for key, value in values.items():
             plain = isinstance(value, str | bool)
             assert shown[key] == str(value) if plain else float(shown[key]) == value
+
+
+def test_the_published_aggregations_are_those_of_the_rows():
+    text = (ROOT / "docs/objectives.md").read_text("utf-8")
+    table = text.split("### Where each comes from")[1].split("\n### ")[0]
+    for name, objective in OBJECTIVES.items():
+        [line] = re.findall(rf"^\|[^|]*`{name.partition('_no_')[0]}`.*$", table, re.M) or [""]
+        stated = re.findall(rf"`({'|'.join(AGGREGATIONS)})`", line)
+        assert stated == [objective.aggregation] or (not stated and not objective.aggregation), name
 
 
 @each

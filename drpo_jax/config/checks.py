@@ -342,7 +342,7 @@ def _warn(values: Mapping[str, Any]) -> None:
     """Warns of settings that run but defeat the purpose of the objective."""
     name, aggregation = values["objective.name"], values["objective.aggregation"]
     objective = OBJECTIVES[name]
-    if objective.aggregation not in (None, aggregation):
+    if objective.fixed_aggregation and objective.aggregation != aggregation:
         logging.warning(
             "objective.aggregation = %r: %s divides the objective of a response by its length only "
             "under %r; this one gives long responses more weight.",

@@ -81,7 +81,7 @@ def _objective(name: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"objective.name": name}
     if not objective.released:
         fields["objective.threshold"] = ""
-    if objective.aggregation:
+    if objective.fixed_aggregation:
         fields["objective.aggregation"] = objective.aggregation
     return fields
 

@@ -296,8 +296,9 @@ class Objective:
       equation: (Token, arrays, **hyperparameters) -> (J, c, w).
       boundary: quantity that its boundary or clip bounds: "probability" (|π − µ|, or a total
         variation), "nats" (a KL divergence), "ratio" (π/µ, or π/π_old); None: it has no boundary.
-      aggregation: the only aggregation under which c is the gradient of the published objective;
-        None: any.
+      aggregation: the aggregation that its source publishes it with; None: its source has none, or
+        does not say.
+      fixed_aggregation: c is the gradient of the published objective under that aggregation only.
       released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
       corrects_mismatch: its ratio π/µ is what corrects the sampler's numerics, so µ has to be the
         sampler's.
@@ -306,6 +307,7 @@ class Objective:
     equation: Callable[..., Terms]
     boundary: Literal["probability", "nats", "ratio"] | None = None
     aggregation: str | None = None
+    fixed_aggregation: bool = False
     released: bool = False
     corrects_mismatch: bool = False
 
@@ -368,25 +370,31 @@ class Hyperparameter:
         return value > self.above
 
 
+_DRPO = "seq-mean-token-sum-norm"  # The aggregation of the DRPO paper.
+
 OBJECTIVES: dict[str, Objective] = {
     row.equation.__name__: row
     for row in (
         Objective(surrogate),
-        Objective(grpo, boundary="ratio"),
-        Objective(cispo, boundary="ratio"),
-        Objective(minirl, boundary="ratio", corrects_mismatch=True),
-        Objective(sapo),
-        Objective(gspo, boundary="ratio", aggregation="seq-mean-token-mean"),
+        Objective(grpo, boundary="ratio", aggregation="seq-mean-token-mean"),
+        Objective(cispo, boundary="ratio", aggregation="token-mean"),
+        Objective(
+            minirl, boundary="ratio", aggregation="seq-mean-token-sum", corrects_mismatch=True
+        ),
+        Objective(sapo, aggregation="seq-mean-token-mean"),
+        Objective(
+            gspo, boundary="ratio", aggregation="seq-mean-token-mean", fixed_aggregation=True
+        ),
         Objective(spo, boundary="ratio", released=True),
         Objective(spo_no_advantage, boundary="ratio", released=True),
         Objective(dppo_tv, boundary="probability"),
         Objective(dppo_kl, boundary="nats"),
         Objective(dppo_topk_tv, boundary="probability"),
         Objective(dppo_topk_kl, boundary="nats"),
-        Objective(drpo, boundary="probability", released=True),
-        Objective(drpo_no_advantage, boundary="probability", released=True),
-        Objective(drpo_no_correction, boundary="probability", released=True),
-        Objective(mask_drpo, boundary="probability", released=True),
+        Objective(drpo, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(drpo_no_advantage, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(drpo_no_correction, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(mask_drpo, boundary="probability", aggregation=_DRPO, released=True),
     )
 }
 

@@ -73,25 +73,30 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def filter_logits(logits_BxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def filter_logits(
+    logits_BxV: jax.Array, top_k: int, top_p: float, temperature: float = 1.0
+) -> jax.Array:
     """Returns the logits with those outside the top-k and top-p sets set to −inf.
 
-    Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept.
+    Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept. Thresholds are compared
+    with logits before the division by the temperature: XLA may compute that quotient in two fusions
+    with different last bits, and the token at the border of the nucleus would be lost.
 
     Args:
       logits_BxV: float32.
       top_k: number of tokens to keep; 0 keeps all.
       top_p: probability to keep; 1 keeps all.
+      temperature: temperature of the distribution that top-p refers to.
     """
     if top_k and top_k < logits_BxV.shape[-1]:
         border = _largest(logits_BxV, top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
     if top_p < 1.0:
-        logits_BxV = jnp.where(_in_nucleus(logits_BxV, top_p), logits_BxV, -jnp.inf)
+        logits_BxV = jnp.where(_in_nucleus(logits_BxV, top_p, temperature), logits_BxV, -jnp.inf)
     return logits_BxV
 
 
-def _in_nucleus(logits_BxV, top_p):
+def _in_nucleus(logits_BxV, top_p, temperature):
     """Returns bool [B, V], True for the tokens of the top-p set.
 
     The set holds every token whose logit lies within some distance of the largest one. The distance is
@@ -99,7 +104,8 @@ def _in_nucleus(logits_BxV, top_p):
     patterns. That takes 31 sums instead of a sort, and on a mesh no logit leaves its device.
     """
     distance = jnp.max(logits_BxV, axis=-1, keepdims=True) - logits_BxV
-    bits, mass = jax.lax.bitcast_convert_type(distance, jnp.int32), jnp.exp(-distance)
+    bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
+    mass = jnp.exp(-distance / temperature)
     enough = top_p * jnp.sum(mass, axis=-1)
 
     def halve(_, interval):
@@ -153,8 +159,9 @@ def sample_token(logits_BxV: jax.Array, uniform_B: jax.Array, params: SamplingPa
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         filtered = logits
     else:
-        logits = logits / params.temperature
-        filtered = filter_logits(logits, params.top_k, params.top_p)
+        kept = filter_logits(logits, params.top_k, params.top_p, params.temperature)
+        unfiltered, logits = logits, logits / params.temperature
+        filtered = logits if kept is unfiltered else kept / params.temperature
         largest = jnp.max(filtered, axis=-1, keepdims=True)
         token = draw(jnp.exp(filtered - largest), uniform_B)
     largest = jnp.max(logits, axis=-1, keepdims=True)

@@ -68,6 +68,19 @@ def test_the_nucleus_is_that_of_sorted_probabilities(top_p):
         assert set(np.flatnonzero(ours)) == set(order[:count])
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(0.6, 0.95), (0.7, 0.9), (0.9, 0.5), (1.0, 0.95)]
+)
+def test_the_compiled_nucleus_keeps_its_border(temperature, top_p):
+    """Compiled behind a matmul, where XLA divides by the temperature in several fusions."""
+    rng, params = np.random.default_rng(0), SamplingParams(1, temperature=temperature, top_p=top_p)
+    hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((256, 32), (32, 512)))
+    uniform = rng.random(256, dtype=np.float32)
+    sampled = jax.jit(lambda h, w, u: sample_token(h @ w, u, params))(hidden, head, uniform)
+    kept = np.exp(np.asarray(sampled.full_logp, np.float64) - np.asarray(sampled.sampled_logp))
+    assert kept.min() > top_p - 1e-4
+
+
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])

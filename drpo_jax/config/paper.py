@@ -19,7 +19,7 @@ def paper_config(preset: str) -> ConfigDict:
 
     64 prompts with 8 responses each, 4 updates per rollout, responses of up to 8,192 tokens, DRPO at
     the released threshold, µ from the sampler, Â = reward − mean, AdamW at 1e-6, bfloat16 compute on
-    float32 weights. model.path has to name the checkpoint. data.problems may name a file of
+    float32 weights. model.path must name the checkpoint. data.problems may name a file of
     DAPO-Math-17k.
 
     The mesh takes 4, 8 or 16 devices. With 16 devices of 32 GB (v6e:4x4), each holds a quarter of a

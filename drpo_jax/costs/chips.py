@@ -108,7 +108,7 @@ def get_devices(topology: str) -> tuple[list, Chip]:
             jax.config.update("jax_num_cpu_devices", sides[0])
     except RuntimeError as error:
         raise ValueError(
-            f"topology {topology} has to be set before JAX initializes, in a new process: {error}"
+            f"topology {topology} must be set before JAX initializes, in a new process: {error}"
         ) from None
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

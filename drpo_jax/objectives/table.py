@@ -185,8 +185,8 @@ def dppo_topk_tv(t: Token, topk_logp, behavior_topk_logp, delta=0.15, ratio_cap=
     """J = M·r·Â, M = [TV ≤ δ or converging], TV over the behavior policy's top-k and the rest.
 
     TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
-    `behavior_topk_logp` [..., K] are log π and log µ of the K likeliest tokens under µ. The sampled
-    token is always among them: as in the released code, it replaces the last one if need be.
+    `behavior_topk_logp` [..., K] are log π and log µ of the K most likely tokens under µ. The sampled
+    token is always among them: as in the released code, it replaces the last one if necessary.
     """
     pi, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
     tv = (abs(pi - mu).sum(-1) + abs(rest_pi - rest_mu)) / 2

@@ -104,7 +104,7 @@ def gather(
 ) -> list[dict[str, np.ndarray]]:
     """Returns the arrays of all processes on every process.
 
-    Every process has to call it; it returns once all of them have. The data passes through process 0, so
+    Every process must call it; it returns once all of them have. The data passes through process 0, so
     keep it small (megabytes at most).
 
     Args:
@@ -163,7 +163,7 @@ def on_main(name: str, function: Callable[[], object]) -> None:
 def fetch(tree: Any) -> Any:
     """Returns whole device arrays as NumPy arrays.
 
-    All processes have to call it with the same arrays.
+    All processes must call it with the same arrays.
     """
     if process_count() == 1:
         return jax.device_get(tree)

@@ -24,10 +24,10 @@ SHARES = "YlGnBu"  # Colour map of the distribution of w.
 STEPS = [1, 2, 2.5, 5, 10]  # Distances between ticks, times a power of ten.
 DASHED: dict[str, Any] = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
 PAPER_TAIL = 7.8  # Tail tokens of Qwen3-30B-A3B-Base in the DRPO paper, %.
-POINTS = 150  # Approximate maximum of points per curve.
+POINTS = 150  # Approximate maximum number of points per curve.
 MARKED = 30  # Shorter curves show their points.
-STRIPS = 60  # Maximum of strips per chart that show values on hover.
-SNAPSHOTS = 40  # Maximum of saved rollouts per run in the histogram.
+STRIPS = 60  # Maximum number of strips per chart that show values on hover.
+SNAPSHOTS = 40  # Maximum number of saved rollouts per run in the histogram.
 MU_LABELS = [edge.replace("1e-4", "10⁻⁴").replace("1e-3", "10⁻³") for edge in MU_BINS]
 
 

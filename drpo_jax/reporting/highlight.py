@@ -29,7 +29,7 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
 
     Args:
       rollout: the arrays by name.
-      count: maximum of right responses to return, and of wrong ones.
+      count: maximum number of right responses to return, and of wrong ones.
 
     Returns:
       Right responses, then wrong ones, each of a different prompt. Responses with Â = 0 are left out
@@ -53,7 +53,7 @@ def token_spans(rollout: Rollout, row: int, limit: int = 400) -> str:
     Args:
       rollout: the arrays by name.
       row: the row of the response.
-      limit: maximum of tokens to show, around the one whose w is farthest from 1.
+      limit: maximum number of tokens to show, around the one whose w is farthest from 1.
     """
     names = ("behavior_logp", "logp", "weight", "coefficient", "entropy")
     mask = rollout["response_mask"][row]

@@ -25,7 +25,7 @@ from drpo_jax.reporting.runs import (
     training_seconds,
 )
 
-TOKENS = 10_000  # Approximate maximum of tokens in all samples of the page.
+TOKENS = 10_000  # Approximate maximum number of tokens in all samples of the page.
 PROMPT = 600  # Maximum characters of a sample's prompt.
 WEIGHTS = "Gradient weights"  # Section that also shows the weights of saved rollouts.
 TABLE_ONLY = "Other"  # Section whose metrics have no charts.
@@ -223,7 +223,7 @@ def samples(group: Group, limit: int) -> dict[str, Any]:
 
     Args:
       group: the group.
-      limit: maximum of tokens shown per response.
+      limit: maximum number of tokens shown per response.
     """
     run = group.runs[0]
     sample: dict[str, Any] = {"group": group, "seed": run.config.get("seed"), "rollouts": []}

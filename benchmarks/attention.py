@@ -33,7 +33,7 @@ from drpo_jax.models.attention import attend
 LENGTHS = 512, 1024, 2048, 4096, 8192
 SMALL, LARGE = (4, 2, 64, "float32"), (32, 8, 128, "bfloat16")  # heads, key heads, width, dtype
 SEGMENTS = 8
-ROUNDS = 3  # One more round warms up and is not counted.
+ROUNDS = 3  # An additional first round warms up and does not count.
 KERNELS = {
     "cpu": ("full", "chunked", "packed"),
     "tpu": ("full", "chunked", "packed", "splash"),
@@ -111,16 +111,16 @@ def seconds(device, sizes, backward):
             )
             for name in kernels
         }
-        taken = {name: [] for name in kernels}
+        measured = {name: [] for name in kernels}
         for _ in range(ROUNDS + 1):
             for name, run in runs.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 jax.block_until_ready(run())
-                taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-        taken = {name: np.array(times[1:]) for name, times in taken.items()}
+                measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        measured = {name: np.array(times[1:]) for name, times in measured.items()}
         figures[length] = {}
-        for name, times in taken.items():
-            ratio, s = np.median(taken["full"] / times, axis=0), np.median(times, axis=0)
+        for name, times in measured.items():
+            ratio, s = np.median(measured["full"] / times, axis=0), np.median(times, axis=0)
             print(
                 f"{length:<8}{name:<10}{ratio[0]:>11.2f}{ratio[1]:>13.2f}{s[0]:>9.4f}{s[1]:>9.4f}",
                 flush=True,

@@ -45,7 +45,7 @@ FORMS = {
     "e2e, simulated": get_recipe("e2e"),
     "e2e, native": get_recipe("e2e", native=True),
 }
-ROUNDS = 7  # One more round warms up and is not counted.
+ROUNDS = 7  # An additional first round warms up and does not count.
 
 
 def program(recipe, side):

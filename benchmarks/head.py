@@ -35,7 +35,7 @@ from drpo_jax.objectives import policy_objective
 from drpo_jax.precision import dot_precision
 
 TOKENS, WIDTH, VOCAB, CHUNK = 8192, 2048, 151_936, 512
-ROUNDS = 4  # One more round warms up and is not counted.
+ROUNDS = 4  # An additional first round warms up and does not count.
 
 
 def fused(chunk):
@@ -128,18 +128,18 @@ def seconds(device, tokens, dtype):
     arrays = jax.device_put(arrays, device)
     heads = {"naive": naive, "scan": scan(CHUNK), "fused": fused(CHUNK)}
     heads = {name: compiled(loss, dtype, tokens, device) for name, loss in heads.items()}
-    taken = {name: [] for name in heads}
+    measured = {name: [] for name in heads}
     for _ in range(ROUNDS + 1):
         for name, run in heads.items():
             wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(run(*arrays))
-            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    taken = {name: np.array(times[1:]) for name, times in taken.items()}
+            measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    measured = {name: np.array(times[1:]) for name, times in measured.items()}
     print(f"\n{device.device_kind}, {dtype.__name__}, {tokens} tokens, chunk {CHUNK}: time")
     print(f"{'':<18}{'fused/this':>12}{'in CPU time':>13}{'s':>8}{'CPU s':>8}")
     figures = {}
-    for name, times in taken.items():
-        ratio, s = np.median(taken["fused"] / times, axis=0), np.median(times, axis=0)
+    for name, times in measured.items():
+        ratio, s = np.median(measured["fused"] / times, axis=0), np.median(times, axis=0)
         print(f"{name:<18}{ratio[0]:>12.2f}{ratio[1]:>13.2f}{s[0]:>8.1f}{s[1]:>8.1f}")
         keys = ("fused/this", "fused/this, CPU time", "seconds", "CPU seconds")
         figures[name] = dict(zip(keys, (round(float(x), 3) for x in (*ratio, *s))))

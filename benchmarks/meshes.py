@@ -161,8 +161,7 @@ def bounds(family):
 
 
 def differences(ours, expected):
-    """Returns {name: the largest difference} for the names of `bounds`, and the number of tokens that
-    differ."""
+    """Returns the largest differences, named as in `bounds`, and the number of "tokens" that differ."""
 
     def largest(a, b):  # np.max propagates NaN; max may lose it.
         return float(np.max([np.max(abs(x - y)) for x, y in zip(*map(jax.tree.leaves, (a, b)))]))

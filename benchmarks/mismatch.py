@@ -62,7 +62,7 @@ RECIPES = {
     ("tensor", "tensor"): "tensorwise",
 }
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-MEASURED = 0.0135, 0.018  # mean |Δ log p| of Qwen3-4B between SGLang and FSDP, nat
+MEASURED = 0.0135, 0.018  # Mean |Δ log p| of Qwen3-4B between SGLang and FSDP, nats.
 
 
 def new_key(seed):
@@ -238,7 +238,7 @@ def recipes(lab):
 
 
 def routes(lab):
-    """Measures how the routes disagree, and the mismatch with and without routing replay."""
+    """Measures how much the routes differ, and the mismatch with and without routing replay."""
     rows = {}
     for ours, theirs in (("high", "high"), ("blocks", "high"), ("blocks", "blocks")):
         rollouts, recipe = lab.sample(SIDES[ours]), SIDES[theirs]
@@ -256,7 +256,7 @@ def routes(lab):
 
 
 def dial(lab, guess=0.01):
-    """Searches the noise that reproduces the measured mismatch, by proportional correction."""
+    """Searches for the noise that reproduces the measured mismatch, by proportional correction."""
     low, high = MEASURED
     noise, tries = guess, []
     while not tries or not low <= tries[-1] <= high:

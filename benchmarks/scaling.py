@@ -8,7 +8,7 @@ at a time. One sweep goes from 8 to 256 chips with 256 sequences of 4K tokens pe
 from 2K to 32K tokens on 32 chips. `drpo_jax.preflight` compiles the learner's update and a round of
 decoding for each point, in a separate process, and counts for one chip and one call: FLOPs, bytes
 read and written in HBM, bytes sent, and memory. A compiled point is not compiled again; use another
-workdir after a change of the code.
+workdir after changing the code.
 """
 
 import json
@@ -114,7 +114,9 @@ def main(_):
             programs = compile_point(model, chips, length)
             name = f"{model}: {chips} chips, {length} tokens"
             results[name] = {
-                program: {a: float(f"{of(programs[program]):.4g}") for a, of in AMOUNTS.items()}
+                program: {
+                    a: float(f"{amount(programs[program]):.4g}") for a, amount in AMOUNTS.items()
+                }
                 for program in PROGRAMS
             }
             for program, figures in results[name].items():

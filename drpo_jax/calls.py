@@ -4,11 +4,11 @@ A step of `loop` makes these calls, in this order:
 
     sync                                   once
     prefill, first_tokens, admit, decode   until every response is sampled
-    rescore                                a mini-batch at a time, once for log π_old where the updates
-                                           need it, and once for the reference of a KL penalty
-    update                                 a mini-batch at a time, in every epoch
+    rescore                                per mini-batch, once for log π_old if the updates need it,
+                                           and once for the reference of a KL penalty
+    update                                 per mini-batch, in every epoch
 
-and before the first step, `warm start` makes the supervised updates. `preflight` compiles this list.
+Before the first step, `warm start` runs the supervised updates. `preflight` compiles this list.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def needs_old_logp(programs: Programs) -> bool:
 
 
 def update_inputs(programs: Programs) -> list[str]:
-    """The names of `Batch.inputs` in the policy's updates."""
+    """Returns the names of `Batch.inputs` for the policy's updates."""
     needed, names = programs.objective.arrays, ["behavior_logp", "advantage"]
     if "topk_logp" in needed:
         names += ["topk_ids", "behavior_topk_logp"]
@@ -39,14 +39,14 @@ def update_inputs(programs: Programs) -> list[str]:
 
 
 def score_inputs(programs: Programs) -> list[str]:
-    """The names of `Batch.inputs` where the rollout is scored for log π_old."""
+    """Returns the names of `Batch.inputs` for the pass that scores log π_old."""
     return [name for name in update_inputs(programs) if name == "topk_ids"]
 
 
 def rollout_step(programs: Programs) -> list[Program]:
-    """The calls of a rollout step and of the warm start.
+    """Returns the calls of a rollout step and of the warm start.
 
-    Prompts and responses have their maximal lengths, and rows are not packed. Arguments are
+    Prompts and responses have their maximum lengths, and rows are not packed. Arguments are
     `jax.ShapeDtypeStruct`s with shardings.
     """
     config, state = programs.config, programs.abstract_state
@@ -89,10 +89,12 @@ def _warm_start(programs: Programs) -> list[Program]:
 
 
 def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
-    """The sampler's calls for all responses of a rollout; a call of decode is `decode_steps` tokens.
+    """Returns the sampler's calls for all responses of a rollout.
+
+    A decode call runs `decode_steps` steps.
 
     Args:
-      resident: name → arrays of the learner that stay in device memory.
+      resident: name → the learner's arrays, which stay in device memory.
     """
     sampler, train = programs.config.sampler, programs.config.train
     prompt, response = sampler.max_prompt_length, sampler.max_response_length
@@ -131,12 +133,12 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
 def abstract_batch(
     programs: Programs, sequences: int, names: Sequence[str], replay: bool = False
 ) -> Batch:
-    """The Batch of sequences of maximal length, one a row, as `jax.ShapeDtypeStruct`s.
+    """Returns a Batch of maximum-length sequences, one per row, as `jax.ShapeDtypeStruct`s.
 
     Args:
-      sequences: rows P of the batch.
-      names: of its `inputs`.
-      replay: with the sampler's routes.
+      sequences: number of rows P.
+      names: names of the batch's `inputs`.
+      replay: whether the batch contains the sampler's routes.
     """
     sampler, model = programs.config.sampler, programs.model_config
     rows = named_sharding(programs.mesh, ("batch",))
@@ -145,7 +147,7 @@ def abstract_batch(
     def array(dtype, *more):
         return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=rows)
 
-    def of_tokens(name):
+    def token_input(name):
         top = (sampler.top_logprobs,) if "topk" in name else ()
         return array(jnp.int32 if name == "topk_ids" else jnp.float32, *top)
 
@@ -154,6 +156,6 @@ def abstract_batch(
         segment_ids=array(jnp.int32),
         positions=array(jnp.int32),
         mask=array(jnp.int32),
-        inputs={name: of_tokens(name) for name in names},
+        inputs={name: token_input(name) for name in names},
         routes=array(jnp.int16, model.layers, model.experts_per_token) if replay else None,
     )

@@ -22,7 +22,7 @@ class Checkpoints:
     """The checkpoints of a run, in `directory`.
 
     Args:
-      directory: created by the first save.
+      directory: where the checkpoints are; the first save creates it.
       keep: number of latest checkpoints that are kept, besides the best one.
       best_metric: name of a metric; the checkpoint with its highest value is the best one.
     """
@@ -66,7 +66,7 @@ class Checkpoints:
         return self.latest_step() if best is None else best
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save `state`; returns when its arrays are copied and may be donated.
+        """Starts saving `state`; returns once its arrays are copied and may be donated.
 
         Args:
           step: number of completed steps.
@@ -108,7 +108,7 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)
         shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
         wrong = [
-            f"{name}: wanted {tuple(leaf.shape)}, the checkpoint has {shapes.get(name, 'nothing')}"
+            f"{name}: expected {tuple(leaf.shape)}, the checkpoint has {shapes.get(name, 'nothing')}"
             for name, leaf in leaves.items()
             if shapes.get(name) != tuple(leaf.shape)
         ]

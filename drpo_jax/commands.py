@@ -1,4 +1,4 @@
-"""The commands of `drpo`: one row each. The modules stand by themselves as `python -m MODULE`."""
+"""The commands of `drpo`: one row each. Each module also runs on its own as `python -m MODULE`."""
 
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "list": Command(
         "drpo_jax.listing",
-        "List what there is: config fields, objectives, rewards, variants, metrics.",
+        "List the config fields, objectives, rewards, variants or metrics.",
         "LIST [WORD]",
         ("drpo list fields sampler", "drpo list objectives"),
     ),

@@ -37,7 +37,13 @@ STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the 
 def main(
     config: FrozenConfigDict, workdir: Path, shard: str = "1/1", step: int | None = None
 ) -> None:
-    """Evaluates the part `shard` of the problems, with the checkpoint of `step` or the latest.
+    """Evaluates a checkpoint or model.path, writes the results, and prints a table.
+
+    Args:
+      config: a resolved config.
+      workdir: directory of the run.
+      shard: the part of the problems to evaluate, such as "1/4".
+      step: step of the checkpoint; None: the latest.
 
     Raises:
       BadInput: the workdir, the shard or the checkpoint does not fit the config.
@@ -73,7 +79,7 @@ def main(
     print(accuracy_table(result["accuracy"]))
     print(
         f"\n{result['mean_tokens']:.0f} tokens per response on average, {100 * result['cut_off']:.1f} % "
-        f"cut off at {settings['max_response_length']}; by problem, and every response: {folder}"
+        f"cut off at {settings['max_response_length']}; results by problem and all responses: {folder}"
     )
 
 

@@ -30,7 +30,7 @@ def export(
       workdir: Directory of the run.
       output: Created if it does not exist; files of the same names are replaced.
       step: The checkpoint's step; the last one by default.
-      dtype: Of the weights: "bfloat16" or "float32".
+      dtype: Dtype of the weights, "bfloat16" or "float32".
 
     Returns:
       The checkpoint's step.

@@ -1,6 +1,6 @@
-"""Fields of the config: one row per field, in the room that uses it.
+"""Fields of the config: one row per field, in the package that uses it.
 
-A section of the config is a frozen dataclass in `<room>/settings.py`. Each attribute that is declared
+A section of the config is a frozen dataclass in `<package>/settings.py`. Each attribute that is declared
 with `field` is a field of the section; its annotation is the field's type:
 
     @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def field(
       default: value in `default_config()`.
       meaning: one or two sentences, with the unit.
       values: the numbers or the texts that are allowed. A table of choices may be extended after
-        the declaration. The default is always allowed. None: everything of the field's type.
+        the declaration. The default is always allowed. None: any value of the field's type.
       initial: default of the attribute where the dataclass is constructed in Python, `REQUIRED` for
         none. None: `default`.
       may_change: a run may be resumed with another value.
@@ -119,7 +119,7 @@ class Field:
         return ", ".join(choice or "'' (none)" for choice in self.choices)
 
     def type_problem(self, value: Any) -> str | None:
-        """Returns what a value of another type should be, None for a value of the right type."""
+        """Returns what `value` must be if its type is wrong, None otherwise."""
         if value is None and self.optional:
             return None
         if type(value) is self.type or (self.type is float and type(value) is int):
@@ -127,7 +127,7 @@ class Field:
         return f"must be {TYPE_NAMES[self.type]}"
 
     def value_problem(self, value: Any) -> str | None:
-        """Returns what a value of the right type should be, None for an allowed value."""
+        """Returns what `value`, of the right type, must be; None if it is allowed."""
         if value is None or self.values is None:
             return None
         if isinstance(self.values, Range):

@@ -11,13 +11,13 @@ ALL_FILES = (*TEXT_FILES, "*.safetensors")
 
 
 def local_directory(path: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> Path:
-    """Returns the directory of a checkpoint, downloaded from the Hugging Face hub if need be.
+    """Returns the directory of a checkpoint, downloaded from the Hugging Face hub if necessary.
 
     Downloads are kept in the hub's own cache, and a second call finds them there without a network.
 
     Args:
       path: a directory, or a hub id such as "Qwen/Qwen3-4B-Base". A directory of that name takes
-        precedence. Every other path is returned as it is.
+        precedence. Any other path is returned unchanged.
       files: patterns of the files to download.
 
     Raises:

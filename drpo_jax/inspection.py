@@ -41,7 +41,7 @@ ByModule = dict[str, np.ndarray]
 
 
 class Inspection:
-    """A run that `train` made.
+    """A run of `train`, opened for analysis.
 
     Args:
       workdir: the run's directory.
@@ -49,7 +49,7 @@ class Inspection:
 
     Attributes:
       config: the run's resolved config.
-      tokenizer, mesh, programs: as `train` has them.
+      tokenizer, mesh, programs: as in `train`.
       checkpoints, rollouts: the steps that are saved, ascending. The step of a checkpoint counts the
         rollout steps before it: checkpoint 20 is the model that sampled rollout 20.
 
@@ -148,7 +148,7 @@ class Inspection:
         return Spread(mean, signal, variance, count)
 
     def _gradients(self, model: Transformer, rollout: Rollout, size: int) -> Iterator[Gradient]:
-        """Yields the shares of every `size` sequences in the gradient of the whole rollout."""
+        """Yields the contribution of every `size` sequences to the gradient of the whole rollout."""
         if "coefficient" not in rollout:
             raise BadInput("the rollout has no coefficients: call judge(rollout, objective) first")
         shards = batch_shards(self.mesh)
@@ -233,8 +233,8 @@ def products(a: Gradient, b: Gradient) -> ByModule:
     """Returns the inner products ⟨a, b⟩ of two gradients by module.
 
     Returns:
-      name → float64 array: [L] for what every layer has (attention, mlp or experts, router, norms),
-      [] for embedding, head and final_norm; and their sums: "layer" [L], "total" [].
+      name → float64 array: [L] for the modules of every layer (attention, mlp or experts, router,
+      norms), [] for embedding, head and final_norm; and their sums: "layer" [L], "total" [].
     """
     return {name: np.asarray(x, np.float64) for name, x in _products(a, b).items()}
 

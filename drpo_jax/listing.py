@@ -1,6 +1,6 @@
-"""Lists what there is: drpo list fields|metrics|objectives|rewards|variants [WORD]
+"""Lists fields, metrics, objectives, …: drpo list fields|metrics|objectives|rewards|variants [WORD]
 
-With a WORD, only the entries whose name or text contains it.
+With a WORD, lists only the entries whose name or text contains it.
 """
 
 import ast
@@ -21,7 +21,7 @@ from drpo_jax.rewards import REWARDS
 
 
 class Entry(NamedTuple):
-    """One entry of a list: a name, what stands next to it, and the text below."""
+    """One entry of a list: a name, the remark next to it, and the text below."""
 
     name: str
     remark: str

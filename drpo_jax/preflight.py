@@ -89,7 +89,7 @@ def main(
 
 
 def without_text(config: ConfigDict) -> ConfigDict:
-    """The config with a placeholder for the tokenizer if it names no checkpoint: none is read."""
+    """Returns the config; a placeholder stands for a missing tokenizer, which preflight never reads."""
     if not (config.model.path or config.data.tokenizer or config.sft.steps):
         config.data.tokenizer = "none is read"
     return config
@@ -99,8 +99,11 @@ def without_text(config: ConfigDict) -> ConfigDict:
 
 
 def program_list(programs: Programs) -> list[Program]:
-    """The programs of `calls.rollout_step`, with their FLOPs by the equations, the trip count of the
-    loop whose length depends on the data, and what to change where their temporaries are too large."""
+    """Returns the programs of `calls.rollout_step` with analytic FLOPs, trip counts and remedies.
+
+    The trip count is that of the loop whose length depends on the data. The remedy is what to change
+    if the temporaries are too large.
+    """
     config, model = programs.config, programs.model_config
     sampler, train, sft = config.sampler, config.train, config.sft
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
@@ -149,11 +152,11 @@ def head_chunks(programs: Programs, micro_batch: int) -> int:
 
 
 def smaller(programs: Programs, section: str, backward: bool = True) -> str:
-    """What to change where the temporaries of a loop over micro-batches are too large.
+    """Returns what to change if the temporaries of a loop over micro-batches are too large.
 
     Args:
-      section: "train" or "sft", whose `micro_batch` it is.
-      backward: the program computes gradients.
+      section: the section of the `micro_batch`, "train" or "sft".
+      backward: whether the program computes gradients.
     """
     config, shards = programs.config, batch_shards(programs.mesh)
     if backward and config.compute.remat != "full":
@@ -161,7 +164,7 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
     if (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
-        "more mesh.tensor, for each device computes one sequence at a time already; or a smaller "
+        "more mesh.tensor, because each device already computes one sequence at a time; or a smaller "
         "sampler.max_response_length"
     )
 
@@ -180,7 +183,7 @@ def measure(listed: Sequence[Program], chip: Chip, mesh: Mesh, dtype: str) -> li
 
 
 def _selected(listed, names):
-    """The programs called `names`; all where it is empty."""
+    """Returns the programs called `names`; all if it is empty."""
     known = [program.name for program in listed]
     if unknown := set(names or ()) - set(known):
         raise BadInput(f"--programs: no {', '.join(unknown)} among {', '.join(known)}")
@@ -222,13 +225,13 @@ def step_flops(programs: Programs, listed: Sequence[Program]) -> dict[str, float
     lengths = config.sampler.max_prompt_length, config.sampler.max_response_length
     prompts, samples = config.train.prompts, config.train.samples
 
-    def of(name):
+    def flops_of(name):
         return sum(p.calls * p.work.model for p in listed if p.name == name and p.work)
 
     return {
         "sampling": costs.generating(model, prompts * samples, prompts, *lengths),
-        "rescoring": of("rescore"),
-        "updates": of("update"),
+        "rescoring": flops_of("rescore"),
+        "updates": flops_of("update"),
     }
 
 
@@ -236,9 +239,12 @@ UNKNOWN: dict[str, Any] = {"seconds": None, "flops": None, "mfu": None}
 
 
 def step_figures(measured: Sequence[Cost], chip: Chip, dtype: str) -> dict[str, Any]:
-    """A lower bound on the seconds of a rollout step, its FLOPs per device by the equations, and the
-    MFU (model FLOPs utilization) of that bound. All are None where a peak rate is unknown or a program
-    does not compile."""
+    """Returns bounds on the time and the utilization of a rollout step.
+
+    Returns:
+      A lower bound on its "seconds", its analytic "flops" per device, and "mfu", the model FLOPs
+      utilization at that bound. All are None if a peak rate is unknown or a program does not compile.
+    """
     if not chip.peak(dtype) or any(cost.problem for cost in measured):
         return UNKNOWN
     seconds = sum(cost.program.calls * cost.bound for cost in measured)
@@ -247,12 +253,12 @@ def step_figures(measured: Sequence[Cost], chip: Chip, dtype: str) -> dict[str, 
 
 
 def step_line(step: Mapping[str, Any]) -> str:
-    """`step_figures` in words."""
+    """Puts `step_figures` into words."""
     if not step["seconds"]:
-        return "The least time of a step is not known."
+        return "The lower bound on the time of a step is unknown."
     return (
         f"These programs take {step['seconds']:.3g} s of a rollout step or more, at an MFU of "
-        f"{step['mfu']:.1%} or less.\nThis is a bound and no forecast: each program runs at the slowest "
+        f"{step['mfu']:.1%} or less.\nThis is a bound, not a forecast: each program runs at the slowest "
         "of its three peak rates, and everything\nelse overlaps with it."
     )
 
@@ -260,10 +266,10 @@ def step_line(step: Mapping[str, Any]) -> str:
 def verdict(
     measured: Sequence[Cost], chip: Chip, config: ConfigDict, mesh: Mesh, complete: bool
 ) -> str:
-    """Whether the programs fit, and otherwise what to change.
+    """Says whether the programs fit, and otherwise what to change.
 
     Args:
-      complete: these are all programs of the run.
+      complete: whether these are all programs of the run.
     """
     if excess := [advice(cost, config, mesh) for cost in measured if not cost.fits]:
         return "\n\n".join(excess)
@@ -275,7 +281,7 @@ def verdict(
 
 
 def advice(cost: Cost, config: ConfigDict, mesh: Mesh) -> str:
-    """By how much a program does not fit, and what reduces the largest part of its memory."""
+    """Says how much memory a program lacks, and what reduces the largest part of it."""
     largest = max(cost.parts, key=lambda name: cost.parts[name])
     if largest == "temporaries":
         change = cost.program.remedy

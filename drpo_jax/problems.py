@@ -124,7 +124,7 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
 def _evaluation_sets(config) -> dict[str, list[Problem]]:
     """Returns {name: problems} of `evaluate.sets`.
 
-    With several sets, the name of the set becomes the kind of its problems and a prefix of their ids.
+    With several sets, a set's name becomes the kind of its problems and the prefix of their ids.
     """
     names = [name.strip() for name in config.evaluate.sets.split(",") if name.strip()]
     sets = {name: _read(name, "evaluate.sets") for name in names}

@@ -1,4 +1,4 @@
-"""The one list of compiled programs of a run.
+"""All compiled programs of a run.
 
 Every function that a run executes on devices is built here from the config. `train`, `evaluate`,
 `preflight`, the benchmarks and the tests all take their functions from `Programs`, so what one of
@@ -218,7 +218,7 @@ class Programs:
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
-        """Weight sync and the two samplers: of the rollouts by `recipe`, of evaluation without one."""
+        """Weight sync and two samplers: by `recipe` for rollouts, without one for evaluation."""
         config = self.config
         noise = partial(perturb, noise=config.precision.noise)
         self.perturbed = jax.jit(noise, out_shardings=self.state_shardings.model)
@@ -271,7 +271,7 @@ class Programs:
         pack: bool = False,
         routes: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
-        """N sequences as a Batch on the mesh, its rows split over the batch axes.
+        """Returns N sequences as a Batch on the mesh, with rows split over the batch axes.
 
         Args:
           tokens: int32 [N, T], prompt and response without a gap.
@@ -304,12 +304,12 @@ class Programs:
         inputs: Mapping[str, np.ndarray],
         replay: bool = True,
     ) -> tuple[Batch, Layout]:
-        """`batch` of some rows of a rollout.
+        """Returns `batch` for some rows of a rollout.
 
         Args:
           rollouts: all N sequences.
           rows: int [n], the sequences to take.
-          inputs: name → [N] or [N, R, …], of all sequences.
+          inputs: name → [N] or [N, R, …], for all sequences.
           replay: include the sampler's routes if `train.routing_replay` is set.
         """
         replay = replay and self.config.train.routing_replay
@@ -343,7 +343,7 @@ class Programs:
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
-    """The architecture that `config.model` describes."""
+    """Returns the architecture that `config.model` describes."""
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{name: value for name, value in config.model.items() if name in fields})
 
@@ -363,7 +363,7 @@ def _recipe(config: ConfigDict, mesh: Mesh) -> Recipe:
 
 
 def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
-    """How both sides compute, but for the recipe's matmuls."""
+    """Returns how both sides compute, apart from the recipe's matmuls."""
     return Compute(
         dtype=config.compute.dtype,
         remat=config.compute.remat,

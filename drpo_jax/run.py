@@ -31,7 +31,7 @@ class Group:
       index: position of the problem in the list of problems.
       rollouts: the responses as `Rollouts` with params.samples rows.
       texts: the responses as text; [] if another process verifies them.
-      rewards: their rewards, which may still be computed; None if another process verifies them.
+      rewards: their rewards, which may still be in flight; None if another process verifies them.
     """
 
     index: int
@@ -108,7 +108,7 @@ class Run:
         )
 
     def key(self, step: int, purpose: int) -> jax.Array:
-        """The PRNG key of one purpose at one step."""
+        """Returns the PRNG key for one purpose at one step."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         return jax.random.fold_in(key, purpose)
 
@@ -134,15 +134,15 @@ class Run:
         key: jax.Array,
         places: Sequence[int] | None = None,
     ) -> Iterator[Group]:
-        """Samples responses to problems and starts to verify each group when it is complete.
+        """Samples responses to problems and starts verifying each group once it is complete.
 
         Verification runs while the remaining problems are sampled. Each process verifies a contiguous
         share of the problems.
 
         Args:
-          sampler: with its weights loaded.
-          problems: what to sample responses to.
-          params: params.samples responses are sampled to each problem.
+          sampler: the sampler, with weights loaded.
+          problems: the problems to respond to.
+          params: how to sample; each problem gets params.samples responses.
           key: PRNG key.
           places: position of each problem in a longer list, if `problems` is a part of one.
 

@@ -16,6 +16,13 @@ from drpo_jax.evaluation import evaluate
 
 
 def main(config: FrozenConfigDict, workdir: Path) -> None:
+    """Makes the warm start in `workdir` and prints its held-out accuracy.
+
+    Raises:
+      BadInput: the config has no supervised updates or starts from another warm start, or the workdir
+        holds another run.
+      TrainingStopped: too many updates in a row were not finite.
+    """
     if not config.sft.steps:
         raise BadInput("sft.steps = 0: set the number of supervised updates")
     if config.data.init_from:

@@ -31,6 +31,17 @@ EXPLAIN = flags.DEFINE_bool(
 
 
 def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> None:
+    """Trains in `workdir` and prints the results.
+
+    Args:
+      config: a resolved config.
+      workdir: directory of the run.
+      explained: explain one update instead, see `explain_batch`.
+
+    Raises:
+      BadInput: the config, the problems or the workdir do not fit together.
+      TrainingStopped: the run cannot continue.
+    """
     if explained:
         if page := explain_batch(config, workdir):
             print(page)
@@ -48,8 +59,8 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
     """Makes one update from the run's initial model on the first `train.mini_batch_prompts` problems.
 
     Returns:
-      The page of `reporting.explain` about it, which begins with a warning if the run's warm start is
-      missing and a random model takes its place; "" on all processes but the first.
+      The page of `reporting.explain` about it; "" on all processes but the first. The page begins with
+      a warning if the run's warm start is missing and a random model takes its place.
     """
     changed = ConfigDict(config)
     changed.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
@@ -74,8 +85,8 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
 def _warning(config, workdir):
     return (
         f"WARNING: the model is random, because {workdir} holds no finished warm start (sft.steps = "
-        f"{config.sft.steps}).\nIts responses are noise, and so is what they are rewarded for; the "
-        "arithmetic below is that of any update.\nFor the model that training starts from, first run\n"
+        f"{config.sft.steps}).\nIts responses are noise, and so are their rewards; the arithmetic "
+        "below is the same as in any update.\nFor the model that training starts from, first run\n"
         f"    python -m drpo_jax.sft --config=… --workdir={workdir}\n\n"
     )
 

@@ -19,7 +19,7 @@ def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
 
     Args:
       model: a `Transformer`, or any pytree of parameters.
-      key: PRNG key; not needed where `noise` is 0.
+      key: PRNG key; not needed if `noise` is 0.
       noise: relative standard deviation; 0 returns `model` itself.
 
     Returns:
@@ -41,15 +41,15 @@ def perturb(model: Any, key: jax.Array | None = None, *, noise: float) -> Any:
 def sampler_weights(
     model: Transformer, *, recipe: MatmulRecipe, dtype: DTypeLike, codes: bool
 ) -> Transformer:
-    """The model as the sampler runs it, with its layers one by one.
+    """Returns the model as the sampler runs it, with unstacked layers.
 
-    Projections are quantized as the recipe says. Embedding, head and biases are cast to `dtype`.
+    The recipe determines how projections are quantized. Embedding, head and biases are cast to `dtype`.
     Router, norms and the decay of a DeltaNet stay float32.
 
     Args:
       model: float32 master weights, layers stacked.
       recipe: the sampler's matmul recipe. Without a `weight` dtype, projections are cast to `dtype`.
-      dtype: of activations.
+      dtype: dtype of the activations.
       codes: keep quantized weights as `Quantized` (float8 in memory, dequantized at every use).
         Otherwise hold the values that the codes represent, in `dtype`.
     """

@@ -121,5 +121,5 @@ def test_a_mismatch_names_the_leaf(tmp_path):
             checkpoints.restore(2, state(width=4) | {"more": jnp.zeros(3)})
         message = str(error.value)
         assert f"step 2 in {tmp_path}" in message and "model.norm" not in message
-        assert "model.w_proj: wanted (8, 4), the checkpoint has (8, 8)" in message
-        assert "more: wanted (3,), the checkpoint has nothing" in message
+        assert "model.w_proj: expected (8, 4), the checkpoint has (8, 8)" in message
+        assert "more: expected (3,), the checkpoint has nothing" in message

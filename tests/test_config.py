@@ -82,15 +82,18 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"optimizer__learning_rate": float("nan")}, "must be positive"),
         ({"sampler__top_p": 1.5}, "above 0 and at most 1"),
         ({"mesh__fsdp": 0}, "mesh.fsdp = 0: must be positive, or -1"),
-        ({"mesh__fsdp": -1}, "only one can take the rest"),
+        ({"mesh__fsdp": -1}, "only one may be -1"),
         ({"model__kv_heads": 3}, "model.kv_heads must divide model.heads"),
         ({"train__mini_batch_prompts": 5}, "must divide train.prompts"),
         ({"train__micro_batch": 7}, "must divide train.mini_batch_prompts * 8 = 64"),
-        ({"model__experts_per_token": 17}, "a token visits 1 to all experts"),
+        ({"model__experts_per_token": 17}, "experts_per_token must be from 1 to experts"),
         ({"model__experts": 0}, "without experts"),
         ({"model__vocab_size": 16}, "must be at least the tokenizer's 32"),
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
-        ({"train__samples": 1, "train__micro_batch": 1}, "it compares 2 samples or more"),
+        (
+            {"train__samples": 1, "train__micro_batch": 1},
+            "this advantage compares at least 2 samples",
+        ),
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
         ({"data__digits": 9, "data__problems": "x"}, "the longest demonstration has"),
@@ -98,13 +101,13 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"objective__threshold": "originl"}, "did you mean 'original'?"),
         ({"objective__threshold": "original"}, "this objective takes boundary, released, scaled"),
         ({"objective__threshold": "released", "objective__name": "grpo"}, "takes none"),
-        ({"objective__threshold": "released", "objective__delta": 0.1}, "give one of the two"),
-        ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: give both, or neither"),
+        ({"objective__threshold": "released", "objective__delta": 0.1}, "set only one of the two"),
+        ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: set both, or neither"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
         ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),
-        ({"objective__correction_floor": 2.0}, "the floor lies below the cap"),
-        ({"sampler__top_logprobs": 99}, "at most the vocabulary"),
+        ({"objective__correction_floor": 2.0}, "the floor must be below the cap"),
+        ({"sampler__top_logprobs": 99}, "must not exceed the vocabulary"),
         ({"precision__recipe": "none", "precision__sampler_weights": "codes"}, "without a recipe"),
     ],
 )
@@ -371,7 +374,7 @@ def test_only_an_explicit_field_has_to_agree_with_the_checkpoint(tmp_path):
     config = changed(model__path=str(tmp_path), model__layers=7, model__heads=4, sft__steps=0)
     assert C.resolve(config).model.layers == 3
     C.resolve(config, explicit=["model.heads", "train.steps"])
-    with pytest.raises(BadInput, match="another architecture .*\n  model.layers: 7 -> 3$"):
+    with pytest.raises(BadInput, match="a different architecture .*\n  model.layers: 7 -> 3$"):
         C.resolve(config, explicit=["model.heads", "model.layers"])
 
 

@@ -331,7 +331,7 @@ def test_a_missing_warm_start_is_an_error(tmp_path, whole):
         loop.initial_model(loop.Run.create(missing, tmp_path))
     assert not (tmp_path / "typo").exists()
     wider = config(data__init_from=str(whole), model__vocab_size=48)
-    with pytest.raises(BadInput, match=r"model.embed: wanted \(48, 32\), .* has \(32, 32\)"):
+    with pytest.raises(BadInput, match=r"model.embed: expected \(48, 32\), .* has \(32, 32\)"):
         loop.initial_model(loop.Run.create(wider, tmp_path))
 
 

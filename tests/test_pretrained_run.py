@@ -51,7 +51,7 @@ def leaves(model):
 def test_the_architecture_is_that_of_the_checkpoint(checkpoint):
     resolved = config(checkpoint[0])
     assert resolved.model.hidden_size == 32 and resolved.model.tie_embeddings
-    with pytest.raises(BadInput, match=r"another architecture .*\n  model.layers: 3 -> 2"):
+    with pytest.raises(BadInput, match=r"a different architecture .*\n  model.layers: 3 -> 2"):
         config(checkpoint[0], model__layers=3, explicit=["model.layers"])
     with pytest.raises(
         BadInput, match="model.path = 'nowhere': .* must be a Hugging Face directory"

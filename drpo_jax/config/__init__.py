@@ -1,11 +1,11 @@
 """The configuration of a run, from a config file to the copy in its workdir.
 
 A config file (`configs/*.py`) starts from `default_config()` and sets fields. The command line sets
-single ones (`--config.train.steps=50`). `resolve` checks the result, fills in what follows from other
-fields, and freezes it. `claim_workdir` keeps the resolved config beside the run, so that a directory
-never mixes two experiments.
+individual fields (`--config.train.steps=50`). `resolve` checks the result, fills in what follows from
+other fields, and freezes it. `claim_workdir` keeps the resolved config beside the run, so that a
+directory never mixes two experiments.
 
-Every field is one row in the `settings.py` of the room that uses it (see `drpo_jax.fields`).
+Every field is one row in the `settings.py` of the package that uses it (see `drpo_jax.fields`).
 
     settings    the sections of the run itself: train, sft, evaluate, checkpoint, log
     sections    all sections together; nested and flat forms

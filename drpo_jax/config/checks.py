@@ -17,11 +17,11 @@ from drpo_jax.objectives.advantages import NEEDS_GROUPS
 
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Checks a config, and warns of settings that are allowed but hardly ever meant.
+    """Checks a config, and warns about settings that are valid but rarely intended.
 
     Raises:
       BadInput: one message that lists every problem: field, value, and what would be right. Ranges
-        are checked once all fields are there and have their types.
+        are checked only if every field is present and has the right type.
     """
     values = flatten(config)
     check_fields(values)
@@ -40,7 +40,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Raises `BadInput` for flat fields that are unknown, missing or of another type."""
+    """Raises `BadInput` for flat fields that are unknown, missing or of the wrong type."""
     rows = {row.path: row for row in field_table()}
     problems = [f"{f} is not a field: {suggest(f, rows)}" for f in values if f not in rows]
     if missing := [f for f in rows if f not in values]:
@@ -65,7 +65,7 @@ class Check:
 
     Args:
       values: the fields.
-      invalid: names of the fields that are out of their own range, which is reported already.
+      invalid: names of the fields that are out of their own range, which is already reported.
     """
 
     def __init__(self, values: Mapping[str, Any], invalid: Collection[str]):
@@ -76,7 +76,7 @@ class Check:
         return self.values[field]
 
     def require(self, holds: Any, fields: str, right: str) -> None:
-        """Notes a problem of `fields` (separated by spaces) unless `holds`; `right` says the remedy."""
+        """Notes a problem of `fields` (separated by spaces) unless `holds`; `right` is the remedy."""
         if not holds:
             listed = ", ".join(f"{f} = {self[f]!r}" for f in fields.split())
             self.problems.append(f"{listed}: {right}")
@@ -90,7 +90,7 @@ class Check:
 
 
 # ------------------------------------------------------------------------------------ the rules
-# A rule has to survive fields that are out of their own range.
+# Rules must tolerate fields that are out of their own range.
 
 
 def _attention(check: Check) -> None:
@@ -112,24 +112,30 @@ def _delta_nets(check: Check) -> None:
     sizes = [f"model.linear_{f}" for f in ("key_heads", "value_heads", "key_dim", "value_dim")]
     fields = " ".join(["model.full_attention_every", *sizes])
     if check["model.full_attention_every"] > 1:
-        check.require(all(check[f] > 0 for f in sizes), fields, "DeltaNet layers need their sizes")
+        check.require(
+            all(check[f] > 0 for f in sizes), fields, "DeltaNet layers need all these sizes"
+        )
     else:
-        check.require(not any(check[f] for f in sizes), fields, "without DeltaNet layers, 0 in all")
+        check.require(not any(check[f] for f in sizes), fields, "must be 0 without DeltaNet layers")
 
 
 def _experts(check: Check) -> None:
     experts, per_token = check["model.experts"], check["model.experts_per_token"]
     sizes = "model.experts model.experts_per_token model.expert_size"
     if experts:
-        check.require(1 <= per_token <= experts, sizes, "a token visits 1 to all experts")
-        check.require(check["model.expert_size"] > 0, sizes, "experts need a size")
+        check.require(
+            1 <= per_token <= experts, sizes, "experts_per_token must be from 1 to experts"
+        )
+        check.require(check["model.expert_size"] > 0, sizes, "experts need an expert_size")
         check.divides("mesh.expert", "model.experts")
         return
     none = "without experts"
-    check.require(check["model.mlp_size"] > 0, "model.mlp_size model.experts", f"{none}, above 0")
-    check.require(not any(check[f] for f in sizes.split()), sizes, f"{none}, 0 in all three")
+    check.require(
+        check["model.mlp_size"] > 0, "model.mlp_size model.experts", f"must be above 0 {none}"
+    )
+    check.require(not any(check[f] for f in sizes.split()), sizes, f"all three must be 0 {none}")
     for field, off in (("model.shared_expert_size", 0), ("mesh.expert", 1)):
-        check.require(check[field] == off, f"{field} model.experts", f"{none}, {off}")
+        check.require(check[field] == off, f"{field} model.experts", f"must be {off} {none}")
     replay = "train.routing_replay"
     check.require(not check[replay], f"{replay} model.experts", f"{none} there are no routes")
 
@@ -137,7 +143,7 @@ def _experts(check: Check) -> None:
 def _mesh(check: Check) -> None:
     axes = [f for f in check.values if f.startswith("mesh.")]
     rest = sum(check[f] == -1 for f in axes)
-    check.require(rest <= 1, " ".join(axes), "only one can take the rest (-1)")
+    check.require(rest <= 1, " ".join(axes), "only one may be -1, the remaining devices")
 
 
 def _batches(check: Check) -> None:
@@ -165,7 +171,7 @@ def _objective(check: Check) -> None:
     check.require(reading in readings, fields, f"this objective takes {', '.join(readings)}")
     field = f"objective.{hyper}"
     agrees = check[field] in (None, readings.get(reading))
-    check.require(agrees, f"objective.threshold {field}", "give one of the two")
+    check.require(agrees, f"objective.threshold {field}", "set only one of the two")
 
 
 def _around_the_objective(check: Check) -> None:
@@ -173,17 +179,17 @@ def _around_the_objective(check: Check) -> None:
     check.require(
         check["train.samples"] >= 2 or not compares,
         "train.samples objective.advantage",
-        "it compares 2 samples or more",
+        "this advantage compares at least 2 samples",
     )
     check.require(
         (check["objective.kl"] != "none") == (check["objective.kl_coefficient"] > 0),
         "objective.kl objective.kl_coefficient",
-        "give both, or neither",
+        "set both, or neither",
     )
     check.require(
         check["sampler.top_logprobs"] <= check["model.vocab_size"],
         "sampler.top_logprobs model.vocab_size",
-        "at most the vocabulary",
+        "must not exceed the vocabulary",
     )
 
 
@@ -197,14 +203,14 @@ def _correction(check: Check) -> None:
     check.require(
         check["objective.correction_floor"] < check["objective.correction_cap"],
         "objective.correction_floor objective.correction_cap",
-        "the floor lies below the cap",
+        "the floor must be below the cap",
     )
     name, by_token = check["objective.name"], check["objective.correction_level"] == "token"
     whole = "objective.name" not in check.invalid and OBJECTIVES[name].needs_sequences
     check.require(
         not (corrected and by_token and whole),
         "objective.correction_level objective.name",
-        f"{name} takes sequence or geometric",
+        f"{name} needs the level sequence or geometric",
     )
 
 
@@ -212,7 +218,7 @@ def _precision(check: Check) -> None:
     check.require(
         check["precision.recipe"] != "none" or check["precision.sampler_weights"] != "codes",
         "precision.sampler_weights precision.recipe",
-        "without a recipe, no codes to hold",
+        "without a recipe there are no codes to store",
     )
 
 
@@ -231,17 +237,17 @@ def _problems(check: Check) -> None:
     check.require(
         not check["data.rollouts"] or check["data.filter"] != "none",
         "data.rollouts data.filter",
-        "a filter: clean or dapo",
+        "rollouts are a filter; set data.filter to clean or dapo",
     )
     check.require(
         check["data.pass_low"] <= check["data.pass_high"],
         "data.pass_low data.pass_high",
-        "the first is at most the second",
+        "pass_low must not exceed pass_high",
     )
     check.require(
         check["reward.overlong_buffer"] <= check["sampler.max_response_length"],
         "reward.overlong_buffer sampler.max_response_length",
-        "the buffer lies within the response",
+        "the buffer must fit into the response",
     )
 
 
@@ -249,11 +255,11 @@ def _text(check: Check) -> None:
     instruction = check["data.instruction"]
     if instruction not in data.TEMPLATES and instruction.count("{problem}") != 1:
         names = ", ".join(data.TEMPLATES)
-        check.problems.append(f"data.instruction: must be {names}, or have {{problem}} in it, once")
+        check.problems.append(f"data.instruction: must be {names}, or contain {{problem}} once")
     check.require(
         check["data.chat"] or (check["data.thinking"] == "default" and not check["data.system"]),
         "data.chat data.thinking data.system",
-        "the last two belong to a chat",
+        "thinking and system need data.chat = True",
     )
     if _has_tokenizer(check):
         return
@@ -280,13 +286,15 @@ def _demonstrations(check: Check) -> None:
     if not check["sft.steps"]:
         return
     if _has_tokenizer(check):
-        check.require(False, "sft.steps", "demonstrations are made of single characters; 0")
+        check.require(
+            False, "sft.steps", "must be 0, because demonstrations consist of single characters"
+        )
         return
     row = data.TASKS.get(check["data.task"])
     check.require(
         row and row.demonstrations,
         "sft.steps data.task",
-        "this task has no demonstrations; 0 steps, or data.task = 'arithmetic'",
+        "this task has no demonstrations; set sft.steps = 0 or data.task = 'arithmetic'",
     )
 
 
@@ -339,7 +347,7 @@ RULES = (
 
 
 def _warn(values: Mapping[str, Any]) -> None:
-    """Warns of settings that run but defeat the purpose of the objective."""
+    """Warns about settings that run but defeat the purpose of the objective."""
     name, aggregation = values["objective.name"], values["objective.aggregation"]
     objective = OBJECTIVES[name]
     if objective.fixed_aggregation and objective.aggregation != aggregation:

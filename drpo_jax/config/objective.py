@@ -40,14 +40,14 @@ def with_hyper(config: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("objective.name")
     if name not in OBJECTIVES:
         return values
-    taken = resolve_hyper(name, objective_hyper(values))
-    return values | {f"objective.{hyper}": value for hyper, value in taken.items()}
+    resolved = resolve_hyper(name, objective_hyper(values))
+    return values | {f"objective.{hyper}": value for hyper, value in resolved.items()}
 
 
 def boundary(config: Mapping[str, Any]) -> float:
     """Returns the boundary of |π − µ| at which the sampler's mismatch is judged.
 
-    It is the objective's own where that is a probability that a token can reach, else DPPO's.
+    It is the objective's own boundary if tokens can reach that probability, else DPPO's.
     """
     name = flatten(config)["objective.name"]
     delta = resolve_hyper(name, objective_hyper(config)).get("delta", 1.0)

@@ -15,16 +15,16 @@ PRECISION = {
 
 
 def paper_config(preset: str) -> ConfigDict:
-    """Returns the setting of the paper's Qwen3-4B-Base run for the architecture of a preset.
+    """Returns the settings of the paper's Qwen3-4B-Base run with a preset's architecture.
 
     64 prompts with 8 responses each, 4 updates per rollout, responses of up to 8,192 tokens, DRPO at
     the released threshold, µ from the sampler, Â = reward − mean, AdamW at 1e-6, bfloat16 compute on
-    float32 weights. model.path has to name the checkpoint. data.problems may name a file of
+    float32 weights. model.path must name the checkpoint. data.problems may name a file of
     DAPO-Math-17k.
 
     The mesh takes 4, 8 or 16 devices. With 16 devices of 32 GB (v6e:4x4), each holds a quarter of a
     bfloat16 copy of the model for sampling, a sixteenth of the training state, and a sixteenth of the
-    cache of 128 sequences, which has 11 GB for Qwen3-4B.
+    cache of 128 sequences, which takes 11 GB for Qwen3-4B.
     """
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS[preset]))
@@ -56,11 +56,11 @@ def paper_config(preset: str) -> ConfigDict:
 
 
 def large_config(preset: str) -> ConfigDict:
-    """Returns the setting of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips.
+    """Returns the settings of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips.
 
     256 prompts with 16 responses each, 8 updates per rollout; all else as in `paper_config`. The mesh
-    is for v5p:4x4x4. Experts lie on 4 devices: on 8, the sampler would read half as many weights per
-    token, but every layer of the learner would gather twice as many tokens
+    is for v5p:4x4x4. Experts are split over 4 devices. Over 8, the sampler would read half as many
+    weights per token, but every layer of the learner would gather twice as many tokens
     (`models.experts.run_experts`).
     """
     config = paper_config(preset)

@@ -1,4 +1,4 @@
-"""Resolving: a checked, frozen config in which derived fields have their values."""
+"""Resolves a config: checks it, fills in derived fields, and freezes it."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -18,14 +18,14 @@ TOP_LOGPROBS = 20  # The k of DPPO's top-k divergences.
 
 
 def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> FrozenConfigDict:
-    """Returns a validated, frozen copy of a config in which derived fields have their values.
+    """Returns a validated, frozen copy of a config with its derived fields filled in.
 
-    These are the architecture, from model.path; the objective's hyperparameters, from
+    Derived fields are the architecture, from model.path; the objective's hyperparameters, from
     objective.threshold or their defaults; reward.name; objective.horizon; sampler.top_logprobs.
     Resolving a resolved config changes nothing.
 
-    model.path sets the architecture: what a config file says about it is for runs without a
-    checkpoint. Only a field that the user set explicitly has to agree.
+    model.path sets the architecture; the config file's own values apply to runs without a
+    checkpoint. Only fields that the user set explicitly must agree with it.
 
     Args:
       config: nested fields, as `default_config` has them.
@@ -74,7 +74,7 @@ def _checkpoint_architecture(
     ]
     if differing:
         raise BadInput(
-            f"model.path = {path!r} holds another architecture than the one you set (your value -> "
+            f"model.path = {path!r} has a different architecture from the one you set (your value -> "
             "the checkpoint's; leave these fields out):\n  " + "\n  ".join(differing)
         )
     return fields

@@ -1,4 +1,4 @@
-"""All fields of the config, assembled from the sections of the rooms; nested and flat forms."""
+"""All fields of the config, assembled from each package's settings; nested and flat forms."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -50,7 +50,7 @@ SECTIONS: dict[str, type] = {
 def field_table() -> list[Field]:
     """Returns the row of every field, section by section.
 
-    Includes the hyperparameters of objectives that were added to the table since the import.
+    Includes the hyperparameters of objectives that were added to the table after import.
     """
     rows = []
     for section, settings in SECTIONS.items():

@@ -7,7 +7,7 @@ from drpo_jax.fields import NOT_NEGATIVE, OPERATIONAL, POSITIVE, SHARE, Range, f
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Fields outside of the sections."""
+    """Top-level fields, outside the sections."""
 
     seed: int = field(
         0,
@@ -28,9 +28,9 @@ class TrainSettings:
     micro_batch: int = field(
         8, "Sequences per forward and backward pass; divides the mini-batch.", POSITIVE
     )
-    pack: bool = field(False, "Updates put several sequences into one row.")
+    pack: bool = field(False, "Pack several sequences into each row of an update.")
     routing_replay: bool = field(
-        False, "In the learner, tokens visit the experts that they visited in the sampler (R3)."
+        False, "The learner routes tokens to the experts that the sampler chose (R3)."
     )
     epochs: int = field(1, "Passes over a rollout.", POSITIVE)
     max_skipped: int = field(
@@ -90,7 +90,7 @@ class EvaluateSettings:
     problems: int = field(256, "Size of the held-out part.", POSITIVE)
     samples: int = field(4, "Responses per problem: the k of avg@k.", POSITIVE, may_change=True)
     temperature: float = field(1.0, "Sampling temperature.", POSITIVE, may_change=True)
-    greedy: bool = field(True, "Also takes one greedy response per problem.", may_change=True)
+    greedy: bool = field(True, "Also sample one greedy response per problem.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

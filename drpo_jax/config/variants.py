@@ -1,6 +1,6 @@
 """Variants: what follows the colon in --config=FILE:VARIANT,VARIANT.
 
-A config file passes its own variants to `with_variants`. Every config has these besides:
+A config file passes its own variants to `with_variants`. Every config also has these:
 
     grpo, spo, dppo_tv, …        every objective in the table
     boundary, released, scaled, original   a reading of the objective's threshold
@@ -87,7 +87,7 @@ def _objective(name: str) -> dict[str, Any]:
 
 
 def _smoke(config: ConfigDict) -> None:
-    """Makes every size small, on any devices, without files; all else stays as it is."""
+    """Shrinks all sizes and drops all files, for any devices; everything else stays the same."""
     model = config.model
     model.update(vocab_size=CharTokenizer.vocab_size, hidden_size=64, heads=4, kv_heads=2)
     model.update(layers=max(2, model.full_attention_every), head_dim=16, path="")

@@ -26,7 +26,7 @@ def from_json(text: str) -> ConfigDict:
     objective or a reward that its config file registered.
 
     Raises:
-      BadInput: other text, unknown fields, or values of another type.
+      BadInput: the text is not a JSON object, or has unknown fields or values of the wrong type.
     """
     values = _parse_json(text, "the config")
     check_fields(values)
@@ -54,8 +54,8 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     """Binds `workdir` to `config` by writing `config.json` into it.
 
     Fields that may change on resume (`field_table`) may differ from the last time; the file is then
-    brought up to date. Two of them are bound under a condition: train.steps where the learning rate
-    follows a schedule, which is stretched over it; model.path where a KL penalty refers to it.
+    updated. Two of them are sometimes fixed: train.steps if the learning rate follows a schedule,
+    which spans all steps, and model.path if a KL penalty refers to it.
 
     Returns:
       Whether the directory was bound before.
@@ -72,10 +72,10 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
         raise BadInput(
             f"{workdir} holds a run with another config (its value -> this run's value):\n  "
             + "\n  ".join(differing)
-            + "\nTake another --workdir for a new run, or the old values to resume that one."
+            + "\nUse another --workdir for a new run, or the old values to resume this one."
             + (
-                " (A learning rate that falls is stretched over train.steps; with "
-                "optimizer.schedule = 'constant' a run can be made longer.)"
+                " (A learning-rate schedule spans train.steps; with "
+                "optimizer.schedule = 'constant' a run can be extended.)"
                 if stretched
                 else ""
             )
@@ -101,7 +101,7 @@ def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:
-    """Returns the flat fields that `to_json` wrote; those an older version lacked are at defaults."""
+    """Returns the flat fields that `to_json` wrote; those that an older version lacked have defaults."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -91,11 +91,11 @@ def accelerator_type(name: str, sides: Sequence[int]) -> str:
 
 
 def get_devices(topology: str) -> tuple[list, Chip]:
-    """The devices of a topology, for compilation only, and the kind of each.
+    """Returns the devices of a topology, for compilation only, and their kind.
 
     For a TPU this sets the environment variables that libtpu reads, and keeps JAX from looking for
     accelerators. For "cpu:8" it makes JAX present this machine as eight devices, each with an eighth of
-    the memory. Both require a process in which JAX has not initialized its backends.
+    the memory. Both must happen before JAX initializes its backends.
 
     Raises:
       ValueError: the topology is unknown, or no slice of the chip has this shape; libtpu is missing
@@ -108,7 +108,7 @@ def get_devices(topology: str) -> tuple[list, Chip]:
             jax.config.update("jax_num_cpu_devices", sides[0])
     except RuntimeError as error:
         raise ValueError(
-            f"topology {topology} has to be set before JAX initializes, in a new process: {error}"
+            f"topology {topology} must be set before JAX initializes, in a new process: {error}"
         ) from None
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -122,7 +122,7 @@ def get_devices(topology: str) -> tuple[list, Chip]:
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=accelerator_type(name, sides),
         TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # compiles only, takes no TPU
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # Compiling occupies no TPU.
     )
     options: dict[str, Any] = {"chips_per_host_bounds": (*(min(2, side) for side in sides[:2]), 1)}
     if name == "v4":

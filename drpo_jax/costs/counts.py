@@ -52,7 +52,7 @@ def collectives(module: Module) -> list[Collective]:
         if kind not in KINDS:
             continue
         fused = {i.opcode for i in site.computation.values()} if site.fused else ()
-        if kind == "all-reduce" and "dynamic-slice" in fused:  # a reduce-scatter on TPU
+        if kind == "all-reduce" and "dynamic-slice" in fused:  # This is a reduce-scatter on TPU.
             kind = "reduce-scatter"
         count = 1 if kind == "ragged-all-to-all" else len(instruction.operands)
         operands = [shape for i in range(count) for shape in site.operand(i).shapes]
@@ -172,7 +172,7 @@ def _traffic(site, module):
         return 0
     operands = [site.computation[name] for name in instruction.operands]
     shapes = instruction.shapes
-    if opcode.endswith("-start"):  # its results repeat its operands
+    if opcode.endswith("-start"):  # Its results repeat its operands.
         arguments = [s for operand in operands for s in operand.shapes]
         n = len(arguments)
         results = shapes[:1] if opcode == "copy-start" else shapes[n : 2 * n] or shapes
@@ -201,8 +201,9 @@ def _inside(fusion, module):
 
 
 def _read(place, shapes, inside, module):
-    """Bytes that a fusion reads of an operand: all of it, unless the fusion only takes slices of it or
-    writes into it.
+    """Bytes of an operand that a fusion reads.
+
+    These are all its bytes, unless the fusion only slices the operand or updates a slice of it.
 
     Args:
       place: the operand's index.
@@ -227,7 +228,7 @@ def _read(place, shapes, inside, module):
 
 
 def _written(name, shape, inside):
-    """Bytes that a fusion writes of a result: all of it, or the slice that it updates in an operand."""
+    """Bytes of a result that a fusion writes: all, or those of the slice that it updates in place."""
     instruction = inside[name]
     while instruction.opcode == "bitcast":
         instruction = inside[instruction.operands[0]]

@@ -76,7 +76,7 @@ def scoring(config: ModelConfig, sequences: int, prompt: int, response: int) -> 
 
 
 def training(config: ModelConfig, sequences: int, prompt: int, response: int, remat: str) -> Work:
-    """Forward and backward pass: the backward pass has two matmuls for each one of the forward pass.
+    """Forward and backward pass, with two backward matmuls for each forward matmul.
 
     The head never recomputes its logits. remat = "full" runs every layer once more. "dots" keeps the
     results of matmuls, so it recomputes nothing that counts here.

@@ -1,6 +1,6 @@
 """Parser for the text of a compiled program: its instructions, and how often each of them runs.
 
-The trip count of a loop is the one that XLA notes (`known_trip_count`). On TPU the text lacks this note,
+The trip count of a loop is XLA's annotation `known_trip_count`. On TPU the text lacks this annotation,
 and the trip count follows from a counter that runs from one constant to another. For all other loops the
 caller supplies it. Both branches of a conditional count.
 """

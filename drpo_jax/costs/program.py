@@ -88,18 +88,18 @@ class Cost:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes in device memory while it runs, by name."""
+        """Bytes in device memory while the program runs, by name."""
         own = {"results": self.results, "temporaries": self.temporaries}
         return {**self.arguments, **self.resident, **own}
 
     @property
     def total(self) -> float:
-        """Bytes in device memory while it runs."""
+        """Bytes in device memory while the program runs."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether it compiles and its memory is available."""
+        """Whether the program compiles and fits into device memory."""
         return not self.problem and self.total <= self.available
 
     @property
@@ -136,7 +136,7 @@ def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
       The Cost. A program that is too large for the compiler has a `problem`.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+      jax.errors.JaxRuntimeError: the compiler fails for a reason other than memory.
     """
     arguments = {name: device_bytes(tree) for name, tree in program.arguments.items()}
     work = program.work and Work(program.work.model / devices, program.work.executed / devices)

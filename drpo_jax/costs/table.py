@@ -24,7 +24,7 @@ def memory_table(measured: Sequence[Cost]) -> str:
     head = ["", "arguments", "resident", "results", "temporaries", "total", "of the device"]
     note = (
         "resident: other buffers in memory at the same time; results: those that reuse no argument's "
-        "buffer;\ntemporaries: with the program's code"
+        "buffer;\ntemporaries: including the program's code"
     )
     if any(cost.problem for cost in measured):
         note += "; for a program that is too large, all bytes requested beyond the arguments"

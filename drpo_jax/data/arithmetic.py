@@ -26,11 +26,13 @@ from drpo_jax.data.problem import Problem
 from drpo_jax.data.procedural import HELDOUT_ONE_IN, check_split, generator, is_integer
 
 OPERATIONS = ("+", "-", "*")
-MAX_DIGITS = 17  # products with one digit still fit in int64
+MAX_DIGITS = 17  # Products with one digit still fit in int64.
 
 _HASH_KEY = 0x6472706F5F6A6178
-_CHUNK = 4096  # draws at a time; fixed, so that fewer problems are the first ones of more problems
-_MAX_IDLE_CHUNKS = 20  # chunks without a new problem after which a split counts as exhausted
+# Draws at a time. It is fixed, so that fewer problems are a prefix of more problems.
+_CHUNK = 4096
+# A split counts as exhausted after this many chunks without a new problem.
+_MAX_IDLE_CHUNKS = 20
 _PROMPT = re.compile(r"([0-9]+)([-+*])([0-9]+)=")
 
 
@@ -147,7 +149,7 @@ def sample_problems(
 ) -> list[Problem]:
     """Returns `count` problems of a split, as a pure function of the arguments.
 
-    `ProceduralTask.sample` describes the arguments and what holds for the problems.
+    `ProceduralTask.sample` describes the arguments and the guarantees.
 
     Args:
       task: `ArithmeticTask`, or any object with its attributes, such as the config section `data`.
@@ -248,7 +250,7 @@ def demonstrations(
 
 
 def max_prompt_length(task: Settings) -> int:
-    """Returns the length of the longest prompt in tokens, of which each is a character."""
+    """Returns the length of the longest prompt in tokens; each token is a character."""
     operations, digits = _check(task)
     return digits + 2 + (1 if operations == ("*",) else digits)
 

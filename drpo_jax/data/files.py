@@ -210,7 +210,7 @@ def _text_field(record, field, where, example, prefix=""):
     """Returns a field that must hold a non-empty string.
 
     Args:
-      prefix: path of the record within the line, for messages.
+      prefix: path of the record within the line, for error messages.
     """
     name = f"{prefix}{field}"
     if field not in record:

@@ -103,7 +103,7 @@ def filter_problems(
       rollouts: a file of responses as `drpo_jax.evaluate` writes it. Keep only problems with
         responses there.
       pass_rate: the lowest and the highest mean reward of a problem in `rollouts`. (1/16, 15/16)
-        requires a right and a wrong one among 16 responses.
+        requires at least one right and one wrong response out of 16.
 
     Returns:
       The problems that are kept, in their order, and a report.
@@ -177,7 +177,7 @@ def integer(answer: str) -> str | None:
 
 
 def normalized_text(text: str) -> str:
-    """Returns a text without differences that do not change the problem.
+    """Returns a text with differences removed that do not change the problem.
 
     Folds case, removes white space, dollar signs, LaTeX's spacing and sizing commands and a final
     full stop, and applies Unicode's compatibility normalization (NFKC).

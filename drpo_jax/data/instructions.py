@@ -1,4 +1,4 @@
-"""Instructions around a problem: what the model is told to do with it."""
+"""Instructions around a problem, which say how to solve and answer it."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def with_instruction(problem: Problem, template: str) -> Problem:
     if text.count("{problem}") != 1:
         raise ValueError(
             f"the prompt template is {template!r}; it must be one of {', '.join(TEMPLATES)}, or a "
-            "text that contains {problem} once, in the place of the problem"
+            "text that contains {problem} once, where the problem goes"
         )
     before, after = text.split("{problem}")
     return dataclasses.replace(problem, prompt=f"{before}{problem.prompt}{after}")

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from drpo_jax.data.problem import Problem
 
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
-_START = 4  # words that index the n-grams in the search
-_COPIED = 0.5  # share of n-grams from which a problem counts as copied
+_START = 4  # The search indexes n-grams by their first words.
+_COPIED = 0.5  # A problem that shares at least this part of its n-grams counts as copied.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _search(train, grams, shortest):
             owners[gram].append(owner)
     lengths = sorted({len(gram) for gram in owners if len(gram) >= shortest})
     start = min(_START, shortest)
-    starts = {gram[:start] for gram in owners}  # excludes most places of the training texts
+    starts = {gram[:start] for gram in owners}  # Rules out most positions.
     hits = collections.defaultdict(lambda: collections.defaultdict(set))
     for p in train:
         text = words(p.prompt)

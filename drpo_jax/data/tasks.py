@@ -22,14 +22,14 @@ class Task:
     The reward of a task is the row of `drpo_jax.rewards.REWARDS` that lists its name under `tasks`.
 
     Attributes:
-      make: config section `data` -> the task. Raises ValueError with a message that begins with the
-        name of the wrong field.
+      make: builds the task from the config section `data`. Raises ValueError with a message that
+        begins with the name of the wrong field.
       summary: the problems in one line.
-      demonstrations: makes the pairs of the supervised warm start, as `arithmetic.demonstrations`
+      demonstrations: returns the pairs of the supervised warm start, as `arithmetic.demonstrations`
         does; None: the task has no demonstrations.
-      lengths: task -> tokens of the longest prompt, and of the longest demonstration with its end
-        of sequence. None: the problems are in words, which only a text tokenizer encodes, so that
-        lengths depend on the tokenizer.
+      lengths: returns the tokens of a task's longest prompt, and of its longest demonstration with
+        the end of sequence. None: the problems are in words, which only a text tokenizer encodes;
+        lengths then depend on the tokenizer.
     """
 
     make: Callable[[Mapping[str, Any]], ProceduralTask]

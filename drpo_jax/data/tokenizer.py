@@ -61,8 +61,8 @@ class CharTokenizer:
         """Returns the text of `ids`, without special tokens.
 
         Ids after an end of sequence are decoded as well. Ids outside the vocabulary become
-        replacement
-        characters: the embedding of a model may have more rows than the vocabulary has tokens.
+        replacement characters: the embedding of a model may have more rows than the vocabulary has
+        tokens.
         """
         known = range(self.vocab_size)
         return "".join(self._texts[i] if i in known else "\ufffd" for i in map(int, ids))
@@ -80,7 +80,7 @@ class TextTokenizer:
 
     Args:
       path: a directory with tokenizer.json and tokenizer_config.json, or a hub id.
-      chat: whether `prompt` applies the chat template, with the problem as the message of the user.
+      chat: whether `prompt` applies the chat template, with the problem as the user message.
       thinking: value of `enable_thinking` for templates that have it: "on", "off" (Qwen3 puts an
         empty thought before the answer), or "default", which leaves it to the template.
       system: system message that opens the chat; empty: the template's own.

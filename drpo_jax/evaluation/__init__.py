@@ -6,7 +6,7 @@
     statistics   avg@k, pass@k, maj@k and their bootstrap intervals
     tables       accuracy and problems as text
     files        an evaluation's directory: settings, responses to resume from, results
-    source       which model a workdir holds to evaluate
+    source       the model to evaluate: a checkpoint in the workdir, or model.path
 
 The entry point is `drpo_jax.evaluate`.
 """

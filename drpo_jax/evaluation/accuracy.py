@@ -22,12 +22,12 @@ def by_kind(items: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def eval_metrics(responses: Sequence[Response]) -> dict[str, float]:
-    """The metrics that a run logs of an evaluation.
+    """Returns the metrics that a run logs for an evaluation.
 
     Returns:
       eval/avg and eval/greedy, the mean reward in that mode, also as eval/MODE/KIND where there are
-      several kinds of problems; of the avg responses, eval/length in tokens and eval/truncated, the
-      share that was cut off at the limit.
+      several kinds of problems; eval/length in tokens and eval/truncated, the share that was cut off
+      at the limit, both over the avg responses.
     """
     metrics = {}
     for mode in sorted({response.mode for response in responses}):
@@ -66,8 +66,8 @@ def by_problem(
     """Groups responses by problem, in the order in which the problems first appear.
 
     Args:
-      responses: of `heldout.sample_heldout`.
-      extract: returns the answer that a response gives, None where it gives none.
+      responses: from `heldout.sample_heldout`.
+      extract: returns the answer in a response, None if it contains none.
     """
     problems: dict[str, ProblemResult] = {}
     for response in responses:
@@ -81,7 +81,7 @@ def by_problem(
 
 
 def estimates(problems: Sequence[ProblemResult]) -> dict[str, dict[str, Any]]:
-    """The `accuracy` of evaluate.json.
+    """Returns the `accuracy` of evaluate.json.
 
     Returns:
       For "all" and for every kind of problem: the number of `problems`, and by metric (avg@k, pass@j

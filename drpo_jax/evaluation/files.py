@@ -21,7 +21,7 @@ from drpo_jax.storage import Lines
 
 
 def evaluation_settings(run: Run, checkpoint: str, step: int) -> dict[str, Any]:
-    """Everything that decides about the responses: an evaluation with other settings is another one."""
+    """Returns everything that determines the responses. Other settings make another evaluation."""
     config = run.config
     return {
         "checkpoint": checkpoint,
@@ -46,14 +46,14 @@ def _prompts_hash(run: Run) -> str:
 
 
 def folder_name(settings: Mapping[str, Any]) -> str:
-    """A name that is the settings' own, such as step_000300-aime24_aime25-1a2b3c4d."""
+    """Returns a name unique to the settings, such as step_000300-aime24_aime25-1a2b3c4d."""
     sets = re.sub(r"[^a-zA-Z0-9]+", "_", settings["sets"])[-40:].strip("_")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"step_{settings['step']:06d}-{sets}-{digest}"
 
 
 def shard_places(shard: str, problems: int) -> range:
-    """The indices of the problems that a shard "i/n" evaluates.
+    """Returns the indices of the problems that a shard "i/n" evaluates.
 
     Raises:
       BadInput: `shard` is not of this form.
@@ -66,7 +66,7 @@ def shard_places(shard: str, problems: int) -> range:
 
 
 def _complete_groups(file, settings):
-    """{(mode, problem id): responses} of a file, without problems whose responses are not all there."""
+    """Returns {(mode, problem id): responses} of a file, without problems that lack responses."""
     samples = {"avg": settings["k"], "greedy": 1}
     groups: dict[tuple[str, str], list[Response]] = {}
     # The last line may be cut off.
@@ -84,11 +84,11 @@ def _to_lines(responses):
 class ResponseFile:
     """The responses of an evaluation on disk, from which an interrupted one resumes.
 
-    Of several processes, the first reads and writes; the others receive the responses from it.
+    With several processes, the first reads and writes; the others receive the responses from it.
 
     Args:
       folder: directory of the evaluation.
-      shard: "i/n", the part of the problems that is evaluated, which has a file of its own; "": all.
+      shard: "i/n", the part of the problems that is evaluated and has its own file; "": all.
       settings: `evaluation_settings`.
 
     Attributes:
@@ -134,8 +134,8 @@ def write_results(
     """Writes evaluate.json, result.json and problems.tsv.
 
     Args:
-      responses: all of the evaluation.
-      problems: `accuracy.by_problem` of them.
+      responses: all responses of the evaluation.
+      problems: the responses grouped by `accuracy.by_problem`.
 
     Returns:
       The contents of evaluate.json.

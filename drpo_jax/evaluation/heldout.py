@@ -15,7 +15,7 @@ GATHER = 32
 
 
 def evaluate(run: Run, model: Transformer) -> dict[str, float]:
-    """Held-out accuracy of the unquantized model; does not disturb the random streams of training.
+    """Measures held-out accuracy of the unquantized model; leaves training's random streams untouched.
 
     Returns:
       eval/avg, the mean reward of evaluate.samples responses to each problem at evaluate.temperature;
@@ -34,11 +34,11 @@ def sample_heldout(
 ) -> Iterator[list[Response]]:
     """Samples and verifies responses with the unquantized model.
 
-    A response depends on the weights and on its problem's place alone, so that a part of an evaluation,
-    or the rest of an interrupted one, gives the same responses as the whole.
+    A response depends only on the weights and on the index of its problem. Part of an evaluation, or
+    the rest of an interrupted one, therefore yields the same responses as the whole.
 
     Args:
-      done: responses that exist already: all or none of a problem's in each mode.
+      done: existing responses; for each problem and mode, either all or none.
       places: indices into run.heldout of the problems to evaluate; None: all.
 
     Yields:
@@ -46,10 +46,10 @@ def sample_heldout(
     """
     sampler = run.programs.exact_sampler
     sampler.load(run.programs.sync_exact(model))
-    have = {(response.mode, response.id) for response in done}
+    existing = {(response.mode, response.id) for response in done}
     places = range(len(run.heldout)) if places is None else places
     for mode, params in _modes(run).items():
-        missing = [i for i in places if (mode, run.heldout[i].id) not in have]
+        missing = [i for i in places if (mode, run.heldout[i].id) not in existing]
         problems = [run.heldout[i] for i in missing]
         groups = run.sample(sampler, problems, params, run.evaluation_key, missing)
         for group, verdicts in _verified(groups):
@@ -75,7 +75,7 @@ def sample_heldout(
 
 
 def in_order(run: Run, responses: Iterable[Response]) -> list[Response]:
-    """The responses in the order of modes and held-out problems, however they arrived."""
+    """Sorts responses by mode, then by the order of the held-out problems."""
     order = {problem.id: i for i, problem in enumerate(run.heldout)}
     return sorted(responses, key=lambda response: (response.mode, order[response.id]))
 

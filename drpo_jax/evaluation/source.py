@@ -1,4 +1,4 @@
-"""Which model a workdir holds to evaluate."""
+"""The model to evaluate: a checkpoint in the workdir, or model.path."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from drpo_jax.run import Run
 
 
 def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None:
-    """The directory of the checkpoints to evaluate; None where the model is that of model.path.
+    """Returns the directory of the checkpoints to evaluate; None to evaluate model.path.
 
     Raises:
       BadInput: the workdir holds no run and the config names no model; or the run has another model, no
@@ -49,10 +49,10 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
 
 
 def load_checkpoint(run: Run, directory: Path, step: int | None) -> tuple[int, Transformer]:
-    """The step and the model of a checkpoint.
+    """Returns the step and the model of a checkpoint.
 
     Args:
-      step: which one; None: the latest.
+      step: step of the checkpoint; None: the latest.
 
     Raises:
       BadInput: there is no such checkpoint, or it holds another model.

@@ -11,7 +11,7 @@ from drpo_jax.evaluation.accuracy import ProblemResult
 from drpo_jax.evaluation.response import Response
 from drpo_jax.evaluation.statistics import majority
 
-SECONDS = 2  # between two lines of progress
+SECONDS = 2  # Least time between two progress lines.
 
 
 def accuracy_table(accuracy: Mapping[str, Mapping[str, Any]]) -> str:
@@ -57,7 +57,7 @@ class Progress:
     Args:
       ids: the problems that are evaluated.
       samples: responses to each of them.
-      done: the responses that exist already, also to other problems.
+      done: existing responses, which may include other problems.
     """
 
     def __init__(self, ids: Iterable[str], samples: int, done: Iterable[Response]):

@@ -16,7 +16,7 @@ On a mesh the head runs under `shard_map`. Tokens stay on their devices. The voc
 `tensor`, and the log-sum-exp is summed over it. The gradient of the weight is reduced once per call,
 after the loop over chunks, directly into its `fsdp` shards.
 
-Axis letters: N tokens, C tokens of a chunk, D model width, V vocabulary, K top tokens.
+Axis letters: N tokens, C tokens per chunk, D model width, V vocabulary, K top tokens.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ LOGITS = 2**26
 def chunk_tokens(vocabulary: int) -> int:
     """Tokens per chunk where a device holds `vocabulary` columns of the head.
 
-    As many as make `LOGITS` logits, but at least 512: a small vocabulary is not worth a loop.
+    As many as produce `LOGITS` logits, but at least 512: a small vocabulary is not worth a loop.
     """
     return max(LOGITS // vocabulary, 512)
 

@@ -56,9 +56,9 @@ class Layout:
         """The inverse of `place` for response tokens: [P, T, …] → [N, length, …], padded with zeros."""
         values = np.asarray(values)
         row, column, source = self._responses
-        taken = np.zeros((len(self.rows), length, *values.shape[2:]), values.dtype)
-        taken[source] = values[row, column]
-        return taken
+        gathered = np.zeros((len(self.rows), length, *values.shape[2:]), values.dtype)
+        gathered[source] = values[row, column]
+        return gathered
 
     @cached_property
     def _responses(self):
@@ -85,8 +85,8 @@ def lay_out(
     """Lays out N sequences in N rows of `width` tokens. Packing leaves some rows empty.
 
     Packing is first-fit decreasing. Row r belongs to micro-batch r mod `micro_batches`, so that the rows
-    of a micro-batch are on all devices. Rows are filled one micro-batch after the other: whole
-    micro-batches stay empty, and the update skips them.
+    of a micro-batch are on all devices. Rows are filled one micro-batch after the other, so that
+    whole micro-batches stay empty and the update skips them.
 
     Args:
       prompt_lengths, response_lengths: int [N], tokens. Their sums are at most `width`.

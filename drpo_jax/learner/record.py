@@ -37,19 +37,19 @@ from drpo_jax.storage import write_whole
 
 
 def rollout_path(workdir: Path, step: int) -> Path:
-    """The file of the rollout of a step."""
+    """Returns the path of the rollout that a step saved."""
     return workdir / "rollouts" / f"step_{step:06d}.npz"
 
 
 def save_rollout(workdir: Path, step: int, **arrays: Any) -> Path:
-    """Writes the arrays of the module's docstring. The file is complete, or it does not exist.
+    """Writes the arrays listed in the module's docstring, atomically.
 
     Returns:
       The path of the file.
     """
     path = rollout_path(workdir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An array of strings would take the space of the longest for each.
+    # A NumPy array of strings pads each one to the length of the longest.
     if "response" in arrays:
         texts = [text.encode("utf-8", "replace") for text in arrays.pop("response")]
         arrays["response_utf8"] = np.frombuffer(b"".join(texts), np.uint8)
@@ -61,14 +61,14 @@ def save_rollout(workdir: Path, step: int, **arrays: Any) -> Path:
 
 
 def pieces(rollout: Mapping[str, np.ndarray], row: int) -> list[str]:
-    """The text of each single token of a response. Part of a character becomes U+FFFD."""
+    """Returns the text of each token of a response. Partial characters become U+FFFD."""
     start, length = rollout["prompt_lengths"][row], rollout["response_lengths"][row]
     ids = rollout["tokens"][row, start : start + length]
     return rollout["piece_texts"][np.searchsorted(rollout["piece_ids"], ids)].tolist()
 
 
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a saved rollout, by name."""
+    """Returns the arrays of a saved rollout by name."""
     with np.load(path.open("rb")) as archive:
         arrays = {name: archive[name] for name in archive.files}
     if "response_ends" in arrays:

@@ -19,12 +19,12 @@ BELOW_ONE = Range("in [0, 1)", lambda x: 0 <= x < 1)
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the policy maximises. `hyperparameter_fields` adds the objectives' hyperparameters."""
+    """What the policy maximizes. `hyperparameter_fields` adds the objectives' hyperparameters."""
 
     name: str = field("drpo", "Objective, a name in drpo_jax.objectives.OBJECTIVES.", OBJECTIVES)
     advantage: str = field("dr_grpo", "Turns the rewards of a group into advantages.", ADVANTAGES)
     aggregation: str = field(
-        "seq-mean-token-sum-norm", "Turns the objectives of tokens into one loss.", AGGREGATIONS
+        "seq-mean-token-sum-norm", "Turns the token objectives into one loss.", AGGREGATIONS
     )
     horizon: int = field(
         0,
@@ -44,14 +44,18 @@ class ObjectiveSettings:
         "at the cap. mis: 0 outside of floor and cap.",
         CORRECTIONS,
     )
-    correction_level: str = field("token", "What an importance weight belongs to.", LEVELS)
+    correction_level: str = field(
+        "token", "Whether each token or each whole response has an importance weight.", LEVELS
+    )
     correction_cap: float = field(2.0, "Largest importance weight.", POSITIVE)
     correction_floor: float = field(0.0, "Smallest importance weight (mis).", NOT_NEGATIVE)
     kl: str = field(
         "none", "KL penalty to the initial model: k2 or k3 as a loss, k1 in the reward.", KL
     )
     kl_coefficient: float = field(0.0, "Coefficient of the KL penalty.", NOT_NEGATIVE)
-    entropy_bonus: float = field(0.0, "Weight of the entropy beside the objective.", NOT_NEGATIVE)
+    entropy_bonus: float = field(
+        0.0, "Coefficient of the entropy that is added to the objective.", NOT_NEGATIVE
+    )
     threshold: str = field(
         "",
         "Sets delta or epsilon by the name of a reading in drpo_jax.objectives.THRESHOLDS.",
@@ -61,12 +65,12 @@ class ObjectiveSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW behind a clip of the gradient's global norm."""
+    """AdamW after clipping by the gradient's global norm."""
 
     learning_rate: float = field(1e-6, "Peak learning rate.", POSITIVE)
     b1: float = field(0.9, "Decay of the first moment.", BELOW_ONE)
     b2: float = field(0.999, "Decay of the second moment.", BELOW_ONE)
-    eps: float = field(1e-8, "Epsilon beside the root of the second moment.", POSITIVE)
+    eps: float = field(1e-8, "Added to the square root of the second moment.", POSITIVE)
     weight_decay: float = field(0.01, "Decoupled weight decay.", NOT_NEGATIVE)
     mu_dtype: str = field(
         "float32",

@@ -47,7 +47,7 @@ class Batch:
       positions: int32 [P, T], counted from 0 in every sequence.
       mask: int32 [P, T], the segment id at positions that predict a response token, 0 elsewhere. The
         position before a token predicts it.
-      inputs: name → float32 [P, T, …], what the objective takes of each response token besides logp, at
+      inputs: name → float32 [P, T, …], the objective's inputs for each response token besides logp, at
         the position that predicts the token: behavior_logp, advantage, and others by name (topk_ids
         int32 [P, T, K], correction, …).
       routes: int16 [P, T, L, k], the experts that the sampler visited and the learner visits too
@@ -68,7 +68,7 @@ def make_batch(
     inputs: Mapping[str, np.ndarray],
     routes: np.ndarray | None = None,
 ) -> Batch:
-    """The Batch of N sequences, as NumPy arrays.
+    """Returns the Batch of N sequences as NumPy arrays.
 
     Args:
       layout: the places of the sequences.
@@ -88,7 +88,7 @@ def make_batch(
 
 
 def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
-    """The learning rate as a function of the number of updates applied so far.
+    """Returns the learning rate as a function of the number of updates applied so far.
 
     Args:
       optimizer: the config's section of this name.
@@ -109,7 +109,7 @@ def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientTransformation:
-    """AdamW after a clip by the global norm, with the learning rate of `make_schedule`.
+    """Returns AdamW after clipping by global norm, with the learning rate of `make_schedule`.
 
     Args:
       optimizer: the config's section of this name.
@@ -129,6 +129,6 @@ def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientT
 
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of a run that begins with `model`."""
+    """Returns the state of a run that begins with `model`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(model, optimizer.init(model), zero, zero)

@@ -1,4 +1,4 @@
-"""Metrics of one update over its response tokens, from what the head recorded of them."""
+"""Metrics of one update over its response tokens, from the head's TokenTrace."""
 
 import jax.numpy as jnp
 

@@ -3,13 +3,13 @@
 Axis letters: N responses (prompts · samples, the samples of a prompt next to each other), R response
 tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees it:
 
-    sync         the policy's weights, quantized as the precision recipe has them -> the sampler
+    sync         the policy's weights, quantized by the precision recipe -> the sampler
     sample       train.prompts problems -> `sampler.Rollouts`: tokens [N, T]; sampled_logp and
                  full_logp [N, R]
     verify       prompt, response and answer as text -> reward [N]
     score        the learner's own logprobs of the rollout, where they are needed -> old_logp [N, R]
     advantages   reward [N] -> advantage [N], each response against its group
-    inputs       what the objective takes of each token besides logp: behavior_logp [N, R],
+    inputs       the objective's inputs for each token besides logp: behavior_logp [N, R],
                  advantage [N], … (`learner.Batch.inputs`)
     updates      one optimizer update per mini-batch of whole groups, all against the same µ
     metrics      one record per step -> metrics.jsonl, TensorBoard, console
@@ -20,7 +20,7 @@ The modules, in reading order, after `drpo_jax.run`, which holds what the phases
     loop        `train` and `rl_step`
     rollout     sample and verify: `Rollout`, the record of one rollout
     learn       inputs of the objective, scoring, mini-batches, updates
-    parity      how far sampler and learner disagree about the same tokens
+    parity      how far the sampler's and the learner's logprobs of the same tokens differ
     warm_start  the model that RL starts from
     guard       stops a run whose updates are no longer finite
     console     what `train` prints besides the metrics

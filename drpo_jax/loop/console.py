@@ -1,4 +1,4 @@
-"""What `train` prints besides the metrics: what will happen, notices, and sampled responses."""
+"""What `train` prints besides the metrics: an introduction, notices, and sampled responses."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,18 +9,18 @@ from drpo_jax.loop.rollout import Example
 from drpo_jax.models.huggingface import write_config
 from drpo_jax.run import Run
 
-LONGEST = 400  # characters of a printed text
+LONGEST = 400  # Longer texts lose their middle; characters.
 
 # Printed when the phase begins for the first time, because compilation is silent and may take minutes.
 FIRST_STEP = {
     "sync": "compiling the weight sync …",
     "sample": "compiling prefill and decode, sampling the first rollout …",
-    "update": "compiling the update, making the first updates …",
+    "update": "compiling the update, running the first updates …",
 }
 
 
 def introduction(run: Run) -> str:
-    """What the run does, in words: model, objective, precision, batches, devices, files."""
+    """Describes the run: model, objective, precision, batches, devices, files."""
     config, devices = run.config, run.mesh.devices
     train, sampler, evaluate = config.train, config.sampler, config.evaluate
     updates = train.prompts // train.mini_batch_prompts * train.epochs
@@ -63,7 +63,7 @@ def _model(run: Run) -> str:
 
 
 def _start(config) -> str:
-    """Where the weights come from that RL starts with."""
+    """Describes where the initial weights of RL come from."""
     if config.model.path:
         return f"from {config.model.path}"
     if config.data.init_from:
@@ -74,7 +74,7 @@ def _start(config) -> str:
 
 
 def show_example(step: int, example: Example) -> str:
-    """A sampled response with its reward, for the console and TensorBoard."""
+    """Formats a sampled response with its reward, for the console and TensorBoard."""
     lines = [f"step {step}, a sampled response with reward {example.reward:g}:"]
     for name in ("prompt", "response", "answer"):
         text = _shortened(getattr(example, name)).replace("\n", "\n" + " " * 14)
@@ -83,7 +83,7 @@ def show_example(step: int, example: Example) -> str:
 
 
 def no_gradient(step: int, example: Example) -> str:
-    """The notice of a rollout whose groups all have equal rewards."""
+    """Returns the notice for a rollout in which every group has equal rewards."""
     return (
         f"step {step}: no group has mixed rewards: no gradient; first response "
         f"(reward {example.reward:g}): {_shortened(example.response)!r}"
@@ -97,7 +97,7 @@ def _shortened(text: str) -> str:
 
 
 def compilations(records: Iterable[Mapping[str, float]]) -> str:
-    """How many programs a run compiled, from its records; "" if it compiled none."""
+    """Describes how many programs a run compiled, from its records; "" if none."""
     compiled = [r for r in records if r.get("compile/count")]
     if not compiled:
         return ""

@@ -21,13 +21,13 @@ from drpo_jax.sampler import Rollouts
 
 
 class Inputs(NamedTuple):
-    """What the updates take of a rollout besides its tokens.
+    """What the updates need from a rollout besides its tokens.
 
     Attributes:
       arrays: `learner.Batch.inputs`: [N] or [N, R, …] arrays by name.
-      old_logp: float32 [N, R], log π_old, the rollout as the learner scores it before the first
-        update; None where nothing needs it.
-      metrics: what a KL penalty took from the reward, if there is one.
+      old_logp: float32 [N, R], log π_old, the learner's own score of the rollout before the first
+        update; None if nothing needs it.
+      metrics: the KL penalty that was subtracted from the reward, if any.
     """
 
     arrays: dict[str, Any]
@@ -43,12 +43,12 @@ def objective_inputs(
     step: int,
     rescore: bool,
 ) -> Inputs:
-    """The objective's inputs for one rollout.
+    """Returns the objective's inputs for one rollout.
 
     Args:
       model: the policy before its updates.
       reward: float32 [N], the reward to learn from.
-      rescore: score the rollout with `model` even where the objective does not need it.
+      rescore: score the rollout with `model` even if the objective does not need it.
     """
     objective, arrays = run.config.objective, run.programs.objective.arrays
     rescored = objective.behavior == "rescored"
@@ -85,7 +85,7 @@ def objective_inputs(
 
 
 def _correction(objective, old_logp, rollouts):
-    """float32 [N, R]: importance weights of π_old over the sampler's µ."""
+    """Returns the importance weights of π_old over the sampler's µ, float32 [N, R]."""
     weight = mismatch_weight(
         objective.correction,
         old_logp,
@@ -106,11 +106,11 @@ def score(
     inputs: Mapping[str, np.ndarray],
     replay: bool = True,
 ) -> TokenTrace:
-    """The rollout's response tokens as `model` scores them.
+    """Scores the response tokens of a rollout with `model`.
 
     Args:
       inputs: `topk_ids` [N, R, K], or nothing.
-      replay: route the tokens as the sampler did, where train.routing_replay is set.
+      replay: route the tokens as the sampler did if train.routing_replay is set.
 
     Returns:
       TokenTrace of [N, R] arrays on the host.
@@ -133,12 +133,12 @@ def _by_response(pieces, order, rollouts):
       One pytree of [N, R, …] arrays on the host, in the order of the rollout.
     """
     length = rollouts.sampled_logp.shape[1]
-    taken = [
+    arrays = [
         jax.tree.map(lambda a: layout.take(a, length), multihost.fetch(tree))  # noqa: B023
         for tree, layout in pieces
     ]
     back = np.argsort(np.concatenate(order))
-    return jax.tree.map(lambda *a: np.concatenate(a)[back], *taken)
+    return jax.tree.map(lambda *a: np.concatenate(a)[back], *arrays)
 
 
 def make_updates(
@@ -149,7 +149,7 @@ def make_updates(
     step: int,
     keep: bool,
 ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, float]]:
-    """All updates on one rollout. The later ones are off-policy: µ stays the rollout's.
+    """Makes all updates on one rollout. Later ones are off-policy, because µ does not change.
 
     Args:
       state: donated.
@@ -178,7 +178,7 @@ def make_updates(
 
 
 def _reduced(reports: Sequence[tuple[Any, ...]]) -> dict[str, float]:
-    """Metrics over the updates on a rollout, from (pairs, extremes, metrics, skipped) of each."""
+    """Reduces (pairs, extremes, metrics, skipped) of each update to the metrics of a rollout."""
     pairs, extremes, updates, skipped = zip(*reports)
     sums = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *pairs)
     metrics = with_spread(reduce_pairs(sums))

@@ -27,7 +27,7 @@ from drpo_jax.run import Run, claim
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
-    """Warm start, then RL. Resumes the run that `workdir` holds; does nothing if it is complete.
+    """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
 
     Returns:
       The records of the evaluations before and after training; None on all processes but the first.
@@ -55,7 +55,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
 
 
 def _train(run: Run) -> None:
-    """The steps of a run from its last checkpoint to train.steps."""
+    """Runs the steps from the last checkpoint to train.steps."""
     config, total = run.config, run.config.train.steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
@@ -103,7 +103,7 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
         state = checkpoints.restore(step, run.programs.abstract_state)
     if run.config.objective.kl != "none":
-        # A model of its own: the updates donate the arrays of the state.
+        # A separate copy, because the updates donate the arrays of the state.
         run = dataclasses.replace(run, reference=initial_model(run))
     return run, state, step
 
@@ -111,13 +111,13 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
 def rl_step(
     run: Run, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
-    """One rollout and its updates.
+    """Samples one rollout and makes its updates.
 
     Args:
       state: donated.
-      step: steps completed so far; the rollout, its random keys and its file are numbered by it.
-      first: the first step of this process: announces what is compiled, and compares the sampler's
-        logprobs with the learner's (sampler.parity).
+      step: steps completed so far; numbers the rollout, its random keys and its file.
+      first: whether this is the first step of the process, which announces compilations and compares
+        the sampler's logprobs with the learner's (sampler.parity).
 
     Returns:
       The new state, the metrics (host scalars), and one of the responses.

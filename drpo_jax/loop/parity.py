@@ -1,4 +1,4 @@
-"""How far sampler and learner disagree about the same tokens."""
+"""How far the sampler's and the learner's logprobs of the same tokens differ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from drpo_jax.models import Transformer
 from drpo_jax.run import NOISE, Run
 from drpo_jax.sampler import Rollouts
 
-# Bounds on mean |Δ log p|, in nats, up to which sampler and learner count as one model: the values
+# Bounds on mean |Δ log p|, in nats, within which sampler and learner count as one model: the values
 # that `python -m benchmarks.mismatch` measures, with headroom for larger models. FP8 on both sides
 # has a bound of its own, because operands that differ in the last bit of bfloat16 may be rounded to
 # different codes.
@@ -22,7 +22,7 @@ PARITY_BOUND = {"float32": 1e-4, "bfloat16": 0.05, "fp8": 0.3}
 
 
 def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
-    """Compares the sampler's logprobs of a rollout with the learner's, and warns of a difference.
+    """Compares the sampler's logprobs of a rollout with the learner's, and warns about a difference.
 
     Args:
       synced_logp: float32 [N, R], the learner's score with the weights that the sampler had.
@@ -53,7 +53,7 @@ def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
 
 
 def score_synced(run: Run, model: Transformer, rollouts: Rollouts, old_logp: Any, step: int) -> Any:
-    """The learner's score with the weights that the sampler had, float32 [N, R].
+    """Returns the learner's score with the weights that the sampler had, float32 [N, R].
 
     These weights differ from the learner's only under precision.noise. Without noise this is `old_logp`
     itself, which is None if the rollout was not scored.
@@ -72,10 +72,10 @@ def mismatch(
     logp: np.ndarray,
     inputs: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-    """Metrics of how far the sampler's logprobs are from the learner's own.
+    """Measures how far the sampler's logprobs are from the learner's own.
 
     With precision.noise, the real part (between sampler and learner with the same weights) and the
-    injected part (the noise's) are logged as well.
+    injected part (the effect of the noise) are logged as well.
 
     Args:
       old_logp, synced_logp, logp: float32 [N, R].

@@ -21,7 +21,7 @@ from drpo_jax.sampler import Rollouts
 
 
 class Example(NamedTuple):
-    """One sampled response, for a person to read."""
+    """One sampled response in readable form."""
 
     prompt: str
     response: str
@@ -46,7 +46,7 @@ class Rollout:
     added: np.ndarray
 
     def metrics(self) -> dict[str, float]:
-        """reward/… and response/… of the rollout."""
+        """Returns the metrics reward/… and response/… of the rollout."""
         lengths = self.responses.response_lengths
         return {
             "reward/mean": self.reward.mean(),
@@ -57,7 +57,7 @@ class Rollout:
         }
 
     def arrays(self, tokenizer: Any) -> dict[str, Any]:
-        """What `learner.record` saves of a rollout apart from the learner's view of it."""
+        """Returns the arrays of `learner.record` except for the learner's view of the rollout."""
         responses, problems = self.responses, self.problems
         piece_ids, piece_texts = responses.pieces(tokenizer)
         return dict(
@@ -79,7 +79,7 @@ class Rollout:
         )
 
     def example(self, tokenizer: Any) -> Example:
-        """The first response."""
+        """Returns the first response."""
         problem, text = self.problems[0], tokenizer.decode(self.responses.response(0))
         return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
 
@@ -121,7 +121,7 @@ def collect(
 
 
 def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
-    """Waits for the rewards of this process's share of the groups and gathers the others'.
+    """Waits for the rewards of this process's groups and gathers those of the other processes.
 
     Args:
       groups: in the order of the rollout.
@@ -143,7 +143,7 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
 
 
 def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
-    """What `config.reward` adds to the verdicts, float32 [N].
+    """Returns what `config.reward` adds to the verdicts, float32 [N].
 
     Args:
       texts: N responses.
@@ -158,8 +158,10 @@ def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray)
 
 
 def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
-    """float32 [N], the reward to learn from: verdict and shaping, permuted for the control experiment
-    train.shuffle_rewards."""
+    """Returns the reward to learn from, float32 [N]: verdict plus shaping.
+
+    The control experiment train.shuffle_rewards permutes it over the rollout.
+    """
     reward = rollout.reward + rollout.added
     if config.train.shuffle_rewards:
         reward = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 
 class PhaseTimer:
-    """Times a step and its phases, from its construction on:
+    """Times a step and its phases, starting at construction.
 
         timer = PhaseTimer()
         with timer("sample"):
@@ -31,6 +31,6 @@ class PhaseTimer:
         self._seconds[phase] = time.monotonic() - started
 
     def metrics(self) -> dict[str, float]:
-        """time/step, the seconds since the construction, and time/PHASE for every phase."""
+        """Returns time/step, the seconds since construction, and time/PHASE for every phase."""
         phases = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         return {"time/step": time.monotonic() - self._started} | phases

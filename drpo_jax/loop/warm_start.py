@@ -1,4 +1,4 @@
-"""The model that RL starts from, and the supervised warm start that may make it."""
+"""The model that RL starts from, and the supervised warm start that may produce it."""
 
 import contextlib
 import time
@@ -19,11 +19,11 @@ from drpo_jax.run import INIT, Run
 
 
 def initial_model(run: Run) -> Transformer:
-    """The model that RL starts from.
+    """Returns the model that RL starts from.
 
-    Returns:
-      The weights in model.path; else those of the warm start that data.init_from names; else those of
-      the run's own warm start, which is made if it is not there yet; else (sft.steps = 0) random ones.
+    The first of these applies: the weights in model.path; those of the warm start in data.init_from;
+    those of the run's own warm start, which is made now if it does not exist; random weights
+    (sft.steps = 0).
     """
     model = existing_model(run)
     if model is not None:
@@ -34,7 +34,7 @@ def initial_model(run: Run) -> Transformer:
 
 
 def existing_model(run: Run) -> Transformer | None:
-    """`initial_model` where its weights exist: in model.path, or in a finished warm start."""
+    """Returns `initial_model` if its weights exist, in model.path or a finished warm start."""
     config = run.config
     if config.model.path:
         place = partial(shardings, run.mesh)
@@ -51,12 +51,12 @@ def existing_model(run: Run) -> Transformer | None:
 
 
 def random_model(run: Run) -> Transformer:
-    """A model with the random weights that a run without any others starts from."""
+    """Returns the randomly initialized model that a run without other weights starts from."""
     return run.programs.init(run.key(0, INIT)).model
 
 
 def make_warm_start(run: Run) -> Transformer:
-    """Supervised learning on the task's demonstrations, resumed from its last checkpoint.
+    """Trains on the task's demonstrations; resumes from the last checkpoint.
 
     Returns:
       The model after sft.steps updates.
@@ -105,7 +105,7 @@ def _supervised_metrics(report, batch, started):
 
 
 def demonstration_batch(run: Run, step: int) -> Batch:
-    """The demonstrations of one supervised update."""
+    """Returns the demonstrations of one supervised update."""
     config, tokenizer = run.config, run.tokenizer
     sft, sampler = config.sft, config.sampler
     demonstrations = data.TASKS[config.data.task].demonstrations

@@ -1,6 +1,6 @@
 """The catalogue of metrics: one row for each metric that a run logs.
 
-A row holds the metric's name, title, definition and unit, how several of its values become one, its
+A row holds the metric's name, title, definition and unit, how several values are reduced to one, its
 console column, and the axis of its chart. The console, TensorBoard, the plots, the report and the
 documentation all read these rows. To add a metric, log it under a name and add its row here.
 

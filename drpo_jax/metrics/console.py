@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable
 from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric
 from drpo_jax.metrics.records import Record, series
 
-HEADER_EVERY = 20  # lines
+HEADER_EVERY = 20  # Lines between two headers.
 PACE = 20  # The ETA uses the median time of this many steps.
-NOTHING = "–"  # stands for a value that is missing or not a number
-STEP = 13  # characters of the step's column
-ETA = 9  # characters of the ETA's column
+NOTHING = "–"  # Stands for a value that is missing or not a number.
+STEP = 13  # Characters in the step column.
+ETA = 9  # Characters in the ETA column.
 
 
 class Console:
@@ -20,7 +20,7 @@ class Console:
     A header precedes the first line and every 20th line after it. An evaluation adds a line.
 
     Args:
-      total_steps: the steps of the run, for the step's column and the ETA.
+      total_steps: the steps of the run, for the step column and the ETA.
       without: metrics that get no column, such as the shares of w that the objective cannot produce.
     """
 

@@ -1,4 +1,4 @@
-"""Records where and with what a run runs: `run.json`, an entry for each start or resume.
+"""Records the environment of a run in `run.json`: one entry for each start or resume.
 
     {"starts": [{"time": "2026-11-28T14:00:00+00:00", "step": 0, "host": "…", "processes": 1,
                  "devices": 1, "device_kind": "cpu", "platform": "cpu", "python": "3.12.3",

@@ -24,25 +24,22 @@ from drpo_jax.parallel import multihost
 from drpo_jax.storage import Lines
 
 TAGS = str.maketrans({"+": "plus", "*": "times"})  # TensorBoard would replace both by "_".
-RESULTS = (
-    "reward/mean",
-    "eval/avg",
-    "eval/greedy",
-)  # beside the fields in TensorBoard's HPARAMS tab
+# Metrics next to the config fields in TensorBoard's HPARAMS tab.
+RESULTS = ("reward/mean", "eval/avg", "eval/greedy")
 
 
 class MetricLogger:
     """Writes the metrics of a run, one record per logged step. Only the first process writes.
 
     Args:
-      workdir: gets `metrics.jsonl` and `tensorboard/`.
+      workdir: directory of `metrics.jsonl` and `tensorboard/`; created if necessary.
       total_steps: the steps of the run, for the console and its ETA.
       first_step: the first step that this process will log. Later records in the files come from after
         the checkpoint that the run resumes from and are dropped, so a resumed run's file equals an
         uninterrupted one's. 0 starts afresh.
       console: whether to print a line per step.
       config: the run's resolved config. TensorBoard shows it, and the console leaves out the columns of
-        weights that the objective cannot produce. Every process must pass it or none.
+        weights that the objective cannot produce. Pass it on every process or on none.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class MetricLogger:
         kept = [r for r in read_metrics(workdir) if r["step"] < first_step]
         self._file = Lines(path, "".join(to_line(r) for r in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
-        self._described: set[str] = set()  # metrics whose description TensorBoard has
+        self._described: set[str] = set()  # Metrics described to TensorBoard.
         self._console = Console(total_steps, without) if console else None
         if config:
             self._write_config(flatten(config), first_step)

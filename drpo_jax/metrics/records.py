@@ -1,4 +1,4 @@
-"""Records: the metrics of a step, how they are read back, and how pairs become means.
+"""Records: the metrics of a step, how they are read back, and how pairs are reduced to means.
 
 A metric is a (sum, count) pair until the whole batch has been seen. It is divided once, by
 `reduce_pairs`, so that neither micro-batches nor shards bias it.

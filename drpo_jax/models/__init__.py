@@ -13,7 +13,7 @@ Files, in reading order:
     delta_net    gated DeltaNet, the linear attention of Qwen3.5
     moe          the dense MLP and the mixture of experts: routing and its statistics
     experts      the experts' matmuls, on one device or over the mesh; `grouped` holds their kernels
-    cache        what decoding keeps of each layer: keys and values, or the state of a DeltaNet
+    cache        what decoding keeps for each layer: keys and values, or the state of a DeltaNet
     presets      the `ModelConfig`s of released models
     huggingface  reads and writes Hugging Face directories; `config_json` handles config.json
     gguf         converts files of llama.cpp to Hugging Face directories
@@ -25,7 +25,7 @@ Families, and the fields of `ModelConfig` that distinguish them:
     Qwen3        RMS norms of every query and key head (qk_norm)
     Qwen3-MoE    Qwen3 with a mixture of experts in place of the MLP (experts, …)
     Qwen3.5-MoE  gated DeltaNets in three of four layers (full_attention_every, linear_…), gated and
-                 partly rotated attention (attention_gate, rotary_fraction), zero-centred norms
+                 partly rotated attention (attention_gate, rotary_fraction), zero-centered norms
                  (norm_offset), a mixture of experts with a shared expert (shared_expert_size)
 """
 

@@ -76,7 +76,7 @@ class Attention(nnx.Module):
           compute: how to compute.
 
         Returns:
-          q [..., N, H] and k [..., K, H], normalised and rotated; v [..., K, H]; the logits of the
+          q [..., N, H] and k [..., K, H], normalized and rotated; v [..., K, H]; the logits of the
           output gate [..., N·H], or None without one. All have x's dtype.
         """
         config = self.config

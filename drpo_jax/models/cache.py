@@ -1,4 +1,4 @@
-"""What decoding keeps of each layer, one row per slot: keys and values, or the state of a DeltaNet.
+"""What decoding keeps for each layer, one row per slot: keys and values, or the state of a DeltaNet.
 
 Keys and values lie in a ring buffer of C columns. At each step all rows write the same column, the
 clock, which then advances by one. A row of n tokens reads the n columns before the clock. A step
@@ -86,8 +86,8 @@ class Ring(NamedTuple):
     def resized(self, clock: jax.Array, columns: int, on_cpu: bool) -> "Ring":
         """Returns the ring with another number of columns.
 
-        The newest columns that fit come first. The next column to write, to which the caller has to
-        set the clock, is the one behind them, or column 0 if the ring is full.
+        The newest columns that fit come first. The next column to write is the one after them, or
+        column 0 if the ring is full; the caller must set the clock to it.
         """
         return Ring(
             _resize_keys(self.keys, clock, columns, on_cpu), _resize(self.values, clock, columns, 2)
@@ -163,7 +163,7 @@ def empty_ring(
       config: the `ModelConfig`.
       dtype: dtype of keys and values; ignored with `float8`.
       float8: whether to return a Ring8.
-      on_cpu: whether CPUs compute, which determines the blocks of the keys.
+      on_cpu: whether the devices are CPUs, which determines the blocks of the keys.
     """
     dtype, heads = jnp.float8_e4m3fn if float8 else dtype, config.kv_heads
     values = jnp.zeros((rows, heads, columns, config.head_dim), dtype)

@@ -33,7 +33,7 @@ LINEAR = {
     "linear_value_dim": "linear_value_head_dim",
     "linear_conv_kernel": "linear_conv_kernel_dim",
 }
-# Settings of config.json of which only one value is supported.
+# Settings of config.json for which only one value is supported.
 REQUIRED = {
     "hidden_act": "silu",
     "mlp_bias": False,

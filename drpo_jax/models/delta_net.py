@@ -187,7 +187,7 @@ class GatedDeltaNet(nnx.Module):
         return -jnp.exp(rate) * jax.nn.softplus(a + bias), jax.nn.sigmoid(b)
 
     def _output(self, o, x, compute):
-        """Normalises o [..., K, R, V], gates it with x [..., D] and projects it to [..., D]."""
+        """Normalizes o [..., K, R, V], gates it with x [..., D] and projects it to [..., D]."""
         o = rms_norm(o.astype(jnp.float32), self.norm[...], self.eps)
         z = project(x, self.z_proj, compute).reshape(o.shape)
         y = (o * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
@@ -277,7 +277,7 @@ def delta_rule(
     32 heads of 128 × 128).
 
     Args:
-      q_BxTxKxH, k_BxTxKxH: queries and keys; they are normalised here.
+      q_BxTxKxH, k_BxTxKxH: queries and keys; they are normalized here.
       v_BxTxKxRxV: values.
       g_BxTxKxR: log decay, at most 0.
       beta_BxTxKxR: in [0, 1].

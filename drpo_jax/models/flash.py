@@ -50,7 +50,7 @@ def chunked(
 
     Args:
       q, k, v, segment_ids: see the module's docstring.
-      block: the most tokens of a block.
+      block: maximum tokens per block.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -219,7 +219,7 @@ def splash(
 
     Args:
       q, k, v, segment_ids: see the module's docstring. The head width must be in `SPLASH_WIDTHS`.
-      block: the most tokens of a block, a multiple of 128.
+      block: maximum tokens per block, a multiple of 128.
       interpret: whether to run in Pallas's interpreter, which is slow but works on any backend.
 
     Returns:

@@ -177,5 +177,5 @@ def _tokenizer(fields, file):
     )
 
 
-if __name__ == "__main__":  # An older spelling of `drpo convert`.
+if __name__ == "__main__":  # An older form of `drpo convert`.
     runpy.run_module("drpo_jax.convert", run_name="__main__", alter_sys=True)

@@ -3,7 +3,7 @@
 Every assignment of a token to an expert has one row of a layout in which each expert's rows are
 contiguous and start at a multiple of `block`. The experts' matmuls run over that layout, and the
 results are read back from it. An assignment to expert E has no row and costs nothing. Padding
-tokens have such assignments, and so have, under expert parallelism, the experts of other devices.
+tokens are assigned to it, and so are, under expert parallelism, tokens of other devices' experts.
 
 Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout, D
 model width, E experts; in matmuls [R, K] @ [E, K, N], K and N are widths.
@@ -105,7 +105,7 @@ def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-# Between tokens and rows. Custom gradients gather as well, whereas autodiff would scatter.
+# Moving arrays between tokens and rows. The custom gradients gather, too; autodiff would scatter.
 
 
 @jax.custom_vjp
@@ -208,7 +208,7 @@ def megablox_dw(
     Args:
       x_RxK: rows of the input.
       g_RxN: gradient of the output.
-      group_sizes: int32 [E], rows per expert. Rows behind the last group do not count.
+      group_sizes: int32 [E], rows per expert. Rows after the last group do not count.
       interpret: whether to run in Pallas's interpreter, on any backend.
 
     Returns:

@@ -35,7 +35,7 @@ COPIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
-SHARD_BYTES = 4 * 2**30  # Most bytes of a file that `save_pretrained` writes.
+SHARD_BYTES = 4 * 2**30  # Maximum size of a file that `save_pretrained` writes.
 
 
 def from_pretrained(
@@ -190,7 +190,7 @@ class Checkpoint:
         """Raises a ValueError unless the tensors are exactly those of the rules."""
         expected = {n: shape for rule in rules.values() for n, shape in rule.tensors().items()}
         missing = sorted(expected.keys() - self.shapes.keys())
-        # Some checkpoints with tied embeddings store the head nevertheless.
+        # Some checkpoints with tied embeddings store the head anyway.
         tied = {"lm_head.weight"} if config.tie_embeddings else set()
         unexpected = sorted(self.shapes.keys() - expected.keys() - tied)
         misshapen = [

@@ -26,7 +26,7 @@ def param(
     noise: bool = True,
     decay: bool = True,
 ) -> nnx.Param:
-    """Returns an `nnx.Param` with metadata that describes its treatment by other modules.
+    """Returns an `nnx.Param` with metadata that tells other modules how to treat it.
 
     Args:
       value: float32, the initial value.
@@ -146,7 +146,7 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Ar
 
 
 def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
-    """Returns the initial scale of an RMS norm, float32 [width]: ones, or zeros if zero-centred."""
+    """Returns the initial scale of an RMS norm, float32 [width]: ones, or zeros if zero-centered."""
     scale = jnp.full((width,), 1.0 - config.norm_offset, jnp.float32)
     return param(scale, ("norm",), "keep", noise=False, decay=False)
 
@@ -154,7 +154,7 @@ def norm_scale(config: ModelConfig, width: int) -> nnx.Param:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """Returns the RMS norm of x over the last axis, multiplied by (offset + scale).
 
-    The computation is in float32, the result has x's shape and dtype.
+    The computation is in float32; the result has x's shape and dtype.
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)

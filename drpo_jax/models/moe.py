@@ -50,7 +50,7 @@ class MLP(nnx.Module):
 class MoE(nnx.Module):
     """Router and SwiGLU experts of one layer.
 
-    The router applies softmax, selects the top k and renormalises their gates (Qwen3-MoE). With
+    The router applies softmax, selects the top k and renormalizes their gates (Qwen3-MoE). With
     config.shared_expert_size, every token also visits a shared expert, σ(x·g) · SwiGLU(x)
     (Qwen3.5-MoE).
 
@@ -89,7 +89,7 @@ class MoE(nnx.Module):
           compute: how to compute.
           routes: int [..., k], experts that each token visits instead of those that the router
             selects (rollout routing replay); −1 keeps the router's selection. The gates are the
-            router's probabilities of these experts, renormalised, so that the router still receives
+            router's probabilities of these experts, renormalized, so that the router still receives
             a gradient.
 
         Returns:

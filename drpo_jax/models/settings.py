@@ -39,7 +39,7 @@ class ModelConfig:
     )
     norm_offset: float = field(
         0.0,
-        "RMS norms multiply by this offset plus their scale; 1: zero-centred scales (Qwen3.5).",
+        "RMS norms multiply by this offset plus their scale; 1: zero-centered scales (Qwen3.5).",
         NOT_NEGATIVE,
     )
     shared_expert_size: int = field(
@@ -66,7 +66,7 @@ class ModelSettings(ModelConfig):
     path: str = field(
         "",
         "Hugging Face directory, or hub id such as Qwen/Qwen3-4B-Base, to start from; it sets the "
-        "architecture, whatever the fields of this section say. Empty: random weights.",
+        "architecture and overrides the fields of this section. Empty: random weights.",
         may_change=True,
     )
     load_balance: float = field(
@@ -91,7 +91,7 @@ class Compute:
     dtype: str = field(
         "float32",
         "Dtype of activations, and of weights as they enter a matmul. Master weights, norms, router, "
-        "softmax and logits are float32 in any case.",
+        "softmax and logits are always float32.",
         ("float32", "bfloat16"),
     )
     matmul: MatmulRecipe = MatmulRecipe()

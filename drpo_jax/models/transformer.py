@@ -204,7 +204,7 @@ class Transformer(nnx.Module):
         """Returns the function that `hidden` applies to every layer.
 
         It maps (x [B, T, D], block, cache, routes [B, T, k]) to (x, cache, statistics of the
-        router, experts visited or None), with the rematerialisation that `compute.remat` selects.
+        router, experts visited or None), with the rematerialization that `compute.remat` selects.
         """
         valid, angles = segment_ids > 0, self.angles(positions)
 

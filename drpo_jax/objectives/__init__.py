@@ -1,16 +1,16 @@
-"""Objectives: what a token's gradient is worth, what its advantage is, and how tokens add up.
+"""Objectives: gradient weights of tokens, their advantages, and their aggregation into a loss.
 
 The modules:
 
     table        the equations: (logp, behavior_logp, advantage) -> objective, score coefficient
-    tokens       what an equation sees of a token
+    tokens       the form of a token that the equations take
     policy       the same objective under a custom_vjp that emits the coefficient
     advantages   rewards of grouped samples -> advantages
-    aggregation  token objectives -> one loss, sums and denominators apart
+    aggregation  token objectives -> one loss, with sums and denominators kept separate
     correction   importance weights for the mismatch of sampler and learner
     penalty      the KL to a reference policy, as a loss or in the reward
     sequences    sums over the tokens of a response
-    diagnostics  what the log says about the weights
+    diagnostics  metrics of the weights
 """
 
 from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative

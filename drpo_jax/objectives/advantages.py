@@ -12,8 +12,7 @@ from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
 
-# Added to standard deviations.
-EPSILON = 1e-6
+EPSILON = 1e-6  # Added to standard deviations before dividing by them.
 
 
 def grpo(reward: jax.Array) -> jax.Array:
@@ -38,7 +37,7 @@ def batch_norm(reward: jax.Array) -> jax.Array:
     With one sample per prompt the mean is that of the batch: plain REINFORCE++.
     """
     centred = _centred(reward if reward.shape[1] > 1 else reward.T).reshape(reward.shape)
-    ddof = min(1, reward.size - 1)  # a single sample gives 0 instead of 0/0
+    ddof = min(1, reward.size - 1)  # A single sample yields 0 instead of 0/0.
     return centred / (jnp.std(centred, ddof=ddof) + EPSILON)
 
 
@@ -48,7 +47,7 @@ NEEDS_GROUPS = ("grpo", "dr_grpo", "rloo")
 
 
 def advantages(name: str, reward: ArrayLike, group_size: int) -> jax.Array:
-    """The advantage Â of each sample.
+    """Returns the advantage Â of each sample.
 
     Args:
       name: a key of `ADVANTAGES`.
@@ -73,7 +72,7 @@ def advantages(name: str, reward: ArrayLike, group_size: int) -> jax.Array:
 
 
 def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
-    """Which groups have a sample with Â ≠ 0.
+    """Returns which groups have a sample with Â ≠ 0.
 
     Args:
       advantage: [batch], groups contiguous.

@@ -5,8 +5,8 @@
 The weight of a token depends only on its own response, and the denominator is a plain sum over
 responses. Both are computed once, from the mask of the whole mini-batch. The weights may then be split
 into micro-batches, packed or sharded in any way: the parts sum(weight·J) add up to the loss, and the
-gradient, of the whole mini-batch. An average of the losses of micro-batches would not; it would give
-more weight to the tokens of a short micro-batch.
+gradient, of the whole mini-batch. Averaging the losses of micro-batches would not: tokens of a
+short micro-batch would get more weight.
 """
 
 import jax
@@ -35,14 +35,14 @@ AGGREGATIONS = {
 def token_weights(
     name: str, mask: ArrayLike, horizon: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight of each token in the loss, and the denominator of the sum.
+    """Returns the weight of each token in the loss, and the denominator of the sum.
 
     Args:
       name: a key of `AGGREGATIONS`.
       mask: [batch, time], the response tokens: bool or 0/1 with one sequence per row, or the
         numbers of the sequences that share a row (see `sequences`).
       horizon: the fixed length in tokens by which `seq-mean-token-sum-norm` divides, usually the
-        maximal response length. The other names ignore it.
+        maximum response length. The other names ignore it.
 
     Returns:
       weight: float32 [batch, time].
@@ -57,7 +57,7 @@ def token_weights(
         raise unknown("aggregation", name, AGGREGATIONS)
     if name == "seq-mean-token-sum-norm" and not (horizon and horizon > 0):
         raise ValueError(
-            f"The aggregation {name!r} needs a positive horizon, such as the maximal response "
+            f"The aggregation {name!r} needs a positive horizon, such as the maximum response "
             f"length, not {horizon!r}."
         )
     mask = jnp.asarray(mask, jnp.int32)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def unknown(kind: str, name: object, accepted: Iterable[str]) -> ValueError:
-    """The error to raise for a name that is not among the accepted ones.
+    """Returns the error to raise for a name that is not accepted.
 
     Args:
       kind: what the name stands for, such as "objective".

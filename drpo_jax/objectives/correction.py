@@ -9,7 +9,7 @@ weight ρ of the token or of its response corrects for the numerics of the sampl
     log ρ = mean (log π_old − log µ)          level "geometric"
 
     tis     min(ρ, cap)                       truncated importance sampling
-    mis     ρ·[floor ≤ ρ ≤ cap]               masked: tokens or responses outside count for nothing
+    mis     ρ·[floor ≤ ρ ≤ cap]               masked: drops tokens or responses outside
 
 Sources: TIS of FlashRL (cap 2 on tokens); IcePop (token-level mask, 0.5 to 5); the sequence-level mask
 of "When Speed Kills Stability" (cap 2).
@@ -39,7 +39,7 @@ def mismatch_weight(
     cap: float = 2.0,
     floor: float = 0.0,
 ) -> jax.Array:
-    """The factor of J and c for each token.
+    """Returns the factor ρ that multiplies J and c of each token.
 
     Args:
       name: a key of `CORRECTIONS`.

@@ -27,7 +27,7 @@ def weight_summary(
     coefficient: jax.Array,
     mask: jax.Array,
 ) -> tuple[Sums, Extremes]:
-    """Sums and extremes over the tokens of `mask`.
+    """Returns sums and extremes over the tokens of `mask`.
 
     Metrics of w count only the tokens with Â ≠ 0. The others have no policy gradient to weigh.
 
@@ -120,7 +120,7 @@ def mismatch_summary(
     mask: jax.Array,
     delta: float,
 ) -> tuple[Sums, Extremes]:
-    """How far the sampler's µ is from the learner's, and how much that moves two weights.
+    """Measures how far the sampler's µ is from the learner's, and how much that changes two weights.
 
     Args:
       full_logp: log µ of the sampled tokens as the sampler recorded it, nats.

@@ -30,7 +30,7 @@ KL = ("none", "k1", *ESTIMATORS)
 def kl_penalty(
     estimator: str, logp: ArrayLike, behavior_logp: ArrayLike, ref_logp: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The penalty of each token and its derivative, both to be multiplied by β.
+    """Returns the penalty of each token and its derivative, both to be multiplied by β.
 
     Args:
       estimator: "k2" or "k3".
@@ -55,7 +55,9 @@ def kl_penalty(
 
 
 def reward_penalty(behavior_logp: ArrayLike, ref_logp: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """The k1 penalty Σ (log µ − log π_ref) of each response, to be subtracted from its reward times β.
+    """Returns the k1 penalty of each response, Σ (log µ − log π_ref).
+
+    Subtract β times the penalty from the reward.
 
     Args:
       behavior_logp, ref_logp: [batch, time], log µ and log π_ref, nats.

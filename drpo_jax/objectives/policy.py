@@ -13,7 +13,7 @@ from drpo_jax.objectives.tokens import aligned
 def policy_objective(
     name: str, logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike, **hyper: Any
 ) -> jax.Array:
-    """J of each token, whose gradient with respect to `logp` is exactly the score coefficient c.
+    """Returns J of each token; its gradient with respect to `logp` is exactly the score coefficient c.
 
     Arguments and errors are those of `table.token_objective`. The forward pass computes c along with J
     and keeps nothing else. The backward pass is one multiplication, cotangent·c. The gradient is zero

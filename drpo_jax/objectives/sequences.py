@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 
 def sequence_sum(x: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """The sum of x over the response that a token belongs to; 0 outside of responses.
+    """Returns the sum of x over each token's response; 0 outside of responses.
 
     Args:
       x: broadcasts to the shape of the mask.

@@ -3,7 +3,7 @@
 For a token that the behavior policy µ sampled and that the policy π now scores:
 
     r = π/µ                        the importance ratio
-    J                              the objective of the token, to be maximised
+    J                              the objective of the token, to be maximized
     c = ∂J/∂logp                   its score coefficient, which the backward pass emits
     w = c / (r·Â)                  its gradient weight: 1 for the plain surrogate
 
@@ -29,11 +29,11 @@ hyperparameter that no other objective has becomes a field of the config, too; a
 
 To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
 
-Numerics: log-probabilities are clamped to at least −1e4, so that two of −inf make no NaN. log r is
-clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ is the
-difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is 1,
-except for objectives whose w says how the ratio is truncated or gated at any advantage: `cispo`,
-`minirl`, `sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
+Numerics: log-probabilities are clamped to at least −1e4, so that the difference of two −inf is not
+NaN. log r is clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ
+is the difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is
+1, except for objectives that truncate or gate the ratio whatever the advantage: `cispo`, `minirl`,
+`sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
@@ -185,8 +185,8 @@ def dppo_topk_tv(t: Token, topk_logp, behavior_topk_logp, delta=0.15, ratio_cap=
     """J = M·r·Â, M = [TV ≤ δ or converging], TV over the behavior policy's top-k and the rest.
 
     TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
-    `behavior_topk_logp` [..., K] are log π and log µ of the K likeliest tokens under µ. The sampled
-    token is always among them: as in the released code, it replaces the last one if need be.
+    `behavior_topk_logp` [..., K] are log π and log µ of the K most likely tokens under µ. The sampled
+    token is always among them: as in the released code, it replaces the last one if necessary.
     """
     pi, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
     tv = (abs(pi - mu).sum(-1) + abs(rest_pi - rest_mu)) / 2
@@ -290,7 +290,7 @@ def _inverse_mu(t: Token, delta) -> jax.Array:
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table: an equation, and what the rest of the project has to know about it.
+    """One row of the table: an equation, and what the rest of the project needs to know about it.
 
     Attributes:
       equation: (Token, arrays, **hyperparameters) -> (J, c, w).
@@ -300,8 +300,7 @@ class Objective:
         does not say.
       fixed_aggregation: c is the gradient of the published objective under that aggregation only.
       released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
-      corrects_mismatch: its ratio π/µ is what corrects the sampler's numerics, so µ has to be the
-        sampler's.
+      corrects_mismatch: its ratio π/µ corrects the sampler's numerics, so µ must be the sampler's.
     """
 
     equation: Callable[..., Terms]
@@ -351,7 +350,7 @@ class Hyperparameter:
     Attributes:
       symbol: its name in equations.
       meaning: one sentence.
-      above: numbers have to be larger than this.
+      above: numbers must be larger than this.
       type: float or bool.
     """
 
@@ -455,13 +454,13 @@ def token_objective(
       logp: log π of the sampled tokens under the current policy, nats. Any shape.
       behavior_logp: log µ of the same tokens, as the sampler recorded it, nats.
       advantage: Â. The three arrays broadcast against each other.
-      **hyper: hyperparameters (`OBJECTIVES[name].hyper` has the defaults) and the arrays that the
-        equation takes besides (`OBJECTIVES[name].arrays`; its docstring says which). A
+      **hyper: hyperparameters (`OBJECTIVES[name].hyper` has the defaults) and the
+        equation's other arrays (`OBJECTIVES[name].arrays`; its docstring describes them). A
         hyperparameter is a number, or an array that broadcasts; the values of an array are not
-        checked, and at least delta and epsilon have to be positive.
+        checked; delta and epsilon must be positive.
 
     Returns:
-      (J, c), arrays of the broadcast shape, float32 (float64 if an input is). J is to be maximised:
+      (J, c), arrays of the broadcast shape, float32 (float64 if an input is). J is to be maximized:
       ascent on it raises the probability of a token with Â > 0. c = ∂J/∂logp exactly where J is
       differentiable and log r is not clipped; beyond the clip it is 0.
 

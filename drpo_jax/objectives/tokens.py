@@ -47,7 +47,7 @@ def aligned(
 
 
 def token(logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike) -> Token:
-    """The Token of log π, log µ (both in nats) and Â, three arrays that broadcast."""
+    """Returns the Token of log π, log µ (both in nats) and Â, three arrays that broadcast."""
     logp, behavior_logp, advantage = aligned(logp, behavior_logp, advantage)
     log_r = jnp.clip(_log_ratio(logp, behavior_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP)
     logp, behavior_logp = clamped(logp), clamped(behavior_logp)
@@ -55,7 +55,7 @@ def token(logp: ArrayLike, behavior_logp: ArrayLike, advantage: ArrayLike) -> To
 
 
 def beyond_clip(logp: ArrayLike, behavior_logp: ArrayLike) -> jax.Array:
-    """Whether |log π − log µ| > 20 nats. There r is clipped, and c and w are 0."""
+    """Returns whether |log π − log µ| > 20 nats, where r is clipped and c and w are 0."""
     logp, behavior_logp, _ = aligned(logp, behavior_logp, 0.0)
     return abs(_log_ratio(logp, behavior_logp)) > LOG_RATIO_CLIP
 

@@ -67,7 +67,7 @@ def partition_spec(
             if mesh_axis in owner:
                 raise ValueError(
                     f"logical axes {owner[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis "
-                    f"{mesh_axis!r}; one of them has to be replicated"
+                    f"{mesh_axis!r}; one of them must be replicated"
                 )
             owner[mesh_axis] = axis
         if mesh is not None and shape is not None:

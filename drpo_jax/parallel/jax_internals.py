@@ -1,4 +1,4 @@
-"""The private API of jax that drpo_jax uses, all of it.
+"""All private API of jax that drpo_jax uses.
 
 `jax.distributed` is the public interface to jax's coordination service, but in jax 0.10.2 to 0.11.2 it
 offers no way to
@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-# Minor releases of jax that the tests of this package have passed with.
+# Minor releases of jax with which the tests of this package have passed.
 CHECKED = ("0.10", "0.11")
 
 # Private names by module, with the functions below that use them.

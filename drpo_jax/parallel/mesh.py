@@ -54,6 +54,6 @@ def make_mesh(
     try:
         placed = mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
-        # No product of the TPU torus's dimensions equals these sizes, so one dimension has to be split.
+        # No product of the TPU torus's dimensions equals these sizes, so one dimension must be split.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)

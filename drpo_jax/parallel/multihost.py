@@ -3,7 +3,7 @@
 Every process runs the same program, and its device arrays are global. Data that only one host knows
 (rewards, errors, the contents of a file) is exchanged through the key-value store of jax's coordination
 service, which runs in process 0. `gather` returns the arrays of all processes on all processes, and
-`barrier` is a gather of nothing. Both time out with an error that names the missing processes. If a
+`barrier` is a gather without arrays. Both time out with an error that names the missing processes. If a
 process dies, jax notices within 100 seconds, ends the other processes and names the dead one.
 
 Process ids are those that the processes were started with (JAX_PROCESS_ID, or the TPU worker number). On
@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from drpo_jax.parallel import jax_internals
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-TIMEOUT = 600  # Seconds that one host may reasonably lag behind another.
+TIMEOUT = 600  # Seconds by which one host may lag behind another.
 START_TIMEOUT = 300  # Seconds between the start of the first and of the last process.
 COORDINATOR_LINGER = 2  # Seconds that process 0 stays alive after an error.
 
@@ -104,7 +104,7 @@ def gather(
 ) -> list[dict[str, np.ndarray]]:
     """Returns the arrays of all processes on every process.
 
-    Every process has to call it; it returns once all of them have. The data passes through process 0, so
+    Every process must call it; it returns once all of them have. The data passes through process 0, so
     keep it small (megabytes at most).
 
     Args:
@@ -163,7 +163,7 @@ def on_main(name: str, function: Callable[[], object]) -> None:
 def fetch(tree: Any) -> Any:
     """Returns whole device arrays as NumPy arrays.
 
-    All processes have to call it with the same arrays.
+    All processes must call it with the same arrays.
     """
     if process_count() == 1:
         return jax.device_get(tree)

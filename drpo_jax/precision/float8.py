@@ -16,7 +16,7 @@ within 7 % of the largest float32 may round to Inf, as in any narrower format.
 Rounding happens in float32 arithmetic, and the cast to float8 only stores a value that float8
 represents. The codes therefore do not depend on the cast of a backend. A compiler that deletes the round
 trip float32 → float8 → float32, as XLA may on GPU, changes nothing. Adding and subtracting a constant
-would not do: XLA folds the pair away.
+would not work: XLA folds the pair away.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def fake_quantize(
 
 
 def _in_one_pass(rounded, x, block):
-    """rounded(x); on TPU one block after the other along the last axis, with the same result.
+    """Computes rounded(x); on TPU, one block after the other along the last axis. Same result.
 
     XLA on TPU does not fuse across an axis that is split into blocks. It writes the scale of every value
     to memory, five times the traffic of slices of 128 lanes, which are read and written once. Two cases
@@ -157,7 +157,7 @@ def _in_one_pass(rounded, x, block):
 
 
 def _by_columns(rounded, x, block):
-    """rounded(x), one column of blocks after the other, if blocks are whole lanes of a TPU."""
+    """Computes rounded(x), one column of blocks at a time, if blocks are whole lanes of a TPU."""
     width = block[1]
     if width % 128 or not width < x.shape[-1] <= 64 * width:  # more would make the program too long
         return rounded(x)

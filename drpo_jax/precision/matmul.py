@@ -1,7 +1,7 @@
 """The one matmul that knows about FP8. Layers pass it a `MatmulRecipe` and nothing else.
 
 The simulation rounds operands to float8 values (`fake_quantize`), multiplies them in the dtype of x and
-accumulates in float32. It runs everywhere, and the native form (`recipe.native`, float8 operands) has to
+accumulates in float32. It runs everywhere, and the native form (`recipe.native`, float8 operands) must
 agree with it. Axis letters: K the axis that is summed over, N the output axis.
 """
 

@@ -18,16 +18,16 @@ from drpo_jax.metrics import Metric
 from drpo_jax.objectives.diagnostics import MU_BINS
 from drpo_jax.reporting.runs import Group, band, evenly, smooth
 
-WIDTH, HEIGHT = 372, 196  # SVG user units, of which the page makes a card's width
+WIDTH, HEIGHT = 372, 196  # SVG user units; the page scales a chart to the width of its card.
 GREY = "#5f6672"
-SHARES = "YlGnBu"  # colours of the distribution of w
-STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
+SHARES = "YlGnBu"  # Colour map of the distribution of w.
+STEPS = [1, 2, 2.5, 5, 10]  # Distances between ticks, times a power of ten.
 DASHED: dict[str, Any] = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
-PAPER_TAIL = 7.8  # % of tail tokens that the DRPO paper finds on Qwen3-30B-A3B-Base
-POINTS = 150  # of a curve, at most about
+PAPER_TAIL = 7.8  # Tail tokens of Qwen3-30B-A3B-Base in the DRPO paper, %.
+POINTS = 150  # Approximate maximum number of points per curve.
 MARKED = 30  # Shorter curves show their points.
-STRIPS = 60  # of a chart that show values on hover, at most
-SNAPSHOTS = 40  # saved rollouts of a run in its histogram, at most
+STRIPS = 60  # Maximum number of strips per chart that show values on hover.
+SNAPSHOTS = 40  # Maximum number of saved rollouts per run in the histogram.
 MU_LABELS = [edge.replace("1e-4", "10⁻⁴").replace("1e-3", "10⁻³") for edge in MU_BINS]
 
 
@@ -40,7 +40,7 @@ class Strip(NamedTuple):
 
 
 def number(value: float) -> str:
-    """Formats at most four digits: 12345.6 → '12,346', 0.00002 → '2e−05'."""
+    """Formats a number with at most four digits: 12345.6 → '12,346', 0.00002 → '2e−05'."""
     text = f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
     return text.replace("-", "−")
 
@@ -76,7 +76,7 @@ def svg(figure: Figure, strips: Iterable[Strip] = (), vertical: bool = True) -> 
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"(<svg[^>]*?) width=\"\S+\" height=\"\S+\"", r"\1", text[text.index("<svg") :])
     text = re.sub(r' id="[\w.]+_\d+"|(?<=\d)pt(?=")|font-family: [^;]*; ', "", text)
-    shorten = re.compile(r"(\.\d\d)\d+|\s+")  # in tags only, because labels are numbers as well
+    shorten = re.compile(r"(\.\d\d)\d+|\s+")  # In tags only, because labels are numbers as well.
     text = re.sub(r"<[^>]+>\s*", lambda tag: shorten.sub(lambda m: m[1] or " ", tag[0]), text)
     hover = "".join(_strip(figure.axes[0], strip, vertical) for strip in strips)
     end = text.rindex("</svg>")
@@ -110,7 +110,7 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
     """
     figure, axes = canvas()
     drawn: list[float] = []
-    values: dict[int, list[str]] = {}  # by step: what the groups' curves show there
+    values: dict[int, list[str]] = {}  # By step: the text of each group's curve.
     single = sum(len(group.runs) for group in groups) == 1
     for group in groups:
         curves = group.curves(metric.name, max(math.ceil(last / POINTS), 1))
@@ -166,11 +166,11 @@ def _step_strips(values: Mapping[int, Sequence[str]], last: int) -> list[Strip]:
 
 
 def bend(w: Any) -> Any:
-    """Returns the place of w on an axis that is logarithmic in the distance from 1, and even near 1."""
+    """Returns the position of w on an axis that is linear near 1 and logarithmic in |w − 1| beyond."""
     return np.sign(w - 1) * np.log1p(abs(w - 1) / 0.05)
 
 
-WEIGHT_BINS = np.linspace(bend(-19), bend(21), 62)  # of bend(w)
+WEIGHT_BINS = np.linspace(bend(-19), bend(21), 62)  # Edges of bins of bend(w).
 WEIGHT_TICKS = np.array([-10, -2, 0, 0.8, 1, 1.2, 2, 4, 12])
 
 
@@ -190,7 +190,7 @@ def weight_map(group: Group) -> str:
     weights: dict[int, list[np.ndarray]] = {}
     for run in group.runs:
         for step in evenly([*run.rollouts], SNAPSHOTS):
-            with np.load(run.rollouts[step]) as arrays:  # reads only the arrays that are indexed
+            with np.load(run.rollouts[step]) as arrays:  # Reads only the arrays that are indexed.
                 weights.setdefault(step, []).append(used_weights(arrays))
     columns = {s: np.mean([*map(weight_shares, weights[s])], axis=0) for s in sorted(weights)}
     if not np.any([*columns.values()]):

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from drpo_jax.config import objective_hyper, objective_summary, run_config
 from drpo_jax.metrics import Record, describe, impossible_shares, read_metrics, series
 
-TRAILING = 10  # steps in a trailing mean
+TRAILING = 10  # Steps in a trailing mean.
 SHARES = {
     "weight/corrected": "corrected (w < 0)",
     "weight/masked": "masked or clipped (w = 0)",
@@ -48,7 +48,7 @@ def plot_run(workdir: Path) -> Path:
     for (name, label), colour in zip(SHARES.items(), COLOURS):
         if name not in hidden:
             _draw(shares, records, name, colour, label)
-    shares.set_yscale("symlog", linthresh=0.1)  # It shows small shares, large ones, and 0.
+    shares.set_yscale("symlog", linthresh=0.1)  # Shows small shares, large ones, and 0.
     shares.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     shares.yaxis.set_minor_locator(NullLocator())
     shares.set_ylim(0, 100)

@@ -13,7 +13,7 @@ import numpy as np
 
 from drpo_jax.objectives import token_weights
 
-MAX_TOKENS = 60  # listed of a prompt or a response
+MAX_TOKENS = 60  # Longer prompts and responses are listed without their middle.
 
 
 def explain(

@@ -18,7 +18,7 @@ SHADES = dict(zip(
     "#3182bd #08519c".split(),
     (-math.inf, -1, 0, 0.25, 0.5, 0.75, 0.9, 0.98, 1.02, 1.1, 1.25, 1.5, 2, 3),
 ))  # fmt: skip
-DARK = ("#8c2d04", "#d9500b", "#3182bd", "#08519c")  # These have white letters.
+DARK = ("#8c2d04", "#d9500b", "#3182bd", "#08519c")  # Backgrounds of white text.
 PAPER = "background:#fff;color:#1d2129;padding:6px 8px;line-height:1.7"
 
 Rollout = Mapping[str, np.ndarray]
@@ -29,7 +29,7 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
 
     Args:
       rollout: the arrays by name.
-      count: how many right responses, and how many wrong ones, to return at most.
+      count: maximum number of right responses to return, and of wrong ones.
 
     Returns:
       Right responses, then wrong ones, each of a different prompt. Responses with Â = 0 are left out
@@ -53,7 +53,7 @@ def token_spans(rollout: Rollout, row: int, limit: int = 400) -> str:
     Args:
       rollout: the arrays by name.
       row: the row of the response.
-      limit: tokens to show at most, around the one whose w is farthest from 1.
+      limit: maximum number of tokens to show, around the one whose w is farthest from 1.
     """
     names = ("behavior_logp", "logp", "weight", "coefficient", "entropy")
     mask = rollout["response_mask"][row]

@@ -25,10 +25,10 @@ from drpo_jax.reporting.runs import (
     training_seconds,
 )
 
-TOKENS = 10_000  # in all samples of the page together
-PROMPT = 600  # characters that a sample shows of its prompt
-WEIGHTS = "Gradient weights"  # the section that also shows the weights of saved rollouts
-TABLE_ONLY = "Other"  # the section whose metrics have no charts
+TOKENS = 10_000  # Approximate maximum number of tokens in all samples of the page.
+PROMPT = 600  # Maximum characters of a sample's prompt.
+WEIGHTS = "Gradient weights"  # Section that also shows the weights of saved rollouts.
+TABLE_ONLY = "Other"  # Section whose metrics have no charts.
 
 
 def render(groups: Sequence[Group]) -> str:
@@ -98,7 +98,7 @@ def accuracy_table(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def facts(group: Group) -> list[tuple[str, str]]:
-    """Returns what a group ran, for how long, where and with what; without what is not known."""
+    """Returns (name, text) of a group's objective, duration, hardware, …; unknown ones are left out."""
     runs = group.runs
     seeds = ", ".join(str(run.config.get("seed", "?")) for run in runs)
     starts = [start for run in runs for start in run.starts]
@@ -223,7 +223,7 @@ def samples(group: Group, limit: int) -> dict[str, Any]:
 
     Args:
       group: the group.
-      limit: tokens that are shown of a response.
+      limit: maximum number of tokens shown per response.
     """
     run = group.runs[0]
     sample: dict[str, Any] = {"group": group, "seed": run.config.get("seed"), "rollouts": []}

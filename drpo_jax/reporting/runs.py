@@ -1,4 +1,4 @@
-"""Runs for a report: loaded, grouped by config, summarised over seeds."""
+"""Runs for a report: loaded, grouped by config, summarized over seeds."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
 from drpo_jax.objectives import OBJECTIVES
 
-# Sections of the config in the order of a label's and a table's fields; others follow.
+# Order of config sections in labels and tables; other sections follow.
 ORDER = ("objective", "model", "precision", "compute", "train", "optimizer", "data", "reward")
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
-LONG = 60  # points from which on a curve is smoothed
-WINDOW = 9  # points in a running mean
+LONG = 60  # Curves with at least this many points are smoothed.
+WINDOW = 9  # Points in a running mean.
 
 
 class Run(NamedTuple):
     """A run: its flat config, its records, its saved rollouts by step, its starts (`run.json`).
 
-    The hyperparameters of the objective have values in the config, where older runs have null.
+    The config has the values of the objective's hyperparameters, also if an older run recorded null.
     """
 
     workdir: Path
@@ -99,7 +99,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     configs: list[dict[str, Any]] = []
     members: list[list[Run]] = []
     for run in runs:
-        config = _compared(run.config)
+        config = _distinguishing_fields(run.config)
         if config not in configs:
             configs.append(config)
             members.append([])
@@ -113,14 +113,14 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     return [Group(i, *group) for i, group in enumerate(zip(labels, differences, members))]
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that distinguish runs, without nulls."""
+def _distinguishing_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make runs different experiments, without nulls."""
     ignored = {row.path for row in field_table() if not row.distinguishes}
-    compared = {f: v for f, v in config.items() if v is not None and f not in ignored}
-    if "data.init_from" in compared:
+    fields = {f: v for f, v in config.items() if v is not None and f not in ignored}
+    if "data.init_from" in fields:
         number = rf"(?<!\d){config.get('seed')}(?!\d)"
-        compared["data.init_from"] = re.sub(number, "{seed}", compared["data.init_from"])
-    return compared
+        fields["data.init_from"] = re.sub(number, "{seed}", fields["data.init_from"])
+    return fields
 
 
 def _differences(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Band(NamedTuple):
 def curve(records: list[Record], name: str, width: int = 1) -> dict[int, float]:
     """Returns {step: value}, with the records of every `width` steps reduced to one point.
 
-    A point stands at the last of its steps.
+    A point lies at the last of its steps.
     """
     bins: dict[int, list[tuple[int, float]]] = {}
     for step, value in zip(*series(records, name)):
@@ -204,7 +204,7 @@ def evenly(items: Sequence, count: int) -> list:
 def accuracy(group: Group, name: str) -> tuple[list[float], list[float], list[float]]:
     """Returns the accuracies of the runs before and after training, and their changes, in percent.
 
-    The last evaluation counts as after, if it is not also the first.
+    "After" is the last evaluation, unless it is also the first.
     """
     curves = [[100 * v for v in c.values()] for c in group.curves(name)]
     pairs = [(c[0], c[-1]) for c in curves if len(c) > 1]

@@ -13,7 +13,7 @@ row:
 
 A response is whatever a model wrote. A reward parses it, never evaluates it, raises no exception
 and takes time linear in its length. A function that cannot guarantee linear time runs in worker
-processes, where each call is limited to one second of CPU time and counts 0.0 beyond that. The
+processes, where each call is limited to one second of CPU time and counts as 0.0 beyond that. The
 workers import the function, so it must live at the top level of a module that does not import JAX:
 
     REWARDS = {..., "ends_with_answer": Reward(Isolated(ends_with_answer))}

@@ -5,8 +5,8 @@ from fractions import Fraction
 
 from drpo_jax.rewards.math import last_box
 
-MAX_EXPRESSION_LENGTH = 1000  # characters
-MAX_EXPRESSION_DEPTH = 50  # nested parentheses
+MAX_EXPRESSION_LENGTH = 1000  # Characters.
+MAX_EXPRESSION_DEPTH = 50  # Nested parentheses.
 
 _INTEGER = re.compile(r"0|[+-]?[1-9][0-9]*")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -46,10 +46,9 @@ def integer_reward(prompt: str, response: str, answer: str) -> float:
     r"""Returns 1.0 if the last number of the response is the integer `answer`, else 0.0.
 
     The last number is the content of the last `\boxed{…}`. In a response without a box it is the
-    last word
-    that contains a digit: "12 + 7 = 19." counts as 19, but "19.5", "39/2" and "x19" do not. A plus
-    sign and commas between groups of three digits are ignored. Leading zeros make the response
-    wrong. Digits are compared as text, so that the cost is linear in the length.
+    last word that contains a digit: "12 + 7 = 19." counts as 19, but "19.5", "39/2" and "x19" do
+    not. A plus sign and commas between groups of three digits are ignored. Leading zeros make the
+    response wrong. Digits are compared as text, so that the cost is linear in the length.
 
     Args:
       prompt: not used.

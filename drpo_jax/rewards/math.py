@@ -14,8 +14,8 @@ import numpy as np
 
 from drpo_jax.rewards.pool import Isolated
 
-MAX_LENGTH = 1000  # characters; a longer answer is correct only if the texts are equal
-MAX_DEPTH = 1000  # nested braces
+MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
+MAX_DEPTH = 1000  # Nested braces.
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _TO_BRACE = re.compile(r"(?:[^{}\\]++|\\.)*+([{}])", re.DOTALL)  # skips escaped braces
@@ -53,7 +53,7 @@ _SCALES = {
 def last_box(text: str) -> str | None:
     r"""Returns the content of the last `\boxed{…}` of a text, or None if it is missing or not closed.
 
-    The last box is the one that opens last, also where boxes are nested. The cost is linear in the
+    The last box is the one that opens last, even if boxes are nested. The cost is linear in the
     length.
     """
     start = None

@@ -8,8 +8,8 @@ Limits of one call:
 - `WALL_SECONDS` of wall time, for calls that block without using the CPU.
 
 A call that exceeds its CPU time or memory is killed by the kernel, together with the process it
-runs in, and counts 0.0. A call that runs into the wall-time limit, or whose process ends for any
-other reason, is tried once more in a new process before it counts 0.0.
+runs in, and counts as 0.0. A call that reaches the wall-time limit, or whose process ends for any
+other reason, is retried once in a new process before it counts as 0.0.
 
 The trainer's side is here: a `Pool` has one thread per worker process, and every thread feeds calls
 from a shared queue to its worker. `worker` describes the worker's side and the protocol between the
@@ -30,8 +30,8 @@ from drpo_jax.rewards.worker import Worker
 
 CPU_SECONDS = 1.0
 WALL_SECONDS = 60.0
-MAX_WORKERS = 8  # default number of workers on machines with more cores
-CACHE_CHARACTERS = 10_000_000  # arguments of the cached calls, in total
+MAX_WORKERS = 8  # Default number of workers on machines with more cores.
+CACHE_CHARACTERS = 10_000_000  # Characters in the arguments of all cached calls.
 
 
 class Pool:
@@ -44,7 +44,7 @@ class Pool:
     Args:
       function: (*texts) -> float, at the top level of an importable module that does not import
         JAX. `result` raises RuntimeError if the function raises anything but MemoryError and
-        RecursionError, which count 0.0.
+        RecursionError, which count as 0.0.
       warm: calls that every worker makes once, without limits, before the first real call.
       workers: number of processes. None: one per core available to this process, at most
         `MAX_WORKERS`.

@@ -3,7 +3,7 @@
 This module changes two things about math-verify:
 
 - math-verify evaluates text as Python. It passes numbers through SymPy's string parser, and SymPy
-  writes some sums and roots out as Python functions that contain the model's symbols. Here
+  turns some sums and roots into Python functions that contain the model's symbols. Here
   `_Reader` reads numbers, and an audit hook refuses to compile anything but fixed templates while
   answers are compared.
 - math-verify searches a whole response for answers. Here it receives the answer alone.
@@ -58,8 +58,8 @@ def equal(candidate: str, answer: str) -> bool:
 def _differ(x, y):
     """Returns whether two numbers differ numerically.
 
-    math-verify drops tiny factors of large products, so that 5^2024/C(4048,2024) and
-    4^2024/C(4048,2024) are equal to it.
+    math-verify drops tiny factors of large products. It considers 5^2024/C(4048,2024) and
+    4^2024/C(4048,2024) equal.
     """
     if not (isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)):
         return False

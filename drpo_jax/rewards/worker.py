@@ -17,7 +17,7 @@ The protocol, in order:
     child -> trainer    ("value", float) or ("raised", traceback)
     worker -> trainer   ("ended", exit status), in place of the child's answer, if the child died
 
-A worker ends with the trainer, however the trainer ends: it reads the end of its socket.
+A worker exits when the trainer does, for whatever reason: it sees its socket close.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-START_SECONDS = 120.0  # to import the function and warm it up
-MEMORY = 1 << 30  # bytes that a call may allocate on top of what the child starts with
+START_SECONDS = 120.0  # Limit on importing the function and warming it up.
+MEMORY = 1 << 30  # Bytes that a call may allocate beyond those of the child at its start.
 
 _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from drpo_jax.rewards.worker import serve; serve(int(sys.argv[2]))"
 )
-_OUT_OF_MEMORY = 99  # exit status of a child
+_OUT_OF_MEMORY = 99  # Exit status of a child.
 
 
 # ------------------------------------------------------------------------- in the trainer's process
@@ -81,7 +81,7 @@ class Worker:
         """Waits for the function to be imported and warm.
 
         Raises:
-          RuntimeError: that failed, or took longer than `START_SECONDS`.
+          RuntimeError: the start failed, or took longer than `START_SECONDS`.
         """
         kind, problem = self._receive(START_SECONDS)
         if kind != "ready":
@@ -112,13 +112,13 @@ class Worker:
         return value, kind == "value"
 
     def _receive(self, seconds):
-        """Returns the next message, or ("hung", None) or ("ended without a word", None)."""
+        """Returns the next message, or ("hung", None) or ("ended without a message", None)."""
         try:
             if self.connection.poll(seconds):
                 return self.connection.recv()
             return "hung", None
         except (EOFError, OSError):
-            return "ended without a word", None
+            return "ended without a message", None
 
     def kill(self) -> None:
         """Kills the worker and its child."""

@@ -2,7 +2,7 @@
 
 A request is one sample of one prompt. Its life, with the shapes of the arrays:
 
-    queue     `Sampler.stream` checks the prompts and starts a `Flight`, the host's side of the
+    queue     `Sampler.stream` checks the prompts and starts a `Flight`, the host side of the
               call, which keeps a queue of requests.
     prefill   While slots are free, the next P prompts are prefilled in chunks of tokens [P, T], once per
               prompt for all its samples. Each attention layer has a cache of keys and values
@@ -19,8 +19,8 @@ A request is one sample of one prompt. Its life, with the shapes of the arrays:
 Files, in reading order:
 
     engine    `Sampler`, the public interface and its compiled programs
-    flight    the host's side of one call: queue, slots, records
-    slots     the device's side: prefill, admission, resizing, decoding
+    flight    the host side of one call: queue, slots, records
+    slots     the device side: prefill, admission, resizing, decoding
     token     `SamplingParams`, filters, and sampling one token from logits
     rollouts  `Rollouts`, the result
     sizes     the few shapes that programs are compiled for

@@ -1,4 +1,4 @@
-"""Checks of the sampler's arguments, before anything is sampled."""
+"""Checks of the sampler's arguments, made before sampling."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +82,7 @@ def check_params(params: SamplingParams, config: ModelConfig) -> None:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], longest: int | None, vocab_size: int) -> int:
-    """Checks prompts and returns the most tokens that a prompt may have.
+    """Checks prompts and returns the maximum number of tokens per prompt.
 
     Args:
       prompts: lists of token ids.

@@ -1,16 +1,16 @@
 """The sampler's public interface: continuous batching of requests in a fixed number of slots.
 
-A request is one sample of one prompt. Whenever slots are free and requests wait, the slots are handed
-out; prompts are prefilled a few at a time, once for all samples of their group. Then one device call
-decodes up to `decode_steps` tokens per sequence. While requests wait, the call ends earlier, once an
-eighth of the slots is free again. The ring buffers of keys and values have as many columns as the
+A request is one sample of one prompt. Whenever slots are free and requests wait, the slots are
+assigned. Prompts are prefilled a few at a time, once for all samples of their group. Then one device
+call decodes up to `decode_steps` tokens per sequence. While requests wait, the call ends earlier, once
+an eighth of the slots is free again. The ring buffers of keys and values have as many columns as the
 longest sequence in flight needs, rounded up to one of a few sizes.
 
 What a request samples depends only on the weights, on its prompt, and on a key derived from the
 call, the prompt and the sample. It does not depend on the slots, on other requests, or on when it
-started, except through rounding: a sum over a ring is computed in another order if the ring has
-another size or the sequence another position in it. Logprobs then differ in the last bits, and so
-does a token in the rare case that the draw falls between two tokens within that error.
+started, except through rounding: the order of a sum over a ring depends on the ring's size and on the
+sequence's position in it. Logprobs then differ in the last bits. A token differs in the rare case
+that the draw falls on the border between two tokens, within that error.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ class Sampler:
       model: the weights, or None until `load` is called.
       slots: sequences decoded at the same time.
       decode_steps: decode steps per device call.
-      prompt_length: most tokens of a prompt; longer prompts are an error. Default: the longest prompt of
-        each call, rounded up to 16, which compiles again whenever it grows.
+      prompt_length: maximum tokens of a prompt; longer prompts are an error. Default: the longest
+        prompt of each call, rounded up to 16, which compiles again whenever it grows.
       prefill_chunk: tokens of a prompt that are prefilled at once.
       compute: how to compute.
       float8_cache: whether to keep keys and values in float8_e4m3fn, with a scale per token and head.
@@ -141,7 +141,7 @@ class Sampler:
         return sum(program._cache_size() for program in self.programs.values())
 
     def most_compilations(self, params: SamplingParams) -> int:
-        """Returns the upper bound of `compilations`.
+        """Returns an upper bound on `compilations`.
 
         Raises:
           ValueError: if the sampler has no prompt_length, and therefore no bound.
@@ -151,7 +151,7 @@ class Sampler:
         sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
         widths = len(row_widths(self.prompt_length, self.prefill_chunk))
         # Per width: empty_prompts, prefill, and one admit per size. Per size: empty_slots, decode, and
-        # resize to the neighbouring sizes. Once: first_tokens.
+        # resize to the neighboring sizes. Once: first_tokens.
         return widths * (2 + sizes) + 2 * sizes + 2 * (sizes - 1) + 1
 
     def read_statistics(self) -> dict[str, int]:
@@ -243,7 +243,7 @@ class Sampler:
           params: how to sample.
           key: PRNG key. A response depends on the key, on the prompt's position in the list, and on the
             number of the sample.
-          limits: int [prompts, samples], most tokens of each response, from 1 to params.max_tokens;
+          limits: int [prompts, samples], maximum tokens of each response, 1 to params.max_tokens;
             default: params.max_tokens.
 
         Returns:
@@ -252,7 +252,7 @@ class Sampler:
         Raises:
           ValueError: if there are no prompts; if a prompt is empty, longer than `prompt_length`, or
             contains ids outside the vocabulary; if `limits` has another shape or range; if `params` does
-            not fit the model; if the model does not fit the mesh. Nothing has been sampled then.
+            not fit the model; if the model does not fit the mesh. Nothing has been sampled yet.
           RuntimeError: if no weights are loaded.
         """
         if not len(prompts):

@@ -1,6 +1,6 @@
-"""The host's side of one call of the sampler: moves requests from the queue through the slots.
+"""The host side of one call of the sampler: moves requests from the queue through the slots.
 
-`Flight.run` repeats four steps: hand free slots to waiting requests (`_fill`), start a device call of
+`Flight.run` repeats four steps: assign free slots to waiting requests (`_fill`), start a device call of
 decode steps (`_decode`), yield the groups of samples that are complete while the device works, and read
 the tokens that it has sampled (`_read`).
 
@@ -32,7 +32,7 @@ class _Request:
       prompt: index into the prompts of the call.
       sample: number of the sample.
       row: row of the prefilled prompts.
-      first: what was recorded of the first token, by name.
+      first: what was recorded for the first token, by name.
     """
 
     prompt: int
@@ -42,7 +42,7 @@ class _Request:
 
 
 class Flight:
-    """The host's side of one call of `Sampler.stream`.
+    """The host side of one call of `Sampler.stream`.
 
     Args:
       sampler: the `Sampler`; provides the compiled programs, the weights and the sizes.
@@ -50,17 +50,17 @@ class Flight:
       params: how to sample.
       key: PRNG key of the call.
       places: int32 [prompts], numbers of the prompts, which determine the random numbers.
-      limits: int32 [prompts, samples], most tokens of each response.
-      limit: most tokens that a prompt may have; determines the width of the returned arrays.
+      limits: int32 [prompts, samples], maximum tokens of each response.
+      limit: maximum tokens of a prompt; determines the width of the returned arrays.
 
-    Attributes (state):
+    Attributes:
       device: `Slots`; None before the first sequence.
       rows: caches of the latest prefilled prompts; None when no request waits.
       waiting: requests whose prompt is prefilled.
       next_prompt: index of the next prompt to prefill.
       requests: the request of each slot; None for free slots.
       lengths, counts, limits: int32 [B], the host's copy of the fields of `Slots`.
-      record: what was recorded of the sequences in the slots, arrays [B, R, …] by name.
+      record: what was recorded for the sequences in the slots, arrays [B, R, …] by name.
       groups: from the index of a prompt to the records [samples, R, …] of its ended samples.
       prompt_routes: from the index of a prompt to the experts that its tokens visited, [tokens, L, k].
       complete: (index of the prompt, Rollouts) of complete groups that are still to be yielded.
@@ -112,7 +112,7 @@ class Flight:
         return bool(self.waiting) or self.next_prompt < len(self.prompts)
 
     def _fill(self) -> None:
-        """Hands free slots to requests until there are no more of either."""
+        """Assigns free slots to requests until either runs out."""
         free = [slot for slot, request in enumerate(self.requests) if request is None]
         while free and self._requests_wait():
             if not self.waiting:
@@ -255,9 +255,9 @@ class Flight:
             self.record[name][slots, places] = values[steps, slots]
         if self.params.routes:  # The experts belong to the token that the step has read.
             self.record["routes"][slots, places - 1] = experts[steps, slots]
-        taken = live.sum(axis=0)
-        self.lengths += taken
-        self.counts += taken
+        sampled_counts = live.sum(axis=0)
+        self.lengths += sampled_counts
+        self.counts += sampled_counts
         self._count(live, busy)
         for slot, request in enumerate(self.requests):
             if request and self._ended(slot):
@@ -329,7 +329,7 @@ class Flight:
         )
 
     def _empty_record(self, rows: int) -> Record:
-        """Returns the arrays [rows, R, …] that are recorded of responses: zeros, and −1 for experts."""
+        """Returns the arrays [rows, R, …] that are recorded for responses: zeros, and −1 for experts."""
         params, config = self.params, self.config
         empty = np.zeros((rows, params.max_tokens), np.float32)
         top = np.zeros((*empty.shape, params.top_logprobs), np.float32)

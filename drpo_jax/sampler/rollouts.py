@@ -1,4 +1,4 @@
-"""The result of sampling: responses, and what was recorded of every token.
+"""The result of sampling: responses, and what was recorded for every token.
 
 Axis letters: N responses, P prompt tokens, R response tokens, K most likely tokens, L layers, k experts
 per token.
@@ -99,7 +99,7 @@ class Rollouts:
         return ids, np.array([tokenizer.decode([i]) for i in ids], dtype=str)
 
     def texts(self, tokenizer: Decoder) -> list[str]:
-        """Returns the N responses as text. The token ids remain the record."""
+        """Returns the N responses as text, without stop tokens."""
         return [tokenizer.decode(self.response(row)) for row in range(len(self))]
 
 

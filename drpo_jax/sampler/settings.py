@@ -16,13 +16,15 @@ class SamplerSettings:
         8192, "Longest response, tokens, including the stop token.", POSITIVE
     )
     temperature: float = field(1.0, "Sampling temperature.", POSITIVE)
-    top_k: int = field(0, "Samples among the k likeliest tokens; 0: off.", NOT_NEGATIVE)
+    top_k: int = field(0, "Sample from the k most likely tokens; 0: off.", NOT_NEGATIVE)
     top_p: float = field(
-        1.0, "Samples in the smallest set of this probability mass; 1: off.", POSITIVE_SHARE
+        1.0,
+        "Sample from the smallest set of tokens with this probability mass; 1: off.",
+        POSITIVE_SHARE,
     )
     top_logprobs: int = field(
         0,
-        "Likeliest tokens recorded at each position; 0: none, or 20 for objectives that need them.",
+        "Most likely tokens recorded at each position; 0: none, or 20 for objectives that need them.",
         NOT_NEGATIVE,
     )
     slots: int = field(
@@ -32,8 +34,8 @@ class SamplerSettings:
     prefill_chunk: int = field(256, "Prompt tokens per prefill call.", POSITIVE)
     parity: str = field(
         "warn",
-        "What follows if the learner's logprobs of the first rollout differ from the sampler's by more "
-        "than parity_bound: a warning, or the end of the run. off: no comparison.",
+        "What happens if the sampler's and the learner's logprobs of the first rollout differ by more "
+        "than parity_bound. warn: a warning. stop: the run ends. off: no comparison.",
         ("warn", "stop", "off"),
         may_change=True,
     )

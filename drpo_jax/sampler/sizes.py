@@ -16,7 +16,7 @@ def ring_sizes(longest: int, decode_steps: int) -> list[int]:
     Sizes above 64 are rounded up to multiples of 16 because of `models.cache.block_columns`.
 
     Args:
-      longest: most tokens of a sequence, prompt and response.
+      longest: maximum tokens of a sequence, prompt and response.
       decode_steps: decode steps per device call.
     """
 
@@ -37,7 +37,7 @@ def row_widths(limit: int, chunk: int) -> list[int]:
     Widths are 1, 2, 4, … chunks, up to the number of chunks that holds `limit` tokens.
 
     Args:
-      limit: most tokens of a prompt.
+      limit: maximum tokens of a prompt.
       chunk: tokens of a prompt that are prefilled at once.
     """
     chunk = min(chunk, limit)
@@ -55,7 +55,7 @@ class Shape:
       decode_steps: decode steps per device call.
       prefill_chunk: tokens of a prompt that are prefilled at once.
       params: how the call samples.
-      limit: most tokens that a prompt may have.
+      limit: maximum tokens of a prompt.
       longest: tokens of the longest prompt of the call, at most `limit`.
 
     Attributes:

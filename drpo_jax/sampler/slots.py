@@ -1,4 +1,4 @@
-"""The device's side of the sampler: prefill, admission to slots, resizing, decoding.
+"""The device side of the sampler: prefill, admission to slots, resizing, decoding.
 
 A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into caches of
 their own. A free slot receives a copy of a prompt's caches (all samples of a prompt receive the
@@ -34,7 +34,7 @@ class Slots:
       lengths: int32 [B], tokens of each sequence in the caches.
       counts: int32 [B], response tokens sampled so far.
       live: bool [B], whether the slot is decoding a sequence.
-      limits: int32 [B], most tokens of the response.
+      limits: int32 [B], maximum tokens of the response.
       prompt, sample: int32 [B], numbers of the prompt and the sample, which determine the random
         numbers.
     """
@@ -216,7 +216,7 @@ def admit(slots: Slots, prompts: list[Any], arrivals: Arrivals) -> Slots:
 def resize(cache: Any, clock: jax.Array, *, columns: int, compute: Compute) -> Any:
     """Returns one layer's cache with rings of another size.
 
-    The clock then has to be min(old, new) % new, where old and new are the numbers of columns.
+    The clock must then be min(old, new) % new, where old and new are the numbers of columns.
     """
     return _placed(cache.resized(clock, columns, compute.on_cpu()))
 

@@ -1,4 +1,4 @@
-"""Sampling one token per row from logits, and the logprobs that are recorded of it.
+"""Sampling one token per row from logits, and the logprobs that are recorded for it.
 
 Axis letters: B rows, V vocabulary, K most likely tokens.
 """
@@ -21,7 +21,7 @@ class SamplingParams:
     """How responses are sampled.
 
     Attributes:
-      max_tokens: most tokens of a response, including its stop token.
+      max_tokens: maximum tokens of a response, including its stop token.
       samples: responses per prompt (the group size G).
       temperature: divides the logits. 0 selects the most likely token (greedy); its logprobs are
         recorded at temperature 1 and without filters.
@@ -122,7 +122,7 @@ def _in_nucleus(logits_BxV, top_p, temperature):
 
 
 class Sampled(NamedTuple):
-    """One sampled token per row, and what is recorded of it.
+    """One sampled token per row, and what is recorded for it.
 
     Attributes:
       token: int32 [B].
@@ -146,7 +146,7 @@ def sample_token(logits_BxV: jax.Array, uniform_B: jax.Array, params: SamplingPa
     """Samples one token per row by inverting the cumulative distribution.
 
     Args:
-      logits_BxV: logits; computed with in float32.
+      logits_BxV: logits of any floating dtype, converted to float32.
       uniform_B: float32 in [0, 1), one random number per row.
       params: how to sample.
 
@@ -185,7 +185,7 @@ def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     once. On a mesh it starts with the shard of the vocabulary. Tokens without mass are never drawn.
 
     Args:
-      mass_BxV: float32, unnormalised probabilities.
+      mass_BxV: float32, unnormalized probabilities.
       uniform_B: float32 in [0, 1).
     """
 

@@ -172,7 +172,7 @@ def test_the_table_of_objectives_has_their_defaults():
 
 def test_the_published_aggregations_are_those_of_the_rows():
     text = (ROOT / "docs/objectives.md").read_text("utf-8")
-    table = text.split("### Where each comes from")[1].split("\n### ")[0]
+    table = text.split("### Sources and published settings")[1].split("\n### ")[0]
     for name, objective in OBJECTIVES.items():
         [line] = re.findall(rf"^\|[^|]*`{name.partition('_no_')[0]}`.*$", table, re.M) or [""]
         stated = re.findall(rf"`({'|'.join(AGGREGATIONS)})`", line)

@@ -26,10 +26,10 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from drpo_jax import data
-from drpo_jax.checkpoint import Checkpoints, flatten
+from drpo_jax.checkpoint import Checkpoints, flatten, saved_steps
 from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
-from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.learner.record import load_rollout, rollout_path, saved_rollouts
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
@@ -64,8 +64,8 @@ class Inspection:
             self.mesh = make_mesh(**(self.config.mesh if mesh is None else mesh))
             self.tokenizer = data.make_tokenizer(self.config.data, self.config.model.path)
             self.programs = Programs(self.config, self.mesh, self.tokenizer.stop_ids)
-        self.checkpoints = _steps(self.workdir / "checkpoints", "*")
-        self.rollouts = _steps(self.workdir / "rollouts", "step_*.npz")
+        self.checkpoints = saved_steps(self.workdir / "checkpoints")
+        self.rollouts = list(saved_rollouts(self.workdir))
 
     def model(self, step: int | Literal["best"] | None = None) -> Transformer:
         """Loads the model of a checkpoint: the last one, the one of `step`, or the "best" one.
@@ -283,13 +283,6 @@ def _add(total: Gradient, piece: Gradient) -> Gradient:
 def _parts(rollout: Rollout, size: int) -> Iterator[Rollout]:
     count = len(rollout["tokens"])
     return (select(rollout, slice(i, i + size)) for i in range(0, count, size))
-
-
-def _steps(directory: Path, pattern: str) -> list[int]:
-    """The numbers in file names such as 20 and step_000020.npz."""
-    names = [path.name.removeprefix("step_") for path in directory.glob(pattern)]
-    names = [name.removesuffix(".npz") for name in names]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _choose(step: int | None, steps: list[int], nothing: str) -> int:

@@ -17,7 +17,7 @@ from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics.catalogue import SECTIONS
 from drpo_jax.objectives import OBJECTIVES
-from drpo_jax.rewards import REWARDS
+from drpo_jax.rewards import REWARDS, get_reward
 
 
 class Entry(NamedTuple):
@@ -49,7 +49,7 @@ def objectives() -> list[Entry]:
         Entry(
             name,
             ", ".join(f"{key}={value}" for key, value in objective.hyper.items()),
-            _first_line(objective.equation),
+            objective.summary,
         )
         for name, objective in OBJECTIVES.items()
     ]
@@ -58,10 +58,10 @@ def objectives() -> list[Entry]:
 def rewards() -> list[Entry]:
     """Returns every reward: the tasks it serves, and what earns it."""
     entries = []
-    for name, row in REWARDS.items():
-        tasks = ", ".join(getattr(row, "tasks", ()))
-        summary = getattr(row, "summary", "") or _first_line(row)
-        entries.append(Entry(name, f"(data.task: {tasks})" if tasks else "", summary))
+    for name in REWARDS:
+        row = get_reward(name)
+        tasks = f"(data.task: {', '.join(row.tasks)})" if row.tasks else ""
+        entries.append(Entry(name, tasks, row.summary or _first_line(row.function)))
     return entries
 
 

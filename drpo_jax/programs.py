@@ -45,6 +45,7 @@ from drpo_jax.parallel import (
 )
 from drpo_jax.precision import MatmulRecipe, Recipe, get_recipe, multiplies_float8
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
+from drpo_jax.sampler.checks import check_split
 from drpo_jax.weights import perturb, sampler_weights
 
 
@@ -103,6 +104,7 @@ class Programs:
         self.config, self.mesh = config, mesh
         self.model_config = model_config(config)
         self._check_batches()
+        check_split(self.model_config, config.sampler.slots, mesh)
         train = config.train
         self.sequences_per_update = train.mini_batch_prompts * train.samples
         self.updates_per_epoch = train.prompts // train.mini_batch_prompts
@@ -325,20 +327,13 @@ class Programs:
     def _check_batches(self):
         shards = batch_shards(self.mesh)
         warm_start = ("sft.micro_batch",) if self.config.sft.steps else ()
-        for field in ("train.micro_batch", *warm_start, "sampler.slots"):
+        for field in ("train.micro_batch", *warm_start):
             section, name = field.split(".")
             size = self.config[section][name]
             if size % shards:
                 raise ValueError(
                     f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
                     f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
-                )
-        model, tensor = self.model_config, self.mesh.shape["tensor"]
-        for field in ("kv_heads", "linear_key_heads", "linear_value_heads"):
-            if getattr(model, field) % tensor:
-                raise ValueError(
-                    f"model.{field} = {getattr(model, field)} is not a multiple of mesh.tensor = "
-                    f"{tensor}, over which the sampler's caches are split"
                 )
 
 

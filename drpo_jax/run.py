@@ -48,7 +48,7 @@ class Run:
       config: the resolved config.
       workdir: directory of the run.
       tokenizer: encodes prompts and decodes responses.
-      reward: the verifier, a value of `rewards.REWARDS`.
+      reward: the verifier, a row of `rewards.REWARDS`.
       train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
@@ -60,7 +60,7 @@ class Run:
     config: FrozenConfigDict
     workdir: Path
     tokenizer: Any
-    reward: Any
+    reward: rewards.Reward
     train_problems: data.ProblemStream | None
     heldout: Sequence[data.Problem]
     report: str
@@ -94,12 +94,11 @@ class Run:
             _check_init_from(config)
             mesh = make_mesh(**config.mesh)
             programs = Programs(config, mesh, stop=tokenizer.stop_ids)
-        reward = rewards.REWARDS[config.reward.name]
         return cls(
             config=config,
             workdir=workdir,
             tokenizer=tokenizer,
-            reward=reward,
+            reward=rewards.get_reward(config.reward.name),
             train_problems=stream,
             heldout=loaded.heldout,
             report=loaded.report,

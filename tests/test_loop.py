@@ -455,6 +455,7 @@ def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monk
     assert repr(saved["response"][0]) in out
     assert re.findall(r"step (\d+), a sampled response with reward 0:", out) == ["2"]
     assert out.count("compiling the update") == 1
+    assert out.count("evaluating the held-out problems") == 1
 
 
 def test_explaining_a_run_without_its_warm_start_warns(whole, tmp_path):

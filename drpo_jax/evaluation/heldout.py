@@ -51,6 +51,8 @@ def sample_heldout(
     for mode, params in _modes(run).items():
         missing = [i for i in places if (mode, run.heldout[i].id) not in existing]
         problems = [run.heldout[i] for i in missing]
+        if missing and not sampler.compilations():
+            print("compiling prefill and decode, evaluating the held-out problems …", flush=True)
         groups = run.sample(sampler, problems, params, run.evaluation_key, missing)
         for group, verdicts in _verified(groups):
             problem, rollouts = problems[group.index], group.rollouts

@@ -41,6 +41,12 @@ def rollout_path(workdir: Path, step: int) -> Path:
     return workdir / "rollouts" / f"step_{step:06d}.npz"
 
 
+def saved_rollouts(workdir: Path) -> dict[int, Path]:
+    """The files of the saved rollouts by step, ascending; {} where none is saved."""
+    paths = sorted((workdir / "rollouts").glob("step_*.npz"))
+    return {int(path.stem.removeprefix("step_")): path for path in paths}
+
+
 def save_rollout(workdir: Path, step: int, **arrays: Any) -> Path:
     """Writes the arrays listed in the module's docstring, atomically.
 

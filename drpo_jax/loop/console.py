@@ -23,7 +23,7 @@ def introduction(run: Run) -> str:
     """Describes the run: model, objective, precision, batches, devices, files."""
     config, devices = run.config, run.mesh.devices
     train, sampler, evaluate = config.train, config.sampler, config.evaluate
-    updates = train.prompts // train.mini_batch_prompts * train.epochs
+    updates = run.programs.updates_per_epoch * train.epochs
     axes = " × ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     files = {
         "metrics.jsonl, tensorboard/": 1,

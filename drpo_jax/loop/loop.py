@@ -67,7 +67,6 @@ def _train(run: Run) -> None:
         print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()
         if start == 0:
-            print("compiling prefill and decode, evaluating the held-out problems …", flush=True)
             metrics = evaluate(run, state.model)
             log.log(0, metrics)
             checkpoints.save(0, state, metrics)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from drpo_jax.config import default_config, field_table, flatten, objective_summary, with_hyper
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.learner.record import saved_rollouts
 from drpo_jax.metrics import Record, describe, read_metrics, read_starts, reduce_values, series
 from drpo_jax.objectives import OBJECTIVES
 
@@ -77,9 +78,7 @@ def load_run(workdir: Path) -> Run:
         config = with_hyper(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise BadInput(f"{path} must be a JSON object: {error}") from error
-    paths = sorted((workdir / "rollouts").glob("step_*.npz"))
-    rollouts = {int(p.stem.removeprefix("step_")): p for p in paths}
-    return Run(workdir, config, records, rollouts, read_starts(workdir))
+    return Run(workdir, config, records, saved_rollouts(workdir), read_starts(workdir))
 
 
 def objective_text(config: Mapping[str, Any]) -> str:

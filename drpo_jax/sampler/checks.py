@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from drpo_jax.models import Compute, ModelConfig
 from drpo_jax.parallel import batch_shards, check_mesh
@@ -46,13 +47,22 @@ def check_model(model: Any, slots: int) -> None:
     if mesh.empty:
         return
     check_mesh(mesh)
-    shards, tensor, config = batch_shards(mesh), mesh.shape["tensor"], model.config
+    check_split(model.config, slots, mesh)
+
+
+def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> None:
+    """Checks that a mesh divides the slots and the heads of the caches.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    shards, tensor = batch_shards(mesh), mesh.shape["tensor"]
     if slots % shards:
         raise ValueError(
             f"slots = {slots} (config field sampler.slots) must be a multiple of data·fsdp·expert = "
             f"{shards}, the number of devices that share them"
         )
-    for name in ("kv_heads", "linear_value_heads"):
+    for name in ("kv_heads", "linear_key_heads", "linear_value_heads"):
         if getattr(config, name) % tensor:
             raise ValueError(
                 f"mesh.tensor = {tensor} must divide the model's {getattr(config, name)} {name} "

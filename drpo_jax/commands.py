@@ -49,7 +49,7 @@ COMMANDS = {
         (
             "drpo evaluate --config=configs/tiny.py --workdir=runs/tiny",
             "drpo evaluate --config=configs/qwen3_4b_base.py --workdir=runs/base "
-            "--config.model.path=Qwen3-4B-Base --config.evaluate.sets=aime24,aime25",
+            "--config.model.path=Qwen/Qwen3-4B-Base --config.evaluate.sets=aime24,aime25",
         ),
     ),
     "report": Command(

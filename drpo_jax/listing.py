@@ -98,11 +98,12 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {
 
 
 def render(entries: list[Entry]) -> str:
-    """Returns the entries as text, at most 100 columns wide where words allow it."""
+    """Returns the entries as text of at most 100 columns."""
     lines = []
     for entry in entries:
-        lines.append(f"{entry.name}  {entry.remark}".rstrip())
-        lines += textwrap.wrap(entry.text, 96, initial_indent="    ", subsequent_indent="    ")
+        head = f"{entry.name}  {entry.remark}".rstrip()
+        lines += textwrap.wrap(head, 100, subsequent_indent=" " * 8)
+        lines += textwrap.wrap(entry.text, 100, initial_indent=" " * 4, subsequent_indent=" " * 4)
     return "\n".join(lines)
 
 

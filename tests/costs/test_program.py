@@ -153,7 +153,7 @@ def test_unknown_topologies(text):
 
 
 def test_topologies_without_their_compiler(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="cpu:3 has to be set before JAX initializes"):
+    with pytest.raises(ValueError, match="cpu:3 must be set before JAX initializes"):
         get_devices("cpu:3")
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "libtpu.so"))
     with pytest.raises(ValueError, match=f"pip install --no-deps '{libtpu_requirement()}'"):

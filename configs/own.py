@@ -1,22 +1,21 @@
 r"""Your own model, problems and reward: a complete example to copy.
 
     cp configs/own.py configs/mine.py     # then change the five places marked "Yours"
-    python -m drpo_jax.train --config=configs/mine.py --workdir=runs/mine
-    python -m drpo_jax.evaluate --config=configs/mine.py --workdir=runs/mine
+    drpo train --config=configs/mine.py --workdir=runs/mine
+    drpo evaluate --config=configs/mine.py --workdir=runs/mine
 
-A file of problems has one JSON object per line. `prompt` and `answer` are required; `kind` groups
-problems in tables, and `id` names them:
+A file of problems has one JSON object per line. `prompt` and `answer` are required. `kind`, which groups
+problems in tables, and `id` are optional:
 
     {"prompt": "What is 12 + 34?", "answer": "46", "kind": "sums", "id": "p1"}
 
-Every field can also be set on the command line (--config.train.steps=20), and every field's meaning is
-in the `settings.py` of its room, such as drpo_jax/sampler/settings.py. Before a long run, this says
-whether it fits on the devices, and needs none of them:
+Every field can also be set on the command line (--config.train.steps=20), and `drpo list fields`
+explains all of them. Before a long run, check whether it fits on the devices, which need not be present:
 
-    python -m drpo_jax.preflight --config=configs/mine.py --topology=v5e:2x4
+    drpo preflight --config=configs/mine.py --topology=v5e:2x4
 
-Variants, combined by commas (drpo_jax/config/variants.py): long; objectives, readings of the threshold,
-smoke.
+Variants, combined by commas: long; and those of every config (drpo_jax/config/variants.py): objectives,
+readings of the threshold, smoke.
 """
 
 from drpo_jax.config import default_config
@@ -24,8 +23,8 @@ from drpo_jax.config.variants import with_variants
 from drpo_jax.rewards import REWARDS, Reward
 
 
-# Yours: the reward. It takes three texts and returns a number; 1 is right, 0 is wrong. A response is
-# whatever the model wrote: never evaluate it, raise nothing, and take time linear in its length.
+# Yours: the reward. It takes three strings and returns a number; 1 is right, 0 is wrong. A response is
+# arbitrary text from a model: never execute it, raise no exception, and take time linear in its length.
 def last_line(prompt: str, response: str, answer: str) -> float:
     """Returns 1.0 if the last line of the response is the answer, else 0.0."""
     lines = response.strip().splitlines() or [""]
@@ -49,7 +48,7 @@ def get_config(variants=""):
 
     # Yours: the problems to train on. A name in drpo_jax.data.SETS, such as gsm8k, works as well.
     config.data.problems = "train.jsonl"
-    config.data.filter = "clean"  # Drops repeated and contradictory problems, and too long ones.
+    config.data.filter = "clean"  # Drops problems that are repeated, contradictory or too long.
     config.reward.name = "last_line"
 
     # Yours: the problems to evaluate on, files or names in drpo_jax.data.SETS, separated by commas.
@@ -58,18 +57,18 @@ def get_config(variants=""):
     config.evaluate.every = 20
     config.evaluate.samples = 4
 
-    # Yours: what the model is asked. Base models without a chat template need chat = False.
+    # Yours: the prompt. Base models without a chat template need chat = False.
     config.data.instruction = "{problem}\nEnd with a line that holds the answer and nothing else."
     config.data.chat = True
     config.data.thinking = "off"
 
-    # Lengths in tokens. A prompt that is too long is dropped by data.filter, a response is cut off.
+    # Lengths in tokens. data.filter drops longer prompts; longer responses are cut off.
     config.sampler.max_prompt_length = 512
     config.sampler.max_response_length = 1024
     config.sampler.slots = 64
 
-    # A rollout is 16 prompts with 8 responses each. It is learned in 16 / 8 = 2 optimizer updates, each
-    # in passes over 16 sequences.
+    # A rollout has 16 prompts with 8 responses each. It serves 16 / 8 = 2 optimizer updates, each
+    # of which accumulates gradients over micro-batches of 16 sequences.
     config.train.steps = 200
     config.train.prompts = 16
     config.train.samples = 8

@@ -1,10 +1,10 @@
 """Qwen3.5-35B-A3B-Base on DAPO-Math: the paper's hybrid of gated DeltaNet and attention.
 
-    python -m drpo_jax.train --config=configs/qwen3_5_35b_a3b.py --workdir=runs/qwen3_5_35b \
+    drpo train --config=configs/qwen3_5_35b_a3b.py --workdir=runs/qwen3_5_35b \
         --config.model.path=Qwen/Qwen3.5-35B-A3B-Base
 
-Batches are those of Qwen3-30B-A3B-Base; the mesh is for 64 chips (v5p:4x4x4). Without a network,
-model.path is a directory. Variants, combined by commas (drpo_jax/config/variants.py): bf16 (the
+Batch sizes are those of Qwen3-30B-A3B-Base; the mesh is for 64 chips (v5p:4x4x4). Without a network,
+set model.path to a directory. Variants, combined by commas (drpo_jax/config/variants.py): bf16 (the
 default), fp8_rollout, fp8_e2e; objectives, readings of the threshold such as boundary, smoke.
 """
 

@@ -1,9 +1,9 @@
 """DeepSeek-R1-Distill-Qwen-1.5B on DAPO-Math: the paper's setting with a reasoning model.
 
-    python -m drpo_jax.train --config=configs/r1_distill_qwen_1_5b.py --workdir=runs/r1_distill \
+    drpo train --config=configs/r1_distill_qwen_1_5b.py --workdir=runs/r1_distill \
         --config.model.path=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
 
-Its chat template opens the thought by itself. Without a network, model.path is a directory. Variants,
+The chat template already opens the thought. Without a network, set model.path to a directory. Variants,
 combined by commas (drpo_jax/config/variants.py): objectives, readings of the threshold such as
 boundary, smoke.
 """
@@ -14,5 +14,5 @@ from drpo_jax.config.variants import with_variants
 
 def get_config(variants=""):
     config = paper_config("r1-distill-qwen-1.5b")
-    config.mesh.tensor = 2  # The model has two key heads.
+    config.mesh.tensor = 2  # The model has two key/value heads.
     return with_variants(config, variants, {})

@@ -2,8 +2,8 @@
 
     bash launch/smollm2.sh
 
-downloads the weights, converts them and trains. The prompt is "What is 68 + 56?" in the model's chat
-template. A response has at most 12 tokens, and is rewarded if the last integer in it is right.
+downloads the weights, converts them and trains. A prompt is a question such as "What is 68 + 56?" in the
+model's chat template. A response has at most 12 tokens and is rewarded if its last integer is right.
 Variants, combined by commas (drpo_jax/config/variants.py): objectives, readings of the threshold, smoke.
 """
 

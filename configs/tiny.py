@@ -1,9 +1,9 @@
 """A small Qwen3 mixture of experts learns arithmetic on two CPU cores: warm start, then DRPO.
 
-    python -m drpo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    drpo train --config=configs/tiny.py --workdir=runs/tiny
 
-Variants, by --config=configs/tiny.py:VARIANT (combined by commas with those of every config, see
-drpo_jax/config/variants.py: objectives, readings of the threshold, smoke):
+Variants, as in --config=configs/tiny.py:VARIANT; commas combine them with those of every config
+(drpo_jax/config/variants.py: objectives, readings of the threshold, smoke):
 
     fp8_rollout     float32 compute, FP8 weights in the sampler (the default)
     fp8_e2e         float32 compute, FP8 weights in the sampler and FP8 matmuls in the learner
@@ -66,7 +66,7 @@ def get_config(variants=""):
     config.train.mini_batch_prompts = 8
     config.train.micro_batch = 64
     config.evaluate.every = 30
-    config.checkpoint.keep = 10  # All of them, for the notebook; 30 MB each.
+    config.checkpoint.keep = 10  # All checkpoints, for the notebook; 30 MB each.
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "linear"
 

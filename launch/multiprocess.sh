@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 count="${1:-}" devices=1
 if (($# > 1)) && [[ "$2" != -- ]]; then devices="$2"; shift; fi
 if [[ ! "$count" =~ ^[1-9][0-9]*$ || ! "$devices" =~ ^[1-9][0-9]*$ || "${2:-}" != -- || $# -lt 3 ]]; then
-  echo "error: give a number of processes, optionally the devices of each, and -- before the command:" >&2
+  echo "error: give a number of processes, optionally a number of devices, and -- before the command:" >&2
   usage >&2
   exit 2
 fi

@@ -25,7 +25,7 @@ if [[ ! -x "$VENV/bin/pip" ]]; then
 fi
 VENV="$(cd "$VENV" && pwd)"
 
-# The stamp holds everything that decides what pip installs.
+# The stamp records everything that determines what pip installs.
 read -r -a install <<<"${INSTALL:--r requirements.txt}"
 stamp="$(printf "%s\n" "${install[*]}" && cat requirements.txt pyproject.toml)"
 if [[ "$(cat "$VENV/installed.txt" 2>/dev/null)" != "$stamp" ]]; then
@@ -36,5 +36,5 @@ fi
 
 export VENV
 export PATH="$VENV/bin:$PATH"
-# Huge pages for malloc: far fewer page faults in large float buffers on the CPU.
+# Huge pages for malloc cause far fewer page faults in large buffers on the CPU.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"

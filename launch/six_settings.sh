@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Compiles the paper's six settings for TPU slices and prints the table of docs/devices.md. No TPU required.
 #   bash launch/six_settings.sh
-# Takes an hour or two. A setting whose figures exist is not compiled again; delete them after a change of
-# the code.
-#   FIGURES  directory of the figures and of the output of preflight (default: .cache/six_settings)
+# Takes an hour or two. A setting whose results exist is not compiled again; delete them after changing the
+# code.
+#   FIGURES  directory of the results and of preflight's output (default: .cache/six_settings)
 #   PYTHON, VENV, INSTALL: see launch/setup.sh; libtpu is needed as well (preflight says how to install it)
 set -euo pipefail
 # shellcheck source=launch/help.sh

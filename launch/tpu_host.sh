@@ -33,7 +33,7 @@ install() {
 running() {
   alive || return 1
   if [[ "$(cat "$run/command")" != "$(printf '%q ' "$@")" ]]; then
-    echo "error: another command is running: $(cat "$run/command")(tpu_vm.sh --stop ends it)" >&2
+    echo "error: another command is running: $(cat "$run/command")(end it with tpu_vm.sh --stop)" >&2
     return 2
   fi
 }

@@ -436,7 +436,7 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")
     assert lines["evaluation"] == (
-        "6 held-out problems, 2 responses to each, before and after training, every 3 steps"
+        "6 held-out problems, 2 responses to each, before and after training and every 3 steps"
     )
     assert lines["devices"].startswith("1 × ") and str(tmp_path) in lines["files"]
 
@@ -449,9 +449,10 @@ def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monk
     )
     loop.train(settings, tmp_path)
     out = capsys.readouterr().out
-    assert out.count("no group has mixed rewards: no gradient; first response (reward 0): ") == 1
+    notice = "no group has mixed rewards, so there is no gradient; first response (reward 0): "
+    assert out.count(notice) == 1
     saved = load_rollout(rollout_path(tmp_path, 0))
-    assert "step 1: no group has mixed rewards: no gradient; first response (reward 0): " in out
+    assert f"step 1: {notice}" in out
     assert repr(saved["response"][0]) in out
     assert re.findall(r"step (\d+), a sampled response with reward 0:", out) == ["2"]
     assert out.count("compiling the update") == 1

@@ -11,7 +11,7 @@ class RunSettings:
 
     seed: int = field(
         0,
-        "Seed of the initial weights, the problems, the samples and the order of the data.",
+        "Seed of the initial weights, the problems, the samples and the order of mini-batches.",
         Range("at least 0 and below 2**32", lambda x: 0 <= x < 2**32),
         distinguishes=False,
     )
@@ -23,7 +23,9 @@ class TrainSettings:
 
     steps: int = field(200, "Rollout steps.", POSITIVE, may_change=True)
     prompts: int = field(64, "Prompts per rollout.", POSITIVE)
-    samples: int = field(8, "Responses per prompt: the group of an advantage.", POSITIVE)
+    samples: int = field(
+        8, "Responses per prompt: one group, whose rewards are compared.", POSITIVE
+    )
     mini_batch_prompts: int = field(16, "Prompts per optimizer update; divides prompts.", POSITIVE)
     micro_batch: int = field(
         8, "Sequences per forward and backward pass; divides the mini-batch.", POSITIVE
@@ -32,10 +34,10 @@ class TrainSettings:
     routing_replay: bool = field(
         False, "The learner routes tokens to the experts that the sampler chose (R3)."
     )
-    epochs: int = field(1, "Passes over a rollout.", POSITIVE)
+    epochs: int = field(1, "Passes over each rollout.", POSITIVE)
     max_skipped: int = field(
         5,
-        "Non-finite updates in a row after which the run stops.",
+        "Number of consecutive non-finite updates after which the run stops.",
         POSITIVE,
         **OPERATIONAL,
     )
@@ -46,7 +48,7 @@ class TrainSettings:
         **OPERATIONAL,
     )
     shuffle_rewards: bool = field(
-        False, "Control experiment: rewards are permuted over the rollout."
+        False, "Control experiment: rewards are randomly permuted within the rollout."
     )
 
 
@@ -60,9 +62,9 @@ class SftSettings:
         32, "Sequences per forward and backward pass; divides batch.", POSITIVE
     )
     learning_rate: float = field(
-        1e-3, "Peak learning rate; it falls linearly to a tenth.", POSITIVE
+        1e-3, "Peak learning rate; it decays linearly to a tenth.", POSITIVE
     )
-    warmup_steps: int = field(20, "Updates with a rising learning rate.", NOT_NEGATIVE)
+    warmup_steps: int = field(20, "Updates during which the learning rate rises.", NOT_NEGATIVE)
     direct_share: float = field(
         0.5, "Share of demonstrations that give the answer without working it out.", SHARE
     )
@@ -74,7 +76,7 @@ class SftSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """The section `evaluate`: held-out problems, during training and in drpo_jax.evaluate."""
+    """The section `evaluate`: held-out problems, for `train` and `evaluate`."""
 
     every: int = field(
         0,
@@ -87,7 +89,7 @@ class EvaluateSettings:
         "Files or names in drpo_jax.data.SETS, separated by commas. Empty: a held-out part of the "
         "training problems.",
     )
-    problems: int = field(256, "Size of the held-out part.", POSITIVE)
+    problems: int = field(256, "Number of held-out problems without evaluate.sets.", POSITIVE)
     samples: int = field(4, "Responses per problem: the k of avg@k.", POSITIVE, may_change=True)
     temperature: float = field(1.0, "Sampling temperature.", POSITIVE, may_change=True)
     greedy: bool = field(True, "Also sample one greedy response per problem.", may_change=True)
@@ -113,7 +115,7 @@ class CheckpointSettings:
 class LogSettings:
     """The section `log`."""
 
-    every: int = field(1, "Rollout steps between logged steps.", POSITIVE, **OPERATIONAL)
+    every: int = field(1, "Rollout steps between log records.", POSITIVE, **OPERATIONAL)
     mismatch_every: int = field(
         10,
         "Rollout steps between comparisons of the sampler's logprobs with the learner's; 0: never.",

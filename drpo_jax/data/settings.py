@@ -49,16 +49,17 @@ class DataSettings:
     instruction: str = field(
         "{problem}", "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES."
     )
-    chat: bool = field(False, "Prompts go through the tokenizer's chat template.")
+    chat: bool = field(False, "Whether the tokenizer's chat template is applied to prompts.")
     system: str = field(
         "", "System message that opens the chat. Empty: whatever the template puts there."
     )
     thinking: str = field(
         "default",
-        "enable_thinking of the chat template: on, or off (Qwen3: an empty thought).",
+        "enable_thinking of the chat template: on, or off (Qwen3: an empty thought). "
+        "default: left to the template.",
         ("default", "on", "off"),
     )
     init_from: str = field(
         "",
-        "Workdir of an sft run to start from. Empty: train makes the warm start itself.",
+        "Workdir whose warm start is reused, of sft or of another train. Empty: train makes its own.",
     )

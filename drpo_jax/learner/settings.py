@@ -40,8 +40,8 @@ class ObjectiveSettings:
     )
     correction: str = field(
         "none",
-        "Importance weight against the sampler's mismatch under behavior = 'rescored'. tis: truncated "
-        "at the cap. mis: 0 outside of floor and cap.",
+        "Importance weight that corrects for the sampler's mismatch under behavior = 'rescored'. tis: "
+        "truncated at the cap. mis: 0 outside the range from floor to cap.",
         CORRECTIONS,
     )
     correction_level: str = field(
@@ -58,7 +58,7 @@ class ObjectiveSettings:
     )
     threshold: str = field(
         "",
-        "Sets delta or epsilon by the name of a reading in drpo_jax.objectives.THRESHOLDS.",
+        "Reading in drpo_jax.objectives.THRESHOLDS that sets delta or epsilon.",
         tuple(dict.fromkeys(name for readings in THRESHOLDS.values() for name in readings)),
     )
 
@@ -75,14 +75,16 @@ class OptimizerSettings:
     mu_dtype: str = field(
         "float32",
         "Dtype of the first moment. The second stays float32: bfloat16 has steps of 0.4 %, so a mean "
-        "that forgets 1 - b2 = 0.1 % per update would hardly move.",
+        "that changes by 1 - b2 = 0.1 % per update would hardly move.",
         ("float32", "bfloat16"),
     )
     clip_norm: float = field(1.0, "Largest global norm of the gradient.", POSITIVE)
-    warmup_steps: int = field(0, "Optimizer updates with a rising learning rate.", NOT_NEGATIVE)
+    warmup_steps: int = field(
+        0, "Optimizer updates during which the learning rate rises.", NOT_NEGATIVE
+    )
     schedule: str = field(
         "constant",
-        "Learning rate after the warmup, over the updates of train.steps.",
+        "Schedule of the learning rate after the warmup, stretched over train.steps.",
         ("constant", "linear", "cosine"),
     )
     final_fraction: float = field(

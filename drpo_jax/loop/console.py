@@ -42,7 +42,7 @@ def introduction(run: Run) -> str:
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}",
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} responses to each, "
-        "before and after training" + f", every {evaluate.every} steps" * bool(evaluate.every),
+        "before and after training" + f" and every {evaluate.every} steps" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
         + (f", {axes}" if axes else ""),
         "seed": f"{config.seed}",
@@ -85,7 +85,7 @@ def show_example(step: int, example: Example) -> str:
 def no_gradient(step: int, example: Example) -> str:
     """Returns the notice for a rollout in which every group has equal rewards."""
     return (
-        f"step {step}: no group has mixed rewards: no gradient; first response "
+        f"step {step}: no group has mixed rewards, so there is no gradient; first response "
         f"(reward {example.reward:g}): {_shortened(example.response)!r}"
     )
 
@@ -102,6 +102,5 @@ def compilations(records: Iterable[Mapping[str, float]]) -> str:
     if not compiled:
         return ""
     count, seconds = (sum(r[f"compile/{k}"] for r in compiled) for k in ("count", "seconds"))
-    return (
-        f"{count:.0f} programs compiled in {seconds:.0f} s, the last in step {compiled[-1]['step']}"
-    )
+    last = compiled[-1]["step"]
+    return f"{count:.0f} programs compiled in {seconds:.0f} s, the last one in step {last}"

@@ -93,7 +93,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "response/truncated", "Truncated responses",
-                "ended by the length limit instead of a stop token", "%",
+                "responses that ended at the length limit instead of with a stop token", "%",
             ),
             Metric(
                 "loss", "Loss",
@@ -112,7 +112,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section(
         "Policy shift",
-        "The distance between π at an update and the µ in the ratio.",
+        "How far π has moved from µ by the time of an update.",
         (
             Metric(
                 "policy/shift", "Mean |π − µ|", "Binary-TV divergence of a token, mean over tokens",
@@ -213,10 +213,10 @@ SECTIONS: tuple[Section, ...] = (
                 "mismatch/kl", "KL", "k3 estimate of the KL from sampler to learner", "nats",
                 log_axis=True,
             ),
-            Metric("mismatch/ratio", "Mean ratio", "learner's probability / sampler's"),
+            Metric("mismatch/ratio", "Mean ratio", "mean of the learner's probability / the sampler's"),
             Metric(
                 "mismatch/ratio_max", "Largest ratio",
-                "largest learner's probability / sampler's over the tokens of the step",
+                "largest ratio of the learner's probability to the sampler's",
                 reduce="max", log_axis=True,
             ),
             Metric(
@@ -241,7 +241,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "correction/mean", "Mean correction",
-                "importance weight ρ that corrects the sampler's mismatch",
+                "mean importance weight ρ, which corrects for the sampler's mismatch",
             ),
             Metric(
                 "correction/dropped", "Dropped by the correction", "tokens with ρ = 0 (mis)", "%"
@@ -268,15 +268,15 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "updates/skipped_in_a_row", "Skipped updates in a row",
-                "longest run of skipped updates so far", reduce="max",
+                "most consecutive skipped updates, counted across steps", reduce="max",
             ),
             Metric(
                 "reward/added", "Added reward",
-                "format reward and overlong penalty (config section `reward`), mean",
+                "mean of format reward and overlong penalty (config section `reward`)",
             ),
             Metric(
                 "reward/kl_penalty", "KL penalty of the reward",
-                "β times the k1 estimate of a response, mean", "nats",
+                "mean over responses of β times the k1 estimate", "nats",
             ),
         ),
     ),
@@ -290,7 +290,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "router/max_load", "Largest expert load",
-                "assignments of the busiest expert relative to the mean, largest over layers",
+                "tokens of the busiest expert relative to the mean, largest over layers",
             ),
             Metric("router/idle_experts", "Idle experts", "experts that receive no token", "%"),
             Metric(
@@ -308,19 +308,19 @@ SECTIONS: tuple[Section, ...] = (
                 "tokens/s", column=Column("tokens/s", "11,.0f"),
             ),
             Metric(
-                "time/step", "Time of a step", "wall time from weight sync to the log",
+                "time/step", "Time of a step", "wall time from the weight sync to the log",
                 "s", log_axis=True,
             ),
             Metric(
-                "time/sync", "Time of weight sync", "learner's weights to the sampler",
+                "time/sync", "Time of weight sync", "converting the learner's weights for the sampler",
                 "s", log_axis=True,
             ),
             Metric(
-                "time/sample", "Time of sampling", "responses are verified while others are sampled",
+                "time/sample", "Time of sampling", "including the verification that overlaps with it",
                 "s", log_axis=True,
             ),
             Metric(
-                "time/reward", "Time of rewards", "wait for the verdicts after the last sample", "s"
+                "time/reward", "Time of rewards", "wait for the remaining verdicts after sampling", "s"
             ),
             Metric(
                 "time/update", "Time of updates", "scoring and optimizer updates", "s", log_axis=True,
@@ -341,13 +341,13 @@ SECTIONS: tuple[Section, ...] = (
         "",
         (
             Metric(
-                "response/length_max", "Longest response", "longest of the step", "tokens",
+                "response/length_max", "Longest response", "longest response of the step", "tokens",
                 reduce="max",
             ),
             Metric("eval/length", "Held-out response length", "mean of the samples", "tokens"),
             Metric(
                 "eval/truncated", "Held-out truncated responses",
-                "samples ended by the length limit", "%",
+                "sampled responses that ended at the length limit", "%",
             ),
             Metric(
                 "eval/avg/{kind}", "Held-out accuracy, sampled: {kind}",

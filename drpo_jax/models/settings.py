@@ -35,7 +35,7 @@ class ModelConfig:
         False, "q_proj also emits a gate σ(·) of the attention's output (Qwen3.5)."
     )
     rotary_fraction: float = field(
-        1.0, "Share of a head's channels that is rotated.", POSITIVE_SHARE
+        1.0, "Share of a head's channels that are rotated.", POSITIVE_SHARE
     )
     norm_offset: float = field(
         0.0,
@@ -46,7 +46,7 @@ class ModelConfig:
         0, "Inner width of the expert that all tokens visit; 0: none.", NOT_NEGATIVE
     )
     full_attention_every: int = field(
-        1, "n: layers n, 2n, … are full attention, the others gated DeltaNets.", POSITIVE
+        1, "n: layers n, 2n, … use full attention; the others are gated DeltaNets.", POSITIVE
     )
     linear_key_heads: int = field(0, "Key heads of a DeltaNet.", NOT_NEGATIVE)
     linear_value_heads: int = field(
@@ -109,7 +109,7 @@ class Compute:
     )
     grouped_matmul: str = field(
         "auto",
-        "Kernel of the experts' matmul. blocked, ragged_dot, or megablox (ragged_dot with the weight "
+        "Kernel for the experts' matmul: blocked, ragged_dot, or megablox (ragged_dot with the weight "
         "gradient from a Pallas kernel for TPU, where XLA would expand it to a dense matmul over all "
         "local experts). auto: blocked on CPU, where ragged_dot computes every expert for every row; "
         "megablox on TPU; ragged_dot elsewhere.",
@@ -117,7 +117,7 @@ class Compute:
     )
     attention: str = field(
         "auto",
-        "Kernel of the attention over whole sequences. full computes all scores at once; the others "
+        "Attention kernel for whole sequences. full computes all scores at once; the others "
         "need memory linear in the length: chunked (any device), splash (TPU; bfloat16, heads of 64, "
         "128 or 256), cudnn (GPU; bfloat16; packed or right-aligned rows use chunked instead). auto: "
         "full up to 512 tokens (128 on CPU), then splash or cudnn where possible, else chunked.",

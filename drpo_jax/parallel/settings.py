@@ -9,11 +9,11 @@ SIZE = Range("positive, or -1 for the rest", lambda x: x >= 1 or x == -1)
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each mesh axis. One of them may be -1 and takes the remaining devices."""
+    """Devices along each mesh axis. One axis may be -1, which stands for all remaining devices."""
 
     data: int = field(
         -1,
-        "Devices that split the batch, each group with its own copy of the weights.",
+        "Groups of devices that split the batch, each with its own copy of the weights.",
         SIZE,
         **OPERATIONAL,
     )

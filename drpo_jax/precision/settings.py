@@ -13,16 +13,16 @@ class PrecisionSettings:
 
     recipe: str = field(
         "none",
-        "rollout: FP8 matmuls in the sampler. e2e: in the learner, too. Both scale blocks of 128. "
-        "tensorwise: FP8 in both, one scale per tensor; devices with float8 matmuls multiply the "
-        "codes themselves.",
+        "rollout: FP8 matmuls in the sampler. e2e: FP8 matmuls in the learner as well. Both use a scale "
+        "per block of 128. tensorwise: FP8 in both, one scale per tensor; devices with float8 matmuls "
+        "multiply the codes themselves.",
         RECIPES,
     )
     scale: str = field("pow2", "Scales of the FP8 codes: powers of two, or any float32.", SCALES)
     gradient: str = field("e5m2", "Format of the gradients under e2e and tensorwise.", GRADIENTS)
     sampler_weights: str = field(
         "values",
-        "Storage of the sampler's quantized weights: codes (float8, expanded at every use), or "
+        "How the sampler stores its quantized weights: codes (float8, expanded at every use), or "
         "values (expanded once at each weight sync).",
         ("values", "codes"),
     )
@@ -34,6 +34,7 @@ class PrecisionSettings:
     noise: float = field(
         0.0,
         "Experiment: every weight sync multiplies the sampler's weights by 1 + noise · N(0, 1), drawn "
-        "anew, as if another engine sampled. The recorded logprobs are exact for the noisy weights.",
+        "anew, as if a different engine did the sampling. The recorded logprobs are exact for the "
+        "noisy weights.",
         NOT_NEGATIVE,
     )

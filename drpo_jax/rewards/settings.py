@@ -17,11 +17,11 @@ class RewardSettings:
     )
     format: float = field(
         0.0,
-        "Added to the reward of a response that ends with exactly one closed box.",
+        "Bonus for a response that ends with its only box, which must be closed; 0: off.",
         NOT_NEGATIVE,
     )
     overlong_buffer: int = field(
         0,
-        "Last tokens of max_response_length, over which the reward falls linearly by 1.",
+        "Tokens before max_response_length over which the reward falls linearly by 1; 0: off.",
         NOT_NEGATIVE,
     )

@@ -10,10 +10,10 @@ class SamplerSettings:
     """Sampling distribution, lengths, and the size of the decode batch."""
 
     max_prompt_length: int = field(
-        1024, "Longest prompt, tokens; a longer one is an error.", POSITIVE
+        1024, "Maximum prompt length, tokens; a longer one is an error.", POSITIVE
     )
     max_response_length: int = field(
-        8192, "Longest response, tokens, including the stop token.", POSITIVE
+        8192, "Maximum response length, tokens, including the stop token.", POSITIVE
     )
     temperature: float = field(1.0, "Sampling temperature.", POSITIVE)
     top_k: int = field(0, "Sample from the k most likely tokens; 0: off.", NOT_NEGATIVE)

@@ -107,3 +107,9 @@ def test_only_the_first_process_prints_and_writes(runs):
     assert "resuming" in first and "held-out accuracy" in first and "objective " in first
     assert "resuming" not in second and "held-out" not in second and "objective " not in second
     assert len(list((two / "tensorboard").iterdir())) == 2  # one file per start
+
+
+def test_a_complete_run_ends_on_all_processes(runs):
+    first, second = train(runs[1], processes=2, steps=2)
+    assert "this run is complete" in first and "held-out accuracy" in first
+    assert "this run is complete" not in second

@@ -61,5 +61,5 @@ class DataSettings:
     )
     init_from: str = field(
         "",
-        "Workdir whose warm start is reused, of sft or of another train. Empty: train makes its own.",
+        "Workdir of an sft or train run whose warm start is reused. Empty: train makes its own.",
     )

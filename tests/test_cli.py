@@ -79,6 +79,7 @@ def test_a_command_and_its_examples_exist(name, monkeypatch):
                 assert match[1] in field_types()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["-m drpo_jax train", "-m drpo_jax.train"])
 def test_help_shows_purpose_examples_and_own_flags(form):
     done = subprocess.run(
@@ -205,6 +206,7 @@ def command_line(tmp_path_factory):
 FILE, DIR = "--config=configs/tiny.py", "--workdir=x"
 
 
+@pytest.mark.slow
 def test_command_line_sets_fields(command_line):
     fields = (
         "--config.train.steps",
@@ -231,6 +233,7 @@ def test_command_line_errors_are_one_message_and_exit_code_2(command_line, args,
     assert (code, err) == (2, f"error: {message}\n")
 
 
+@pytest.mark.slow
 def test_a_field_on_the_command_line_has_to_agree_with_the_checkpoint(command_line, tmp_path):
     preset = PRESETS["qwen3-4b"]
     (tmp_path / "config.json").write_text(json.dumps(write_config(preset)))
@@ -240,6 +243,7 @@ def test_a_field_on_the_command_line_has_to_agree_with_the_checkpoint(command_li
     assert code == 2 and f"model.layers: 7 -> {preset.layers}" in err
 
 
+@pytest.mark.slow
 def test_a_defect_keeps_its_traceback(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=2")
     assert code == 1 and "Traceback" in err and "a defect" in err
@@ -247,17 +251,20 @@ def test_a_defect_keeps_its_traceback(command_line):
     assert (code, err) == (3, "error: step 4: not finite\n")
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_resume(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=4")
     resume = "interrupted; run the same command again to resume from the last checkpoint"
     assert (code, err) == (130, f"\n{resume}\n")
 
 
+@pytest.mark.slow
 def test_a_warning_has_no_prefix_but_its_level(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=5")
     assert (code, err) == (0, "warning: 3 problems are too long\n")
 
 
+@pytest.mark.slow
 def test_print_config_prints_the_resolved_config_and_exits(command_line):
     code, out, err = command_line(
         "--config", "tiny:bf16", "--print_config", "--config.train.steps=7", "--config.seed=2"

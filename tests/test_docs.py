@@ -50,6 +50,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+@pytest.mark.slow
 @each
 def test_python_snippets_run(page):
     """The snippets of a page that need no files, in order; equations see the names of the table."""
@@ -188,6 +189,7 @@ def test_metrics_exist(page):
         assert describe(name).definition, f"{name}: there is no such metric"
 
 
+@pytest.mark.slow
 def test_the_figure_of_the_weights_is_drawn(tmp_path):
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
     figures = importlib.util.module_from_spec(spec)

@@ -21,6 +21,8 @@ from drpo_jax.evaluation.tables import accuracy_table, problem_table
 from drpo_jax.parallel import make_mesh
 from drpo_jax.rewards import after_hash
 
+pytestmark = pytest.mark.slow
+
 FIELDS = dict(
     sft__steps=0, evaluate__problems=10, evaluate__greedy=True, sampler__slots=8,
     evaluate__samples=2,

@@ -15,7 +15,7 @@ from drpo_jax.learner.record import save_rollout
 from drpo_jax.models import ModelConfig, Transformer
 from drpo_jax.objectives import policy_objective
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 N, PROMPT, RESPONSE = 6, 5, 7
 ONE = dict(data=1)
 MIXED = dict(data=2, fsdp=2, tensor=2)

@@ -25,6 +25,8 @@ from drpo_jax.objectives import advantages, token_objective
 from drpo_jax.parallel import make_mesh
 from drpo_jax.run import SHUFFLE
 
+pytestmark = pytest.mark.slow
+
 SMALLEST = str(Path(__file__).parent / "smallest.py")
 
 

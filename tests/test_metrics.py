@@ -55,6 +55,7 @@ def test_extremes_are_in_the_catalogue_with_their_reduction():
         assert M.METRICS[name].reduce == ("min" if name.endswith("_min") else "max")
 
 
+@pytest.mark.slow
 def test_the_table_for_the_documentation_names_every_metric():
     command = [sys.executable, "-m", "drpo_jax.metrics"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout

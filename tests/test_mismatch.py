@@ -16,7 +16,7 @@ from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 one_device = partial(make_mesh, devices=jax.devices()[:1])
 KEY = jax.random.key(3)
 PROMPTS = [[3, 9, 27, 1], [5], [8, 8, 60, 2, 40, 41, 7], [11, 12]]

@@ -15,6 +15,8 @@ from drpo_jax import config, loop, rewards
 from drpo_jax.cli import load_config
 from drpo_jax.parallel import make_mesh
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS, "no notebooks beside tests/"

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import pytest
 
 from drpo_jax import loop
 from drpo_jax.cli import load_config
@@ -14,6 +15,8 @@ from drpo_jax.models import Transformer, save_pretrained
 from drpo_jax.parallel import make_mesh
 from drpo_jax.rewards import REWARDS
 from tests.pretrained import MODEL, write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 OWN = str(Path(__file__).parents[1] / "configs" / "own.py")
 

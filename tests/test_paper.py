@@ -126,6 +126,7 @@ def test_wrong_variants(variants, message):
         load("qwen3_30b_a3b", variants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_mesh_divides_the_arrays_and_the_batches(name):
     """Runs on the eight devices of the tests and computes nothing."""
@@ -135,6 +136,7 @@ def test_the_mesh_divides_the_arrays_and_the_batches(name):
         Programs(config, mesh, stop=(0,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", SIX)
 def test_a_small_run(name, variant, tmp_path, monkeypatch, compile_quickly):
     """Runs on one of the eight devices, to compile faster, with a reward that a random model gets."""

@@ -46,6 +46,7 @@ def new_programs(**fields):
     return Programs(resolved, make_mesh(**resolved.mesh), stop=(1,))
 
 
+@pytest.mark.slow
 def test_eight_cpu_devices(tmp_path):
     """Every program compiles, fits, and sends no more bytes than expected."""
     file = tmp_path / "figures.json"
@@ -192,6 +193,7 @@ def test_configs_need_no_checkpoint(path):
     C.resolve(preflight.without_text(load_config(str(path))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,7 +17,7 @@ from drpo_jax.models import ModelConfig, Transformer, from_pretrained, save_pret
 from drpo_jax.parallel import make_mesh
 from tests.pretrained import MODEL, config, write_checkpoint, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import pytest
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 # The command line, with a reward that an untrained model receives as well.

@@ -19,7 +19,7 @@ from benchmarks.meshes import (
 )
 from drpo_jax.precision import Quantized, fake_quantize
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEY = jax.random.key(7)
 MIXED = NAMED["all but data"]
 

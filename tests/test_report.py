@@ -418,6 +418,7 @@ def test_errors_name_the_directory(tmp_path, workdirs):
         report.main(good, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "drpo_jax.report", "--workdir=none", f"--output={tmp_path}/x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -4,7 +4,7 @@ Axis letters: N responses, R response tokens, P rows of a mini-batch, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def objective_inputs(
         inputs["old_logp"] = old.logp
     metrics = {}
     if objective.kl != "none":
-        reference = score(run, run.reference, rollouts, step, {}, replay=False)
+        reference = score(run, cast(Transformer, run.reference), rollouts, step, {}, replay=False)
         ref_logp = reference.logp
         if objective.kl == "k1":
             # µ before top-k and top-p, because π_ref is never filtered.

@@ -33,6 +33,7 @@ def tokenizer(directory):
     return TextTokenizer(directory)
 
 
+@pytest.mark.slow
 def test_the_ids_are_those_of_qwen3(tokenizer):
     assert tokenizer.vocab_size == 151669
     assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
@@ -54,6 +55,7 @@ def test_decode_drops_special_tokens_and_replaces_unknown_ids(tokenizer):
     assert tokenizer.decode([first]) == "\ufffd"  # a piece of a character
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thinking", ["default", "on", "off"])
 def test_chat(directory, thinking):
     tokenizer = TextTokenizer(directory, chat=True, thinking=thinking, system="Be brief.")

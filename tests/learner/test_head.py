@@ -219,6 +219,7 @@ def agree(ours, expected, tolerance=3e-6):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_objective_equals_float64_autodiff(mesh):
     """loss, trace, d_hidden and d_weight on 1 and on 8 devices. Masked tokens have a trace of 0."""

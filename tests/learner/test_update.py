@@ -76,6 +76,7 @@ def whole(state, batch):
     return run(state, batch, SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_change_neither_loss_nor_update(state, batch, whole, micro_batches):
     settings = dataclasses.replace(SETTINGS, micro_batches=micro_batches)
@@ -111,6 +112,7 @@ def assert_gradients(ours, expected, tolerance=3e-5):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-8
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_norm_are_those_of_the_definition(state, batch, whole):
     definition = functools.partial(loss_of_definition, settings=SETTINGS)
     expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, batch)
@@ -134,6 +136,7 @@ MIXED = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, extra", [(GSPO, ()), (MIXED, ("old_logp", "ref_logp"))], ids=["gspo", "mixed"]
 )
@@ -172,6 +175,7 @@ def test_packing_changes_no_aggregation(aggregation):
     np.testing.assert_allclose(places.take(packed_weight, R), layout.take(weight, R), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_correction_scales_the_tokens(state, batch):
     rng = np.random.default_rng(1)
     correction = rng.uniform(0.5, 2, batch.mask.shape).astype(np.float32)
@@ -189,6 +193,7 @@ def test_a_correction_scales_the_tokens(state, batch):
     assert_gradients(ours, expected)
 
 
+@pytest.mark.slow
 def test_learning_rate_and_norms_are_those_of_numpy(batch):
     """Three updates with warmup and weight decay, against float64 norms of the parameters."""
     config = default_config().optimizer
@@ -212,6 +217,7 @@ def test_learning_rate_and_norms_are_those_of_numpy(batch):
         assert report.metrics["update_norm"] == pytest.approx(change, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_is_skipped_and_counted(state, batch, bad):
     advantage = np.where(np.arange(N)[:, None] == 0, np.float32(bad), batch.inputs["advantage"])

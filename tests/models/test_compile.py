@@ -11,6 +11,8 @@ import pytest
 from drpo_jax.learner import Batch, UpdateSettings, init_state, policy, update
 from drpo_jax.models import Compute, ModelConfig, Transformer
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(vocab_size=64, hidden_size=24, heads=3, kv_heads=1, head_dim=8)
 MIXTURE = dict(experts=6, experts_per_token=2, expert_size=12)
 CONFIGS = {

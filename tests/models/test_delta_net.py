@@ -175,6 +175,7 @@ def test_padding_tokens_have_no_influence():
     assert not np.any(nothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 5e-6), (np.float64, 1e-13)])
 def test_gradients_equal_those_of_the_recurrence(dtype, tolerance):
     segments = np.stack([segment([70, 9, 50], left=5), segment([1, 128, 21])])
@@ -330,6 +331,7 @@ def test_packed_segments_do_not_affect_each_other(layer, x):
         assert np.max(np.abs(packed[:, place] - together[:, place])) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3, 64, 100])
 def test_a_sequence_can_be_continued_anywhere(layer, x, cut):
     """Rows are right-aligned as in prefill: one without padding, one that begins in either part."""
@@ -389,6 +391,7 @@ def test_heads_that_do_not_divide_raise():
 # Many layers, many devices
 
 
+@pytest.mark.slow
 def test_stacked_layers_on_eight_devices_equal_one():
     # A larger eps, because the norm of an output near zero amplifies rounding errors.
     sizes = SIZES | dict(linear_key_heads=4, linear_value_heads=8, rms_eps=0.01)
@@ -500,6 +503,7 @@ def test_the_layer_equals_the_stored_one(name):
         assert_equal_outputs(dict(archive))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["delta_net", "delta_net_odd"])
 def test_the_layer_equals_that_of_transformers(name):
     pytest.importorskip("torch")

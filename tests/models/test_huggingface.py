@@ -20,6 +20,7 @@ def equal(a, b):
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_round_trips_are_bit_exact(name, tmp_path, monkeypatch):
     monkeypatch.setattr(H, "SHARD_BYTES", 20_000)
@@ -65,6 +66,7 @@ def test_fused_experts_and_multimodal_names(name, tmp_path):
     assert equal(from_pretrained(tmp_path)[0], from_pretrained(tmp_path / "plain")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "qwen2"])
 def test_reading_into_shards(name, tmp_path):
     write(stored(name), tmp_path)

@@ -13,6 +13,8 @@ from drpo_jax.parallel import make_mesh, named_sharding, shardings
 from drpo_jax.precision import get_recipe
 from tests.fixtures import routes
 
+pytestmark = pytest.mark.slow
+
 D, F = 8, 6
 WEIGHTS = ("router", "gate_proj", "up_proj", "down_proj")
 

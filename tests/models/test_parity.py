@@ -16,7 +16,7 @@ from drpo_jax.sampler import Sampler, SamplingParams
 from tests.fixtures import make, routes
 from tests.fixtures.load import CASES, gradients, stored, write
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 # Lengths of single sequences that are also compared without packing.
 ALONE = {
     "llama 3/1": 1, "qwen2 3/1 tied": 2, "qwen3 5/1 tied": 65, "qwen3_moe 4/1": 1,

@@ -230,6 +230,7 @@ def test_tensors_outside_the_layers(name):
     assert numbers == set(range(c.layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_through_the_config_of_transformers(name, tmp_path):
     c = PRESETS[name]

@@ -82,6 +82,7 @@ def test_padding_reaches_no_router_statistic(tokens):
     assert 0.9 < metrics["router/balance_loss"] < 5 and 1 <= metrics["router/max_load"] <= 2.5
 
 
+@pytest.mark.slow
 def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults):
     """Prefills right-aligned rows of two lengths in two chunks, then decodes in a ring."""
     full, chunk, columns, clock = forward(model, tokens, *defaults), 3, 70, 67
@@ -123,6 +124,7 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
             columns = 66
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, change", [("dense", {"remat": "full"}), ("moe", {"remat": "dots", "unroll": 2})]
 )

@@ -106,6 +106,7 @@ def test_gradients_have_the_shapes_and_dtypes_of_what_was_broadcast(tokens):
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_remat_change_nothing(cases, tokens, needs):
     """One compiled program for all objectives: vmap over rows, recomputation in the backward pass."""
     arrays = [needs(name) for name, _ in cases]

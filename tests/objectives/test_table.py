@@ -45,6 +45,7 @@ def assert_coefficient_is_derivative(name, hyper, batch, in_float64):
     return w
 
 
+@pytest.mark.slow
 def test_coefficient_is_the_derivative_of_the_objective(case, batch, in_float64):
     assert_coefficient_is_derivative(*case, batch, in_float64)
 

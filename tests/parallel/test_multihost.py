@@ -15,6 +15,8 @@ from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
 
 from drpo_jax.parallel import multihost
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HOST = re.escape(socket.gethostname())
 

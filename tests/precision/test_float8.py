@@ -107,6 +107,7 @@ def in_jit(x, block, dtype="float8_e4m3fn", scale="pow2"):
     return q, dequantize(q), fake_quantize(x, block, dtype, scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("name", INPUTS)
 def test_codes_scales_and_values_are_the_reference(name, dtype):
@@ -121,6 +122,7 @@ def test_codes_scales_and_values_are_the_reference(name, dtype):
         assert_bits_equal(fake, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block, dtype", [((16, 32), "float8_e4m3fn"), (None, "float8_e5m2")])
 def test_without_jit(block, dtype):
     """Including Inf and NaN, which do not affect other blocks."""
@@ -267,6 +269,7 @@ def test_errors(shape, kwargs, message):
             f(jnp.ones(shape), **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (96, 256)])
 @pytest.mark.parametrize("function", [quantize, fake_quantize])
 def test_rounding_by_columns_as_on_tpu_is_the_same(function, block, monkeypatch):

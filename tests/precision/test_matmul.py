@@ -128,6 +128,7 @@ def test_tensorwise_is_the_reference(gradient):
     assert_close(dw, x_hat.T @ g_hat, axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("excess", [True, False])
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("recipe", ["e2e", "tensorwise"])
@@ -188,6 +189,7 @@ def test_vectors_and_vmap():
     assert_close(weights[1], 2 * y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [FORWARD, TENSOR])
 def test_quantized_weights(recipe):
     """Codes from a sync, their values, and rounding on the fly give the same result."""
@@ -206,6 +208,7 @@ def test_quantized_weights(recipe):
     np.testing.assert_allclose(dx.astype(jnp.float32)[0], expected, rtol=4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [HYBRID, TENSOR])
 def test_other_ops_use_the_same_rounding(recipe):
     """A grouped matmul of rows with the weights of their experts. The expert map has no gradient."""

@@ -51,6 +51,7 @@ def dots(f, *arrays):
     return [tuple(dtype.lower() for dtype in types) for types in re.findall(pattern, text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name, gradient", [("tensorwise", "e5m2"), ("e2e", "e4m3")])
 def test_it_agrees_with_the_simulation(name, gradient, dtype):
@@ -113,6 +114,7 @@ def test_simulation_is_the_default():
             assert lowered == [("f32", "f32", "f32")] * 3
 
 
+@pytest.mark.slow
 def test_codes_of_a_weight_sync_are_multiplied_as_they_are():
     x, w, _ = operands(jnp.bfloat16)
     for name in ("tensorwise", "rollout"):

@@ -23,6 +23,8 @@ from drpo_jax.objectives import token_weights
 from drpo_jax.parallel import make_mesh
 from drpo_jax.reporting.explain import explain
 
+pytestmark = pytest.mark.slow
+
 SMALLEST = str(Path(__file__).parents[1] / "smallest.py")
 
 

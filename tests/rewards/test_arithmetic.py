@@ -74,6 +74,7 @@ def test_signs_and_zero():
     assert [arithmetic_reward("", f"#{a}", a) for a in ("007", "3.5", "", "x")] == [0.0] * 4
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text() | st.text("0123456789#+- \n=*"), st.integers())
 @example("#" + "9" * 5000, 3)

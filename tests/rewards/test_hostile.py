@@ -87,6 +87,7 @@ def rewards_of(texts, answer):
     return {name: p.result().tolist() for name, p in pending.items()}
 
 
+@pytest.mark.slow
 def test_hostile_responses(tmp_path):
     """Every reward calls all of them wrong."""
     trap = tmp_path / "trap"
@@ -116,6 +117,7 @@ def test_a_hostile_answer_costs_about_a_second_of_cpu_time():
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", TEXTS + [rf"\boxed{{{box}}}" for box in BOXES if len(box) > 10_000]
 )

@@ -249,6 +249,7 @@ def test_no_worker_outlives_the_process(act, tmp_path, end):
     assert wait_until_gone(pids)
 
 
+@pytest.mark.slow
 def test_rewards_of_users(act):
     """`submit` takes plain functions, isolated ones and rows of the table."""
 

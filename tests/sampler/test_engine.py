@@ -17,7 +17,7 @@ SIZES = dict(vocab_size=64, hidden_size=32, layers=2, heads=6, kv_heads=2, head_
 CONFIG = ModelConfig(**SIZES, experts=5, experts_per_token=2, expert_size=24, rope_theta=1e4)
 DENSE = ModelConfig(**SIZES, mlp_size=48, rope_theta=1e4)
 KEY = jax.random.key(5)
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 PROMPTS = [[3, 9, 27, 1], [5], [8, 8, 60, 2, 40, 41, 7], [11, 12], [63, 0, 0, 1, 2]]
 PARAMS = SamplingParams(max_tokens=9, samples=3, temperature=0.7, top_k=20, stop=(4, 17, 30))
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)

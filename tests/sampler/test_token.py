@@ -94,6 +94,7 @@ def test_greedy_takes_the_most_likely_token():
     np.testing.assert_allclose(top_logp[:, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_top_logprobs_are_those_of_the_unfiltered_distribution():
     params = SamplingParams(max_tokens=1, temperature=0.5, top_k=1, top_logprobs=2)
     ids, logp = sample_token(LOGITS[None], np.array([0.5]), params)[4:]

@@ -86,9 +86,10 @@ def main(
 def _introduction(run, settings):
     config = run.config
     chat = f", system {config.data.system!r}" if config.data.chat else ""
+    greedy = " and one greedy response" if config.evaluate.greedy else ""
     return (
         f"{len(run.heldout)} problems ({settings['sets']}), {settings['k']} responses each at "
-        f"temperature {settings['temperature']}; reward {settings['reward']!r}, instruction "
+        f"temperature {settings['temperature']}{greedy}; reward {settings['reward']!r}, instruction "
         f"{config.data.instruction!r}{chat}"
     )
 

@@ -6,9 +6,11 @@ With a WORD, lists only the entries whose name or text contains it.
 import ast
 import difflib
 import inspect
+import re
 import runpy
+import signal
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from drpo_jax import cli
@@ -76,11 +78,11 @@ def variants() -> list[Entry]:
 
 
 def metrics() -> list[Entry]:
-    """Returns every metric that a run logs: unit, title, definition."""
+    """Returns every metric that a run logs: unit, section, title, definition."""
     return [
         Entry(
             metric.name,
-            f"({metric.unit})" if metric.unit else "",
+            f"({metric.unit})  {section.title}" if metric.unit else section.title,
             f"{metric.title}: {metric.definition}",
         )
         for section in SECTIONS
@@ -115,13 +117,20 @@ def main(arguments: list[str]) -> None:
     """
     name, word = (*arguments, "", "")[:2]
     if name not in LISTS or len(arguments) > 2:
-        close = difflib.get_close_matches(name, LISTS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadInput(f"give one of {', '.join(LISTS)}{hint}")
+        example = "for example `drpo list objectives` or `drpo list fields sampler`"
+        raise BadInput(
+            f"give one of {', '.join(LISTS)}{_suggestion(name, LISTS) or f', {example}'}"
+        )
     entries = [entry for entry in LISTS[name]() if word.lower() in " ".join(entry).lower()]
     if not entries:
-        raise BadInput(f"{word!r} does not occur in the list of {name}")
+        words = {part for entry in LISTS[name]() for part in re.split(r"[./]", entry.name)}
+        raise BadInput(f"{word!r} does not occur in the list of {name}{_suggestion(word, words)}")
     print(render(entries))
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _first_line(function: object) -> str:
@@ -129,4 +138,5 @@ def _first_line(function: object) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without a traceback.
     cli.run(main)

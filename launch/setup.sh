@@ -1,10 +1,15 @@
 # shellcheck shell=bash
 # Sourced by the scripts: goes to the repository root and puts a virtual environment with drpo_jax and its
-# requirements on the PATH.
+# requirements on the PATH. Run by itself, it only creates the environment.
+#   bash launch/setup.sh
 #   PYTHON   interpreter that creates the environment (default: python3; 3.11 or newer)
 #   VENV     directory of the environment (default: .venv)
 #   INSTALL  what pip installs into it (default: -r requirements.txt)
 
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+  # shellcheck source=launch/help.sh
+  source "$(dirname "$0")/help.sh"
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 VENV="${VENV:-.venv}"

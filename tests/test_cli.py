@@ -122,7 +122,8 @@ def test_a_field_is_listed_with_its_default_choices_and_meaning(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "give one of fields, "), (["feilds"], "did you mean 'fields'?"),
-     (["fields", "sampler", "x"], "give one of"), (["rewards", "zzz"], "'zzz' does not occur")],
+     (["fields", "sampler", "x"], "give one of"), (["rewards", "zzz"], "'zzz' does not occur"),
+     (["fields", "optimiser"], "did you mean 'optimizer'?")],
 )  # fmt: skip
 def test_mistakes_with_lists(arguments, message):
     with pytest.raises(BadInput, match=re.escape(message)):

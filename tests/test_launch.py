@@ -80,7 +80,7 @@ def test_scripts_are_sound(script):
 
 @pytest.mark.parametrize(
     "script",
-    [script for script in SCRIPTS if script.name not in SOURCED],
+    [script for script in SCRIPTS if script.name != "help.sh"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -418,7 +418,8 @@ def test_a_complete_run_computes_nothing(whole, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     first, last = loop.train(config(), whole)
     assert (first["step"], last["step"]) == (0, 4)
-    assert "this run is complete (step 4 of 4)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "this run is complete (step 4 of 4)" in out and "--config.train.steps=8" in out
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(BadInput, match="holds a run with another config"):
         loop.train(config(seed=1), whole)
@@ -438,7 +439,8 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")
     assert lines["evaluation"] == (
-        "6 held-out problems, 2 responses to each, before and after training and every 3 steps"
+        "6 held-out problems, 2 sampled and 1 greedy response to each, before and after training and "
+        "every 3 steps"
     )
     assert lines["devices"].startswith("1 × ") and str(tmp_path) in lines["files"]
 

@@ -41,7 +41,9 @@ def introduction(run: Run) -> str:
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}",
-        "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} responses to each, "
+        "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
+        + " and 1 greedy" * evaluate.greedy
+        + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "
         "before and after training" + f" and every {evaluate.every} steps" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
         + (f", {axes}" if axes else ""),
@@ -97,10 +99,13 @@ def _shortened(text: str) -> str:
 
 
 def compilations(records: Iterable[Mapping[str, float]]) -> str:
-    """Describes how many programs a run compiled, from its records; "" if none."""
+    """Describes how many programs a run compiled in all its starts, from its records; "" if none."""
     compiled = [r for r in records if r.get("compile/count")]
     if not compiled:
         return ""
     count, seconds = (sum(r[f"compile/{k}"] for r in compiled) for k in ("count", "seconds"))
     last = compiled[-1]["step"]
-    return f"{count:.0f} programs compiled in {seconds:.0f} s, the last one in step {last}"
+    return (
+        f"{count:.0f} programs compiled in {seconds:.0f} s since the run began, the last one in step "
+        f"{last}"
+    )

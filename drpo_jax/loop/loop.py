@@ -40,8 +40,10 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
     if done >= config.train.steps:
         with bad_input():
             multihost.on_main("claim the workdir", partial(claim_workdir, workdir, config))
-        jax.devices()  # All processes start the backend together; process 0 plots with it.
+        if multihost.process_count() > 1:
+            jax.devices()  # All processes start the backend together; process 0 plots with it.
         print(f"{workdir}: this run is complete (step {done} of {config.train.steps})")
+        print(f"--config.train.steps={2 * done} would continue it to step {2 * done}")
     else:
         run = Run.create(config, workdir)
         claim(run)

@@ -34,8 +34,10 @@ class Console:
         """Returns one line for each column that explains it."""
         lines = []
         for metric, column in self._columns:
-            unit = f" ({metric.unit})" if metric.unit not in ("", "%") else ""
-            lines.append(f"  {column.title:<14}{metric.title}{unit}: {metric.definition}")
+            # "reward  Reward: mean …" would say the same word twice.
+            title = "" if metric.title.lower() == column.title else f"{metric.title}: "
+            unit = f", in {metric.unit}" if metric.unit not in ("", "%", column.title) else ""
+            lines.append(f"  {column.title:<14}{title}{metric.definition}{unit}")
         return [*lines, f"  {'ETA':<14}time left at the median pace of the last {PACE} steps"]
 
     def lines(self, record: Record, now: float) -> list[str]:

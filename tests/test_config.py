@@ -11,8 +11,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from drpo_jax import config as C
 from drpo_jax.cli import load_config
+from drpo_jax.data import TASKS
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.objectives import OBJECTIVES, Objective
+from drpo_jax.rewards import REWARDS, Reward
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -334,6 +336,12 @@ def test_a_new_objective_and_its_hyperparameter_need_the_table_only(monkeypatch,
     assert "drpo does not take power; taken by drpo_power" in problem
     assert C.suggest("objective.powr", C.field_types()) == "did you mean objective.power?"
     assert load_config(f"{TINY}:drpo_power").objective.name == "drpo_power"
+
+
+def test_a_task_and_its_reward_are_a_row_each(monkeypatch):
+    monkeypatch.setitem(TASKS, "sums", TASKS["arithmetic"])
+    monkeypatch.setitem(REWARDS, "sum", Reward(lambda *_: 1.0, tasks=("sums",)))
+    assert C.resolve(changed(data__task="sums")).reward.name == "sum"
 
 
 def test_only_the_table_tests_the_names_of_objectives():

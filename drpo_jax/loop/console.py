@@ -71,7 +71,8 @@ def _start(config) -> str:
     if config.data.init_from:
         return f"from {config.data.init_from}"
     if config.sft.steps:
-        return f"from a warm start of {config.sft.steps} supervised updates"
+        steps = config.sft.steps
+        return f"from a warm start of {steps} supervised update{'s' * (steps != 1)}"
     return "from random weights"
 
 

@@ -53,7 +53,7 @@ def weight_summary(
         policy/tail, /beyond_clip: shares of the tail and of tokens beyond the clip of log r;
         by_mu/LOW-HIGH/tokens, /gradient: shares of the tokens, and of Σ|c|, with LOW < µ ≤ HIGH
           (the first bin includes µ = 0).
-      extremes: name → float32 scalar, combined by max, or by min if the name ends in `_min`. Without
+      extremes: name → float32 scalar, combined as its row in the metric catalogue says. Without
         any token they are −inf and inf, and every count is 0.
     """
     t = token(logp, behavior_logp, 0.0)

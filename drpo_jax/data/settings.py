@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import ChainMap
+from typing import Any
 
 from drpo_jax.data import TASKS
 from drpo_jax.fields import SHARE, field
@@ -15,7 +16,7 @@ class DataSettings:
         "arithmetic",
         "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
         "data.problems.",
-        ChainMap({"math": None}, TASKS),  # Live: a task that is added later is allowed, too.
+        ChainMap[str, Any]({"math": None}, TASKS),  # Live: a task that is added later is allowed, too.
     )
     digits: int = field(
         3,

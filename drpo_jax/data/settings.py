@@ -16,7 +16,9 @@ class DataSettings:
         "arithmetic",
         "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
         "data.problems.",
-        ChainMap[str, Any]({"math": None}, TASKS),  # Live: a task that is added later is allowed, too.
+        ChainMap[str, Any](
+            {"math": None}, TASKS
+        ),  # Live: a task that is added later is allowed, too.
     )
     digits: int = field(
         3,

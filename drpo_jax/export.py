@@ -39,7 +39,8 @@ def export(
     Raises:
       BadInput: There is no run or no such checkpoint, or the directory cannot be written.
     """
-    workdir, output = path_of(workdir), path_of(output)
+    with bad_input():
+        workdir, output = path_of(workdir), path_of(output)
     config = run_config(workdir)
     architecture = model_config(config)
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

@@ -83,18 +83,7 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
     )
     if chat or "extra_info" in first[3]:
         parsed = _merge_repeats(parsed)
-    problems: list[Problem] = []
-    lines: dict[str, str] = {}
-    for where, problem in parsed:
-        if problem.id in lines:
-            raise ValueError(
-                f"{where}: field '{'extra_info.index' if chat else 'id'}' is {problem.id!r}, which "
-                f"{lines[problem.id]} already uses{' for another text' if chat else ''}; ids must "
-                "be unique"
-            )
-        lines[problem.id] = where.removeprefix(f"{paths[0]}, ")
-        problems.append(problem)
-    return problems
+    return _with_unique_ids(parsed, f"{paths[0]}, ", chat)
 
 
 def read_ids(path: str | os.PathLike) -> list[str]:
@@ -354,6 +343,31 @@ def _inside(record, name):
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _with_unique_ids(parsed, prefix, chat):
+    """Returns the problems.
+
+    Args:
+      parsed: (file and line, problem) pairs.
+      prefix: left out of the place of an earlier problem in messages.
+      chat: whether the file is in DAPO's schema.
+
+    Raises:
+      ValueError: two problems have the same id.
+    """
+    problems: list[Problem] = []
+    places: dict[str, str] = {}
+    for where, problem in parsed:
+        if problem.id in places:
+            raise ValueError(
+                f"{where}: field '{'extra_info.index' if chat else 'id'}' is {problem.id!r}, which "
+                f"{places[problem.id]} already uses{' for another text' if chat else ''}; ids must "
+                "be unique"
+            )
+        places[problem.id] = where.removeprefix(prefix)
+        problems.append(problem)
+    return problems
 
 
 def _merge_repeats(parsed):

@@ -28,7 +28,8 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
         )
     theirs, ours = flatten(run_config(workdir)), flatten(config)
     # With a file of problems, these fields decide which of them are held out.
-    same_file = _place(ours["data.problems"]) == _place(theirs["data.problems"]) != ""
+    with bad_input():
+        same_file = _place(ours["data.problems"]) == _place(theirs["data.problems"]) != ""
     split = (
         ("seed", "evaluate.problems", "data.ids") if same_file and not ours["evaluate.sets"] else ()
     )

@@ -114,9 +114,10 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
         report += overlap
     else:
         train, heldout, repeated = _hold_out(config, problems, usable)
-        report += (
-            f"{repeated} further rows of held-out problems: neither trained on nor evaluated\n"
-        )
+        if repeated:
+            report += (
+                f"{repeated} further rows of held-out problems: not trained on, not evaluated\n"
+            )
     if len(train) < config.train.prompts or not heldout:
         raise ValueError(
             f"{name} has {total} problems, of which {len(train)} remain to train on and "

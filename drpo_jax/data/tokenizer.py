@@ -186,9 +186,13 @@ class TextTokenizer:
         """
         user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
         added = {token.content: i for i, token in self._inner.added_tokens_decoder.items()}
+        opening = self._render([user], False).lstrip()
         for turns in ([user, answer], [user, answer, user]):
-            closing = self._render(turns, False).rpartition("!")[2].lstrip()
-            if closing and (found := [text for text in added if closing.startswith(text)]):
+            _, answered, closing = self._render(turns, False).rpartition("!")
+            closing = closing.lstrip()
+            if not answered or closing == opening:  # The beginning of the next turn closes none.
+                continue
+            if found := [text for text in added if closing.startswith(text)]:
                 return [added[max(found, key=len)]]
         return []
 

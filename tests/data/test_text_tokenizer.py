@@ -107,7 +107,7 @@ def test_the_end_of_a_turn_is_a_stop(base, end, named):
 
 def test_a_template_without_an_end_of_turn(base):
     config = json.loads((base / "tokenizer_config.json").read_text())
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT,)
 

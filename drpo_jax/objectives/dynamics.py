@@ -60,8 +60,8 @@ def expected_objective(
         "behavior_topk_logp": top(behavior_logp),
     }
     needed = {key: arrays[key] for key in OBJECTIVES[name].arrays}
-    columns = (x[..., None] for x in (logp, behavior_logp, advantage))
-    J = policy_objective(name, *columns, **needed, **hyper)[..., 0]
+    logp, mu, advantage = (x[..., None] for x in (logp, behavior_logp, advantage))
+    J = policy_objective(name, logp, mu, advantage, **needed, **hyper)[..., 0]
     drawn = jnp.exp(behavior_logp if sampled_logp is None else sampled_logp)
     return (drawn * J).sum(-1)
 
@@ -96,6 +96,47 @@ def ascend(
     """
     program = _ascent(name, steps, tuple(hyper.items()))
     return program(logits, behavior_logp, advantage, rate, noise, sampled_logp, old_logp)
+
+
+def learn(
+    name: str,
+    logits: ArrayLike,
+    reward: ArrayLike,
+    *,
+    rollouts: int,
+    updates: int,
+    rate: float,
+    mismatch: ArrayLike = 0.0,
+    rescored: bool = False,
+    **hyper: Any,
+) -> jax.Array:
+    """Returns the logits along several rollouts, each drawn from the policy of its time.
+
+    Â is the reward of a token less the mean reward of the sampler.
+
+    Args:
+      name, **hyper: as for `expected_objective`.
+      logits: [..., n], of the first policy.
+      reward: [..., n] or broadcastable, the reward of each token.
+      rollouts: number of rollouts.
+      updates: number of updates per rollout, during which µ stays as it is.
+      rate: learning rate, in logits per unit of gradient.
+      mismatch: [rollouts, ..., n] or broadcastable: what the sampler's numerics add to the logits.
+      rescored: µ is the learner's own score of the rollout; by default it is the sampler's.
+
+    Returns:
+      [rollouts·updates + 1, ..., n], beginning with `logits`.
+    """
+    logits = jnp.asarray(logits)
+    path = [logits[None]]
+    for added in jnp.broadcast_to(mismatch, (rollouts, *logits.shape)):
+        sampled_logp = jax.nn.log_softmax(logits + added)
+        behavior_logp = jax.nn.log_softmax(logits) if rescored else sampled_logp
+        advantage = reward - (jnp.exp(sampled_logp) * reward).sum(-1, keepdims=True)
+        ascent = {"steps": updates, "rate": rate, "sampled_logp": sampled_logp, **hyper}
+        path.append(ascend(name, logits, behavior_logp, advantage, **ascent)[1:])
+        logits = path[-1][-1]
+    return jnp.concatenate(path)
 
 
 @functools.cache

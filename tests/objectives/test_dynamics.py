@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from drpo_jax.objectives.dynamics import ascend, expected_objective
+from drpo_jax.objectives.dynamics import ascend, expected_objective, learn
 from drpo_jax.objectives.table import OBJECTIVES
 
 MU, DELTA = 0.4, 0.15
@@ -154,23 +154,16 @@ def test_with_more_than_two_tokens_no_token_rests_at_its_own_boundary(rest):
 
 @pytest.fixture(scope="module")
 def learned(in_float64):
-    """A function (name, gap, …) → π of the good token after many rollouts of four updates each.
+    """A function (name, gap, start, …) → π of the good token after 150 rollouts of four updates each.
 
-    The sampler draws from the policy with the good token's logit lowered by `gap`. Rewards are 1 and 0,
-    and Â is the reward less its mean. µ is the sampler's, or the learner's own with `rescored`.
+    The sampler draws from the policy with the good token's logit lowered by `gap`.
     """
 
-    def end(name, gap, start, rollouts=150, rescored=False, **hyper):
-        logits = np.log(two(start))
-        for _ in range(rollouts):
-            old = np.array(jax.nn.log_softmax(logits))
-            lowered = logits - np.array([gap, 0])
-            drawn = lowered - np.logaddexp(*lowered)
-            advantage = np.array([1.0, 0.0]) - np.exp(drawn[0])
-            mu = old if rescored else drawn
-            ascent = dict(steps=4, rate=0.5, sampled_logp=drawn, **hyper)
-            logits = in_float64(ascend, name, logits, mu, advantage, **ascent)[-1]
-        return 1 / (1 + np.exp(logits[1] - logits[0]))
+    def end(name, gap, start, **options):
+        job = dict(rollouts=150, updates=4, rate=0.5, mismatch=np.array([-gap, 0]), **options)
+        logits = in_float64(learn, name, np.log(two(start)), np.array([1.0, 0.0]), **job)
+        assert logits.shape == (601, 2)
+        return 1 / (1 + np.exp(logits[-1, 1] - logits[-1, 0]))
 
     return end
 

@@ -206,7 +206,7 @@ def _correction(check: Check) -> None:
         "the floor must be below the cap",
     )
     name, by_token = check["objective.name"], check["objective.correction_level"] == "token"
-    whole = "objective.name" not in check.invalid and OBJECTIVES[name].needs_sequences
+    whole = "objective.name" not in check.invalid and OBJECTIVES[name].fixed_aggregation
     check.require(
         not (corrected and by_token and whole),
         "objective.correction_level objective.name",
@@ -380,7 +380,8 @@ def _warn(values: Mapping[str, Any]) -> None:
             equal,
             settings,
         )
-    elif objective.boundary == "probability" and hyper["delta"] >= 1:
+    # Tokens are corrected beyond delta, whatever mask_delta is.
+    elif min(objective.bounds(hyper | {"mask_delta": None}), default=0.0) >= 1:
         logging.warning(
             "delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
             "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",

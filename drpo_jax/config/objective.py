@@ -62,6 +62,9 @@ def objective_summary(config: Mapping[str, Any]) -> str:
     """
     name = flatten(config)["objective.name"]
     objective, hyper = OBJECTIVES[name], resolve_hyper(name, objective_hyper(config))
+    unreachable = min(objective.bounds(hyper), default=0) >= 1
+    if None not in (hyper.get("delta_low"), hyper.get("delta_high")):
+        del hyper["delta"]  # It applies to neither side.
     parts = [name]
     for key, value in hyper.items():
         symbol = HYPERPARAMETERS[key].symbol if key in HYPERPARAMETERS else key
@@ -72,9 +75,9 @@ def objective_summary(config: Mapping[str, Any]) -> str:
     notes = [QUANTITIES[objective.boundary]] if objective.boundary else []
     if not hyper:
         notes = ["no trust region"]
-    if min(objective.bounds(hyper), default=0) >= 1:
+    if unreachable:
         notes = ["a probability, which no token reaches"]
     if objective.threshold:
         readings = THRESHOLDS[objective.threshold]
-        notes += [r for r, value in readings.items() if value == hyper[objective.threshold]]
+        notes += [r for r, value in readings.items() if value == hyper.get(objective.threshold)]
     return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")

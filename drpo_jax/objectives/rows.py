@@ -82,14 +82,14 @@ class Objective:
         return None
 
     def bounds(self, hyper: Mapping[str, Any]) -> tuple[float, ...]:
-        """Returns its boundary below and above µ if that is a probability; () if it is not.
+        """Returns its boundary below and above µ if that is the probability delta, else ().
 
         Args:
           hyper: all hyperparameters by name, see `resolve_hyper`.
         """
-        if self.boundary != "probability":
+        delta = first(hyper.get("mask_delta"), hyper.get("delta"))
+        if self.boundary != "probability" or delta is None:
             return ()
-        delta = first(hyper.get("mask_delta"), hyper["delta"])
         return tuple(first(hyper.get(side), delta) for side in ("delta_low", "delta_high"))
 
     def equals(self, hyper: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 
 from drpo_jax.objectives.table import (
     OBJECTIVES,
+    Objective,
     gradient_weight,
     resolve_hyper,
     token_objective,
@@ -254,6 +255,12 @@ def test_objectives_that_no_token_can_get_outside_of_are_what_their_row_says(bat
     assert OBJECTIVES["mask_drpo"].equals(own_mask) is None
     assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "ratio_cap": 2.0}) is None
     assert OBJECTIVES["drpo"].equals({"delta": 12.5}) is None
+    assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "delta_low": 0.1}) is None
+
+    def other(t, bound=2.0):
+        """An objective with a boundary in probability under another name."""
+
+    assert Objective(other, boundary="probability").bounds({"bound": 2.0}) == ()
 
 
 def test_a_mask_of_its_own_corrects_nothing_at_the_released_threshold(batch, in_float64):

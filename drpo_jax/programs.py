@@ -345,9 +345,9 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 def _objective(config: ConfigDict) -> Policy:
     section = config.objective
-    penalty: dict[str, Any] = {}
+    penalty: dict[str, Any] = {"kl_behavior": section.kl_behavior}
     if section.kl in ("k2", "k3"):  # k1 is subtracted from the reward instead
-        penalty = {"kl": section.kl, "kl_coefficient": section.kl_coefficient}
+        penalty |= {"kl": section.kl, "kl_coefficient": section.kl_coefficient}
     return policy(section.name, **penalty | objective_hyper(config))
 
 

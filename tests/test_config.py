@@ -105,6 +105,9 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"objective__threshold": "original"}, "this objective takes boundary, released, scaled"),
         ({"objective__threshold": "released", "objective__name": "grpo"}, "takes none"),
         ({"objective__threshold": "released", "objective__delta": 0.1}, "set only one of the two"),
+        ({"objective__threshold": "boundary", "objective__name": "cppo"}, "takes none"),
+        ({"objective__name": "cppo", "objective__w_min": 1.5}, "above 0 and at most 1"),
+        ({"objective__kl_behavior": -1.0}, "0 or more"),
         ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: set both, or neither"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
@@ -140,6 +143,19 @@ def test_a_boundary_that_no_token_reaches_is_warned_of(monkeypatch):
     assert len(said) == 1
     C.validate(changed(objective__threshold="released"))
     assert len(said) == 2 and said[1] == said[0]
+
+
+def test_a_variant_that_is_another_objective_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    for name, equal in (("mask_drpo", "surrogate"), ("drpo_no_correction", "drpo")):
+        C.validate(changed(objective__name=name))
+        assert not said
+        C.validate(changed(objective__name=name, objective__threshold="released"))
+        assert said.pop().startswith(f"{name} is {equal} under delta = 12.5")
+    own_mask = dict(objective__threshold="released", objective__mask_delta=0.15)
+    C.validate(changed(objective__name="mask_drpo", **own_mask))
+    assert "Nothing will be corrected" in said.pop()
 
 
 def test_an_aggregation_that_is_not_gspos_is_warned_of(monkeypatch):
@@ -299,6 +315,22 @@ def test_the_resolved_config_has_the_objectives_hyperparameters():
         (
             {"objective__threshold": "released"},
             "drpo, δ = 12.5 (a probability, which no token reaches; released)",
+        ),
+        (
+            {
+                "objective__name": "mask_drpo",
+                "objective__threshold": "released",
+                "objective__mask_delta": 0.15,
+            },
+            "mask_drpo, δ = 12.5, δ_m = 0.15 (a probability; released)",
+        ),
+        (
+            {"objective__delta_low": 0.2, "objective__delta_high": 0.3},
+            "drpo, δ_low = 0.2, δ_high = 0.3 (a probability)",
+        ),
+        (
+            {"objective__name": "cppo"},
+            "cppo, δ = 0.2, w_min = 0.8, δ_b = 0.02 (a probability)",
         ),
         ({"objective__name": "dppo_kl"}, "dppo_kl, δ = 0.05 (nats)"),
         (

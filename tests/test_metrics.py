@@ -222,6 +222,10 @@ def test_the_legend_has_a_line_for_each_column():
         ("minirl", {}, "masked attenuated"),
         ("sapo", {}, "attenuated"),
         ("gspo", {}, "masked attenuated amplified"),
+        ("cppo", {}, "masked"),
+        ("trm", {}, "masked"),
+        ("drpo_prefix", {}, "corrected attenuated amplified"),
+        ("drpo_decoupled", {}, "corrected attenuated amplified"),
     ],
 )
 def test_the_kinds_of_weight_of_an_objective(name, hyper, kinds):

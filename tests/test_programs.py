@@ -48,6 +48,12 @@ def test_eight_devices_compute_what_one_does(family, mesh, one_device):
     assert_same(numbers(FAMILIES[family], **NAMED[mesh]), one_device(family), family)
 
 
+def test_the_penalties_of_the_config_reach_the_objective():
+    fields = {"objective.kl": "k3", "objective.kl_coefficient": 0.1, "objective.kl_behavior": 0.01}
+    policy = new_programs(MOE | fields).objective
+    assert (policy.kl, policy.kl_coefficient, policy.kl_behavior) == ("k3", 0.1, 0.01)
+
+
 def test_policy_updates_on_a_mixed_mesh():
     fields = MOE | {"model.load_balance": 0.0, "train.pack": True, "objective.name": "gspo"}
     fields["objective.aggregation"] = "seq-mean-token-mean"

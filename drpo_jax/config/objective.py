@@ -50,9 +50,8 @@ def boundary(config: Mapping[str, Any]) -> float:
     It is the objective's own boundary if tokens can reach that probability, else DPPO's.
     """
     name = flatten(config)["objective.name"]
-    delta = resolve_hyper(name, objective_hyper(config)).get("delta", 1.0)
-    own = OBJECTIVES[name].boundary == "probability" and delta < 1
-    return delta if own else THRESHOLDS["delta"]["boundary"]
+    bounds = OBJECTIVES[name].bounds(resolve_hyper(name, objective_hyper(config)))
+    return min((b for b in bounds if b < 1), default=THRESHOLDS["delta"]["boundary"])
 
 
 def objective_summary(config: Mapping[str, Any]) -> str:
@@ -63,6 +62,9 @@ def objective_summary(config: Mapping[str, Any]) -> str:
     """
     name = flatten(config)["objective.name"]
     objective, hyper = OBJECTIVES[name], resolve_hyper(name, objective_hyper(config))
+    unreachable = min(objective.bounds(hyper), default=0) >= 1
+    if None not in (hyper.get("delta_low"), hyper.get("delta_high")):
+        del hyper["delta"]  # It applies to neither side.
     parts = [name]
     for key, value in hyper.items():
         symbol = HYPERPARAMETERS[key].symbol if key in HYPERPARAMETERS else key
@@ -73,9 +75,9 @@ def objective_summary(config: Mapping[str, Any]) -> str:
     notes = [QUANTITIES[objective.boundary]] if objective.boundary else []
     if not hyper:
         notes = ["no trust region"]
-    if objective.boundary == "probability" and hyper.get("delta", 0) >= 1:
+    if unreachable:
         notes = ["a probability, which no token reaches"]
     if objective.threshold:
         readings = THRESHOLDS[objective.threshold]
-        notes += [r for r, value in readings.items() if value == hyper[objective.threshold]]
+        notes += [r for r, value in readings.items() if value == hyper.get(objective.threshold)]
     return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.objectives import OBJECTIVES, kl_penalty, table
+from drpo_jax.objectives import OBJECTIVES, behavior_penalty, kl_penalty, table
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
@@ -49,7 +49,7 @@ class TokenTrace(NamedTuple):
 
     Attributes:
       logp: log π at the sampling temperature, nats.
-      coefficient: c = ∂J/∂logp, including KL penalty and correction.
+      coefficient: c = ∂J/∂logp, including penalties and correction.
       weight: the gradient weight w = c / (r·Â) of the objective alone.
       entropy: entropy of π, nats.
       topk_logp: float32 [N, K], log π of the tokens `topk_ids`; K = 0 if there are none.
@@ -64,20 +64,21 @@ class TokenTrace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """An objective of the table in the form that the head takes, with an optional KL penalty.
+    """An objective of the table in the form that the head takes, with optional penalties.
 
     Calling it returns (J, c, w), float32 arrays of the shape of logp. An array `correction`, the weights
-    of `objectives.mismatch_weight`, multiplies J and c. Neither it nor the penalty changes w.
+    of `objectives.mismatch_weight`, multiplies J and c. Neither it nor a penalty changes w.
 
     Attributes:
       name, hyper: the objective and its hyperparameters, as (name, value) pairs.
-      kl, kl_coefficient: the KL penalty, see `policy`.
+      kl, kl_coefficient, kl_behavior: the penalties, see `policy`.
     """
 
     name: str
     hyper: tuple[tuple[str, Any], ...]
     kl: str
     kl_coefficient: float
+    kl_behavior: float
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ class Policy:
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether c of a token depends on all tokens of its response."""
+        """Whether c of a token depends on other tokens of its response."""
         return OBJECTIVES[self.name].needs_sequences
 
     def __call__(
@@ -107,18 +108,28 @@ class Policy:
             assert ref_logp is not None
             k, slope = kl_penalty(self.kl, logp, behavior_logp, ref_logp)
             J, c = J - self.kl_coefficient * k, c - self.kl_coefficient * slope
+        if self.kl_behavior:
+            k, slope = behavior_penalty(logp, behavior_logp)
+            J, c = J - self.kl_behavior * k, c - self.kl_behavior * slope
         return J * correction, c * correction, w
 
 
-def policy(name: str, kl: str = "none", kl_coefficient: float = 0.0, **hyper: Any) -> Policy:
+def policy(
+    name: str,
+    kl: str = "none",
+    kl_coefficient: float = 0.0,
+    kl_behavior: float = 0.0,
+    **hyper: Any,
+) -> Policy:
     """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c, w).
 
     Args:
       name, hyper: arguments of `objectives.token_objective`.
       kl: "k2" or "k3" subtracts β times this penalty from J, see `objectives.penalty`.
       kl_coefficient: β.
+      kl_behavior: κ; J −= κ·(log r)².
     """
-    return Policy(name, tuple(hyper.items()), kl, kl_coefficient)
+    return Policy(name, tuple(hyper.items()), kl, kl_coefficient, kl_behavior)
 
 
 def likelihood(logp: jax.Array, **_: jax.Array) -> table.Terms:

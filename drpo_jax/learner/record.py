@@ -11,7 +11,7 @@ samples of a prompt contiguous; T tokens of prompt and response; R response toke
     sampled_logp      float32 [N, R]  logprob under the distribution it was drawn from (top-k, top-p)
     old_logp          float32 [N, R]  log π_old, the learner's score before the first update
     logp              float32 [N, R]  log π at the update that used the token (first epoch)
-    coefficient       float32 [N, R]  c = ∂J/∂logp, including KL penalty and correction
+    coefficient       float32 [N, R]  c = ∂J/∂logp, including penalties and correction
     weight            float32 [N, R]  w = c / (r·Â) of the objective alone
     entropy           float32 [N, R]  entropy of π at the token, nats
     advantage         float32 [N]     Â, from the reward and what is added to it

@@ -53,6 +53,11 @@ class ObjectiveSettings:
         "none", "KL penalty to the initial model: k2 or k3 as a loss, k1 in the reward.", KL
     )
     kl_coefficient: float = field(0.0, "Coefficient of the KL penalty.", NOT_NEGATIVE)
+    kl_behavior: float = field(
+        0.0,
+        "Coefficient κ of the penalty κ·(log r)² on the distance to µ. prime-rl has 1e-3.",
+        NOT_NEGATIVE,
+    )
     entropy_bonus: float = field(
         0.0, "Coefficient of the entropy that is added to the objective.", NOT_NEGATIVE
     )

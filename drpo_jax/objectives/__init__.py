@@ -3,13 +3,15 @@
 The modules:
 
     table        the equations: (logp, behavior_logp, advantage) -> objective, score coefficient
+    rows         what the project needs to know about an objective and its hyperparameters
+    budget       CPPO's boundary, which depends on what the prefix has spent
     tokens       the form of a token that the equations take
     policy       the same objective under a custom_vjp that emits the coefficient
     advantages   rewards of grouped samples -> advantages
     aggregation  token objectives -> one loss, with sums and denominators kept separate
     correction   importance weights for the mismatch of sampler and learner
-    penalty      the KL to a reference policy, as a loss or in the reward
-    sequences    sums over the tokens of a response
+    penalty      penalties on the distance to a reference policy and to µ
+    sequences    sums, maxima and quantiles over the tokens of a response
     diagnostics  metrics of the weights
     dynamics     exact gradients over whole distributions, and where ascent takes a policy
 """
@@ -18,7 +20,7 @@ from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative
 from drpo_jax.objectives.aggregation import AGGREGATIONS, token_weights
 from drpo_jax.objectives.correction import CORRECTIONS, LEVELS, mismatch_weight
 from drpo_jax.objectives.diagnostics import mismatch_summary, weight_summary, with_spread
-from drpo_jax.objectives.penalty import KL, kl_penalty, reward_penalty
+from drpo_jax.objectives.penalty import KL, behavior_penalty, kl_penalty, reward_penalty
 from drpo_jax.objectives.policy import policy_objective
 from drpo_jax.objectives.table import (
     HYPERPARAMETERS,
@@ -47,6 +49,7 @@ __all__ = [
     "Objective",
     "Token",
     "advantages",
+    "behavior_penalty",
     "beyond_clip",
     "gradient_weight",
     "hyperparameters",

@@ -35,7 +35,7 @@ def weight_summary(
       weight: the gradient weight w. All six arrays have the same shape.
       logp, behavior_logp: log π and log µ, nats.
       advantage: Â.
-      coefficient: the score coefficient c, including KL penalty and correction. Unlike w it is
+      coefficient: the score coefficient c, including penalties and correction. Unlike w it is
         unbounded: a rare token that gains probability has a large ratio.
       mask: bool or 0/1, the tokens that count.
 

@@ -1,4 +1,6 @@
-"""The KL penalty to a reference policy, as a loss on the sampled tokens or as part of the reward.
+"""Penalties on the distance to the reference policy, and to the behavior policy.
+
+The KL penalty to a reference policy is a loss on the sampled tokens or a part of the reward.
 
 For a token sampled from µ, let d = log π_ref − log π. The ratio r = π/µ is constant in the penalty,
 sg[r], because the penalty estimates an expectation under π:
@@ -10,6 +12,10 @@ sg[r], because the penalty estimates an expectation under π:
 
 k1 = −d is an unbiased estimate, but as a loss its expected gradient is zero. It belongs in the reward,
 see `reward_penalty`. The estimators and their names are from J. Schulman, "Approximating KL Divergence".
+
+The penalty on the distance to µ itself is that of prime-rl's losses:
+
+    J −= κ·(log r)²        c −= 2κ·log r
 """
 
 import jax
@@ -17,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
-from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, clamped, token
+from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, beyond_clip, clamped, token
 
 # d -> (k, ∂k/∂logp)
 ESTIMATORS = {
@@ -52,6 +58,19 @@ def kl_penalty(
     r = jax.lax.stop_gradient(t.r)
     inside = (abs(difference) <= LOG_RATIO_CLIP) & (abs(t.log_r) < LOG_RATIO_CLIP)
     return r * k, jnp.where(inside, r * slope, 0.0)
+
+
+def behavior_penalty(logp: ArrayLike, behavior_logp: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Returns the penalty (log r)² of each token and its derivative, both to be multiplied by κ.
+
+    Args:
+      logp, behavior_logp: log π and log µ of the sampled tokens, nats, which broadcast.
+
+    Returns:
+      ((log r)², 2·log r), to be subtracted from J and c. The derivative is 0 beyond the clip of log r.
+    """
+    t = token(logp, behavior_logp, 0.0)
+    return t.log_r**2, jnp.where(beyond_clip(logp, behavior_logp), 0.0, 2 * t.log_r)
 
 
 def reward_penalty(behavior_logp: ArrayLike, ref_logp: ArrayLike, mask: ArrayLike) -> jax.Array:

@@ -32,33 +32,43 @@ To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
 Numerics: log-probabilities are clamped to at least −1e4, so that the difference of two −inf is not
 NaN. log r is clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ
 is the difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is
-1, except for objectives that truncate or gate the ratio whatever the advantage: `cispo`, `minirl`,
-`sapo`, `gspo`, and `dppo_*` with a `ratio_cap`.
+1, except for objectives that truncate, gate or mask whatever the advantage: `cispo`, `minirl`, `sapo`,
+`gspo`, `ipo`, `trm`, and `dppo_*` with a `ratio_cap`. A token at a boundary, up to rounding, is inside
+(`exceeds`).
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
 (2503.14476) and the dual clip of 1912.09729; CISPO (2506.13585); SAPO (2511.20347);
-GSPO (2507.18071); MiniRL (2512.01374).
+GSPO (2507.18071); MiniRL (2512.01374); CPPO (2606.10968) and its code in Tencent-Hunyuan/UniRL;
+PDM (2607.10848); TRM (2512.23075); VACO (2603.01365); prime-rl's losses (PrimeIntellect-ai/prime-rl).
 """
 
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from drpo_jax.objectives.budget import prefix_bound
 from drpo_jax.objectives.choice import unknown
-from drpo_jax.objectives.sequences import sequence_sum
-from drpo_jax.objectives.tokens import LOG_RATIO_CLIP, Token, beyond_clip, clamped, token
+from drpo_jax.objectives.rows import THRESHOLDS, Hyperparameter, Objective, first
+from drpo_jax.objectives.sequences import sequence_max, sequence_mean
+from drpo_jax.objectives.tokens import (
+    LOG_RATIO_CLIP,
+    Terms,
+    Token,
+    beyond_clip,
+    clamped,
+    exceeds,
+    token,
+)
+
+__all__ = ["THRESHOLDS", "Hyperparameter", "Objective", "Terms", "Token"]
 
 TINY_ADVANTAGE = 1e-6  # Up to this |Â|, the forms without advantage report w = 1.
-
-Terms = tuple[jax.Array, jax.Array, jax.Array]  # (J, c, w)
 
 # ---------------------------------------------------------------- no trust region, ratio clips
 
@@ -76,10 +86,10 @@ def grpo(t: Token, epsilon_low=0.2, epsilon_high=0.2, dual_clip=None) -> Terms:
     """
     low, high = 1 - epsilon_low, 1 + epsilon_high
     J = jnp.minimum(t.r * t.A, jnp.clip(t.r, low, high) * t.A)
-    stopped = ((t.A > 0) & (t.r > high)) | ((t.A < 0) & (t.r < low))
+    stopped = _outside(t, t.r, low, high)
     if dual_clip is not None:
         J = jnp.where(t.A < 0, jnp.maximum(J, dual_clip * t.A), J)
-        stopped |= (t.A < 0) & (t.r > dual_clip)
+        stopped |= (t.A < 0) & exceeds(t.r, dual_clip)
     w = jnp.where(stopped, 0.0, jnp.ones_like(t.r))
     return J, t.r * t.A * w, w
 
@@ -90,9 +100,12 @@ def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0
     M = 0 where Â > 0 and π/π_old > 1+ε_high, or Â < 0 and π/π_old < 1−ε_low. The ratio r = π/µ
     corrects for the sampler's numerics and for staleness. The clip concerns staleness alone, so it
     needs `old_logp`: log π_old, the learner's own score of the token before the first update.
+
+    Others quote 0.2 and 0.27 from the paper, which divides by no length. We have not seen a source for
+    the cap of 5.
     """
     moved = jnp.exp(jnp.clip(t.logp - clamped(old_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
-    stopped = ((t.A > 0) & (moved > 1 + epsilon_high)) | ((t.A < 0) & (moved < 1 - epsilon_low))
+    stopped = _outside(t, moved, 1 - epsilon_low, 1 + epsilon_high)
     ratio = jax.lax.stop_gradient(jnp.where(stopped, 0.0, jnp.minimum(t.r, ratio_cap)))
     w = jnp.where(stopped, 0.0, jnp.where(t.r > ratio_cap, ratio_cap / t.r, 1.0))
     return ratio * t.A * t.logp, ratio * t.A, w
@@ -103,8 +116,9 @@ def cispo(t: Token, epsilon_low=0.2, epsilon_high=0.2) -> Terms:
 
     With ε_low ≥ 1 the ratio has no lower bound, as in CISPO's own runs.
     """
-    clipped = jax.lax.stop_gradient(jnp.clip(t.r, 1 - epsilon_low, 1 + epsilon_high))
-    w = jnp.where(clipped == t.r, 1.0, clipped / t.r)
+    low, high = 1 - epsilon_low, 1 + epsilon_high
+    clipped = jax.lax.stop_gradient(jnp.clip(t.r, low, high))
+    w = jnp.where((t.r < low) | (t.r > high), clipped / t.r, 1.0)
     return clipped * t.A * t.logp, clipped * t.A, w
 
 
@@ -126,11 +140,10 @@ def gspo(t: Token, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Terms:
     `mask` [..., time] marks the tokens of a response along the last axis. It is bool, or holds the
     response's number where several share a row (see `sequences`). Â is constant in a response.
     """
-    count = jnp.maximum(sequence_sum(jnp.ones_like(t.r), mask), 1)
-    s = jnp.exp(sequence_sum(t.log_r, mask) / count)
+    s = jnp.exp(sequence_mean(t.log_r, mask))
     low, high = 1 - epsilon_low, 1 + epsilon_high
     J = jnp.minimum(s * t.A, jnp.clip(s, low, high) * t.A)
-    stopped = ((t.A > 0) & (s > high)) | ((t.A < 0) & (s < low))
+    stopped = _outside(t, s, low, high)
     s = jnp.where(stopped, 0.0, s)
     return J, s * t.A, s / t.r
 
@@ -162,60 +175,171 @@ def spo_no_advantage(t: Token, epsilon=12.5) -> Terms:
 # ------------------------------------------------------------------- hard divergence masks
 
 
-def dppo_tv(t: Token, delta=0.15, ratio_cap=None) -> Terms:
+def dppo_tv(t: Token, delta=0.15, delta_low=None, delta_high=None, ratio_cap=None) -> Terms:
     """J = M·r·Â, M = [sign(Â)·(π−µ) ≤ δ]: no gradient once a diverging token has moved by δ.
+
+    `delta_high` replaces δ for tokens above µ, `delta_low` for those below. prime-rl's default loss
+    has 0.2 for both, with `objective.kl_behavior` = 1e-3.
 
     `ratio_cap` (off by default; 1e4 in the paper's script) truncates the ratio: c = M·min(r, cap)·Â.
     Above the cap, r continues in J as cap·(1 + log(r/cap)), so that c stays the derivative of J.
     """
-    return _masked(t, t.drift <= delta, ratio_cap)
+    return _masked(t, ~exceeds(t.drift, _sided(t, delta, delta_low, delta_high)), ratio_cap)
 
 
-def dppo_kl(t: Token, delta=0.05, ratio_cap=None) -> Terms:
+def dppo_kl(t: Token, delta=0.05, delta_low=None, delta_high=None, ratio_cap=None) -> Terms:
     """J = M·r·Â, M = [KL ≤ δ or converging], KL between Bernoulli(µ) and Bernoulli(π), nats.
 
-    KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). `ratio_cap` as in `dppo_tv`.
+    KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). The others as in `dppo_tv`.
     """
     rest = (1 - t.mu) * jnp.log((1 - t.mu + 1e-8) / (1 - t.pi + 1e-8))
-    kl = rest - t.mu * t.log_r
-    return _masked(t, (kl <= delta) | (t.drift <= 0), ratio_cap)
+    far = exceeds(rest - t.mu * t.log_r, _sided(t, delta, delta_low, delta_high))
+    return _masked(t, ~far | (t.drift <= 0), ratio_cap)
 
 
-def dppo_topk_tv(t: Token, topk_logp, behavior_topk_logp, delta=0.15, ratio_cap=None) -> Terms:
+def dppo_topk_tv(
+    t: Token,
+    topk_logp,
+    behavior_topk_logp,
+    delta=0.15,
+    delta_low=None,
+    delta_high=None,
+    ratio_cap=None,
+) -> Terms:
     """J = M·r·Â, M = [TV ≤ δ or converging], TV over the behavior policy's top-k and the rest.
 
     TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
     `behavior_topk_logp` [..., K] are log π and log µ of the K most likely tokens under µ. The sampled
-    token is always among them: as in the released code, it replaces the last one if necessary.
+    token is always among them: as in the released code, it replaces the last one if necessary. The
+    others as in `dppo_tv`.
     """
-    pi, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
-    tv = (abs(pi - mu).sum(-1) + abs(rest_pi - rest_mu)) / 2
-    return _masked(t, (tv <= delta) | (t.drift <= 0), ratio_cap)
+    pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
+    far = exceeds(abs(pi - mu).sum(-1) / 2, _sided(t, delta, delta_low, delta_high))
+    return _masked(t, ~far | (t.drift <= 0), ratio_cap)
 
 
-def dppo_topk_kl(t: Token, topk_logp, behavior_topk_logp, delta=0.05, ratio_cap=None) -> Terms:
+def dppo_topk_kl(
+    t: Token,
+    topk_logp,
+    behavior_topk_logp,
+    delta=0.05,
+    delta_low=None,
+    delta_high=None,
+    ratio_cap=None,
+) -> Terms:
     """J = M·r·Â, M = [KL ≤ δ or converging], KL(µ‖π) over µ's top-k and the rest, nats.
 
     Arguments as for `dppo_topk_tv`.
     """
-    _, mu, rest_pi, rest_mu = _topk(topk_logp, behavior_topk_logp)
-    log_ratio = clamped(topk_logp) - clamped(behavior_topk_logp)
-    kl = rest_mu * jnp.log((rest_mu + 1e-8) / (rest_pi + 1e-8)) - (mu * log_ratio).sum(-1)
-    return _masked(t, (kl <= delta) | (t.drift <= 0), ratio_cap)
+    kl = _topk_kl(topk_logp, behavior_topk_logp)
+    far = exceeds(kl, _sided(t, delta, delta_low, delta_high))
+    return _masked(t, ~far | (t.drift <= 0), ratio_cap)
+
+
+def pdm(t: Token, topk_logp, behavior_topk_logp, delta=0.15) -> Terms:
+    """J = M·r·Â, M = [KL ≤ δ or Â·(π − µ + Σ_k π_k·(µ_k − π_k)) ≤ 0]: predictive divergence mask.
+
+    KL(µ‖π) is that of `dppo_topk_kl`. A step along the gradient of the token moves the logits by a
+    multiple of Â·(onehot − π), and KL(µ‖π) to first order by the bracket. DPPO's direction test has its
+    first term only. The sum runs over the top-k and one bin for the rest. Unlike DRPO, an outside token
+    whose step increases the KL has no gradient at all.
+
+    The bracket follows from the softmax (the tests check it). The paper (arXiv 2607.10848) was not at
+    hand: δ = 0.15 is what a reader quotes from it, and it also has an estimator of the rest by tokens of
+    equal probability.
+    """
+    pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
+    increase = t.A * jax.lax.stop_gradient(t.shift + (pi * (mu - pi)).sum(-1))
+    far = exceeds(_topk_kl(topk_logp, behavior_topk_logp), delta)
+    return _masked(t, ~far | (increase <= 0), None)
+
+
+def ipo(t: Token, delta=0.1) -> Terms:
+    """J = M·r·Â, M = [|π−µ| ≤ δ]: prime-rl's mask without regard to the direction.
+
+    It drops a converging token outside, which DPPO keeps and DRPO amplifies. prime-rl adds
+    `objective.kl_behavior` = 1e-3; its versions have δ = 0.1 or 0.3.
+    """
+    return _masked(t, ~exceeds(abs(t.shift), delta), None)
+
+
+def cppo(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
+    """J = M·r·Â, M = [|π−µ| ≤ δ_t or converging]: δ_t shrinks with what the prefix has spent.
+
+    See `budget` for δ_t, which is at most δ/w_t. `mask` [..., time] marks the responses, as in `gspo`.
+    The paper has δ = 0.2 for Qwen3-30B-A3B and 0.15 for dense models. Unlike DRPO, it is a hard mask:
+    it neither attenuates inside the boundary nor corrects outside.
+    """
+    bound = prefix_bound(t, mask, delta, w_min, delta_b)
+    return _masked(t, ~exceeds(abs(t.shift), bound) | (t.drift <= 0), None)
+
+
+def trm(t: Token, mask, delta=0.15) -> Terms:
+    """J = M·r·Â, M = [max |π−µ| over the response ≤ δ]: trust region masking of whole responses.
+
+    Unlike DRPO, one token outside drops its whole response, converging tokens included. `mask` as in
+    `gspo`. The paper (arXiv 2512.23075) bounds the KL, or the total variation, of whole distributions;
+    |π−µ| bounds the latter from below. δ is DPPO's: a published value for |π−µ| was not found.
+    """
+    return _masked(t, ~exceeds(sequence_max(abs(t.shift), mask), delta), None)
+
+
+def vaco(t: Token, mask, delta=0.05) -> Terms:
+    """J = M·r·Â, M = [mean |π−µ| over the response ≤ δ or converging].
+
+    Unlike DRPO, a response that has moved too far on average loses all its diverging tokens, however
+    little each of them moved. `mask` as in `gspo`.
+
+    The filter of VACO (arXiv 2603.01365) for language models follows allenai/open-instruct, which
+    averages the Binary TV. The paper estimates the total variation by ½·|r−1|, unbounded in the tail.
+    δ is ours: a published value for |π−µ| was not found.
+    """
+    far = exceeds(sequence_mean(abs(t.shift), mask), delta)
+    return _masked(t, ~far | (t.drift <= 0), None)
 
 
 # --------------------------------------------------------------------- DRPO and its ablations
 
 
-def drpo(t: Token, delta=0.15) -> Terms:
+def drpo(t: Token, delta=0.15, delta_low=None, delta_high=None) -> Terms:
     """J = r·Â − |Â|·µ·(r−1)²/(2δ): a quadratic penalty on the probability shift π − µ.
 
     w = 1 − sign(Â)·(π−µ)/δ lies in [1 − 1/δ, 1 + 1/δ] for every µ. It attenuates a diverging
     update, is 0 at DPPO's boundary, negative beyond it, and above 1 for a converging update. δ is
     the boundary in probability. With δ ≥ 1 (the released code uses δ = 12.5) no token reaches it.
+    `delta_high` replaces δ for tokens above µ, `delta_low` for those below (ours).
     """
+    delta = _sided(t, delta, delta_low, delta_high)
     J = t.r * t.A - abs(t.A) * t.mu * (t.r - 1) ** 2 / (2 * delta)
     w = 1 - t.drift / delta
+    return J, t.r * t.A * w, w
+
+
+def drpo_prefix(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
+    """J = r·Â − |Â|·µ·(r−1)²/(2δ_t): DRPO whose boundary δ_t is CPPO's. Ours, without a publication.
+
+    δ_t comes from `budget` and carries no gradient. Where the prefix leaves less than δ_b, δ_t is δ_b,
+    so that w lies in [1 − 1/δ_b, 1 + 1/δ_b]. Unlike DRPO, a token's weight depends on the tokens before
+    it. `mask` as in `gspo`; constants as in `cppo`.
+    """
+    return drpo(t, jnp.maximum(prefix_bound(t, mask, delta, w_min, delta_b), delta_b))
+
+
+def drpo_decoupled(t: Token, old_logp, delta=0.15) -> Terms:
+    """J = r·Â − |Â|·(π−π_old)²/(2δµ): r knows the sampler's mismatch, the penalty only the drift.
+
+    w = 1 − sign(Â)·(π−π_old)/δ. Unlike DRPO, the sampler's mismatch π_old − µ counts neither towards
+    the boundary nor in its direction. `old_logp` is log π_old, the learner's own score before the first
+    update. With ρ = π_old/µ this is ρ times DRPO with π_old as the behavior policy, that is
+    `objective.behavior` = rescored with an uncapped token correction. Ours; the separation is that of
+    decoupled PPO (arXiv 2110.00641) and MiniRL.
+    """
+    old_logp = clamped(old_logp)
+    # (π−π_old)/µ = r − ρ. The clip only keeps J finite where π_old is e⁴⁰ times µ.
+    rho = jnp.exp(jnp.clip(old_logp - (t.logp - t.log_r), -40, 40))
+    moved = t.pi - jnp.exp(old_logp)
+    J = t.r * t.A - abs(t.A) * moved * (t.r - rho) / (2 * delta)
+    w = 1 - jnp.sign(t.A) * moved / delta
     return J, t.r * t.A * w, w
 
 
@@ -241,33 +365,59 @@ def drpo_no_correction(t: Token, delta=0.15) -> Terms:
     return J, t.r * t.A * w, w
 
 
-def mask_drpo(t: Token, delta=0.15, directional=False) -> Terms:
-    """J = r·Â − [outside]·|Â|·((π−µ)² − δ²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
+def mask_drpo(t: Token, delta=0.15, mask_delta=None, directional=False) -> Terms:
+    """J = r·Â − [outside]·|Â|·((π−µ)² − δ_m²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
 
-    Outside means |π−µ| > δ, where converging tokens jump to w > 2. With `directional`, it means
-    sign(Â)·(π−µ) > δ: w = 1 wherever DPPO keeps the gradient, and DRPO's correction elsewhere.
+    Outside means |π−µ| > δ_m, where δ_m is `mask_delta` (δ by default). δ alone scales the penalty
+    outside: w = 1 − sign(Â)·(π−µ)/δ. With `directional`, outside means sign(Â)·(π−µ) > δ_m.
+
+    At δ_m = δ, converging tokens outside jump to w > 2, and `directional` keeps w = 1 wherever DPPO
+    keeps the gradient. With δ_m ≥ 1 nothing is outside: this is the surrogate. With δ = 12.5 (the
+    released threshold), w outside lies in [0.92, 1.08] for every δ_m: nothing is corrected.
     """
-    outside = (t.drift if directional else abs(t.shift)) > delta
-    penalty = (t.mu * (t.r - 1) ** 2 - delta**2 * _inverse_mu(t, delta)) / (2 * delta)
+    mask_delta = first(mask_delta, delta)
+    outside = exceeds(t.drift if directional else abs(t.shift), mask_delta)
+    penalty = (t.mu * (t.r - 1) ** 2 - mask_delta**2 * _inverse_mu(t, mask_delta)) / (2 * delta)
     J = t.r * t.A - jnp.where(outside, abs(t.A) * penalty, 0.0)
     w = 1 - jnp.where(outside, t.drift / delta, 0.0)
     return J, t.r * t.A * w, w
 
 
+def _outside(t: Token, ratio: jax.Array, low, high) -> jax.Array:
+    """Returns where a diverging update has moved a ratio out of [low, high]: PPO's clip."""
+    return ((t.A > 0) & exceeds(ratio, high)) | ((t.A < 0) & exceeds(-ratio, -low))
+
+
 def _masked(t: Token, kept: jax.Array, ratio_cap) -> Terms:
     """Returns DPPO's terms: the surrogate with its ratio truncated at `ratio_cap`, where `kept`."""
-    value = weighted = t.r
+    value, weighted, w = t.r, t.r, jnp.ones_like(t.r)
     if ratio_cap is not None:
         weighted = jnp.minimum(t.r, ratio_cap)
         value = weighted + ratio_cap * jnp.maximum(t.log_r - jnp.log(ratio_cap), 0)
-    J, c, w = value * t.A, weighted * t.A, jnp.where(weighted == t.r, 1.0, weighted / t.r)
+        w = jnp.where(t.r > ratio_cap, ratio_cap / t.r, w)
+    J, c = value * t.A, weighted * t.A
     return jnp.where(kept, J, 0.0), jnp.where(kept, c, 0.0), jnp.where(kept, w, 0.0)
 
 
-def _topk(topk_logp, behavior_topk_logp):
-    """Returns π and µ of the top-k tokens, and those of the bin for all others, without gradient."""
-    pi, mu = (jnp.exp(jax.lax.stop_gradient(x)) for x in (topk_logp, behavior_topk_logp))
-    return pi, mu, *(jnp.maximum(1 - x.sum(-1), 0) for x in (pi, mu))
+def _sided(t: Token, delta, delta_low, delta_high):
+    """Returns δ_high where π > µ and δ_low elsewhere; each is δ where it is None."""
+    if delta_low is None and delta_high is None:
+        return delta
+    return jnp.where(t.shift > 0, first(delta_high, delta), first(delta_low, delta))
+
+
+def _topk(logp) -> jax.Array:
+    """Returns the probabilities of the top-k tokens, and of the bin for all others, without gradient."""
+    p = jnp.exp(jax.lax.stop_gradient(logp))
+    return jnp.concatenate([p, jnp.maximum(1 - p.sum(-1, keepdims=True), 0)], axis=-1)
+
+
+def _topk_kl(topk_logp, behavior_topk_logp) -> jax.Array:
+    """Returns KL(µ‖π) over µ's top-k tokens and the bin for all others, nats, without gradient."""
+    pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
+    log_ratio = jax.lax.stop_gradient(clamped(topk_logp) - clamped(behavior_topk_logp))
+    rest = mu[..., -1] * jnp.log((mu[..., -1] + 1e-8) / (pi[..., -1] + 1e-8))
+    return rest - (mu[..., :-1] * log_ratio).sum(-1)
 
 
 def _inverse(A: jax.Array) -> jax.Array:
@@ -288,88 +438,7 @@ def _inverse_mu(t: Token, delta) -> jax.Array:
 # ------------------------------------------------------------------------------- the table
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One row of the table: an equation, and what the rest of the project needs to know about it.
-
-    Attributes:
-      equation: (Token, arrays, **hyperparameters) -> (J, c, w).
-      boundary: quantity that its boundary or clip bounds: "probability" (|π − µ|, or a total
-        variation), "nats" (a KL divergence), "ratio" (π/µ, or π/π_old); None: it has no boundary.
-      aggregation: the aggregation that its source publishes it with; None: its source has none, or
-        does not say.
-      fixed_aggregation: c is the gradient of the published objective under that aggregation only.
-      released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
-      corrects_mismatch: its ratio π/µ corrects the sampler's numerics, so µ must be the sampler's.
-    """
-
-    equation: Callable[..., Terms]
-    boundary: Literal["probability", "nats", "ratio"] | None = None
-    aggregation: str | None = None
-    fixed_aggregation: bool = False
-    released: bool = False
-    corrects_mismatch: bool = False
-
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that the equation takes besides log π, log µ and Â."""
-        return tuple(p.name for p in self._parameters() if p.default is p.empty)
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        """The hyperparameters by name, with their defaults."""
-        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
-
-    @property
-    def needs_sequences(self) -> bool:
-        """Whether c of a token depends on all tokens of its response."""
-        return "mask" in self.arrays
-
-    @property
-    def threshold(self) -> str | None:
-        """The hyperparameter that the readings in `THRESHOLDS` apply to, None for none.
-
-        A reading of delta is a probability and does not apply to a boundary in nats.
-        """
-        names = [name for name in THRESHOLDS if name in self.hyper]
-        return names[0] if names and self.boundary != "nats" else None
-
-    def _parameters(self):
-        return list(inspect.signature(self.equation).parameters.values())[1:]
-
-    @property
-    def summary(self) -> str:
-        """The equation in one line."""
-        return (inspect.getdoc(self.equation) or "").partition("\n")[0]
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """What a hyperparameter means in every objective that takes it.
-
-    Attributes:
-      symbol: its name in equations.
-      meaning: one sentence.
-      above: numbers must be larger than this.
-      type: float or bool.
-    """
-
-    symbol: str
-    meaning: str
-    above: float = 0.0
-    type: type = float
-
-    @property
-    def allowed(self) -> str:
-        """The allowed values in words."""
-        return f"above {self.above:g}" if self.above else "positive"
-
-    def holds(self, value: float) -> bool:
-        """Whether a number is allowed."""
-        return value > self.above
-
-
-_DRPO = "seq-mean-token-sum-norm"  # The aggregation of the DRPO paper.
+_DRPO = "seq-mean-token-sum-norm"  # The aggregation of the DRPO paper, and of DPPO's script.
 
 OBJECTIVES: dict[str, Objective] = {
     row.equation.__name__: row
@@ -386,14 +455,33 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(spo, boundary="ratio", released=True),
         Objective(spo_no_advantage, boundary="ratio", released=True),
-        Objective(dppo_tv, boundary="probability"),
-        Objective(dppo_kl, boundary="nats"),
-        Objective(dppo_topk_tv, boundary="probability"),
+        Objective(dppo_tv, boundary="probability", aggregation=_DRPO, unbounded="surrogate"),
+        Objective(dppo_kl, boundary="nats", aggregation=_DRPO),
+        Objective(dppo_topk_tv, boundary="probability", unbounded="surrogate"),
         Objective(dppo_topk_kl, boundary="nats"),
+        Objective(pdm, boundary="nats"),
+        Objective(ipo, boundary="probability", aggregation="token-mean", unbounded="surrogate"),
+        Objective(cppo, boundary="probability", aggregation="token-mean"),
+        Objective(trm, boundary="probability", unbounded="surrogate"),
+        Objective(vaco, boundary="probability", unbounded="surrogate"),
         Objective(drpo, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(drpo_prefix, boundary="probability"),
+        Objective(drpo_decoupled, boundary="probability", corrects_mismatch=True),
         Objective(drpo_no_advantage, boundary="probability", aggregation=_DRPO, released=True),
-        Objective(drpo_no_correction, boundary="probability", aggregation=_DRPO, released=True),
-        Objective(mask_drpo, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(
+            drpo_no_correction,
+            boundary="probability",
+            aggregation=_DRPO,
+            released=True,
+            unbounded="drpo",
+        ),
+        Objective(
+            mask_drpo,
+            boundary="probability",
+            aggregation=_DRPO,
+            released=True,
+            unbounded="surrogate",
+        ),
     )
 }
 
@@ -401,7 +489,18 @@ OBJECTIVES: dict[str, Objective] = {
 # hyperparameter without a row here is a positive number, or a bool where its default is one.
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "delta": Hyperparameter(
-        "δ", "Boundary of |π − µ|, a probability; of the KL, nats, in dppo_*kl."
+        "δ", "Boundary of |π − µ|, a probability; of the KL, nats, in dppo_*kl and pdm."
+    ),
+    "delta_low": Hyperparameter("δ_low", "Boundary of tokens with π ≤ µ; unset: delta."),
+    "delta_high": Hyperparameter("δ_high", "Boundary of tokens with π > µ; unset: delta."),
+    "mask_delta": Hyperparameter(
+        "δ_m", "Boundary of |π − µ| beyond which mask_drpo penalizes a token; unset: delta."
+    ),
+    "w_min": Hyperparameter(
+        "w_min", "Weight of the last token of a response against 1 for the first one.", most=1.0
+    ),
+    "delta_b": Hyperparameter(
+        "δ_b", "Smallest budget per token of the prefix, a probability; the largest is 2 δ_b."
     ),
     "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
     "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),
@@ -415,19 +514,6 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "directional": Hyperparameter(
         "directional", "The weight is 1 wherever DPPO keeps the gradient.", type=bool
     ),
-}
-
-# Readings of the papers' thresholds: {hyperparameter: {name of the reading: value}}.
-THRESHOLDS: dict[str, dict[str, float]] = {
-    "delta": {
-        "boundary": 0.15,  # DPPO's boundary, a probability, which DRPO shares.
-        "released": 12.5,  # DRPO's released code. |π − µ| ≤ 1 never reaches it.
-        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty.
-    },
-    "epsilon": {
-        "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5.
-        "original": 0.2,  # The SPO paper's own scale.
-    },
 }
 
 
@@ -513,7 +599,8 @@ def _problem(key: str, value, default) -> str | None:
             return None
     elif hasattr(value, "shape"):
         return None
-    return f"a number above {row.above:g}" + (" or None" if default is None else "")
+    most = f" and at most {row.most:g}" if row.most < math.inf else ""
+    return f"a number above {row.above:g}{most}" + (" or None" if default is None else "")
 
 
 def split_arrays(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:

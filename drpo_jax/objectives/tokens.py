@@ -10,6 +10,10 @@ from jax.typing import ArrayLike
 LOGP_FLOOR = -1e4
 # Bound of |log r|, nats; c is 0 beyond it.
 LOG_RATIO_CLIP = 20.0
+# Machine epsilons by which a value may pass a boundary and still count as on it, see `exceeds`.
+ROUNDING = 8
+
+Terms = tuple[jax.Array, jax.Array, jax.Array]  # (J, c, w)
 
 
 class Token(NamedTuple):
@@ -58,6 +62,18 @@ def beyond_clip(logp: ArrayLike, behavior_logp: ArrayLike) -> jax.Array:
     """Returns whether |log π − log µ| > 20 nats, where r is clipped and c and w are 0."""
     logp, behavior_logp, _ = aligned(logp, behavior_logp, 0.0)
     return abs(_log_ratio(logp, behavior_logp)) > LOG_RATIO_CLIP
+
+
+def exceeds(value: jax.Array, bound: ArrayLike) -> jax.Array:
+    """Returns whether `value` lies above `bound` by more than rounding.
+
+    The last bits of an exponential depend on how XLA fuses it, and a fusion may compute it again. A
+    plain comparison of a token exactly at a boundary would therefore differ between programs, and
+    between J, c and w of one program. Here such a token is always inside: the slack is 1e-6 for
+    probabilities in float32.
+    """
+    slack = ROUNDING * jnp.finfo(value.dtype).eps
+    return value - bound > slack * jnp.maximum(abs(jnp.asarray(bound, value.dtype)), 1)
 
 
 def clamped(logp: ArrayLike) -> jax.Array:

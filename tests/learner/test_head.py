@@ -28,10 +28,12 @@ MESHES = {
     "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "tensor": {"tensor": 8},
 }
-# Every objective of the table, KL penalties, supervised learning, and precomputed terms (for gspo).
-HEADS = {name: policy(name) for name in OBJECTIVES if name != "gspo"} | {
+# Every objective of the table, penalties, supervised learning, and precomputed terms, here those of
+# gspo, for objectives that need whole responses.
+HEADS = {name: policy(name) for name in OBJECTIVES if not OBJECTIVES[name].needs_sequences} | {
     "drpo + k2": policy("drpo", kl="k2", kl_coefficient=BETA),
     "drpo + k3": policy("drpo", kl="k3", kl_coefficient=BETA),
+    "drpo + behavior": policy("drpo", kl_behavior=BETA),
     "likelihood": likelihood,
     "gspo": precomputed,
 }
@@ -141,9 +143,11 @@ def unfused(hidden, weight, targets, token_weight, inputs):
         arrays = {array: arrays[array] for array in OBJECTIVES[name].arrays}
         J = policy_objective(name, logp, *common, **arrays)
         d = inputs["ref_logp"] - logp
-        ratio = jax.lax.stop_gradient(jnp.exp(logp - inputs["behavior_logp"]))
-        penalty = {"": 0.0, "k2": d**2 / 2, "k3": jnp.exp(d) - d - 1}[kl]
-        return J - BETA * ratio * penalty
+        log_r = logp - inputs["behavior_logp"]
+        ratio = jax.lax.stop_gradient(jnp.exp(log_r))
+        penalty = {"": 0.0, "k2": ratio * d**2 / 2, "k3": ratio * (jnp.exp(d) - d - 1)}
+        penalty["behavior"] = log_r**2
+        return J - BETA * penalty[kl]
 
     def losses(hidden, weight):
         every = log_softmax(hidden, weight)

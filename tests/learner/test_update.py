@@ -128,6 +128,9 @@ def test_loss_and_gradient_norm_are_those_of_the_definition(state, batch, whole)
 GSPO = dataclasses.replace(
     SETTINGS, objective=policy("gspo", epsilon_high=0.1), aggregation="seq-mean-token-mean"
 )
+PREFIX = dataclasses.replace(
+    SETTINGS, objective=policy("drpo_prefix", delta=0.01, delta_b=0.002, kl_behavior=0.3)
+)
 MIXED = dataclasses.replace(
     SETTINGS,
     objective=policy("minirl", kl="k3", kl_coefficient=0.3),
@@ -138,7 +141,9 @@ MIXED = dataclasses.replace(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings, extra", [(GSPO, ()), (MIXED, ("old_logp", "ref_logp"))], ids=["gspo", "mixed"]
+    "settings, extra",
+    [(GSPO, ()), (PREFIX, ()), (MIXED, ("old_logp", "ref_logp"))],
+    ids=["gspo", "prefix", "mixed"],
 )
 def test_packing_and_micro_batches_change_nothing(state, settings, extra):
     """Sequence-level and penalized objectives against the definition, for several partitions."""

@@ -24,11 +24,23 @@ CASES = [(name, {}) for name in OBJECTIVES] + [
     ("dppo_kl", {"ratio_cap": 2.0}),
     ("dppo_topk_tv", {"ratio_cap": 2.0}),
     ("dppo_topk_kl", {"delta": 0.2}),
+    ("dppo_tv", {"delta_low": 0.05, "delta_high": 0.3}),
+    ("dppo_kl", {"delta_high": 0.3}),
+    ("dppo_topk_tv", {"delta_low": 0.02}),
+    ("dppo_topk_kl", {"delta_low": 0.2, "delta_high": 0.01}),
+    ("pdm", {"delta": 0.01}),
+    ("cppo", {"delta": 0.05, "w_min": 0.3, "delta_b": 0.1}),
+    ("trm", {"delta": 0.5}),
     ("drpo", {"delta": 12.5}),
+    ("drpo", {"delta_low": 0.05, "delta_high": 0.3}),
+    ("drpo_prefix", {"delta": 0.05, "w_min": 0.3, "delta_b": 0.1}),
+    ("drpo_decoupled", {"delta": 0.4}),
     ("drpo_no_advantage", {"delta": 0.4}),
     ("drpo_no_correction", {"delta": 12.5}),
     ("mask_drpo", {"directional": True}),
     ("mask_drpo", {"delta": 0.01}),
+    ("mask_drpo", {"mask_delta": 0.4}),
+    ("mask_drpo", {"delta": 12.5, "mask_delta": 0.15, "directional": True}),
 ]
 
 

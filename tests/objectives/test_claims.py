@@ -1,12 +1,22 @@
 """The papers' claims about the weights, on tokens where they can be computed by hand."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 
 from drpo_jax.objectives.diagnostics import MU_BINS
-from drpo_jax.objectives.table import gradient_weight, token_objective, token_terms
+from drpo_jax.objectives.table import (
+    OBJECTIVES,
+    Objective,
+    gradient_weight,
+    resolve_hyper,
+    token_objective,
+    token_terms,
+)
 
 DELTA = 0.15
 
@@ -67,6 +77,202 @@ def test_mask_drpo_amplifies_converging_tokens_outside_unless_directional(weight
     assert weight_at("mask_drpo", pi, mu, 1.0, directional=True) == 1.0
     assert weight_at("drpo", pi, mu, 1.0) == pytest.approx(3.0)
     assert weight_at("dppo_tv", pi, mu, 1.0) == weight_at("dppo_kl", pi, mu, 1.0) == 1.0
+
+
+# ------------------------------------------------------------------------- exactly at a boundary
+
+# Objectives whose weight jumps at a boundary δ of |π − µ|.
+JUMPS = ("dppo_tv", "mask_drpo", "ipo", "trm", "vaco", "cppo")
+
+
+def programs(function):
+    """The same function, fused in different ways."""
+    yield function
+    yield jax.jit(function)
+    yield jax.jit(lambda *args: jax.lax.map(lambda row: function(*row), args))
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_token_exactly_at_the_boundary_is_inside_in_every_program(name):
+    """A plain comparison keeps about half of these, and not the same ones in every program."""
+    mu = np.linspace(0.01, 0.6, 600).reshape(6, 100)
+    for delta in (0.05, 0.15, 0.2, 0.35):
+        up, down = np.minimum(mu + delta, 1), np.maximum(mu - delta, 1e-3)
+        pi = np.where(np.arange(100) % 2, up, np.where(down > 1e-3, down, up))
+        advantage = np.sign(pi - mu)  # diverging
+        mask = np.arange(1, 101)[None] * np.ones((6, 1), int)  # each token is a response
+        hyper = {"w_min": 1.0} if name == "cppo" else {}
+
+        def terms(logp, behavior_logp, advantage, mask, delta=delta, hyper=hyper):
+            arrays = {"mask": mask} if "mask" in OBJECTIVES[name].arrays else {}
+            tokens = logp, behavior_logp, advantage
+            keywords = dict(delta=delta, **arrays, **hyper)
+            w = gradient_weight(name, *tokens, **keywords)
+            return [*token_objective(name, *tokens, **keywords), w]
+
+        tokens = [np.float32(x) for x in (np.log(pi), np.log(mu), advantage)]
+        for program in programs(terms):
+            J, c, w = program(*tokens, mask)
+            np.testing.assert_array_equal(w, 1.0)
+            assert np.asarray(J).all() and np.asarray(c).all()
+
+
+@pytest.mark.parametrize(
+    "name, hyper",
+    [("grpo", {}), ("minirl", {}), ("gspo", {"epsilon_low": 0.2, "epsilon_high": 0.27})],
+)
+def test_a_ratio_exactly_at_the_clip_is_inside_in_every_program(name, hyper):
+    high = {"grpo": 1.2}.get(name, 1.27)
+    behavior_logp = np.float32(-np.linspace(0.5, 8, 600)).reshape(6, 100)
+    advantage = np.float32(np.where(np.arange(100) % 2, 1, -1)) * np.ones((6, 1), np.float32)
+    logp = behavior_logp + np.float32(np.log(np.where(advantage > 0, high, 0.8)))
+    # The difference of the logarithms is not exact; keep the tokens for which it nearly is.
+    error = abs((logp - behavior_logp) - np.log(np.where(advantage > 0, high, 0.8)))
+    arrays = {"old_logp": behavior_logp, "mask": np.arange(1, 101)[None] * np.ones((6, 1), int)}
+
+    def weight(*tokens):
+        needed = {key: arrays[key] for key in OBJECTIVES[name].arrays}
+        return gradient_weight(name, *tokens, **needed, **hyper)
+
+    for program in (weight, jax.jit(weight)):
+        kept = np.asarray(program(logp, behavior_logp, advantage)) != 0
+        assert kept[error < 1e-7].all() and (error < 1e-7).sum() > 100
+
+
+# ------------------------------------------------------------ boundaries that depend on more
+
+
+def test_cppo_restarts_with_every_response_of_a_packed_row(batch, in_float64):
+    """Packed or one per row, in whatever order: J, c and w of a response are the same."""
+    mask = batch.arrays["mask"]
+    for name in ("cppo", "drpo_prefix", "trm", "vaco"):
+        packed = in_float64(gradient_weight, name, *batch[:3], mask=mask)
+        alone, places = np.zeros((4, 40, 100)), []
+        for row in range(5):
+            for number in range(1, 9):
+                at = row, np.flatnonzero(mask[row] == number)
+                places.append(at)
+                for target, source in zip(alone, (*batch[:3], mask > 0), strict=True):
+                    target[len(places) - 1, : at[1].size] = source[at]
+        w = in_float64(gradient_weight, name, *alone[:3], mask=alone[3])
+        for i, at in enumerate(places):
+            np.testing.assert_allclose(w[i, : at[1].size], packed[at], rtol=1e-9, err_msg=name)
+
+
+def test_cppo_by_hand():
+    """Four diverging tokens with D = .1: the budget is 2δ_b = .04 a token, so each leaves .06 less."""
+    mu = np.array([[0.3, 0.3, 0.3, 0.3]])
+    w = functools.partial(
+        gradient_weight, "cppo", np.log(mu + 0.1), np.log(mu), 1.0, mask=np.ones((1, 4), bool)
+    )
+    # Bounds with w_min = 1: .2, .14, .08, .02.
+    np.testing.assert_array_equal(w(w_min=1.0), [[1, 1, 0, 0]])
+    # Weights 1, .9, .8, .7 (w_min = .7); sums before: 0, .06, .114, .162; bounds .2, .156, .107, .054.
+    np.testing.assert_array_equal(w(w_min=0.7), [[1, 1, 1, 0]])
+    # Converging tokens spend as well, but are kept.
+    np.testing.assert_array_equal(gradient_weight(
+        "cppo", np.log(mu + 0.1), np.log(mu), np.array([[-1.0, -1, 1, -1]]),
+        mask=np.ones((1, 4), bool), w_min=1.0,
+    ), [[1, 1, 0, 1]])  # fmt: skip
+    # DRPO with these bounds: 1 − .1/δ_t; where .02 = δ_b is left, δ_t = .02.
+    smooth = gradient_weight(
+        "drpo_prefix", np.log(mu + 0.1), np.log(mu), 1.0, mask=np.ones((1, 4), bool), w_min=1.0
+    )
+    np.testing.assert_allclose(smooth, 1 - 0.1 / np.array([[0.2, 0.14, 0.08, 0.02]]), atol=1e-4)
+
+
+def test_the_predictive_mask_knows_whether_a_step_raises_the_divergence(in_float64):
+    """Against KL(µ‖π) after a small step on the logits, for whole distributions."""
+    rng = np.random.default_rng(0)
+    logits, behavior = rng.normal(0, 1.5, (2, 400, 6))
+    sampled, advantage = rng.integers(0, 6, 400), rng.choice([-1.0, 1.0], 400)
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+
+    pi, mu = softmax(logits), softmax(behavior)
+    onehot = np.eye(6)[sampled]
+
+    def kl(z):
+        return (mu * np.log(mu / softmax(z))).sum(-1)
+
+    raises = kl(logits + 1e-5 * advantage[:, None] * (onehot - pi)) > kl(logits)
+    at = np.arange(400), sampled
+    arrays = {"topk_logp": np.log(pi[:, :5]), "behavior_topk_logp": np.log(mu[:, :5])}
+    kept = in_float64(
+        gradient_weight, "pdm", np.log(pi[at]), np.log(mu[at]), advantage, **arrays, delta=1e-3
+    )
+    np.testing.assert_array_equal(kept == 0, raises & (kl(logits) > 1e-3))
+    diverging = advantage * (pi[at] - mu[at]) > 0
+    assert (raises != diverging).any()  # where DPPO's direction test errs
+
+
+def test_decoupled_drpo_is_the_corrected_drpo_with_another_anchor(batch, in_float64):
+    """ρ = π_old/µ times DRPO whose behavior policy is π_old."""
+    logp, behavior_logp, advantage = batch[:3]
+    old_logp = batch.arrays["old_logp"]
+    near = abs(old_logp - behavior_logp) < 10
+    ours = in_float64(token_objective, "drpo_decoupled", *batch[:3], old_logp=old_logp)
+    rescored = in_float64(token_objective, "drpo", logp, old_logp, advantage)
+    rho = np.exp(old_logp - behavior_logp)
+    for a, b in zip(ours, rescored, strict=True):
+        np.testing.assert_allclose(a[near], (rho * b)[near], rtol=1e-7, atol=1e-9)
+    w = in_float64(gradient_weight, "drpo_decoupled", *batch[:3], old_logp=old_logp)
+    np.testing.assert_allclose(w, in_float64(gradient_weight, "drpo", logp, old_logp, advantage))
+
+
+def test_bounds_above_and_below(weight_at):
+    sides = {"delta_low": 0.05, "delta_high": 0.3}
+    pi, advantage = np.array([0.6, 0.75, 0.46, 0.4]), np.array([1.0, 1, -1, -1])
+    assert weight_at("dppo_tv", pi, 0.5, advantage, **sides).tolist() == [1, 1, 1, 0]
+    assert weight_at("dppo_tv", pi, 0.5, advantage).tolist() == [1, 0, 1, 1]
+    drpo = weight_at("drpo", pi, 0.5, advantage, **sides)
+    np.testing.assert_allclose(drpo, [1 - 0.1 / 0.3, 1 - 0.25 / 0.3, 0.2, -1], atol=1e-12)
+    one = weight_at("drpo", pi, 0.5, advantage, delta_low=0.05)
+    np.testing.assert_allclose(one[:2], weight_at("drpo", pi, 0.5, advantage)[:2])
+
+
+def test_objectives_that_no_token_can_get_outside_of_are_what_their_row_says(batch, in_float64):
+    """The paper reports Mask-DRPO near DRPO and the surrogate below both: not at one δ of 12.5."""
+    for name, equal in (
+        ("mask_drpo", "surrogate"),
+        ("dppo_tv", "surrogate"),
+        ("dppo_topk_tv", "surrogate"),
+        ("ipo", "surrogate"),
+        ("trm", "surrogate"),
+        ("vaco", "surrogate"),
+        ("drpo_no_correction", "drpo"),
+    ):
+        assert OBJECTIVES[name].equals(resolve_hyper(name, {"delta": 12.5})) == equal
+        assert OBJECTIVES[name].equals(resolve_hyper(name, {})) is None
+        hyper = {"delta": 12.5} | batch.needs(name)
+        other = {"delta": 12.5} if equal == "drpo" else {}
+        for function in (token_objective, gradient_weight):
+            np.testing.assert_allclose(
+                in_float64(function, name, *batch[:3], **hyper),
+                in_float64(function, equal, *batch[:3], **other),
+                rtol=1e-10,
+            )
+    own_mask = resolve_hyper("mask_drpo", {"delta": 12.5, "mask_delta": 0.15})
+    assert OBJECTIVES["mask_drpo"].equals(own_mask) is None
+    assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "ratio_cap": 2.0}) is None
+    assert OBJECTIVES["drpo"].equals({"delta": 12.5}) is None
+    assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "delta_low": 0.1}) is None
+
+    def other(t, bound=2.0):
+        """An objective with a boundary in probability under another name."""
+
+    assert Objective(other, boundary="probability").bounds({"bound": 2.0}) == ()
+
+
+def test_a_mask_of_its_own_corrects_nothing_at_the_released_threshold(batch, in_float64):
+    w = in_float64(gradient_weight, "mask_drpo", *batch[:3], delta=12.5, mask_delta=0.15)
+    shift = abs(np.exp(batch.logp) - np.exp(batch.behavior_logp))
+    assert (w[shift > 0.1501] != 1).all() and (w[shift < 0.1499] == 1).all()
+    assert w.min() >= 0.92 and w.max() <= 1.08
+    half = in_float64(gradient_weight, "mask_drpo", *batch[:3], delta=0.15, mask_delta=0.3)
+    drpo = in_float64(gradient_weight, "drpo", *batch[:3], delta=0.15)
+    np.testing.assert_array_equal(half, np.where(shift > 0.3, drpo, 1))
 
 
 def test_weights_are_bounded_for_drpo_and_unbounded_for_spo_along_the_tail(weight_at):

@@ -90,33 +90,105 @@ def _dppo(t, divergence, delta, ratio_cap):
     return ~dropped * (value + beyond) * t.A, ~dropped * value * t.A
 
 
-def dppo_tv(t, delta=0.15, ratio_cap=None):
-    return _dppo(t, abs(t.p - t.m), delta, ratio_cap)
+def _side(t, delta, low, high):
+    return np.where(t.p > t.m, high or delta, low or delta)
 
 
-def dppo_kl(t, delta=0.05, ratio_cap=None):
+def dppo_tv(t, delta=0.15, delta_low=None, delta_high=None, ratio_cap=None):
+    return _dppo(t, abs(t.p - t.m), _side(t, delta, delta_low, delta_high), ratio_cap)
+
+
+def dppo_kl(t, delta=0.05, delta_low=None, delta_high=None, ratio_cap=None):
     kl = t.m * np.log(t.m / t.p) + (1 - t.m) * np.log((1 - t.m + 1e-8) / (1 - t.p + 1e-8))
-    return _dppo(t, kl, delta, ratio_cap)
+    return _dppo(t, kl, _side(t, delta, delta_low, delta_high), ratio_cap)
 
 
-def dppo_topk_tv(t, delta=0.15, ratio_cap=None):
+def dppo_topk_tv(t, delta=0.15, delta_low=None, delta_high=None, ratio_cap=None):
     p, m = _with_remainder(t)
-    return _dppo(t, 0.5 * abs(p - m).sum(-1), delta, ratio_cap)
+    tv = 0.5 * abs(p - m).sum(-1)
+    return _dppo(t, tv, _side(t, delta, delta_low, delta_high), ratio_cap)
 
 
-def dppo_topk_kl(t, delta=0.05, ratio_cap=None):
+def dppo_topk_kl(t, delta=0.05, delta_low=None, delta_high=None, ratio_cap=None):
     p, m = _with_remainder(t)
-    return _dppo(t, (m * np.log(m / p)).sum(-1), delta, ratio_cap)
+    kl = (m * np.log(m / p)).sum(-1)
+    return _dppo(t, kl, _side(t, delta, delta_low, delta_high), ratio_cap)
+
+
+def _kept(t, keeps):
+    return keeps * t.p / t.m * t.A, keeps * t.p / t.m * t.A
+
+
+def pdm(t, delta=0.15):
+    """The sampled token's step e_k − π changes KL(µ‖π), whose slope in the logits is π − µ."""
+    p, m = _with_remainder(t)
+    slope = t.p - t.m - (p * (p - m)).sum(-1)
+    return _kept(t, ~(((m * np.log(m / p)).sum(-1) > delta) & (t.A * slope > 0)))
+
+
+def ipo(t, delta=0.1):
+    return _kept(t, abs(t.p - t.m) <= delta)
+
+
+def _responses(t):
+    """The index of every response: its row, and the columns of its tokens."""
+    for row, numbers in enumerate(t.sequence):
+        for number in set(numbers) - {0}:
+            yield row, np.flatnonzero(numbers == number)
+
+
+def _prefix_bounds(t, delta, w_min, delta_b):
+    """CPPO token by token: the bound on |π − µ| that each prefix leaves; NaN outside of responses."""
+    bounds = np.full(t.p.shape, np.nan)
+    for row, columns in _responses(t):
+        D = abs(t.p - t.m)[row, columns]
+        budget = min(max(np.quantile(D, 0.9), delta_b), 2 * delta_b)
+        allowed = spent = 0.0
+        for i, column in enumerate(columns):
+            w = 1 - (1 - w_min) * i / max(len(columns) - 1, 1)
+            bounds[row, column] = min(delta, delta + budget * allowed - spent) / w
+            allowed, spent = allowed + w, spent + w * D[i]
+    return bounds
+
+
+def cppo(t, delta=0.2, w_min=0.8, delta_b=0.02):
+    bound = _prefix_bounds(t, delta, w_min, delta_b)
+    kept = (t.A * (t.p / t.m - 1) <= 0) | (abs(t.p - t.m) <= bound)
+    return _kept(t, np.where(np.isnan(bound), np.nan, kept))
+
+
+def drpo_prefix(t, delta=0.2, w_min=0.8, delta_b=0.02):
+    return drpo(t, np.maximum(_prefix_bounds(t, delta, w_min, delta_b), delta_b))
+
+
+def trm(t, delta=0.15):
+    kept = np.full(t.p.shape, np.nan)
+    for at in _responses(t):
+        kept[at] = abs(t.p - t.m)[at].max() <= delta
+    return _kept(t, kept)
+
+
+def vaco(t, delta=0.05):
+    kept = np.full(t.p.shape, np.nan)
+    for at in _responses(t):
+        converging = t.A[at] * (t.p[at] - t.m[at]) <= 0
+        kept[at] = converging | (abs(t.p - t.m)[at].mean() <= delta)
+    return _kept(t, kept)
 
 
 def _with_remainder(t):
     return (np.append(x, 1 - x.sum(-1, keepdims=True), axis=-1) for x in (t.top_p, t.top_m))
 
 
-def drpo(t, delta=0.15):
-    r = t.p / t.m
+def drpo(t, delta=0.15, delta_low=None, delta_high=None):
+    r, delta = t.p / t.m, _side(t, delta, delta_low, delta_high)
     J = r * t.A - abs(t.A) / (2 * delta) * t.m * (r - 1) ** 2
     return J, r * t.A * (1 - np.sign(t.A * (r - 1)) * abs(t.p - t.m) / delta)
+
+
+def drpo_decoupled(t, delta=0.15):
+    J = t.p / t.m * t.A - abs(t.A) * (t.p - t.old) ** 2 / (2 * delta * t.m)
+    return J, t.p / t.m * t.A * (1 - np.sign(t.A) * (t.p - t.old) / delta)
 
 
 def drpo_no_advantage(t, delta=0.15):
@@ -132,11 +204,12 @@ def drpo_no_correction(t, delta=0.15):
     return J, np.where(past, 0, c)
 
 
-def mask_drpo(t, delta=0.15, directional=False):
-    r, outside = t.p / t.m, abs(t.p - t.m) > delta
+def mask_drpo(t, delta=0.15, mask_delta=None, directional=False):
+    mask_delta = mask_delta or delta
+    r, outside = t.p / t.m, abs(t.p - t.m) > mask_delta
     if directional:
         outside &= t.A * (r - 1) > 0
-    penalty = abs(t.A) * ((t.p - t.m) ** 2 - delta**2) / (2 * delta * t.m)
+    penalty = abs(t.A) * ((t.p - t.m) ** 2 - mask_delta**2) / (2 * delta * t.m)
     return r * t.A - outside * penalty, np.where(outside, drpo(t, delta)[1], r * t.A)
 
 
@@ -144,7 +217,7 @@ PAPERS = {name: globals()[name] for name in OBJECTIVES if name in globals()}
 
 
 def test_every_objective_that_ships_is_written_down():
-    assert len(PAPERS) >= 16
+    assert len(PAPERS) >= 23
 
 
 def test_both_are_the_papers_equations(case, batch, in_float64):
@@ -161,7 +234,7 @@ def test_both_are_the_papers_equations(case, batch, in_float64):
     arguments = batch[:3], batch.needs(name) | hyper
     J, c = in_float64(token_objective, name, *arguments[0], **arguments[1])
     w = in_float64(gradient_weight, name, *arguments[0], **arguments[1])
-    where = ~np.isnan(expected_J)  # GSPO defines no terms outside of responses
+    where = ~np.isnan(expected_J)  # Outside of responses, some define no terms.
     assert where.mean() > 0.8
     np.testing.assert_allclose(J[where], expected_J[where], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(c[where], expected_c[where], rtol=1e-6, atol=1e-9)
@@ -169,7 +242,8 @@ def test_both_are_the_papers_equations(case, batch, in_float64):
     np.testing.assert_allclose(w[where], (expected_c / ratio)[where], rtol=1e-5, atol=1e-6)
 
 
-# One token by hand, r = 3/2 and Â = 2: diverging, inside every boundary but the ratio clips.
+# One token by hand, r = 3/2 and Â = 2: diverging, inside every boundary but the ratio clips and
+# VACO's 0.05, and at that of IPO. It is the first of a response of equal tokens.
 # π_old = 1/4, so that π/π_old = 1.2; of the two likeliest tokens and the others µ = .5, .2, .3 and
 # π = .4, .3, .3: TV = .1, KL = .0305. Binary KL = .0257. log .3 = −1.2039728.
 INSIDE = {
@@ -185,6 +259,13 @@ INSIDE = {
     "dppo_kl": (3, 3),
     "dppo_topk_tv": (3, 3),
     "dppo_topk_kl": (3, 3),
+    "pdm": (3, 3),
+    "ipo": (3, 3),
+    "cppo": (3, 3),
+    "trm": (3, 3),
+    "vaco": (0, 0),
+    "drpo_prefix": (3 - 2 * 0.2 * 0.25 / 0.4, 3 * (1 - 0.1 / 0.2)),
+    "drpo_decoupled": (3 - 2 * 0.05**2 / (0.3 * 0.2), 3 * (1 - 0.05 / 0.15)),
     "drpo": (3 - 2 * 0.2 * 0.25 / 0.3, 3 * (1 - 0.1 / 0.15)),
     "drpo_no_advantage": (3 - 0.2 * 0.25 / 0.3, 1.5 * (2 - 0.1 / 0.15)),
     "drpo_no_correction": (3 - 2 * 0.2 * 0.25 / 0.3, 3 * (1 - 0.1 / 0.15)),
@@ -206,6 +287,13 @@ OUTSIDE = {
     "dppo_kl": (0, 0),
     "dppo_topk_tv": (0, 0),
     "dppo_topk_kl": (0, 0),
+    "pdm": (0, 0),  # the bracket is −.3 + .1·.3 − .4·.1 − .5·.2 = −.41
+    "ipo": (0, 0),
+    "cppo": (0, 0),
+    "trm": (0, 0),
+    "vaco": (0, 0),
+    "drpo_prefix": (-0.5 - 2 * 0.4 * 0.5625 / 0.4, -0.5 * (1 - 1.5)),
+    "drpo_decoupled": (-0.5 - 2 * 0.1**2 / (0.3 * 0.4), -0.5 * (1 - 0.1 / 0.15)),
     "drpo": (-0.5 - 2 * 0.4 * 0.5625 / 0.3, -0.5 * (1 - 2)),
     "drpo_no_advantage": (-0.5 - 0.4 * 0.5625 / 0.3, 0.25 * (-2 + 2)),
     "drpo_no_correction": (-2 + 2 * 0.15 / 0.8, 0),

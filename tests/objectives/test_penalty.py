@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax.objectives import KL, kl_penalty, reward_penalty
+from drpo_jax.objectives import KL, behavior_penalty, kl_penalty, reward_penalty
 
 ESTIMATORS = ("k2", "k3")
 
@@ -84,6 +84,17 @@ def test_expected_gradients_by_summation_over_a_vocabulary(in_float64):
     for name, (ours, right) in in_float64(jax.jit(checks), logits).items():
         np.testing.assert_allclose(ours, right, rtol=1e-9, atol=1e-12, err_msg=name)
         assert name == "k1 as a loss" or (abs(right) > 1e-3).any()
+
+
+def test_the_behavior_penalty_is_the_square_of_the_log_ratio(batch, in_float64):
+    logp, behavior_logp = batch[:2]
+    value, slope = in_float64(behavior_penalty, logp, behavior_logp)
+    np.testing.assert_allclose(value, (logp - behavior_logp) ** 2, rtol=1e-12)
+    derivative = jax.grad(lambda x: behavior_penalty(x, behavior_logp)[0].sum())
+    np.testing.assert_allclose(slope, in_float64(derivative, logp), rtol=1e-12)
+    value, slope = behavior_penalty(np.array([0.0, -30, -np.inf]), np.array([-30.0, 0, 0]))
+    np.testing.assert_array_equal(value, 400.0)
+    assert not np.asarray(slope).any()  # beyond the clip
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -59,7 +59,8 @@ def test_tokens_reach_every_regime(batch, in_float64):
     assert log_r.max() > 19 and log_r.min() < -19
     assert (batch.behavior_logp < np.log(1e-4)).sum() > 100
     in_responses = batch.arrays["mask"] > 0
-    for name in ("minirl", "gspo", "dppo_topk_tv", "dppo_topk_kl"):
+    arrays = {name for name, objective in OBJECTIVES.items() if objective.arrays}
+    for name in arrays - {"drpo_prefix", "drpo_decoupled"}:
         kept = in_float64(gradient_weight, name, *batch[:3], **batch.needs(name)) != 0
         for advantage in (batch.advantage > 0, batch.advantage < 0):
             assert kept[in_responses & advantage].sum() > 100, name
@@ -168,7 +169,7 @@ def test_weight_at_zero_advantage(case, batch, in_float64):
     tokens, needed = (*batch[:2], np.zeros_like(batch.advantage)), batch.needs(name) | hyper
     _, c = in_float64(token_objective, name, *tokens, **needed)
     weight = in_float64(gradient_weight, name, *tokens, **needed)
-    if name in ("cispo", "minirl", "sapo", "gspo") or "ratio_cap" in hyper:
+    if name in ("cispo", "minirl", "sapo", "gspo", "ipo", "trm") or "ratio_cap" in hyper:
         assert np.isfinite(weight).all() and (weight != 1).any()  # how the ratio is treated
     else:
         np.testing.assert_array_equal(weight, 1.0)
@@ -214,9 +215,11 @@ def test_a_new_objective_is_as_short_as_the_docstring_says(monkeypatch, batch, i
 
 
 def test_defaults_are_the_documented_ones():
-    assert resolve_hyper("drpo", {}) == {"delta": 0.15}
-    assert resolve_hyper("dppo_kl", {}) == {"delta": 0.05, "ratio_cap": None}
-    assert resolve_hyper("dppo_topk_tv", {}) == {"delta": 0.15, "ratio_cap": None}
+    unset = {"delta_low": None, "delta_high": None}
+    assert resolve_hyper("drpo", {}) == {"delta": 0.15} | unset
+    assert resolve_hyper("dppo_kl", {}) == {"delta": 0.05, "ratio_cap": None} | unset
+    assert resolve_hyper("dppo_topk_tv", {}) == {"delta": 0.15, "ratio_cap": None} | unset
+    assert resolve_hyper("cppo", {}) == {"delta": 0.2, "w_min": 0.8, "delta_b": 0.02}
     assert resolve_hyper("spo", {}) == {"epsilon": 12.5}
     assert resolve_hyper("gspo", {}) == {"epsilon_low": 3e-4, "epsilon_high": 4e-4}
     assert resolve_hyper("minirl", {"ratio_cap": 2}) == {
@@ -235,6 +238,12 @@ def test_the_arrays_that_an_objective_needs_are_its_arguments_without_default():
         "gspo": ("mask",),
         "dppo_topk_tv": ("topk_logp", "behavior_topk_logp"),
         "dppo_topk_kl": ("topk_logp", "behavior_topk_logp"),
+        "pdm": ("topk_logp", "behavior_topk_logp"),
+        "cppo": ("mask",),
+        "trm": ("mask",),
+        "vaco": ("mask",),
+        "drpo_prefix": ("mask",),
+        "drpo_decoupled": ("old_logp",),
     }
     assert not any(set(o.arrays) & set(o.hyper) for o in OBJECTIVES.values())
 
@@ -265,13 +274,18 @@ def test_the_readings_of_the_thresholds():
     "name, hyper, message",
     [
         ("drop", {}, "Unknown objective 'drop'. Did you mean 'drpo'? Accepted: surrogate, grpo"),
-        ("drpo", {"dleta": 1}, "'drpo' 'dleta'. Did you mean 'delta'? Accepted: delta."),
+        (
+            "drpo",
+            {"dleta": 1},
+            "'drpo' 'dleta'. Did you mean 'delta'? Accepted: delta, delta_low, delta_high.",
+        ),
         ("surrogate", {"delta": 1}, "'surrogate' 'delta'. Accepted: none."),
-        ("drpo", {"mask": 1}, "'drpo' 'mask'. Did you mean 'delta'? Accepted: delta."),
+        ("ipo", {"mask": 1}, "'ipo' 'mask'. Did you mean 'delta'? Accepted: delta."),
         ("minirl", {"old_logprob": 0}, "'minirl' 'old_logprob'. Did you mean 'old_logp'?"),
         ("drpo", {"delta": 0}, "'drpo' needs delta to be a number above 0, not 0"),
         ("drpo", {"delta": None}, "delta to be a number above 0, not None"),
         ("drpo", {"delta": float("nan")}, "delta to be a number above 0, not nan"),
+        ("cppo", {"w_min": 1.5}, "w_min to be a number above 0 and at most 1, not 1.5"),
         ("spo", {"epsilon": "0.2"}, "epsilon to be a number above 0, not '0.2'"),
         ("grpo", {"dual_clip": 0.5}, "dual_clip to be a number above 1 or None, not 0.5"),
         ("mask_drpo", {"directional": 1}, "directional to be True or False, not 1"),

@@ -1,0 +1,135 @@
+"""The rows of the table: what the project needs to know about an objective and its hyperparameters."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from drpo_jax.objectives.tokens import Terms
+
+# Readings of the papers' thresholds: {hyperparameter: {name of the reading: value}}.
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "delta": {
+        "boundary": 0.15,  # DPPO's boundary, a probability, which DRPO shares.
+        "released": 12.5,  # DRPO's released code. |π − µ| ≤ 1 never reaches it.
+        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty. No source does it.
+    },
+    "epsilon": {
+        "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5.
+        "original": 0.2,  # The SPO paper's own scale.
+    },
+}
+
+
+def first(value: Any, default: Any) -> Any:
+    """Returns `value`, or `default` where it is None."""
+    return default if value is None else value
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table: an equation, and what the rest of the project needs to know about it.
+
+    Attributes:
+      equation: (Token, arrays, **hyperparameters) -> (J, c, w).
+      boundary: quantity that its boundary or clip bounds: "probability" (|π − µ|, or a total
+        variation), "nats" (a KL divergence), "ratio" (π/µ, or π/π_old); None: it has no boundary.
+      aggregation: the aggregation that its source publishes it with; None: its source has none, or
+        does not say.
+      fixed_aggregation: J of a token depends on other tokens, so that c is its derivative only where
+        the tokens of a response share one weight; and it is that of the published objective under
+        that aggregation only.
+      released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
+      corrects_mismatch: its ratio π/µ corrects the sampler's numerics, so µ must be the sampler's.
+      unbounded: the objective that has the same J, c and w where the boundary is a probability of
+        1 or more, which no token reaches, and the ratio is not capped; None: there is none.
+    """
+
+    equation: Callable[..., Terms]
+    boundary: Literal["probability", "nats", "ratio"] | None = None
+    aggregation: str | None = None
+    fixed_aggregation: bool = False
+    released: bool = False
+    corrects_mismatch: bool = False
+    unbounded: str | None = None
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that the equation takes besides log π, log µ and Â."""
+        return tuple(p.name for p in self._parameters() if p.default is p.empty)
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters by name, with their defaults."""
+        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether c of a token depends on other tokens of its response."""
+        return "mask" in self.arrays
+
+    @property
+    def threshold(self) -> str | None:
+        """The hyperparameter that the readings in `THRESHOLDS` apply to, None for none.
+
+        Its default is one of the readings. Objectives with a boundary in nats, or with a published
+        boundary of their own, take none.
+        """
+        for name, readings in THRESHOLDS.items():
+            if self.hyper.get(name) in readings.values() and self.boundary != "nats":
+                return name
+        return None
+
+    def bounds(self, hyper: Mapping[str, Any]) -> tuple[float, ...]:
+        """Returns its boundary below and above µ if that is the probability delta, else ().
+
+        Args:
+          hyper: all hyperparameters by name, see `resolve_hyper`.
+        """
+        delta = first(hyper.get("mask_delta"), hyper.get("delta"))
+        if self.boundary != "probability" or delta is None:
+            return ()
+        return tuple(first(hyper.get(side), delta) for side in ("delta_low", "delta_high"))
+
+    def equals(self, hyper: Mapping[str, Any]) -> str | None:
+        """Returns the objective that this one is under `hyper`, None if it is one of its own."""
+        reachable = min(self.bounds(hyper), default=0.0) < 1  # |π − µ| ≤ 1
+        return None if reachable or hyper.get("ratio_cap") is not None else self.unbounded
+
+    def _parameters(self):
+        return list(inspect.signature(self.equation).parameters.values())[1:]
+
+    @property
+    def summary(self) -> str:
+        """The equation in one line."""
+        return (inspect.getdoc(self.equation) or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """What a hyperparameter means in every objective that takes it.
+
+    Attributes:
+      symbol: its name in equations.
+      meaning: one sentence.
+      above: numbers must be larger than this.
+      most: the largest number.
+      type: float or bool.
+    """
+
+    symbol: str
+    meaning: str
+    above: float = 0.0
+    most: float = math.inf
+    type: type = float
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        most = f" and at most {self.most:g}" if self.most < math.inf else ""
+        return f"above {self.above:g}{most}" if self.above or most else "positive"
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is allowed."""
+        return self.above < value <= self.most

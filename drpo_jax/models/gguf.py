@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from drpo_jax.models.config_json import write_config
+from drpo_jax.models.files import SINGLE, TOKENIZER, WEIGHTS, remove
 from drpo_jax.models.settings import ModelConfig
 from drpo_jax.storage import path_of
 
@@ -65,8 +66,8 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
 
     Args:
       file: a GGUF file of one of `FAMILIES`, with a byte-level BPE tokenizer of one of `SPLITS`.
-      directory: the output directory. It is created if necessary; files of the same names are
-        replaced.
+      directory: the output directory. It is created if necessary; weights and a tokenizer that it
+        already contains are removed.
 
     Returns:
       The architecture of the model.
@@ -88,12 +89,13 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
                 values = _rotary_halves(values, count)
         tensors[_name(tensor.name, file)] = np.ascontiguousarray(values)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    remove(directory, (*WEIGHTS, *TOKENIZER, "config.json"))
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
     written = write_config(config) | {"dtype": "float32"}
     written["max_position_embeddings"] = fields[f"{fields['general.architecture']}.context_length"]
     written |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     return config
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from drpo_jax.data import TextTokenizer
-from drpo_jax.models import read_config
+from drpo_jax.models import from_pretrained, read_config
 from drpo_jax.models.gguf import LAYER, OUTSIDE, convert
 from tests.fixtures.load import stored, write
 
@@ -97,6 +97,21 @@ def test_quantized_tensors_are_dequantized(tmp_path):
     written = load_file(tmp_path / "out" / "model.safetensors")[name]
     np.testing.assert_array_equal(written, gguf.dequantize(codes, kind))
     assert 0 < abs(written - tensors[name]).max() < 0.02 * abs(tensors[name]).max()
+
+
+def test_old_files_in_the_directory_are_replaced(tmp_path):
+    """An index from another model would be read before model.safetensors."""
+    (tmp_path / "hf").mkdir()
+    fields, tensors, config = released("llama_tied", tmp_path / "hf")
+    write_gguf(tmp_path / "a.gguf", fields, tensors, "llama")
+    (tmp_path / "out").mkdir()
+    old = "model.safetensors.index.json", "pytorch_model.bin", "generation_config.json"
+    for name in (*old, "chat_template.jinja"):
+        (tmp_path / "out" / name).write_text("{}")
+    convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert from_pretrained(tmp_path / "out")[1] == config
+    assert not any((tmp_path / "out" / name).exists() for name in old)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() != "{}"
 
 
 def test_tokenizer(tmp_path):

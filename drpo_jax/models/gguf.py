@@ -73,11 +73,13 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
       The architecture of the model.
 
     Raises:
-      ValueError: if the architecture, the tokenizer or a tensor is not supported.
+      ValueError: if the architecture, the tokenizer or a tensor is not supported, or if a field is
+        missing.
     """
     file, directory = path_of(file), path_of(directory)
     reader = GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    contents = {name: field.contents() for name, field in reader.fields.items()}
+    fields = _Entries(file, "field", contents)
     config = _config(fields, reader.tensors, file)
     tokenizer = _tokenizer(fields, file)
     tensors = {}
@@ -99,6 +101,23 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
     return config
 
 
+class _Entries(dict[str, Any]):
+    """Fields or tensors of a GGUF file by name. The ValueError for a missing one names it.
+
+    Args:
+      file: the GGUF file.
+      kind: what the entries are.
+      entries: the entries by name.
+    """
+
+    def __init__(self, file: str | Path, kind: str, entries: dict[str, Any]):
+        super().__init__(entries)
+        self._where = f"{file} has no {kind}"
+
+    def __missing__(self, name: str) -> None:
+        raise ValueError(f"{self._where} {name}")
+
+
 def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
     family = fields["general.architecture"]
     if family not in FAMILIES:
@@ -106,11 +125,15 @@ def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
             f"{file}: architecture {family!r} cannot be converted; supported: {', '.join(FAMILIES)}"
         )
     names = {tensor.name for tensor in tensors}
-    if "rope_freqs.weight" in names or fields.get(f"{family}.rope.scaling.type", "none") != "none":
+    factors = {fields.get(f"{family}.rope.{n}", 1) for n in ("scaling.factor", "scale_linear")}
+    # llama.cpp scales linearly if there is a factor without a type.
+    default = "linear" if factors - {0, 1} else "none"
+    kind = fields.get(f"{family}.rope.scaling.type", default)
+    if "rope_freqs.weight" in names or kind != "none":
         raise ValueError(f"{file}: scaled rotary frequencies are not supported")
     heads = fields[f"{family}.attention.head_count"]
     width = fields[f"{family}.embedding_length"]
-    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
+    shapes = _Entries(file, "tensor", {t.name: tuple(map(int, reversed(t.shape))) for t in tensors})
     eps = fields[f"{family}.attention.layer_norm_rms_epsilon"]
     return ModelConfig(
         vocab_size=shapes["token_embd.weight"][0],

@@ -1,7 +1,8 @@
 """Writes a checkpoint as a Hugging Face directory: drpo export --workdir=DIR --output=DIRECTORY
 
 The directory loads in `transformers`, vLLM and SGLang, and another run can start from it
-(--config.model.path). It holds the weights in bfloat16 (--dtype) and the tokenizer of model.path.
+(--config.model.path). It holds the weights in bfloat16 (--dtype) and the tokenizer of the run. They
+replace weights and a tokenizer that the directory already contains.
 """
 
 import json
@@ -29,7 +30,7 @@ def export(
 
     Args:
       workdir: Directory of the run.
-      output: Created if it does not exist; files of the same names are replaced.
+      output: Created if it does not exist. Weights and a tokenizer that it contains are replaced.
       step: The checkpoint's step; the last one by default.
       dtype: Dtype of the weights, "bfloat16" or "float32".
 
@@ -51,16 +52,27 @@ def export(
         if step is None or step not in checkpoints.steps():
             steps = ", ".join(map(str, checkpoints.steps())) or "none at all"
             raise BadInput(f"{workdir}: no checkpoint of step {step}; there are {steps}")
+        source, tokenizer = config.model.path, config.data.tokenizer or config.model.path
+        _check_output(output, source, tokenizer)
         model = checkpoints.restore(step, {"model": like})["model"]
-        source = config.model.path or None
-        if source and path_of(source).resolve() == output.resolve():
-            raise BadInput(
-                f"{output} is the model that the run started from: name another directory"
-            )
-        save_pretrained(model, architecture, output, jnp.dtype(dtype), source)
-        if source:
+        save_pretrained(
+            model, architecture, output, jnp.dtype(dtype), source or None, tokenizer or None
+        )
+        if tokenizer:
             _write_stop_tokens(output / "generation_config.json", config)
     return step
+
+
+def _check_output(output: Path, source: str, tokenizer: str) -> None:
+    """Raises BadInput if the directory holds files that the run needs, or a tokenizer of another run."""
+    for path, kind in ((source, "model that the run started from"), (tokenizer, "run's tokenizer")):
+        if path and path_of(path).resolve() == output.resolve():
+            raise BadInput(f"{output} is the {kind}: name another directory")
+    if not tokenizer and (output / "tokenizer.json").exists():
+        raise BadInput(
+            f"{output} contains a tokenizer, but the tokens of this run are single characters: name "
+            "another directory"
+        )
 
 
 def _write_stop_tokens(path: Path, config: ConfigDict) -> None:

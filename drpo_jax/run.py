@@ -82,11 +82,7 @@ class Run:
         """
         with bad_input():
             tokenizer = data.make_tokenizer(config.data, config.model.path)
-            if tokenizer.vocab_size > config.model.vocab_size:
-                raise BadInput(
-                    f"model.vocab_size = {config.model.vocab_size}: must be at least the "
-                    f"tokenizer's {tokenizer.vocab_size}"
-                )
+            _check_vocabulary(config, tokenizer)
             loaded = load(config, tokenizer, train)
             stream = None
             if train and loaded.train is not None:
@@ -194,6 +190,20 @@ def keep_report(report: str, path: Path) -> None:
 def _open_checkpoints(config, directory):
     options = config.checkpoint
     return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
+
+
+def _check_vocabulary(config, tokenizer):
+    """Raises BadInput if the tokenizer, or a token that ends a response, is beyond the model."""
+    size = config.model.vocab_size
+    if tokenizer.vocab_size > size:
+        raise BadInput(
+            f"model.vocab_size = {size}: must be at least the tokenizer's {tokenizer.vocab_size}"
+        )
+    if beyond := [token for token in tokenizer.stop_ids if token >= size]:
+        raise BadInput(
+            f"{config.data.tokenizer or config.model.path}: eos_token_id in generation_config.json has "
+            f"{', '.join(map(str, beyond))}, but the model's token ids are 0 to {size - 1}"
+        )
 
 
 def _check_init_from(config):

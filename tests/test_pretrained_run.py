@@ -108,11 +108,36 @@ def test_a_model_has_to_be_as_large_as_its_tokenizer(checkpoint, tmp_path):
         loop.Run.create(config(tmp_path), tmp_path)
 
 
+def test_the_end_of_a_response_has_to_be_a_token_of_the_model(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint[0], tmp_path / "model")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 271, 272]}))
+    with pytest.raises(BadInput, match="model: eos_token_id .* has 272, but .* are 0 to 271"):
+        loop.Run.create(config(path), tmp_path)
+
+
 def test_changed_problems_end_a_resume(tmp_path):
     loop.keep_report("2 problems\n", tmp_path / "problems.txt")
     loop.keep_report("2 problems\n", tmp_path / "problems.txt")
     with pytest.raises(BadInput, match="no longer those that the run began with"):
         loop.keep_report("3 problems\n", tmp_path / "problems.txt")
+
+
+def test_an_export_spares_what_the_run_needs(checkpoint, run, tmp_path):
+    fields = json.loads((run / "config.json").read_text())
+    own = shutil.copytree(checkpoint[0], tmp_path / "own")
+    (own / "chat_template.jinja").write_text("{{ messages[0].content }}<end>")
+    fields["data"] |= {"tokenizer": str(own), "system": ""}
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(BadInput, match="own is the run's tokenizer: name another directory"):
+        export.export(copy, own)
+    export.export(copy, tmp_path / "out")
+    ours, theirs = (TextTokenizer(path, chat=True).prompt("1") for path in (tmp_path / "out", own))
+    assert ours == theirs != TextTokenizer(checkpoint[0], chat=True).prompt("1")
+    fields["data"]["tokenizer"] = fields["model"]["path"] = ""
+    (copy / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(BadInput, match="out contains a tokenizer, but .* single characters"):
+        export.export(copy, tmp_path / "out")
 
 
 def test_an_exported_model_ends_responses_as_in_training(checkpoint, run, tmp_path):

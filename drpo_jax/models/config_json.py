@@ -1,10 +1,10 @@
 """Reads and writes the architecture in the config.json of a Hugging Face directory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from drpo_jax.hub import local_directory
+from drpo_jax.models.files import read_json
 from drpo_jax.models.settings import ModelConfig
 
 # Fields of `ModelConfig` that follow from model_type.
@@ -15,6 +15,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen3_5_moe_text": dict(attention_gate=True, norm_offset=1.0),
 }
+MIXTURES = ("qwen3_moe", "qwen3_5_moe_text")
+HYBRIDS = ("qwen3_5_moe_text",)
 # Fields of `ModelConfig` and their names in config.json, in all families.
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -25,7 +27,13 @@ FIELDS = {
     "rms_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-# The same for gated DeltaNets.
+# The same for an MLP, for a mixture of experts, and for gated DeltaNets.
+DENSE = {"mlp_size": "intermediate_size"}
+EXPERTS = {
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_size": "moe_intermediate_size",
+}
 LINEAR = {
     "linear_key_heads": "linear_num_key_heads",
     "linear_value_heads": "linear_num_value_heads",
@@ -33,6 +41,10 @@ LINEAR = {
     "linear_value_dim": "linear_value_head_dim",
     "linear_conv_kernel": "linear_conv_kernel_dim",
 }
+SHARED = {"shared_expert_size": "shared_expert_intermediate_size"}
+# Values of fields that config.json may lack, as in `transformers`.
+DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+HEAD_DIM = {"qwen3": 128, "qwen3_5_moe_text": 256}  # Others divide the width among the heads.
 # Settings of config.json for which only one value is supported.
 REQUIRED = {
     "hidden_act": "silu",
@@ -41,16 +53,20 @@ REQUIRED = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
+# Keys of rope_parameters. The sections of a multimodal model are equal for text.
+ROPE = {"rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """Returns the architecture of a Hugging Face directory or hub id.
 
     Both dialects of config.json are supported, that of released checkpoints and that of
-    `transformers` 5.
+    `transformers` 5. Where both spell the same setting, they must agree: engines differ in which of them
+    they read.
 
     Raises:
-      ValueError: if the family or a setting is not supported.
+      ValueError: if the family or a setting is not supported, if a field is missing, or if two fields
+        contradict each other; the message names them.
       FileNotFoundError: if there is no config.json.
     """
     file = local_directory(path, ["config.json"]) / "config.json"
@@ -59,57 +75,116 @@ def read_config(path: str | Path) -> ModelConfig:
             f"{file} does not exist: {path} must be a Hugging Face directory, for example one created "
             "by `hf download OWNER/NAME --local-dir DIRECTORY`"
         )
-    fields = json.loads(file.read_text())
-    tied = fields.get("tie_word_embeddings")
-    fields = fields.get("text_config", fields)  # the language part of a multimodal model
-    family = fields.get("model_type")
+    try:
+        return _architecture(read_json(file))
+    except _Wrong as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+class _Wrong(ValueError):
+    """What is wrong with a config.json, without its path."""
+
+
+def _architecture(whole: dict[str, Any]) -> ModelConfig:
+    raw = whole.get("text_config", whole)  # the language model of a multimodal model
+    family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(
-            f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    wrong = {k: fields[k] for k, v in REQUIRED.items() if fields.get(k, v) != v}
-    if family == "qwen3_moe" and "norm_topk_prob" not in fields:
+        raise _Wrong(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    rope = _rope(raw)
+    _check_supported(raw, rope, family)
+    fields = DEFAULTS | _present(raw) | _present(_spelled_twice(whole, raw))
+    if family == "llama" or "num_key_value_heads" in raw:  # absent or null
+        fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+    names = FIELDS | (EXPERTS if family in MIXTURES else DENSE)
+    names |= LINEAR | SHARED if family in HYBRIDS else {}
+    if missing := [name for name in names.values() if fields.get(name) is None]:
+        raise _Wrong(f"fields of {family} are missing: {', '.join(missing)}")
+    sizes = {ours: fields[theirs] for ours, theirs in names.items()}
+    sizes["head_dim"] = fields.get("head_dim", HEAD_DIM.get(family)) or (
+        sizes["hidden_size"] // sizes["heads"]
+    )
+    sizes["rope_theta"] = float(rope.get("rope_theta", 1e4))
+    if family in HYBRIDS:
+        sizes["rotary_fraction"] = rope.get("partial_rotary_factor", 0.25)
+        sizes["full_attention_every"] = _interval(fields)
+    return ModelConfig(**sizes, **FAMILIES[family])
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are not null; `transformers` takes null for absent."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_supported(fields: dict[str, Any], rope: dict[str, Any], family: str) -> None:
+    """Raises unless every setting has the value that is implemented."""
+    wrong = {k: fields[k] for k, v in REQUIRED.items() if fields.get(k, v) not in (v, None)}
+    if family == "qwen3_moe" and fields.get("norm_topk_prob") is None:
         wrong["norm_topk_prob"] = False  # the default of this family
     if fields.get("mlp_only_layers"):
         wrong["mlp_only_layers"] = fields["mlp_only_layers"]
     if family != "qwen2" and fields.get("attention_bias"):
         wrong["attention_bias"] = True
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    kinds = fields.get("layer_types") or []
+    if family not in HYBRIDS and set(kinds) - {"full_attention"}:
+        wrong["layer_types"] = kinds
+    partial = family in HYBRIDS or rope.get("partial_rotary_factor", 1) == 1
+    if rope["rope_type"] != "default" or rope.keys() - ROPE or not partial:
         wrong["rope_parameters"] = rope
     if wrong:
         settings = ", ".join(f"{k} = {v!r}" for k, v in wrong.items())
-        raise ValueError(f"{path}: not supported for {family}: {settings}")
-    sizes = {ours: fields[theirs] for ours, theirs in FIELDS.items() if theirs in fields}
-    if tied is not None:
-        sizes["tie_embeddings"] = tied
-    sizes["head_dim"] = fields.get("head_dim") or sizes["hidden_size"] // sizes["heads"]
-    sizes["rope_theta"] = float(rope.get("rope_theta", fields.get("rope_theta", 1e4)))
-    experts = fields.get("num_experts", fields.get("num_local_experts", 0))
-    if experts:
-        sizes["experts"], sizes["experts_per_token"] = experts, fields["num_experts_per_tok"]
-        sizes["expert_size"] = fields["moe_intermediate_size"]
-    else:
-        sizes["mlp_size"] = fields["intermediate_size"]
-    if family == "qwen3_5_moe_text":
-        sizes |= {ours: fields[theirs] for ours, theirs in LINEAR.items()}
-        sizes["shared_expert_size"] = fields["shared_expert_intermediate_size"]
-        partial = fields.get("partial_rotary_factor", 0.25)
-        sizes["rotary_fraction"] = rope.get("partial_rotary_factor", partial)
-        sizes["full_attention_every"] = _interval(path, fields)
-    return ModelConfig(**sizes, **FAMILIES[family])
+        raise _Wrong(f"not supported for {family}: {settings}")
 
 
-def _interval(path, fields: dict[str, Any]) -> int:
+def _agreed(spellings: dict[str, Any]) -> Any:
+    """Returns the value of a setting that has several spellings; None if all of them are None."""
+    values = {name: value for name, value in spellings.items() if value is not None}
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        contradiction = ", ".join(f"{name} = {value!r}" for name, value in values.items())
+        raise _Wrong(f"the settings {contradiction} contradict each other; remove the wrong one")
+    return first
+
+
+def _spelled_twice(whole: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that a config.json may have in two places or under two names."""
+    tied = {
+        "tie_word_embeddings": whole.get("tie_word_embeddings"),
+        "text_config.tie_word_embeddings": text.get("tie_word_embeddings"),
+    }
+    experts = {name: text.get(name) for name in ("num_experts", "num_local_experts")}
+    return {"tie_word_embeddings": _agreed(tied), "num_experts": _agreed(experts)}
+
+
+def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the rotary settings under the names of rope_parameters, at least rope_type."""
+    blocks = {}
+    names = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name)]
+    for name in names or ["rope_parameters"]:
+        block = _present(fields.get(name) or {})
+        if nested := [key for key, value in block.items() if isinstance(value, dict)]:
+            raise _Wrong(f"not supported: {name} by type of layer ({', '.join(nested)})")
+        kinds = {f"{name}.{key}": block.pop(key, None) for key in ("rope_type", "type")}
+        block["rope_type"] = _agreed(kinds) or "default"
+        for key in ("rope_theta", "partial_rotary_factor"):
+            block[key] = _agreed({key: fields.get(key), f"{name}.{key}": block.get(key)})
+        blocks[name] = _present(block)
+    return _agreed(blocks)
+
+
+def _interval(fields: dict[str, Any]) -> int:
     """Returns n for a model in which layers n, 2n, … have full attention."""
+    every = fields.get("full_attention_interval")
     kinds = fields.get("layer_types")
     if not kinds:
-        return fields.get("full_attention_interval", 4)
-    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
-    pattern = ["linear_attention"] * (every - 1) + ["full_attention"]
-    if not every or kinds != pattern * (len(kinds) // every):
-        raise ValueError(f"{path}: not supported: layer_types that do not repeat: {kinds}")
-    return every
+        return every or 4
+    first = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    pattern = ["linear_attention"] * (first - 1) + ["full_attention"]
+    if not first or kinds != pattern * (fields["num_hidden_layers"] // first):
+        raise _Wrong(
+            f"not supported: layer_types that do not repeat, or that are not as many as the "
+            f"{fields['num_hidden_layers']} layers: {kinds}"
+        )
+    return _agreed({"full_attention_interval": every, "layer_types": first})
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

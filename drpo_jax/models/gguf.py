@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from drpo_jax.models.config_json import write_config
+from drpo_jax.models.files import SINGLE, TOKENIZER, WEIGHTS, remove
 from drpo_jax.models.settings import ModelConfig
 from drpo_jax.storage import path_of
 
@@ -65,18 +66,20 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
 
     Args:
       file: a GGUF file of one of `FAMILIES`, with a byte-level BPE tokenizer of one of `SPLITS`.
-      directory: the output directory. It is created if necessary; files of the same names are
-        replaced.
+      directory: the output directory. It is created if necessary; weights and a tokenizer that it
+        already contains are removed.
 
     Returns:
       The architecture of the model.
 
     Raises:
-      ValueError: if the architecture, the tokenizer or a tensor is not supported.
+      ValueError: if the architecture, the tokenizer or a tensor is not supported, or if a field is
+        missing.
     """
     file, directory = path_of(file), path_of(directory)
     reader = GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    contents = {name: field.contents() for name, field in reader.fields.items()}
+    fields = _Entries(file, "field", contents)
     config = _config(fields, reader.tensors, file)
     tokenizer = _tokenizer(fields, file)
     tensors = {}
@@ -88,13 +91,31 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
                 values = _rotary_halves(values, count)
         tensors[_name(tensor.name, file)] = np.ascontiguousarray(values)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    remove(directory, (*WEIGHTS, *TOKENIZER, "config.json"))
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
     written = write_config(config) | {"dtype": "float32"}
     written["max_position_embeddings"] = fields[f"{fields['general.architecture']}.context_length"]
     written |= {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     return config
+
+
+class _Entries(dict[str, Any]):
+    """Fields or tensors of a GGUF file by name. The ValueError for a missing one names it.
+
+    Args:
+      file: the GGUF file.
+      kind: what the entries are.
+      entries: the entries by name.
+    """
+
+    def __init__(self, file: str | Path, kind: str, entries: dict[str, Any]):
+        super().__init__(entries)
+        self._where = f"{file} has no {kind}"
+
+    def __missing__(self, name: str) -> None:
+        raise ValueError(f"{self._where} {name}")
 
 
 def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
@@ -104,11 +125,15 @@ def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
             f"{file}: architecture {family!r} cannot be converted; supported: {', '.join(FAMILIES)}"
         )
     names = {tensor.name for tensor in tensors}
-    if "rope_freqs.weight" in names or fields.get(f"{family}.rope.scaling.type", "none") != "none":
+    factors = {fields.get(f"{family}.rope.{n}", 1) for n in ("scaling.factor", "scale_linear")}
+    # llama.cpp scales linearly if there is a factor without a type.
+    default = "linear" if factors - {0, 1} else "none"
+    kind = fields.get(f"{family}.rope.scaling.type", default)
+    if "rope_freqs.weight" in names or kind != "none":
         raise ValueError(f"{file}: scaled rotary frequencies are not supported")
     heads = fields[f"{family}.attention.head_count"]
     width = fields[f"{family}.embedding_length"]
-    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}
+    shapes = _Entries(file, "tensor", {t.name: tuple(map(int, reversed(t.shape))) for t in tensors})
     eps = fields[f"{family}.attention.layer_norm_rms_epsilon"]
     return ModelConfig(
         vocab_size=shapes["token_embd.weight"][0],

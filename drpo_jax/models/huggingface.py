@@ -10,7 +10,6 @@ Axis letters: L stacked layers (two axes where layers repeat in groups), E exper
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from drpo_jax.hub import TEXT_FILES, local_directory
 from drpo_jax.models.config_json import read_config, write_config
 from drpo_jax.models.delta_net import channel_order
+from drpo_jax.models.files import INDEX, WEIGHTS, Checkpoint, copy_tokenizer, read_json, remove
 from drpo_jax.models.settings import ModelConfig
 from drpo_jax.models.transformer import Transformer
 from drpo_jax.storage import path_of
 
-# Prefixes of tensors that are not read: vision tower, multi-token prediction.
-SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
-# Fields of config.json and files that `save_pretrained` copies from the original directory.
-COPIED_FIELDS = {"max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
-COPIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "generation_config.json",
-)  # fmt: skip
+# Fields of config.json that `save_pretrained` copies, from the model's directory and the tokenizer's.
+LENGTH = {"max_position_embeddings"}
+SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 SHARD_BYTES = 4 * 2**30  # Maximum size of a file that `save_pretrained` writes.
 
 
@@ -59,15 +53,17 @@ def from_pretrained(
 
     Raises:
       ValueError: if the architecture or a setting is not supported, or if tensors are missing,
-        unexpected or of another shape; the message names them.
-      FileNotFoundError: if there is no config.json or no safetensors file.
+        unexpected, stored twice or of another shape; the message names them.
+      FileNotFoundError: if there is no config.json, or if a safetensors file is missing.
     """
     path = local_directory(path)
     config = read_config(path)
     checkpoint = Checkpoint(path)
     abstract = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
     rules = model_rules(config, abstract, checkpoint.shapes)
-    checkpoint.check(rules, config)
+    expected = {name: shape for rule in rules.values() for name, shape in rule.tensors().items()}
+    # Some checkpoints with tied embeddings store the head anyway.
+    checkpoint.check(expected, optional={"lm_head.weight"} if config.tie_embeddings else ())
     leaves, tree = jax.tree.flatten(abstract)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = jax.tree.leaves(shardings(abstract)) if shardings else [here] * len(leaves)
@@ -87,23 +83,52 @@ def save_pretrained(
     path: str | Path,
     dtype: Any = None,
     like: str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> None:
     """Writes a directory that `transformers` loads: config.json, safetensors and their index.
+
+    All weights that the directory already contains are removed first, whatever their format, since an
+    engine could read them in place of the new ones. config.json is written last; without it, the
+    directory of an interrupted call cannot be loaded.
 
     Args:
       model: the model. Its arrays are fetched one layer at a time.
       config: its architecture.
-      path: the output directory. It is created if necessary; files of the same names are replaced.
+      path: the output directory. It is created if necessary.
       dtype: dtype of the tensors on disk; None keeps that of the parameters.
       like: the directory that the model came from, if any. Its tokenizer is copied, and so are
         fields of its config.json that do not belong to the architecture (longest context, special
         tokens).
+      tokenizer: a directory whose tokenizer and special tokens replace those of `like`. Without either,
+        tokenizer files in the output directory are left as they are.
     """
     path = path_of(path)
+    tokenizer = like if tokenizer is None else tokenizer
+    copied = _copied_fields(like, LENGTH) | _copied_fields(tokenizer, SPECIAL_TOKENS)
     path.mkdir(parents=True, exist_ok=True)
-    rules = model_rules(config, model)
+    remove(path, (*WEIGHTS, "config.json"))
+    _write_weights(model, model_rules(config, model), path, dtype)
+    if tokenizer is not None:
+        copy_tokenizer(local_directory(tokenizer, TEXT_FILES), path)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model)} if dtype is None else {dtype}
-    size = files = 0
+    kept = {"dtype": str(np.dtype(dtypes.pop())) if len(dtypes) == 1 else "float32"}
+    fields = copied | write_config(config) | kept
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _copied_fields(directory: str | Path | None, names: Collection[str]) -> dict[str, Any]:
+    """Returns some fields of a directory's config.json, as far as it has them."""
+    if directory is None:
+        return {}
+    file = local_directory(directory, TEXT_FILES) / "config.json"
+    fields = read_json(file) if file.exists() else {}
+    fields = fields.get("text_config", fields)
+    return {name: fields[name] for name in names if name in fields}
+
+
+def _write_weights(model: Transformer, rules: dict[str, "Rule"], path: Path, dtype: Any) -> None:
+    """Writes safetensors files of at most SHARD_BYTES (or one tensor), and their index."""
+    size = total = files = 0
     shard: dict[str, np.ndarray] = {}
     index: dict[str, str] = {}
 
@@ -123,92 +148,10 @@ def save_pretrained(
                 size = 0
             shard[name] = tensor
             size += tensor.nbytes
+            total += tensor.nbytes
     flush()
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
     index_file = {"metadata": {"total_size": total}, "weight_map": index}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
-    fields = write_config(config) | {
-        "dtype": str(np.dtype(dtypes.pop())) if len(dtypes) == 1 else "float32"
-    }
-    if like is not None:
-        like = local_directory(like, TEXT_FILES)
-        theirs = json.loads((Path(like) / "config.json").read_text())
-        theirs = theirs.get("text_config", theirs)
-        fields = {k: theirs[k] for k in theirs.keys() & COPIED_FIELDS} | fields
-        for name in COPIED_FILES:
-            if (Path(like) / name).exists():
-                shutil.copy(Path(like) / name, path / name)
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------- the checkpoint
-
-
-class Checkpoint:
-    """The tensors of a directory by name, read lazily.
-
-    Args:
-      path: a directory with safetensors files.
-
-    Attributes:
-      shapes: shapes of the language model's tensors, by their names in a text-only checkpoint.
-
-    Raises:
-      FileNotFoundError: if there is no safetensors file.
-      ValueError: if a file is not a complete safetensors file.
-    """
-
-    def __init__(self, path: Path):
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(p.name for p in path.glob("*.safetensors"))
-        if not names:
-            raise FileNotFoundError(f"{path} contains no *.safetensors file")
-        self.path, self._where, self.shapes = path, {}, {}
-        for name in names:
-            try:
-                file = safe_open(path / name, "np")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path / name} is not a complete safetensors file: {error}"
-                ) from error
-            for tensor in file.keys():
-                if tensor.startswith(SKIPPED) or tensor.endswith("rotary_emb.inv_freq"):
-                    continue
-                # Multimodal checkpoints store their language model one level deeper.
-                plain = tensor.replace("model.language_model.", "model.", 1)
-                self._where[plain] = file, tensor
-                self.shapes[plain] = tuple(file.get_slice(tensor).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns a part of a tensor, given a slice for every axis, or all of it."""
-        file, tensor = self._where[name]
-        return file.get_slice(tensor)[index] if index else file.get_tensor(tensor)
-
-    def check(self, rules: "dict[str, Rule]", config: ModelConfig) -> None:
-        """Raises a ValueError unless the tensors are exactly those of the rules."""
-        expected = {n: shape for rule in rules.values() for n, shape in rule.tensors().items()}
-        missing = sorted(expected.keys() - self.shapes.keys())
-        # Some checkpoints with tied embeddings store the head anyway.
-        tied = {"lm_head.weight"} if config.tie_embeddings else set()
-        unexpected = sorted(self.shapes.keys() - expected.keys() - tied)
-        misshapen = [
-            f"{name} is {self.shapes[name]}, not {shape}"
-            for name, shape in sorted(expected.items())
-            if name in self.shapes and self.shapes[name] != shape
-        ]
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-        if problems := {kind: names for kind, names in kinds.items() if names}:
-            raise ValueError(
-                f"{self.path} does not contain the tensors of its config.json\n"
-                + "\n".join(
-                    f"  {kind} ({len(names)}): {', '.join(names[:8])}"
-                    + (", …" if len(names) > 8 else "")
-                    for kind, names in problems.items()
-                )
-            )
+    (path / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------ rules

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.experts import AXES, run_experts
@@ -104,7 +105,8 @@ class MoE(nnx.Module):
         """
         x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
         k = self.experts_per_token
-        gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], k)
+        save = compute.remat != "none"
+        gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], k, save)
         replay = {}
         if routes is not None:
             routes_Nxk = jnp.where(valid_N[:, None], routes.reshape(-1, k), -1)
@@ -115,8 +117,7 @@ class MoE(nnx.Module):
                 "changed": jnp.sum(prescribed & ~own, dtype=jnp.float32),
             }
             experts_Nxk = jnp.where(prescribed, routes_Nxk, experts_Nxk)
-            gates_Nxk = jnp.take_along_axis(probs_NxE, experts_Nxk, axis=-1)
-            gates_Nxk /= jnp.sum(gates_Nxk, axis=-1, keepdims=True)
+            gates_Nxk = _gates(probs_NxE, experts_Nxk)
         visited, e = experts_Nxk, probs_NxE.shape[-1]
         experts_Nxk = jnp.where(valid_N[:, None], experts_Nxk, e)
         weights = tuple(value(w) for w in (self.gate_proj, self.up_proj, self.down_proj))
@@ -136,9 +137,16 @@ class MoE(nnx.Module):
 
 
 def route(
-    x_NxD: jax.Array, router_DxE: jax.Array, k: int
+    x_NxD: jax.Array, router_DxE: jax.Array, k: int, save: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes top-k routing in float32.
+
+    Args:
+      x_NxD: the tokens.
+      router_DxE: weights of the router.
+      k: experts per token.
+      save: keep the experts for the backward pass under remat, named "routes". Probabilities that are
+        computed again may differ in the last bit and select other experts than the forward pass.
 
     Returns:
       Gates [N, k], which sum to 1 for each token; experts, int32 [N, k]; probabilities [N, E].
@@ -148,7 +156,16 @@ def route(
         axis=-1,
     )
     gates, experts = _top_k(probs, k)
+    if save:
+        experts = checkpoint_name(experts, "routes")
+        return _gates(probs, experts), experts, probs
     return gates / jnp.sum(gates, axis=-1, keepdims=True), experts, probs
+
+
+def _gates(probs_NxE, experts_Nxk):
+    """Returns the renormalized probabilities of given experts, [N, k]."""
+    gates_Nxk = jnp.take_along_axis(probs_NxE, experts_Nxk, axis=-1)
+    return gates_Nxk / jnp.sum(gates_Nxk, axis=-1, keepdims=True)
 
 
 def _top_k(probs_NxE, k):

@@ -223,13 +223,11 @@ class Transformer(nnx.Module):
             x = constrain(x, "batch", "length", "hidden")
             return x, cache, router, experts if record else None
 
-        if compute.remat == "full":
-            return jax.checkpoint(layer)
-        if compute.remat == "dots":
-            # By name, because the policies that look for dots do not see into a custom_vjp.
-            policy = jax.checkpoint_policies.save_only_these_names("matmul")
-            return jax.checkpoint(layer, policy=policy)
-        return layer
+        if compute.remat == "none":
+            return layer
+        # By name, because the policies that look for dots do not see into a custom_vjp.
+        saved = ("routes", "matmul") if compute.remat == "dots" else ("routes",)
+        return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*saved))
 
     def _scan(self, layer, x, routes, unroll):
         """Scans `layer` over the stacked layers.

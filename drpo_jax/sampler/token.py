@@ -73,14 +73,18 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+# Relative difference below which two logits are equal: eight units in the last place of a float32.
+TIE = 2.0**-20
+
+
 def filter_logits(
     logits_BxV: jax.Array, top_k: int, top_p: float, temperature: float = 1.0
 ) -> jax.Array:
     """Returns the logits with those outside the top-k and top-p sets set to −inf.
 
-    Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept. Thresholds are compared
-    with logits before the division by the temperature: XLA may compute that quotient in two fusions
-    with different last bits, and the token at the border of the nucleus would be lost.
+    Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept, and so are logits within
+    TIE of it: XLA may compute the same logit in two fusions with different last bits, and the token at
+    the border of the nucleus would be lost.
 
     Args:
       logits_BxV: float32.
@@ -89,7 +93,8 @@ def filter_logits(
       temperature: temperature of the distribution that top-p refers to.
     """
     if top_k and top_k < logits_BxV.shape[-1]:
-        border = _largest(logits_BxV, top_k)[0][:, -1:]
+        top = _largest(logits_BxV, top_k)[0]
+        border = top[:, -1:] - TIE * (abs(top[:, :1]) + abs(top[:, -1:]))
         logits_BxV = jnp.where(logits_BxV < border, -jnp.inf, logits_BxV)
     if top_p < 1.0:
         logits_BxV = jnp.where(_in_nucleus(logits_BxV, top_p, temperature), logits_BxV, -jnp.inf)
@@ -103,7 +108,8 @@ def _in_nucleus(logits_BxV, top_p, temperature):
     found by bisection over the bits of a float32, because non-negative floats are ordered like their bit
     patterns. That takes 31 sums instead of a sort, and on a mesh no logit leaves its device.
     """
-    distance = jnp.max(logits_BxV, axis=-1, keepdims=True) - logits_BxV
+    largest = jnp.max(logits_BxV, axis=-1, keepdims=True)
+    distance = largest - logits_BxV
     bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
     mass = jnp.exp(-distance / temperature)
     enough = top_p * jnp.sum(mass, axis=-1)
@@ -118,7 +124,8 @@ def _in_nucleus(logits_BxV, top_p, temperature):
     _, border_B = jax.lax.fori_loop(
         0, 31, halve, (low_B, low_B + np.float32(np.inf).view(np.int32))
     )
-    return bits <= border_B[:, None]
+    border = jax.lax.bitcast_convert_type(border_B, jnp.float32)[:, None]
+    return distance <= border + TIE * (abs(largest) + border)
 
 
 class Sampled(NamedTuple):
@@ -176,33 +183,41 @@ def sample_token(logits_BxV: jax.Array, uniform_B: jax.Array, params: SamplingPa
 
 
 BLOCK = 256  # Tokens per block in the two-level search of `draw`.
+PARTS = 2.0**30  # Integers that the masses of a search add up to, except for rounding.
 
 
 def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """Returns the first token of each row whose cumulative mass exceeds uniform · total, int32 [B].
 
     The search first finds a block of tokens and then the token in it, so that each row is read
-    once. On a mesh it starts with the shard of the vocabulary. Tokens without mass are never drawn.
+    once. On a mesh it starts with the shard of the vocabulary.
+
+    Masses are rounded to integers, because sums of integers are exact in any order. Partial sums of
+    floats are not: where the target lies between two results for the same sum, the search would return a
+    token that has next to no mass. Tokens with less than 2**-31 of their block, or in a block with less
+    than 2**-31 of the row, are never drawn.
 
     Args:
       mass_BxV: float32, unnormalized probabilities.
       uniform_B: float32 in [0, 1).
     """
 
-    def search(mass_BxN, target_B):
-        """Returns the first index whose cumulative mass exceeds the target, and the remaining target."""
-        total = jnp.cumsum(mass_BxN, axis=-1)
-        positive = mass_BxN > 0
-        beyond = positive & (total > target_B[:, None])
-        last = mass_BxN.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
-        index = jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), last)
-        return index, target_B - (_at(total, index) - _at(mass_BxN, index))
+    def search(mass_BxN, uniform_B):
+        """Returns the index that `uniform` selects, and how far into its mass, as a share of it."""
+        share = mass_BxN / jnp.sum(mass_BxN, axis=-1, keepdims=True)
+        parts = jnp.round(share * PARTS).astype(jnp.int32)
+        end = jnp.cumsum(parts, axis=-1)
+        target_B = (uniform_B * end[:, -1]).astype(jnp.int32)
+        target_B = jnp.minimum(target_B, end[:, -1] - 1)  # The product may be rounded up.
+        index = jnp.argmax(end > target_B[:, None], axis=-1)
+        part_B = _at(parts, index)
+        return index, (target_B - _at(end, index) + part_B) / part_B
 
-    def local(mass, target):
+    def local(mass, uniform):
         width = min(BLOCK, mass.shape[1])
         blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % width)))
         blocks = blocks.reshape(len(mass), -1, width)
-        block, rest = search(jnp.sum(blocks, axis=-1), target)
+        block, rest = search(jnp.sum(blocks, axis=-1), uniform)
         inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
         token = block * width + search(inside, rest)[0]
         # If the mass is NaN, the search ends in the padding.
@@ -210,14 +225,14 @@ def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
     def sharded(mass, uniform):
         shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), "tensor", axis=1)
-        shard, rest = search(shards, uniform * jnp.sum(shards, axis=-1))
+        shard, rest = search(shards, uniform)
         me = jax.lax.axis_index("tensor")
         token = local(mass, rest) + me * mass.shape[1]
         return jax.lax.psum(jnp.where(shard == me, token, 0), "tensor")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["tensor"] == 1:
-        return local(mass_BxV, uniform_B * jnp.sum(mass_BxV, axis=-1))
+        return local(mass_BxV, uniform_B)
     rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, "tensor")
     return jax.shard_map(sharded, in_specs=(whole, rows), out_specs=rows, check_vma=False)(
         mass_BxV, uniform_B

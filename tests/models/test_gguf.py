@@ -5,12 +5,13 @@ import json
 import gguf
 import numpy as np
 import pytest
+from gguf.gguf_writer import GGUFValue
 from gguf.quants import quantize
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from drpo_jax.data import TextTokenizer
-from drpo_jax.models import read_config
+from drpo_jax.models import from_pretrained, read_config
 from drpo_jax.models.gguf import LAYER, OUTSIDE, convert
 from tests.fixtures.load import stored, write
 
@@ -20,11 +21,12 @@ SPECIAL = ["<|end|>", "<|user|>"]
 TOKENS = [*SPECIAL, *LETTERS, *("".join(pair) for pair in MERGES)]
 
 
-def write_gguf(path, fields, tensors, family, kinds={}, split="smollm"):  # noqa: B006
+def write_gguf(path, fields, tensors, family, kinds={}, split="smollm", change=None):  # noqa: B006
     """Writes a GGUF file of Hugging Face tensors in the layout of llama.cpp's own converter.
 
     Args:
       kinds: quantization types by name, for tensors that are quantized codes.
+      change: changes the fields, gguf's dictionary of them, before they are written.
     """
     names = {theirs: ours for ours, theirs in (LAYER | OUTSIDE).items()}
     writer = gguf.GGUFWriter(path, family)
@@ -55,6 +57,8 @@ def write_gguf(path, fields, tensors, family, kinds={}, split="smollm"):  # noqa
         writer.add_tensor(
             f"{plain}.{kind}", np.ascontiguousarray(tensor), raw_dtype=kinds.get(name)
         )
+    if change:
+        change(writer.kv_data[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,6 +103,21 @@ def test_quantized_tensors_are_dequantized(tmp_path):
     assert 0 < abs(written - tensors[name]).max() < 0.02 * abs(tensors[name]).max()
 
 
+def test_old_files_in_the_directory_are_replaced(tmp_path):
+    """An index from another model would be read before model.safetensors."""
+    (tmp_path / "hf").mkdir()
+    fields, tensors, config = released("llama_tied", tmp_path / "hf")
+    write_gguf(tmp_path / "a.gguf", fields, tensors, "llama")
+    (tmp_path / "out").mkdir()
+    old = "model.safetensors.index.json", "pytorch_model.bin", "generation_config.json"
+    for name in (*old, "chat_template.jinja"):
+        (tmp_path / "out" / name).write_text("{}")
+    convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert from_pretrained(tmp_path / "out")[1] == config
+    assert not any((tmp_path / "out" / name).exists() for name in old)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() != "{}"
+
+
 def test_tokenizer(tmp_path):
     (tmp_path / "hf").mkdir()
     fields, tensors, _ = released("llama_tied", tmp_path / "hf")
@@ -126,3 +145,29 @@ def test_errors(tmp_path):
     ):
         convert(tmp_path / "b.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda fields: fields.pop("llama.attention.head_count"),
+            "b.gguf has no field llama.attention.head_count$",
+        ),
+        (
+            lambda fields: fields.update({"llama.rope.scaling.factor": float32(4.0)}),
+            "b.gguf: scaled rotary frequencies are not supported",
+        ),
+    ],
+)
+def test_fields_that_are_missing_or_scale_silently(change, message, tmp_path):
+    """llama.cpp scales linearly where a file has a factor and no type of scaling."""
+    (tmp_path / "hf").mkdir()
+    fields, tensors, _ = released("llama_tied", tmp_path / "hf")
+    write_gguf(tmp_path / "b.gguf", fields, tensors, "llama", change=change)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "b.gguf", tmp_path / "out")
+
+
+def float32(value):
+    return GGUFValue(value, gguf.GGUFValueType.FLOAT32)

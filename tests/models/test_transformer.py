@@ -161,6 +161,17 @@ def test_remat_recomputes_as_documented(tokens):
     assert none < full and dots < full
 
 
+def test_remat_selects_experts_once(tokens):
+    """Probabilities that are computed again may select other experts than the forward pass."""
+    model = new_model("moe")
+    for remat in ("dots", "full"):
+
+        def again(model, remat=remat):
+            return jnp.sum(model.hidden(tokens, compute=Compute(remat=remat)).hidden)
+
+        assert str(jax.make_jaxpr(jax.grad(again))(model)).count("top_k[") == 1
+
+
 def test_bfloat16_compute_keeps_float32_weights_and_logits(model, tokens, defaults):
     logits = jax.jit(lambda m: m(tokens, compute=Compute(dtype="bfloat16")))(model)
     assert logits.dtype == jnp.float32

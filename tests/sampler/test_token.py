@@ -81,6 +81,25 @@ def test_the_compiled_nucleus_keeps_its_border(temperature, top_p):
     assert kept.min() > top_p - 1e-4
 
 
+@pytest.mark.parametrize("scaled", [lambda x: 0.37 * x, lambda x: 30 * jnp.tanh(x / 30)])
+def test_filters_keep_their_borders_behind_any_computation(scaled):
+    """Where XLA computes the logits themselves in several fusions."""
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((256, 32), (32, 512)))
+
+    @jax.jit
+    def filtered(hidden, head):
+        logits = scaled(hidden @ head)
+        kept = filter_logits(logits, 0, 0.9), filter_logits(logits, 7, 1.0)
+        return jax.nn.softmax(logits), *(mask > -jnp.inf for mask in kept)
+
+    probabilities, nucleus, top = map(np.asarray, filtered(hidden, head))
+    assert np.sum(probabilities * nucleus, axis=1).min() > 0.9 - 1e-4
+    least = np.min(np.where(nucleus, probabilities, 1), axis=1)
+    assert np.max(np.sum(probabilities * nucleus, axis=1) - least) < 0.9 + 1e-4
+    assert np.all(np.sum(top, axis=1) == 7)
+
+
 def test_greedy_takes_the_most_likely_token():
     params = SamplingParams(max_tokens=1, temperature=0.0, top_k=2, top_logprobs=3)
     logits = jnp.array([[0.0, 3.0, 1.0], [5.0, 0.0, -1.0]])
@@ -160,3 +179,15 @@ def test_draws_from_a_large_vocabulary():
         slack = 3e-7 * total[:, -1]
         assert np.all(total[picked] >= target - slack)
         assert np.all(total[picked] - mass[picked] <= target + slack)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 40_000])
+def test_the_tail_is_not_drawn_where_partial_sums_are_rounded(vocabulary):
+    """The largest random number selects the last token that has a probability worth the name."""
+    rng, rows = np.random.default_rng(0), 64
+    mass = np.exp(2 * rng.normal(size=(rows, vocabulary))).astype(np.float32)
+    mass[:, -vocabulary // 8 :] = 1e-30
+    mass[:, ::3] = 1e-30
+    for uniform in (1 - 2**-23, 1 - 2**-24):  # jax.random.uniform has 23 bits.
+        token = np.asarray(jax.jit(draw)(mass, np.full(rows, uniform, np.float32)))
+        assert np.min(mass[np.arange(rows), token]) > 1e-6

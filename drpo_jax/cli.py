@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.commands import COMMANDS
-from drpo_jax.config import field_types, resolve, suggest, to_json, type_name
+from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import path_of
@@ -59,7 +59,11 @@ def launch(
 
     def start(_: list[str]) -> int | None:
         explicit = config_flags.get_override_values(flags.FLAGS["config"])
-        resolved = resolve(prepare(config.value), explicit)
+        prepared = prepare(config.value)
+        if directory is not None and directory.value:
+            with bad_input():
+                prepared = as_begun(prepared, path_of(directory.value), explicit)
+        resolved = resolve(prepared, explicit)
         if print_config.value:
             print(to_json(resolved), end="")
             return None

@@ -86,8 +86,8 @@ def run(
     """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
 
     `BadInput`, from the command line or from `main`, is printed as one message and exits with status
-    2, `TrainingStopped` with 3, Ctrl-C with 130. Any other exception is a defect and keeps its
-    traceback.
+    2, `TrainingStopped` with 3, Ctrl-C with 130, a closed output (`| head`) with 141. Any other
+    exception is a defect and keeps its traceback.
 
     Args:
       main: The entry point.
@@ -117,9 +117,24 @@ def run(
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)
             multihost.leave(130)
+        except BrokenPipeError:
+            if not _output_is_closed():
+                raise
+            print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
+            multihost.leave(141)
 
     absl_logging.get_absl_handler().setFormatter(PlainFormatter())
     app.run(guarded, flags_parser=parse_or_exit)
+
+
+def _output_is_closed() -> bool:
+    """Whether nothing reads stdout anymore; later output is then discarded."""
+    try:
+        print(flush=True)  # A flush alone fails only once.
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return True
+    return False
 
 
 def exit_with(error: Exception, status: int) -> NoReturn:

@@ -268,6 +268,13 @@ def test_only_an_unset_field_stays_as_the_run_began(tmp_path, new_default, caplo
     assert caplog.messages == ["train.pack = False, as this run began; the default is now True"]
 
 
+def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    workdir = tmp_path / "file" / "run"
+    with pytest.raises(BadInput, match=f"^{workdir} cannot be created .not a directory.; give"):
+        C.claim_workdir(workdir, changed())
+
+
 def test_the_reference_of_a_penalty_stays_where_it_was(tmp_path):
     """Without a penalty, the model has been read by then, and its directory may move."""
     penalty = dict(objective__kl="k3", objective__kl_coefficient=0.1)
@@ -291,7 +298,7 @@ def test_a_schedule_stretched_over_the_steps_fixes_them(tmp_path):
 def test_bad_input_marks_what_a_file_can_be_to_blame_for():
     with pytest.raises(BadInput, match="line 3"), bad_input():
         raise ValueError("line 3")
-    with pytest.raises(BadInput, match="No such file .*missing.jsonl"), bad_input():
+    with pytest.raises(BadInput, match="^missing.jsonl: no such file or directory$"), bad_input():
         open("missing.jsonl")
     with pytest.raises(KeyError), bad_input():
         raise KeyError("x")

@@ -35,7 +35,7 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
     Raises:
       ValueError: an unknown variant, or two that set one field to different values.
     """
-    variants = {**common_variants(), **own}
+    variants = {**own, **common_variants(), **own}  # Its own are named first.
     chosen = [name for name in names.split(",") if name]
     owners: dict[str, tuple[str, Any]] = {}
     changes = []

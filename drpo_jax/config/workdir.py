@@ -116,7 +116,12 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
                 else ""
             )
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
+        ) from None
     write_whole(path, to_json(config))
     return claimed
 

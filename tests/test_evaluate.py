@@ -1,11 +1,13 @@
 """Evaluation: which checkpoint and problems are evaluated, and what is computed from responses."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from drpo_jax import config as C
@@ -15,7 +17,8 @@ from drpo_jax.cli import load_config
 from drpo_jax.errors import BadInput
 from drpo_jax.evaluation import Response
 from drpo_jax.evaluation.accuracy import by_problem, estimates, eval_metrics
-from drpo_jax.evaluation.files import shard_places
+from drpo_jax.evaluation.files import evaluation_settings, folder_name, shard_places
+from drpo_jax.evaluation.heldout import loaded_sampler
 from drpo_jax.evaluation.source import checkpoint_directory
 from drpo_jax.evaluation.tables import accuracy_table, problem_table
 from drpo_jax.parallel import make_mesh
@@ -184,6 +187,24 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickl
     assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
     with pytest.raises(BadInput, match="--step=4: there is no such checkpoint; there are 3"):
         evaluate.main(settings, tmp_path, step=4)
+
+
+def test_an_evaluation_with_the_engine_of_the_rollouts(tmp_path, monkeypatch, compile_quickly):
+    monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+    fields = FIELDS | {"precision__noise": 0.1, "precision__kv_cache": "e4m3"}
+    run = loop.Run.create(config(**fields, evaluate__precision="sampler"), tmp_path)
+    with jax.set_mesh(run.mesh):
+        model = run.programs.init(run.key(0, 0)).model
+        first, second = (jax.tree.leaves(loaded_sampler(run, model).model) for _ in range(2))
+        assert loaded_sampler(run, model) is run.programs.sampler
+        exact = jax.tree.leaves(run.programs.sync_exact(model))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, exact, strict=True))
+
+    other = dataclasses.replace(run, config=config(**fields))
+    theirs, ours = (evaluation_settings(r, "checkpoint", 3) for r in (other, run))
+    assert ours["precision"]["recipe"] == "rollout" and "precision" not in theirs
+    assert folder_name(ours) != folder_name(theirs)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3"])

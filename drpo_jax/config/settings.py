@@ -93,6 +93,13 @@ class EvaluateSettings:
     samples: int = field(4, "Responses per problem: the k of avg@k.", POSITIVE, may_change=True)
     temperature: float = field(1.0, "Sampling temperature.", POSITIVE, may_change=True)
     greedy: bool = field(True, "Also sample one greedy response per problem.", may_change=True)
+    precision: str = field(
+        "exact",
+        "exact: without quantization. sampler: with the engine of the rollouts, including its recipe, "
+        "float8 cache and noise; the released FP8 runs validate this way.",
+        ("exact", "sampler"),
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
 from drpo_jax.errors import BadInput
 from drpo_jax.evaluation.accuracy import ProblemResult, estimates
@@ -34,7 +35,14 @@ def evaluation_settings(run: Run, checkpoint: str, step: int) -> dict[str, Any]:
         "reward": config.reward.name,
         "seed": config.seed,
         "prompts": _prompts_hash(run),
-    }
+    } | _precision(config)
+
+
+def _precision(config: FrozenConfigDict) -> dict[str, Any]:
+    """The fields behind evaluate.precision; none for "exact", the only one of older evaluations."""
+    if config.evaluate.precision == "exact":
+        return {}
+    return {"precision": config.precision.to_dict()}
 
 
 def _prompts_hash(run: Run) -> str:

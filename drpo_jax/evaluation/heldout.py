@@ -7,15 +7,15 @@ from drpo_jax.evaluation import accuracy
 from drpo_jax.evaluation.response import Response
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
-from drpo_jax.run import Group, Run
-from drpo_jax.sampler import SamplingParams
+from drpo_jax.run import NOISE, Group, Run
+from drpo_jax.sampler import Sampler, SamplingParams
 
 # The processes exchange the verdicts of this many problems at once.
 GATHER = 32
 
 
 def evaluate(run: Run, model: Transformer) -> dict[str, float]:
-    """Measures held-out accuracy of the unquantized model; leaves training's random streams untouched.
+    """Measures held-out accuracy; leaves training's random streams untouched.
 
     Returns:
       eval/avg, the mean reward of evaluate.samples responses to each problem at evaluate.temperature;
@@ -32,7 +32,7 @@ def sample_heldout(
     done: Iterable[Response] = (),
     places: Sequence[int] | None = None,
 ) -> Iterator[list[Response]]:
-    """Samples and verifies responses with the unquantized model.
+    """Samples and verifies responses with the engine that evaluate.precision names.
 
     A response depends only on the weights and on the index of its problem. Part of an evaluation, or
     the rest of an interrupted one, therefore yields the same responses as the whole.
@@ -44,8 +44,7 @@ def sample_heldout(
     Yields:
       The responses to one problem in one mode, in the order in which they are verified.
     """
-    sampler = run.programs.exact_sampler
-    sampler.load(run.programs.sync_exact(model))
+    sampler = loaded_sampler(run, model)
     existing = {(response.mode, response.id) for response in done}
     places = range(len(run.heldout)) if places is None else places
     for mode, params in _modes(run).items():
@@ -80,6 +79,17 @@ def in_order(run: Run, responses: Iterable[Response]) -> list[Response]:
     """Sorts responses by mode, then by the order of the held-out problems."""
     order = {problem.id: i for i, problem in enumerate(run.heldout)}
     return sorted(responses, key=lambda response: (response.mode, order[response.id]))
+
+
+def loaded_sampler(run: Run, model: Transformer) -> Sampler:
+    """Returns the sampler of evaluations, with weights loaded."""
+    programs = run.programs
+    if run.config.evaluate.precision == "exact":
+        programs.exact_sampler.load(programs.sync_exact(model))
+        return programs.exact_sampler
+    # The same noise in every evaluation, so that evaluations differ in the weights only.
+    programs.sampler.load(programs.sync(model, run.key(0, NOISE)))
+    return programs.sampler
 
 
 def _modes(run: Run) -> dict[str, SamplingParams]:

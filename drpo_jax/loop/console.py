@@ -44,7 +44,9 @@ def introduction(run: Run) -> str:
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "
-        "before and after training" + f" and every {evaluate.every} steps" * bool(evaluate.every),
+        + "by the rollouts' sampler, " * (evaluate.precision == "sampler")
+        + "before and after training"
+        + f" and every {evaluate.every} steps" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
         + (f", {axes}" if axes else ""),
         "seed": f"{config.seed}",

@@ -265,7 +265,7 @@ def _rewardable(config, problems: Sequence[Problem]) -> np.ndarray:
 
     A reward without a template is not checked: all of its problems count as rewardable.
     """
-    reward = rewards.get_reward(config.reward.name)
+    reward = rewards.get_reward(config.reward.name, config.reward.extract)
     if reward.template is None:
         return np.ones(len(problems), bool)
     prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]

@@ -143,6 +143,19 @@ def test_a_boundary_that_no_token_reaches_is_warned_of(monkeypatch):
     assert len(said) == 2 and said[1] == said[0]
 
 
+def test_a_variant_that_is_another_objective_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    for name, equal in (("mask_drpo", "surrogate"), ("drpo_no_correction", "drpo")):
+        C.validate(changed(objective__name=name))
+        assert not said
+        C.validate(changed(objective__name=name, objective__threshold="released"))
+        assert said.pop().startswith(f"{name} is {equal} under delta = 12.5")
+    own_mask = dict(objective__threshold="released", objective__mask_delta=0.15)
+    C.validate(changed(objective__name="mask_drpo", **own_mask))
+    assert "Nothing will be corrected" in said.pop()
+
+
 def test_an_aggregation_that_is_not_gspos_is_warned_of(monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
@@ -344,6 +357,14 @@ def test_the_resolved_config_has_the_objectives_hyperparameters():
         (
             {"objective__threshold": "released"},
             "drpo, δ = 12.5 (a probability, which no token reaches; released)",
+        ),
+        (
+            {
+                "objective__name": "mask_drpo",
+                "objective__threshold": "released",
+                "objective__mask_delta": 0.15,
+            },
+            "mask_drpo, δ = 12.5, δ_m = 0.15 (a probability; released)",
         ),
         ({"objective__name": "dppo_kl"}, "dppo_kl, δ = 0.05 (nats)"),
         (

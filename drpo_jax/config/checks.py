@@ -12,7 +12,7 @@ from drpo_jax.config.sections import field_table, flatten, suggest
 from drpo_jax.errors import BadInput
 from drpo_jax.models.attention import attention_kernel
 from drpo_jax.models.settings import Compute
-from drpo_jax.objectives import OBJECTIVES, THRESHOLDS, hyperparameters
+from drpo_jax.objectives import OBJECTIVES, THRESHOLDS, hyperparameters, resolve_hyper
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
 from drpo_jax.rewards import EXTRACTORS
 
@@ -383,10 +383,18 @@ def _warn(values: Mapping[str, Any]) -> None:
             "mismatch; 'sampler' does.",
             name,
         )
-    delta = objective_hyper(values).get("delta", 0)
-    if objective.boundary == "probability" and delta >= 1:
+    hyper = resolve_hyper(name, objective_hyper(values))
+    if equal := objective.equals(hyper):
+        settings = ", ".join(f"{k} = {v!r}" for k, v in hyper.items() if v is not None)
+        logging.warning(
+            "%s is %s under %s: no token can get outside its boundary, since |pi - mu| <= 1.",
+            name,
+            equal,
+            settings,
+        )
+    elif objective.boundary == "probability" and hyper["delta"] >= 1:
         logging.warning(
             "delta = %g: no token can reach this boundary, since |pi - mu| <= 1. "
             "Nothing will be corrected; the boundary in probability is below 1, for example 0.15.",
-            delta,
+            hyper["delta"],
         )

@@ -50,9 +50,8 @@ def boundary(config: Mapping[str, Any]) -> float:
     It is the objective's own boundary if tokens can reach that probability, else DPPO's.
     """
     name = flatten(config)["objective.name"]
-    delta = resolve_hyper(name, objective_hyper(config)).get("delta", 1.0)
-    own = OBJECTIVES[name].boundary == "probability" and delta < 1
-    return delta if own else THRESHOLDS["delta"]["boundary"]
+    bounds = OBJECTIVES[name].bounds(resolve_hyper(name, objective_hyper(config)))
+    return min((b for b in bounds if b < 1), default=THRESHOLDS["delta"]["boundary"])
 
 
 def objective_summary(config: Mapping[str, Any]) -> str:
@@ -73,7 +72,7 @@ def objective_summary(config: Mapping[str, Any]) -> str:
     notes = [QUANTITIES[objective.boundary]] if objective.boundary else []
     if not hyper:
         notes = ["no trust region"]
-    if objective.boundary == "probability" and hyper.get("delta", 0) >= 1:
+    if min(objective.bounds(hyper), default=0) >= 1:
         notes = ["a probability, which no token reaches"]
     if objective.threshold:
         readings = THRESHOLDS[objective.threshold]

@@ -241,14 +241,19 @@ def drpo_no_correction(t: Token, delta=0.15) -> Terms:
     return J, t.r * t.A * w, w
 
 
-def mask_drpo(t: Token, delta=0.15, directional=False) -> Terms:
-    """J = r·Â − [outside]·|Â|·((π−µ)² − δ²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
+def mask_drpo(t: Token, delta=0.15, mask_delta=None, directional=False) -> Terms:
+    """J = r·Â − [outside]·|Â|·((π−µ)² − δ_m²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
 
-    Outside means |π−µ| > δ, where converging tokens jump to w > 2. With `directional`, it means
-    sign(Â)·(π−µ) > δ: w = 1 wherever DPPO keeps the gradient, and DRPO's correction elsewhere.
+    Outside means |π−µ| > δ_m, where δ_m is `mask_delta` (δ by default). δ alone scales the penalty
+    outside: w = 1 − sign(Â)·(π−µ)/δ. With `directional`, outside means sign(Â)·(π−µ) > δ_m.
+
+    At δ_m = δ, converging tokens outside jump to w > 2, and `directional` keeps w = 1 wherever DPPO
+    keeps the gradient. With δ_m ≥ 1 nothing is outside: this is the surrogate. With δ = 12.5 (the
+    released threshold), w outside lies in [0.92, 1.08] for every δ_m: nothing is corrected.
     """
-    outside = (t.drift if directional else abs(t.shift)) > delta
-    penalty = (t.mu * (t.r - 1) ** 2 - delta**2 * _inverse_mu(t, delta)) / (2 * delta)
+    mask_delta = _first(mask_delta, delta)
+    outside = (t.drift if directional else abs(t.shift)) > mask_delta
+    penalty = (t.mu * (t.r - 1) ** 2 - mask_delta**2 * _inverse_mu(t, mask_delta)) / (2 * delta)
     J = t.r * t.A - jnp.where(outside, abs(t.A) * penalty, 0.0)
     w = 1 - jnp.where(outside, t.drift / delta, 0.0)
     return J, t.r * t.A * w, w
@@ -268,6 +273,11 @@ def _topk(topk_logp, behavior_topk_logp):
     """Returns π and µ of the top-k tokens, and those of the bin for all others, without gradient."""
     pi, mu = (jnp.exp(jax.lax.stop_gradient(x)) for x in (topk_logp, behavior_topk_logp))
     return pi, mu, *(jnp.maximum(1 - x.sum(-1), 0) for x in (pi, mu))
+
+
+def _first(value, default):
+    """Returns `value`, or `default` where it is None."""
+    return default if value is None else value
 
 
 def _inverse(A: jax.Array) -> jax.Array:
@@ -301,6 +311,8 @@ class Objective:
       fixed_aggregation: c is the gradient of the published objective under that aggregation only.
       released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
       corrects_mismatch: its ratio π/µ corrects the sampler's numerics, so µ must be the sampler's.
+      unbounded: the objective that has the same J, c and w where the boundary is a probability of
+        1 or more, which no token reaches, and the ratio is not capped; None: there is none.
     """
 
     equation: Callable[..., Terms]
@@ -309,6 +321,7 @@ class Objective:
     fixed_aggregation: bool = False
     released: bool = False
     corrects_mismatch: bool = False
+    unbounded: str | None = None
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -333,6 +346,21 @@ class Objective:
         """
         names = [name for name in THRESHOLDS if name in self.hyper]
         return names[0] if names and self.boundary != "nats" else None
+
+    def bounds(self, hyper: Mapping[str, Any]) -> tuple[float, ...]:
+        """Returns the values of its boundary if it is a probability; () if it is not.
+
+        Args:
+          hyper: all hyperparameters by name, see `resolve_hyper`.
+        """
+        if self.boundary != "probability":
+            return ()
+        return (_first(hyper.get("mask_delta"), hyper["delta"]),)
+
+    def equals(self, hyper: Mapping[str, Any]) -> str | None:
+        """Returns the objective that this one is under `hyper`, None if it is one of its own."""
+        reachable = min(self.bounds(hyper), default=0.0) < 1
+        return None if reachable or hyper.get("ratio_cap") is not None else self.unbounded
 
     def _parameters(self):
         return list(inspect.signature(self.equation).parameters.values())[1:]
@@ -386,14 +414,26 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective(spo, boundary="ratio", released=True),
         Objective(spo_no_advantage, boundary="ratio", released=True),
-        Objective(dppo_tv, boundary="probability"),
+        Objective(dppo_tv, boundary="probability", unbounded="surrogate"),
         Objective(dppo_kl, boundary="nats"),
-        Objective(dppo_topk_tv, boundary="probability"),
+        Objective(dppo_topk_tv, boundary="probability", unbounded="surrogate"),
         Objective(dppo_topk_kl, boundary="nats"),
         Objective(drpo, boundary="probability", aggregation=_DRPO, released=True),
         Objective(drpo_no_advantage, boundary="probability", aggregation=_DRPO, released=True),
-        Objective(drpo_no_correction, boundary="probability", aggregation=_DRPO, released=True),
-        Objective(mask_drpo, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(
+            drpo_no_correction,
+            boundary="probability",
+            aggregation=_DRPO,
+            released=True,
+            unbounded="drpo",
+        ),
+        Objective(
+            mask_drpo,
+            boundary="probability",
+            aggregation=_DRPO,
+            released=True,
+            unbounded="surrogate",
+        ),
     )
 }
 
@@ -402,6 +442,9 @@ OBJECTIVES: dict[str, Objective] = {
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "delta": Hyperparameter(
         "δ", "Boundary of |π − µ|, a probability; of the KL, nats, in dppo_*kl."
+    ),
+    "mask_delta": Hyperparameter(
+        "δ_m", "Boundary of |π − µ| beyond which mask_drpo penalizes a token; unset: delta."
     ),
     "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
     "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),
@@ -422,7 +465,7 @@ THRESHOLDS: dict[str, dict[str, float]] = {
     "delta": {
         "boundary": 0.15,  # DPPO's boundary, a probability, which DRPO shares.
         "released": 12.5,  # DRPO's released code. |π − µ| ≤ 1 never reaches it.
-        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty.
+        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty. No source does it.
     },
     "epsilon": {
         "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5.

@@ -29,6 +29,8 @@ CASES = [(name, {}) for name in OBJECTIVES] + [
     ("drpo_no_correction", {"delta": 12.5}),
     ("mask_drpo", {"directional": True}),
     ("mask_drpo", {"delta": 0.01}),
+    ("mask_drpo", {"mask_delta": 0.4}),
+    ("mask_drpo", {"delta": 12.5, "mask_delta": 0.15, "directional": True}),
 ]
 
 

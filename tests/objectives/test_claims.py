@@ -5,7 +5,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from drpo_jax.objectives.table import gradient_weight, token_objective
+from drpo_jax.objectives.table import (
+    OBJECTIVES,
+    gradient_weight,
+    resolve_hyper,
+    token_objective,
+)
 
 DELTA = 0.15
 
@@ -66,6 +71,40 @@ def test_mask_drpo_amplifies_converging_tokens_outside_unless_directional(weight
     assert weight_at("mask_drpo", pi, mu, 1.0, directional=True) == 1.0
     assert weight_at("drpo", pi, mu, 1.0) == pytest.approx(3.0)
     assert weight_at("dppo_tv", pi, mu, 1.0) == weight_at("dppo_kl", pi, mu, 1.0) == 1.0
+
+
+def test_objectives_that_no_token_can_get_outside_of_are_what_their_row_says(batch, in_float64):
+    """The paper reports Mask-DRPO near DRPO and the surrogate below both: not at one δ of 12.5."""
+    for name, equal in (
+        ("mask_drpo", "surrogate"),
+        ("dppo_tv", "surrogate"),
+        ("dppo_topk_tv", "surrogate"),
+        ("drpo_no_correction", "drpo"),
+    ):
+        assert OBJECTIVES[name].equals(resolve_hyper(name, {"delta": 12.5})) == equal
+        assert OBJECTIVES[name].equals(resolve_hyper(name, {})) is None
+        hyper = {"delta": 12.5} | batch.needs(name)
+        other = {key: 12.5 for key in OBJECTIVES[equal].hyper}
+        for function in (token_objective, gradient_weight):
+            np.testing.assert_allclose(
+                in_float64(function, name, *batch[:3], **hyper),
+                in_float64(function, equal, *batch[:3], **other),
+                rtol=1e-10,
+            )
+    own_mask = resolve_hyper("mask_drpo", {"delta": 12.5, "mask_delta": 0.15})
+    assert OBJECTIVES["mask_drpo"].equals(own_mask) is None
+    assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "ratio_cap": 2.0}) is None
+    assert OBJECTIVES["drpo"].equals({"delta": 12.5}) is None
+
+
+def test_a_mask_of_its_own_corrects_nothing_at_the_released_threshold(batch, in_float64):
+    w = in_float64(gradient_weight, "mask_drpo", *batch[:3], delta=12.5, mask_delta=0.15)
+    shift = abs(np.exp(batch.logp) - np.exp(batch.behavior_logp))
+    assert (w[shift > 0.1501] != 1).all() and (w[shift < 0.1499] == 1).all()
+    assert w.min() >= 0.92 and w.max() <= 1.08
+    half = in_float64(gradient_weight, "mask_drpo", *batch[:3], delta=0.15, mask_delta=0.3)
+    drpo = in_float64(gradient_weight, "drpo", *batch[:3], delta=0.15)
+    np.testing.assert_array_equal(half, np.where(shift > 0.3, drpo, 1))
 
 
 def test_weights_are_bounded_for_drpo_and_unbounded_for_spo_along_the_tail(weight_at):

@@ -132,11 +132,12 @@ def drpo_no_correction(t, delta=0.15):
     return J, np.where(past, 0, c)
 
 
-def mask_drpo(t, delta=0.15, directional=False):
-    r, outside = t.p / t.m, abs(t.p - t.m) > delta
+def mask_drpo(t, delta=0.15, mask_delta=None, directional=False):
+    mask_delta = mask_delta or delta
+    r, outside = t.p / t.m, abs(t.p - t.m) > mask_delta
     if directional:
         outside &= t.A * (r - 1) > 0
-    penalty = abs(t.A) * ((t.p - t.m) ** 2 - delta**2) / (2 * delta * t.m)
+    penalty = abs(t.A) * ((t.p - t.m) ** 2 - mask_delta**2) / (2 * delta * t.m)
     return r * t.A - outside * penalty, np.where(outside, drpo(t, delta)[1], r * t.A)
 
 

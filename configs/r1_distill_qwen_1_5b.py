@@ -8,6 +8,7 @@ docs/settings.md says where each value comes from. Variants, combined by commas:
 
     grpo, cispo, sapo   the baselines as released: GRPO's clip is 0.2/0.28
     grpo_symmetric      GRPO with a clip of 0.2/0.2
+    mask_drpo           Mask-DRPO whose mask has DPPO's boundary, 0.15
 
 and those of every config (drpo_jax/config/variants.py): other objectives, readings of the threshold
 such as boundary, smoke.

@@ -14,7 +14,7 @@ from drpo_jax.config import default_config, flatten, objective_hyper, resolve
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
-from drpo_jax.objectives import OBJECTIVES
+from drpo_jax.objectives import OBJECTIVES, resolve_hyper
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs, model_config
 
@@ -77,7 +77,7 @@ def test_the_papers_numbers(name, variant):
     assert (train.prompts, train.samples) == ((256, 16) if moe else (64, 8))
     assert train.mini_batch_prompts == (32 if moe else 16)
     assert (config.data.problems, config.data.filter) == ("dapo_math_17k", "dapo")
-    assert config.data.instruction == "none"
+    assert (config.data.instruction, config.reward.extract) == ("none", "anywhere")
     assert (config.reward.name, config.reward.format, config.reward.overlong_buffer) == (
         "math",
         0,
@@ -101,8 +101,10 @@ def test_every_objective_is_a_variant(name):
     config = complete("qwen3_4b_base", name)
     assert config.objective.name == name
     assert config.objective.threshold == ("released" if OBJECTIVES[name].released else "")
-    own = "seq-mean-token-mean" if name in ("gspo", "sapo") else "seq-mean-token-sum-norm"
-    assert config.objective.aggregation == own
+    row = OBJECTIVES[name]
+    own = row.fixed_aggregation or name == "sapo"
+    expected = row.aggregation if own else "seq-mean-token-sum-norm"
+    assert config.objective.aggregation == expected
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -115,6 +117,13 @@ def test_the_baselines_are_those_of_the_released_runs(name):
     # The lower end of CISPO's interval is negative, so no ratio reaches it.
     assert clips["cispo"]["epsilon_low"] >= 1 and clips["cispo"]["epsilon_high"] == 0.2
     assert complete(name, "sapo").objective.aggregation == "seq-mean-token-mean"
+
+
+@pytest.mark.parametrize("variants, delta", [("mask_drpo", 12.5), ("mask_drpo,boundary", 0.15)])
+def test_mask_drpo_is_not_the_surrogate(variants, delta):
+    hyper = resolve_hyper("mask_drpo", objective_hyper(complete("qwen3_4b_base", variants)))
+    assert (hyper["delta"], hyper["mask_delta"]) == (delta, 0.15)
+    assert OBJECTIVES["mask_drpo"].equals(hyper) is None
 
 
 def test_the_baselines_of_other_configs_are_the_objectives_own():
@@ -131,6 +140,7 @@ def test_fp8_end_to_end_as_in_the_public_script():
     assert objective.horizon == config.sampler.max_response_length == 20480
     assert config.optimizer.weight_decay == 0.1 and config.reward.overlong_buffer == 512
     assert (train.prompts, train.samples, train.mini_batch_prompts) == (128, 16, 128)
+    assert config.evaluate.precision == "sampler"
     assert complete("qwen3_30b_a3b", "fp8_e2e_released,grpo").objective.epsilon_high == 0.28
     with pytest.raises(ValueError, match="contradict each other: precision.scale|recipe"):
         load("qwen3_30b_a3b", "bf16,fp8_e2e_released")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from drpo_jax.config.sections import default_config
 from drpo_jax.config.variants import objective_variant
 from drpo_jax.models import PRESETS
+from drpo_jax.objectives import THRESHOLDS
 
 # The baselines with the settings that their released runs have instead of the objective's defaults.
 BASELINES = {
@@ -17,6 +18,8 @@ BASELINES = {
     "grpo_symmetric": objective_variant("grpo", epsilon_low=0.2, epsilon_high=0.2),
     "cispo": objective_variant("cispo", epsilon_low=10.0),  # At 1 and above, r has no lower bound.
     "sapo": objective_variant("sapo", aggregation="seq-mean-token-mean"),
+    # With one threshold of 12.5 for mask and penalty, it would be the surrogate.
+    "mask_drpo": objective_variant("mask_drpo", mask_delta=THRESHOLDS["delta"]["boundary"]),
 }
 
 PRECISION = {
@@ -34,6 +37,7 @@ FP8_E2E_RELEASED = {
     "objective.correction": "tis",
     "objective.correction_level": "token",
     "objective.correction_cap": 2.0,
+    "evaluate.precision": "sampler",
     "optimizer.weight_decay": 0.1,
     "reward.overlong_buffer": 512,
     "sampler.max_response_length": 20480,
@@ -80,6 +84,7 @@ def paper_config(preset: str) -> ConfigDict:
     config.data.update(
         task="math", problems="dapo_math_17k", filter="dapo", chat=True, instruction="none"
     )
+    config.reward.extract = "anywhere"
     return config
 
 

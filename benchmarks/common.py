@@ -5,11 +5,12 @@ import json
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 from absl import flags
 from jax.experimental import topologies
+
+from drpo_jax.storage import path_of
 
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
@@ -28,8 +29,9 @@ def machine() -> dict:
 def write_results(path: str, command: str, figures: dict) -> None:
     """Writes the figures as JSON, with the machine and the command that produced them."""
     content = {"command": command, "machine": machine(), "figures": figures}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    file = path_of(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def tpu() -> jax.Device | None:

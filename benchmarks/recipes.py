@@ -13,13 +13,13 @@ written after every run.
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 
 from absl import app, flags
 
 from benchmarks.common import OUTPUT, write_results
 from benchmarks.runs import CONFIG, PARALLEL, WORKDIR, read, run
+from drpo_jax.storage import path_of
 
 VARIANTS = {
     "none": "float32",
@@ -40,7 +40,7 @@ def run_recipe(recipe: str, seed: int) -> dict:
     """Trains one seed under one recipe and returns the figures of `run`."""
     arguments = [f"--config.seed={seed}"]
     if recipe != "none":
-        warm = Path(WORKDIR.value) / f"none{seed}"
+        warm = path_of(WORKDIR.value) / f"none{seed}"
         arguments.append(f"--config.data.init_from={warm}")
     return run(f"{recipe}{seed}", arguments, f"{CONFIG.value}:{VARIANTS[recipe]}")
 
@@ -49,7 +49,7 @@ def finished() -> dict:
     """Returns {recipe: {seed: figures}} of the finished runs in the workdir."""
     figures: dict = {}
     for recipe in VARIANTS:
-        for done in sorted(Path(WORKDIR.value).glob(f"{recipe}[0-9]*/seconds")):
+        for done in sorted(path_of(WORKDIR.value).glob(f"{recipe}[0-9]*/seconds")):
             seed = int(done.parent.name.removeprefix(recipe))
             figures.setdefault(recipe, {})[seed] = read(done.parent)
     return figures

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from drpo_jax.metrics import read_metrics
+from drpo_jax.storage import path_of
 
 WORKDIR = flags.DEFINE_string("workdir", "runs", "Directory of the runs, one directory each.")
 CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config of the runs.")
@@ -31,7 +32,7 @@ def run(name: str, arguments: list[str], config: str = "") -> dict:
     Returns:
       Held-out accuracies before and after, the share of tokens with a weight below 0, and seconds.
     """
-    workdir = Path(WORKDIR.value) / name
+    workdir = path_of(WORKDIR.value) / name
     done = workdir / "seconds"
     if not done.exists():
         workdir.mkdir(parents=True, exist_ok=True)

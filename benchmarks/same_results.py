@@ -18,6 +18,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from drpo_jax.storage import path_of
+
 RUNS = {
     "tiny-fp8_rollout": "configs/tiny.py:fp8_rollout",
     "tiny-float32": "configs/tiny.py:float32",
@@ -92,7 +94,7 @@ def differences(base: list[dict], head: list[dict], tolerance: float) -> tuple[l
 def main(arguments: list[str]) -> int:
     if len(arguments) not in (2, 3):
         raise app.UsageError("give BASE, and HEAD unless it is the working tree")
-    names, directory = list(dict.fromkeys(RUN.value)), Path(RESULTS.value)
+    names, directory = list(dict.fromkeys(RUN.value)), path_of(RESULTS.value)
     base = results(arguments[1], directory, names)
     head = results((*arguments, None)[2], directory, names)
     failed = False

@@ -14,12 +14,12 @@ workdir after changing the code.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from absl import app, flags
 from matplotlib.figure import Figure
 
 from benchmarks.common import OUTPUT, write_results
+from drpo_jax.storage import path_of
 
 MODELS = flags.DEFINE_list("models", ["qwen3_4b_base", "qwen3_30b_a3b"], "Names of config files.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/scaling", "Directory of the points, one file each.")
@@ -43,7 +43,7 @@ PROGRAMS = {"update": "-", "decode": "--"}
 
 def compile_point(model, chips, length):
     """Returns the figures of one point by program, from preflight's JSON."""
-    file = Path(WORKDIR.value) / f"{model}_{chips}_{length}.json"
+    file = path_of(WORKDIR.value) / f"{model}_{chips}_{length}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         fields = {

@@ -13,12 +13,12 @@ accuracy must not rise.
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from absl import app, flags
 
 from benchmarks.common import OUTPUT, write_results
 from benchmarks.runs import PARALLEL, WORKDIR, run
+from drpo_jax.storage import path_of
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "Seeds 0, 1, …")
 CONTROLS = flags.DEFINE_integer(
@@ -41,7 +41,7 @@ def main(_):
         f"control{i}": [
             f"--config.seed={i}",
             "--config.train.shuffle_rewards=True",
-            f"--config.data.init_from={Path(WORKDIR.value) / f'seed{i}'}",
+            f"--config.data.init_from={path_of(WORKDIR.value) / f'seed{i}'}",
         ]
         for i in range(CONTROLS.value)
     }

@@ -26,7 +26,7 @@ from drpo_jax.commands import COMMANDS
 from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
-from drpo_jax.storage import path_of
+from drpo_jax.storage import check_workdir, path_of
 
 flags.disclaim_key_flags()  # Flags defined here belong to the entry point and to its --help.
 
@@ -71,7 +71,8 @@ def launch(
             multihost.initialize()
         if not multihost.is_main():  # Process 0 prints for all of them; errors come from each.
             sys.stdout = open(os.devnull, "w")
-        use_compilation_cache(resolved.compute.compilation_cache)
+        with bad_input():
+            use_compilation_cache(resolved.compute.compilation_cache)
         return main(resolved, None if directory is None else path_of(directory.value))
 
     resume = "; run the same command again to resume from the last checkpoint" if workdir else ""
@@ -163,7 +164,7 @@ def use_compilation_cache(setting: str) -> None:
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return  # JAX reads it.
         setting = COMPILATION_CACHE
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(setting) or None)
+    jax.config.update("jax_compilation_cache_dir", str(path_of(setting)) if setting else None)
 
 
 # ------------------------------------------------------------------------------ flags
@@ -277,11 +278,10 @@ def _unrecognized(error: flags.UnrecognizedFlagError, fields: Collection[str]) -
 def _check_workdir(workdir: str | None) -> None:
     if not workdir:
         raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
-    if "://" in workdir and not workdir.startswith("gs://"):
-        raise BadInput(
-            f"--workdir={workdir}: must be a path or gs://BUCKET/RUN; mount other storage and give "
-            "its path"
-        )
+    try:
+        check_workdir(path_of(workdir))
+    except ValueError as error:
+        raise BadInput(f"--workdir={error}") from None
 
 
 def help_text(values: flags.FlagValues) -> str:
@@ -328,8 +328,8 @@ def find_config(path: str) -> str | None:
     A shipped config is named as tiny, tiny.py or configs/tiny.py, from any directory. Returns None
     if there is neither.
     """
-    if Path(path).is_file():
-        return path
+    if (file := path_of(path)).is_file():
+        return str(file)
     shipped = CONFIGS / f"{Path(path).stem}.py"
     named = re.fullmatch(r"(configs/)?\w+(\.py)?", path)
     return str(shipped) if named and shipped.is_file() else None
@@ -346,7 +346,8 @@ def load_config(spec: str) -> ConfigDict:
       BadInput: There is no such file, or it raised an exception; the message names the line.
     """
     name, _, variant = spec.partition(":")
-    path = find_config(name)
+    with bad_input():
+        path = find_config(name)
     if path is None:
         shipped = [f"configs/{file.name}" for file in sorted(CONFIGS.glob("*.py"))]
         near = difflib.get_close_matches(name, shipped, 1, 0.4)

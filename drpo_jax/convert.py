@@ -3,6 +3,7 @@
 from drpo_jax import cli
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models.gguf import convert
+from drpo_jax.storage import path_of
 
 
 def main(arguments: list[str]) -> None:
@@ -15,8 +16,8 @@ def main(arguments: list[str]) -> None:
         raise BadInput(
             "give a GGUF file and the directory to write: drpo convert FILE.gguf DIRECTORY"
         )
-    file, directory = arguments
     with bad_input():
+        file, directory = map(path_of, arguments)
         config = convert(file, directory)
     print(f"{directory}: {config.layers} layers of width {config.hidden_size}")
 

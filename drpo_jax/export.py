@@ -19,6 +19,7 @@ from drpo_jax.data import make_tokenizer
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer, save_pretrained
 from drpo_jax.programs import model_config
+from drpo_jax.storage import path_of
 
 
 def export(
@@ -38,7 +39,8 @@ def export(
     Raises:
       BadInput: There is no run or no such checkpoint, or the directory cannot be written.
     """
-    workdir = Path(workdir).expanduser()
+    with bad_input():
+        workdir, output = path_of(workdir), path_of(output)
     config = run_config(workdir)
     architecture = model_config(config)
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -51,13 +53,13 @@ def export(
             raise BadInput(f"{workdir}: no checkpoint of step {step}; there are {steps}")
         model = checkpoints.restore(step, {"model": like})["model"]
         source = config.model.path or None
-        if source and Path(source).resolve() == Path(output).resolve():
+        if source and path_of(source).resolve() == output.resolve():
             raise BadInput(
                 f"{output} is the model that the run started from: name another directory"
             )
         save_pretrained(model, architecture, output, jnp.dtype(dtype), source)
         if source:
-            _write_stop_tokens(Path(output) / "generation_config.json", config)
+            _write_stop_tokens(output / "generation_config.json", config)
     return step
 
 

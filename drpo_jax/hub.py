@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from drpo_jax.storage import is_remote, path_of
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")  # Configurations and tokenizer, without weights.
 ALL_FILES = (*TEXT_FILES, "*.safetensors")
@@ -17,13 +19,16 @@ def local_directory(path: str | os.PathLike, files: Sequence[str] = ALL_FILES) -
 
     Args:
       path: a directory, or a hub id such as "Qwen/Qwen3-4B-Base". A directory of that name takes
-        precedence. Any other path is returned unchanged.
+        precedence. Of any other path, only ~ is expanded.
       files: patterns of the files to download.
 
     Raises:
+      ValueError: the path is on object storage.
       FileNotFoundError: the hub has no such repository, or cannot be reached.
     """
-    directory = Path(path)
+    directory = path_of(path)
+    if is_remote(directory):
+        raise ValueError(f"{path}: a model must be on a disk; copy the directory and name the copy")
     if directory.is_dir() or not HUB_ID.fullmatch(str(path)):
         return directory
     from huggingface_hub import snapshot_download  # Takes half a second to import.

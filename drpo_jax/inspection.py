@@ -34,6 +34,7 @@ from drpo_jax.models import Transformer
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
+from drpo_jax.storage import path_of
 
 Rollout = dict[str, np.ndarray]
 Gradient = Any  # a tree like the model, of float32 arrays
@@ -58,7 +59,7 @@ class Inspection:
     """
 
     def __init__(self, workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> None:
-        self.workdir = Path(workdir).expanduser()
+        self.workdir = path_of(workdir)
         self.config = FrozenConfigDict(run_config(self.workdir))
         with bad_input():
             self.mesh = make_mesh(**(self.config.mesh if mesh is None else mesh))

@@ -13,7 +13,6 @@ The exit code is 0 if every program fits. Otherwise it is 1, and the output says
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.head import chunk_tokens
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
+from drpo_jax.storage import path_of
 
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -84,7 +84,7 @@ def main(
             **costs.figures(measured, chip),
         }
         with bad_input():
-            Path(file).expanduser().write_text(json.dumps(written, indent=2) + "\n")
+            path_of(file).write_text(json.dumps(written, indent=2) + "\n")
     return 0 if fits else 1
 
 

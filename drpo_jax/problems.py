@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +55,7 @@ def load(config: ConfigDict, tokenizer: Tokenizer, train: bool = True) -> Proble
     }
     heldout = [problem for problems in sets.values() for problem in problems]
     if sets and not train:
+        _check_instruction(config, sets)
         return Problems(None, heldout, "")
     if config.data.problems:
         return _load_training_file(config, tokenizer, sets)
@@ -99,25 +100,34 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
     """
     name = config.data.problems
     problems = _read(name, "data.problems")
-    heldout_ids = set() if sets else _heldout_ids(config, problems)
+    report = f"{name}: {len(problems):,} problems\n"
+    if config.data.ids:
+        problems = _listed(config, problems)
+        report += f"{len(problems):,} of them listed in {config.data.ids}\n"
+    total = len(problems)
     usable, filtered = _usable(config, tokenizer, problems)
-    report = f"{name}: {len(problems):,} problems\n{filtered}"
+    _check_instruction(config, {name: usable} | sets)
+    report += filtered
     if sets:
         train, overlap = _without_copies(config, usable, sets)
         heldout = [problem for problems in sets.values() for problem in problems]
         report += overlap
     else:
-        train = [p for p in usable if p.id not in heldout_ids]
-        heldout = [p for p in usable if p.id in heldout_ids]
+        train, heldout, repeated = _hold_out(config, problems, usable)
+        if repeated:
+            report += (
+                f"{repeated} further rows of held-out problems: not trained on, not evaluated\n"
+            )
     if len(train) < config.train.prompts or not heldout:
         raise ValueError(
-            f"{name} has {len(problems)} problems, of which {len(train)} remain to train on and "
+            f"{name} has {total} problems, of which {len(train)} remain to train on and "
             f"{len(heldout)} to evaluate. Training needs {config.train.prompts} per rollout "
             "(train.prompts) and evaluation at least one (evaluate.problems are held out)"
         )
-    text = repr([(p.id, p.prompt, p.answer) for p in [*train, *heldout]])
+    kept = data.keeps_source(config.data.instruction)
+    text = repr([(p.id, (kept and p.wrapped) or p.prompt, p.answer) for p in [*train, *heldout]])
     report += f"\n{_HASH}{hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
-    report += f"{len(train):,} problems to train on, {len(heldout):,} held out\n"
+    report += f"{len(train):,} of {total:,} problems to train on, {len(heldout):,} held out\n"
     return Problems(train, heldout, report)
 
 
@@ -146,17 +156,48 @@ def _read(name, field):
         raise ValueError(f"{field} = {name!r}: {error}") from None
 
 
-def _heldout_ids(config, problems):
-    """Returns the ids of the `evaluate.problems` problems to hold out.
+def _listed(config, problems):
+    """Returns the problems whose ids `data.ids` lists, with or without the name of a data set."""
+    file, prefix = config.data.ids, f"{config.data.problems}/"
+    try:
+        ids = set(data.read_ids(file))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data.ids = {file!r}: {error}") from None
+    listed = [p for p in problems if p.id in ids or p.id.removeprefix(prefix) in ids]
+    known = {text for p in listed for text in (p.id, p.id.removeprefix(prefix))}
+    if unknown := sorted(ids - known):
+        raise ValueError(
+            f"data.ids = {file!r}: {len(unknown)} of {len(ids)} ids are not in {config.data.problems}, "
+            f"for example {unknown[0]!r}; its ids look like {problems[0].id!r}"
+        )
+    return listed
 
-    A hash of seed and prompt decides, so that no filter and no other field moves a problem from one
-    side to the other.
+
+def _hold_out(config, problems, usable):
+    """Splits the usable problems into those to train on and those to evaluate on.
+
+    All rows with the same text are on the same side. A hash of seed and prompt decides which, so that
+    no filter and no other field moves a problem from one side to the other.
+
+    Args:
+      problems: all problems.
+      usable: those that the filter kept.
+
+    Returns:
+      The training problems; the `evaluate.problems` held-out problems that are usable, each once; and
+      the number of further rows of these.
     """
-
-    def key(problem):
-        return hashlib.sha256(f"{config.seed} {problem.prompt}".encode()).digest()
-
-    return {p.id for p in sorted(problems, key=key)[: config.evaluate.problems]}
+    texts = {p.prompt: data.normalized_text(p.prompt) for p in problems}
+    keys: dict[str, bytes] = {}
+    for prompt, text in texts.items():
+        key = hashlib.sha256(f"{config.seed} {prompt}".encode()).digest()
+        keys[text] = min(key, keys.get(text, key))
+    chosen = set(sorted(keys, key=keys.__getitem__)[: config.evaluate.problems])
+    train = [p for p in usable if texts[p.prompt] not in chosen]
+    rows = [p for p in usable if texts[p.prompt] in chosen]
+    first = {texts[p.prompt]: p for p in reversed(rows)}
+    heldout = [p for p in rows if first[texts[p.prompt]] is p]
+    return train, heldout, len(rows) - len(heldout)
 
 
 def _without_copies(config, train, sets):
@@ -201,7 +242,7 @@ def _usable(config, tokenizer, problems) -> tuple[list[EncodedProblem], str]:
         _encoded(config, tokenizer, problems, name),
         integer_answers=dapo,
         chinese=not dapo,
-        characters=(10, 2000) if dapo else (1, 10**9),
+        min_characters=10 if dapo else 1,
         count_tokens=lambda problem: len(problem.token_ids),
         max_tokens=config.sampler.max_prompt_length,
         rollouts=config.data.rollouts or None,
@@ -209,6 +250,11 @@ def _usable(config, tokenizer, problems) -> tuple[list[EncodedProblem], str]:
     )
     rewardable = _rewardable(config, kept)
     report = f"{filtered.table()}\n"
+    if dapo:
+        report += (
+            f"The papers' own selection is {data.RELEASED} on the Hugging Face hub; its rule is not "
+            "published. data.problems can name its files, with data.filter = 'none'.\n"
+        )
     report += f"answer that {config.reward.name!r} never rewards: {sum(~rewardable)} dropped\n"
     return [p for p, ok in zip(kept, rewardable) if ok], report
 
@@ -260,14 +306,47 @@ def _token_ids(config, tokenizer, problem):
     return tokenizer.prompt(data.with_instruction(problem, config.data.instruction).prompt)
 
 
-def _rewardable(config, problems: Sequence[Problem]) -> np.ndarray:
+def _rewardable(config, problems: Sequence[Problem], template: str | None = None) -> np.ndarray:
     """Returns whether a response that gives the answer is rewarded, bool [problems].
 
     A reward without a template is not checked: all of its problems count as rewardable.
+
+    Args:
+      template: the response, with {answer} in it. None: the reward's own.
     """
     reward = rewards.get_reward(config.reward.name, config.reward.extract)
     if reward.template is None:
         return np.ones(len(problems), bool)
+    template = template or reward.template
     prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]
-    responses = [reward.template.replace("{answer}", answer) for answer in answers]
+    responses = [template.replace("{answer}", answer) for answer in answers]
     return rewards.submit(reward, prompts, responses, answers).result() == 1
+
+
+def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:
+    """Checks that the instructions that come with the problems fit the reward and each other.
+
+    Args:
+      sets: {name: problems}, the training problems included.
+
+    Raises:
+      ValueError: `data.instruction` keeps an instruction that asks for what is never rewarded.
+    """
+    instructed = {name: [p for p in problems if p.wrapped] for name, problems in sets.items()}
+    if not data.keeps_source(config.data.instruction) or not any(instructed.values()):
+        return
+    name, first = next((name, wrapped[:1]) for name, wrapped in instructed.items() if wrapped)
+    if not _rewardable(config, first, "Answer: {answer}").all():
+        raise ValueError(
+            f"{name}: its prompts ask for a last line 'Answer: …', which the reward "
+            f"{config.reward.name!r} of this config does not accept; replace the instruction "
+            "(data.instruction = 'boxed'), or choose a reward that accepts it"
+        )
+    if bare := [name for name, problems in sets.items() if not all(p.wrapped for p in problems)]:
+        logging.warning(
+            "data.instruction = %r: the prompts of %s come with an instruction, those of %s do not (or "
+            "not all); data.instruction = 'answer_line' gives all of them the same",
+            config.data.instruction,
+            name,
+            ", ".join(bare),
+        )

@@ -6,7 +6,6 @@ not log or save is left out, with a note in its place.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -14,6 +13,7 @@ from drpo_jax import cli
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.reporting.page import plural, render
 from drpo_jax.reporting.runs import group_runs, load_run
+from drpo_jax.storage import path_of
 
 
 def main(workdirs: Sequence[str], output: str | None, rest: Sequence[str] = ()) -> None:
@@ -34,10 +34,11 @@ def main(workdirs: Sequence[str], output: str | None, rest: Sequence[str] = ()) 
         raise BadInput("--workdir=DIR is missing, for example --workdir=runs/first")
     if not output:
         raise BadInput("--output=FILE.html is missing, for example --output=report.html")
-    runs = [load_run(Path(workdir).expanduser()) for workdir in dict.fromkeys(workdirs)]
+    with bad_input():
+        runs = [load_run(path_of(workdir)) for workdir in dict.fromkeys(workdirs)]
     text = render(group_runs(runs))
     with bad_input():
-        Path(output).expanduser().write_text(text, encoding="utf-8")
+        path_of(output).write_text(text, encoding="utf-8")
     print(f"{output}: {plural(len(runs), 'run')}, {len(text.encode()) / 1e6:.1f} MB")
 
 

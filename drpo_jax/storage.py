@@ -9,10 +9,42 @@ from pathlib import Path
 
 from etils import epath
 
+# Orbax and TensorStore read these characters in the path of a checkpoint as a pattern or a separator:
+# the save succeeds, but the checkpoint is incomplete or gets a part of another run's.
+_UNSAVEABLE = "*?[]\\"
+
 
 def path_of(text: str | os.PathLike) -> Path | epath.Path:
-    """Returns the path that a flag or a config field names: gs://…, a path with ~, or a path object."""
-    return epath.Path(text) if str(text).startswith("gs://") else Path(text).expanduser()
+    """Returns the path that a flag, a config field or an argument names.
+
+    Every path that a user gives is read here, and nowhere else.
+
+    Args:
+      text: gs://BUCKET/…, a path on a disk, which may begin with ~, or a path object.
+
+    Raises:
+      ValueError: storage of another kind, or ~ of an unknown user.
+    """
+    if str(text).startswith("gs://"):
+        return epath.Path(text)
+    if "://" in str(text):
+        raise ValueError(
+            f"{text}: must be a path or gs://BUCKET/…; mount other storage and give its path"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: {error}") from None
+
+
+def check_workdir(workdir: Path | epath.Path) -> None:
+    """Raises ValueError if checkpoints below the directory could be saved but not restored."""
+    full = str(workdir if is_remote(workdir) else workdir.resolve())
+    if wrong := sorted(set(full) & set(_UNSAVEABLE)):
+        raise ValueError(
+            f"{full}: the path of a run must not contain {' '.join(wrong)}, because checkpoints there "
+            "could not be read again; choose another directory"
+        )
 
 
 def is_remote(path: Path | epath.Path) -> bool:

@@ -18,7 +18,10 @@ from drpo_jax import __main__ as command_table
 from drpo_jax import __version__, cli, listing
 from drpo_jax.commands import COMMANDS
 from drpo_jax.config import field_types, from_json
-from drpo_jax.errors import BadInput
+from drpo_jax.data import load_set
+from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.export import export
+from drpo_jax.hub import local_directory
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
 from drpo_jax.models.huggingface import write_config
@@ -147,6 +150,20 @@ def test_a_shipped_config_is_found_from_any_directory(name, tmp_path, monkeypatc
     assert cli.load_config(f"{name}:bf16").compute.dtype == "bfloat16"
     (tmp_path / "tiny.py").write_text("def get_config(): return {}")
     assert bool(cli.load_config(name)) == (name != "tiny.py")  # The user's own file comes first.
+
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").write_text("def get_config(): return {'own': 1}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "set.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}')
+    assert cli.load_config("~/own.py") == {"own": 1}
+    assert local_directory("~/model") == tmp_path / "model"
+    assert len(load_set("~/set.jsonl")) == 1
+    with pytest.raises(BadInput, match=f"{tmp_path}/run holds no run"):
+        export("~/run", "~/out")
+    with pytest.raises(BadInput, match="a model must be on a disk"), bad_input():
+        local_directory("gs://bucket/model")
 
 
 def test_the_compilation_cache_follows_the_field_and_the_environment(monkeypatch):
@@ -312,7 +329,9 @@ def test_print_config_prints_the_resolved_config_and_exits(command_line):
         ([FILE, DIR, "--config.optimizer.lr=3"], "optimizer has b1, "),
         ([FILE, DIR, "--config.train=3"], "train has epochs, "),
         ([FILE, DIR, "--config.train.shuffle_rewards=maybe"], "must be true or false"),
-        ([FILE, "--workdir=s3://bucket/run"], "must be a path"),
+        ([FILE, "--workdir=s3://bucket/run"], "--workdir=s3://bucket/run: must be a path"),
+        ([FILE, "--workdir=runs/a[b]"], "runs/a[b]: the path of a run must not contain [ ]"),
+        (["--config=~nobody-here/x.py", DIR], "~nobody-here/x.py: Could not determine home"),
         ([FILE, DIR, "--train.steps=3"], "did you mean --config.train.steps?"),
         ([FILE, DIR, "--learning_rate=3"], "--config.optimizer.learning_rate or --config.sft."),
         ([FILE, FILE, DIR], "give one --config"),

@@ -100,6 +100,7 @@ def test_every_field_has_a_row_with_a_meaning():
         ),
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
+        ({"data__ids": "ids.txt"}, "name the problems that the ids belong to"),
         ({"data__digits": 9, "data__problems": "x"}, "the longest demonstration has"),
         ({"objective__epsilon": 0.2}, "drpo does not take epsilon; taken by spo, spo_no_advantage"),
         ({"objective__threshold": "originl"}, "did you mean 'original'?"),

@@ -71,7 +71,7 @@ def test_another_model_or_split_is_refused(tmp_path):
     # Problems that this split holds out were trained on.
     with pytest.raises(BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
         checkpoint_directory(
-            tmp_path / "file", config(data__problems="p.jsonl", seed=3, evaluate__problems=5)
+            tmp_path / "file", config(data__problems="./p.jsonl", seed=3, evaluate__problems=5)
         )
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from drpo_jax import problems
-from drpo_jax.data import Problem, make_tokenizer
+from drpo_jax.data import TEMPLATES, Problem, make_tokenizer, normalized_text
+from drpo_jax.rewards import REWARDS, Reward
 from tests.pretrained import config, write_checkpoint
 
 
@@ -56,6 +57,75 @@ def test_held_out_problems_are_a_part_of_the_file_or_a_set(checkpoint, tmp_path)
     assert {p.id for p in loaded.heldout}.isdisjoint(p.id for p in loaded.train)
     loaded = math(checkpoint, tmp_path, GOOD, [("Find 50.", "50"), ("Find a.", r"\frac{a}{2}")])
     assert [p.id for p in loaded.heldout] == ["test0", "test1"] and len(loaded.train) == 8
+
+
+@pytest.mark.parametrize("filter_name", ["none", "clean"])
+def test_a_split_is_by_problem_and_not_by_row(checkpoint, tmp_path, filter_name):
+    """Rows that differ in layout alone are one problem; the held-out part has the full number."""
+    rows = [(p.replace(" ", " " * n), a) for n in (1, 2, 3) for p, a in GOOD]
+    fields = dict(data__filter=filter_name, evaluate__problems=3)
+    loaded = math(checkpoint, tmp_path, rows, **fields)
+
+    def texts(side):
+        return [normalized_text(p.prompt) for p in side]
+
+    assert len(loaded.heldout) == len(set(texts(loaded.heldout))) == 3
+    assert not set(texts(loaded.heldout)) & set(texts(loaded.train))
+    assert len(loaded.train) == (15 if filter_name == "none" else 5)
+    assert ("6 further rows of held-out problems" in loaded.report) == (filter_name == "none")
+    back = math(checkpoint, tmp_path, rows[::-1], **fields)
+    assert set(texts(back.heldout)) == set(texts(loaded.heldout))
+    # Exact repetitions do not move a problem to the other side.
+    once, thrice = (math(checkpoint, tmp_path, GOOD * n, **fields) for n in (1, 3))
+    assert set(texts(once.heldout)) == set(texts(thrice.heldout))
+
+
+def test_no_length_in_characters_drops_a_prompt(checkpoint, tmp_path):
+    rows = [*((f"{p} Count every one.", a) for p, a in GOOD), ("word " * 600 + "?", "7")]
+    fields = dict(data__filter="dapo", sampler__max_prompt_length=4096)
+    loaded = math(checkpoint, tmp_path, rows, **fields)
+    assert len(loaded.train) + len(loaded.heldout) == 9
+    assert "7 of 9 problems to train on, 2 held out" in loaded.report
+    assert "own selection is Jiawei415/DPAO_filter" in loaded.report
+
+
+def test_a_list_of_ids_chooses_the_problems(checkpoint, tmp_path):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(f"train{i}" for i in (0, 2, 4, 5, 7)))
+    loaded = math(checkpoint, tmp_path, GOOD, data__ids=str(ids))
+    assert {p.id for p in [*loaded.train, *loaded.heldout]} == set(ids.read_text().split())
+    assert "5 of them listed in" in loaded.report and "3 of 5 problems to train" in loaded.report
+    ids.write_text("train1\ntrain99\n")
+    with pytest.raises(
+        ValueError, match="1 of 2 ids are not in .*'train99'; its ids look like 'tra"
+    ):
+        math(checkpoint, tmp_path, GOOD, data__ids=str(ids))
+    with pytest.raises(ValueError, match="data.ids = 'nowhere': .*No such file"):
+        math(checkpoint, tmp_path, GOOD, data__ids="nowhere")
+
+
+def test_an_instruction_of_the_source_fits_the_reward_and_the_other_sets(
+    checkpoint, tmp_path, monkeypatch, caplog
+):
+    wrapper = TEMPLATES["answer_line"]
+    rows = [(wrapper.replace("{problem}", p), a) for p, a in GOOD]
+    fields = dict(sampler__max_prompt_length=600)
+    boxed = math(checkpoint, tmp_path, rows, data__instruction="boxed", **fields)
+    bare = math(checkpoint, tmp_path, GOOD, data__instruction="boxed", **fields)
+    assert [p.token_ids for p in boxed.train] == [p.token_ids for p in bare.train]
+    assert problems.same_problems(boxed.report, bare.report)
+    with pytest.raises(
+        ValueError, match="a last line 'Answer: …', which the reward 'math' of this"
+    ):
+        math(checkpoint, tmp_path, rows, data__instruction="none", **fields)
+    monkeypatch.setitem(REWARDS, "line", Reward(lambda p, r, a: r.endswith(a), template="{answer}"))
+    fields["reward__name"] = "line"
+    kept = resolved(checkpoint, tmp_path, rows, GOOD[:2], data__instruction="none", **fields)
+    loaded = load(kept)
+    assert "the prompts of" in caplog.text and "'answer_line' gives all of them" in caplog.text
+    tokenizer = make_tokenizer(kept.data, checkpoint)
+    assert list(loaded.train[0].token_ids) == tokenizer.prompt(rows[0][0])
+    assert not problems.same_problems(loaded.report, boxed.report)
 
 
 @pytest.mark.parametrize("filter_name", ["none", "clean"])

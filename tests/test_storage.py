@@ -1,16 +1,19 @@
 """Files on a disk and on object storage, which is simulated in memory."""
 
 import logging
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import claim_workdir, default_config, resolve, run_config
 from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
 from drpo_jax.metrics import MetricLogger, read_metrics
-from drpo_jax.storage import Lines, is_remote, path_of, write_whole
+from drpo_jax.storage import Lines, check_workdir, is_remote, path_of, write_whole
 
 
 class Bucket(MemoryFileSystem):
@@ -40,6 +43,40 @@ def test_paths(tmp_path):
     path = path_of("gs://bucket/run")
     assert is_remote(path) and is_remote(path / "a") and path_of(path / "a") == path / "a"
     assert str(path / "a") == "gs://bucket/run/a"
+    assert path_of("~/runs") == Path.home() / "runs"
+    for wrong, message in (
+        ("s3://bucket/a", "mount other storage"),
+        ("~nobody-here/a", "home direct"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            path_of(wrong)
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "a{b}", "a#b", "a%20b", "ä", "~", "a'b"])
+def test_a_workdir_may_have_an_unusual_name(name, tmp_path):
+    check_workdir(tmp_path / name)
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(1, {"a": np.ones(2)})
+    with Checkpoints(tmp_path / name) as checkpoints:
+        assert checkpoints.restore(1, {"a": np.ones(2)})["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a\\b", "a*b", "a?b"])
+def test_a_workdir_that_could_not_be_read_again_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ValueError, match=r"the path of a run must not contain"):
+        check_workdir(path_of("run"))  # The whole path counts.
+    with pytest.raises(ValueError, match=r"the path of a run must not contain"):
+        claim_workdir(path_of("run"), resolve(default_config()))
+
+
+def test_every_path_of_the_user_is_read_in_one_place():
+    """Otherwise ~ is expanded in some flags and fields, and names a directory in others."""
+    root = Path(__file__).parents[1]
+    files = [*(root / "drpo_jax").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    expanding = {f.name for f in files if re.search(r"expanduser|Path\.home", f.read_text())}
+    assert expanding == {"storage.py"}
 
 
 @pytest.mark.parametrize("remote", [False, True])

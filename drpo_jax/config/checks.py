@@ -241,6 +241,11 @@ def _problems(check: Check) -> None:
         "rollouts are a filter; set data.filter to clean or dapo",
     )
     check.require(
+        not check["data.ids"] or problems,
+        "data.ids data.problems",
+        "name the problems that the ids belong to",
+    )
+    check.require(
         check["data.pass_low"] <= check["data.pass_high"],
         "data.pass_low data.pass_high",
         "pass_low must not exceed pass_high",

@@ -12,7 +12,7 @@ from drpo_jax.config.checks import check_fields
 from drpo_jax.config.objective import with_hyper
 from drpo_jax.config.sections import field_table, flatten, from_dict
 from drpo_jax.errors import BadInput
-from drpo_jax.storage import write_whole
+from drpo_jax.storage import check_workdir, write_whole
 
 
 def to_json(config: Mapping[str, Any]) -> str:
@@ -98,7 +98,9 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
 
     Raises:
       BadInput: the directory holds a run with another config; lists the fields that differ.
+      ValueError: the path has a character that breaks checkpoints, see `storage.check_workdir`.
     """
+    check_workdir(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise BadInput(f"{workdir} is a file: --workdir must be a directory or not exist yet")
     path = workdir / "config.json"

@@ -16,9 +16,14 @@ from drpo_jax.data.arithmetic import (
 )
 from drpo_jax.data.chain_sum import ChainSum
 from drpo_jax.data.countdown import Countdown
-from drpo_jax.data.files import load_problems
-from drpo_jax.data.filters import FilterReport, filter_problems
-from drpo_jax.data.instructions import TEMPLATES, strip_instruction, with_instruction
+from drpo_jax.data.files import load_problems, read_ids
+from drpo_jax.data.filters import RELEASED, FilterReport, filter_problems, normalized_text
+from drpo_jax.data.instructions import (
+    TEMPLATES,
+    keeps_source,
+    strip_instruction,
+    with_instruction,
+)
 from drpo_jax.data.overlap import OverlapReport, overlap_report
 from drpo_jax.data.problem import EncodedProblem, Problem, ProceduralTask
 from drpo_jax.data.sets import SETS, load_set
@@ -27,6 +32,7 @@ from drpo_jax.data.tasks import TASKS, Task
 from drpo_jax.data.tokenizer import CharTokenizer, TextTokenizer, make_tokenizer
 
 __all__ = [
+    "RELEASED",
     "SETS",
     "TASKS",
     "TEMPLATES",
@@ -46,12 +52,15 @@ __all__ = [
     "direct",
     "filter_problems",
     "is_heldout",
+    "keeps_source",
     "load_problems",
     "load_set",
     "make_tokenizer",
     "max_prompt_length",
     "max_response_length",
+    "normalized_text",
     "overlap_report",
+    "read_ids",
     "sample_problems",
     "strip_instruction",
     "with_instruction",

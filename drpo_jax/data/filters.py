@@ -1,8 +1,8 @@
 """Rules that choose the training problems of a data set, and count what they drop.
 
-The papers train on "about 13K" of DAPO-Math-17k's 17.4K problems and do not publish their rule.
-This project's rule is `filter_problems`: its result depends only on the problems and on its
-arguments.
+The papers train on "about 13K" of DAPO-Math-17k's 17.4K problems and do not publish their rule, only
+its result (`RELEASED`). This project's rule is `filter_problems`: its result depends only on the
+problems and on its arguments.
 """
 
 import collections
@@ -15,6 +15,10 @@ from typing import Any, Generic, TypeVar
 
 from drpo_jax.data.files import read_jsonl
 from drpo_jax.data.problem import Problem
+
+# Named by the recipes of DRPO's authors and by verl's page on OTB (arXiv 2602.07078). The layout of the
+# training files is that of DAPO-Math-17k; next to them are AIME 2024 and 2025 in the same layout.
+RELEASED = "Jiawei415/DPAO_filter"
 
 P = TypeVar("P", bound=Problem)
 
@@ -77,7 +81,7 @@ def filter_problems(
     problems: Sequence[P],
     *,
     integer_answers: bool = True,
-    characters: tuple[int, int] = (10, 2000),
+    min_characters: int = 10,
     count_tokens: Callable[[P], int] | None = None,
     max_tokens: int | None = None,
     chinese: bool = False,
@@ -90,14 +94,14 @@ def filter_problems(
 
     1. Contradictions: equal texts (see `normalized_text`) with different answers are all dropped,
        because at least one of the answers must be wrong.
-    2. `integer_answers`, 3. `characters`, 4. `max_tokens`, 5. `chinese`.
+    2. `integer_answers`, 3. `min_characters`, 4. `max_tokens`, 5. `chinese`.
     6. Duplicates: the first of several equal texts is kept.
     7. `rollouts` and `pass_rate`.
 
     Args:
       problems: the problems of a data set.
       integer_answers: keep only integer answers (see `integer`).
-      characters: the shortest and the longest prompt, in characters.
+      min_characters: the shortest prompt, in characters.
       count_tokens, max_tokens: the number of tokens of a prompt, and its maximum. Both or neither.
       chinese: keep prompts with a Chinese character. DAPO-Math-17k has about 3,300 of them.
       rollouts: a file of responses as `drpo_jax.evaluate` writes it. Keep only problems with
@@ -118,9 +122,7 @@ def filter_problems(
     _drop_contradictions(sieve, texts)
     if integer_answers:
         sieve.drop("answer is not an integer", lambda p: integer(p.answer) is None)
-    low, high = characters
-    sieve.drop(f"under {low} characters", lambda p: len(p.prompt) < low)
-    sieve.drop(f"over {high} characters", lambda p: len(p.prompt) > high)
+    sieve.drop(f"under {min_characters} characters", lambda p: len(p.prompt) < min_characters)
     if count_tokens is not None and max_tokens is not None:
         sieve.drop(f"over {max_tokens} tokens", lambda p: count_tokens(p) > max_tokens)
     if not chinese:

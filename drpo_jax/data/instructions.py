@@ -10,7 +10,8 @@ _DAPO_BEFORE = (
 )
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-# Templates by name. "answer_line" is the instruction of DAPO-Math-17k.
+# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" leaves the prompt as its
+# source has it.
 TEMPLATES = {
     "none": "{problem}",
     "boxed": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -21,10 +22,14 @@ TEMPLATES = {
 def with_instruction(problem: Problem, template: str) -> Problem:
     r"""Returns the problem with an instruction in its prompt.
 
+    An instruction replaces the one that the source of the problem puts around it. Without one, the
+    prompt is that of the source.
+
     Args:
       problem: any problem.
       template: a name in `TEMPLATES`, or a text that contains `{problem}` exactly once. Other
-        braces are plain text, so \boxed{} needs no escaping.
+        braces are plain text, so \boxed{} needs no escaping. "none" and "{problem}" are no
+        instruction.
 
     Raises:
       ValueError: any other template.
@@ -36,7 +41,13 @@ def with_instruction(problem: Problem, template: str) -> Problem:
             "text that contains {problem} once, where the problem goes"
         )
     before, after = text.split("{problem}")
-    return dataclasses.replace(problem, prompt=f"{before}{problem.prompt}{after}")
+    bare = problem.prompt if before or after else problem.wrapped or problem.prompt
+    return dataclasses.replace(problem, prompt=f"{before}{bare}{after}", wrapped="")
+
+
+def keeps_source(template: str) -> bool:
+    """Returns whether a template of `with_instruction` leaves the prompt as its source has it."""
+    return TEMPLATES.get(template, template) == TEMPLATES["none"]
 
 
 def strip_instruction(prompt: str) -> str:

@@ -14,12 +14,15 @@ class Problem:
       kind: groups problems in tables of accuracy, for example the operation or the level; may be
         empty.
       id: unique within a data set.
+      wrapped: the prompt with the instruction that the source puts around the problem; empty if it
+        puts none.
     """
 
     prompt: str
     answer: str
     kind: str
     id: str
+    wrapped: str = dataclasses.field(default="", repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +33,13 @@ class EncodedProblem(Problem):
       token_ids: ids of the whole prompt: instruction and chat template included.
     """
 
-    token_ids: tuple[int, ...] = dataclasses.field(repr=False)
+    token_ids: tuple[int, ...] = dataclasses.field(repr=False, kw_only=True)
 
     @classmethod
     def of(cls, problem: Problem, token_ids: list[int]) -> "EncodedProblem":
         """Returns `problem` with the token ids of its prompt."""
-        return cls(problem.prompt, problem.answer, problem.kind, problem.id, tuple(token_ids))
+        fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(Problem)}
+        return cls(**fields, token_ids=tuple(token_ids))
 
 
 class ProceduralTask(Protocol):

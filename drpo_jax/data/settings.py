@@ -5,6 +5,7 @@ from collections import ChainMap
 from typing import Any
 
 from drpo_jax.data import TASKS
+from drpo_jax.data.filters import RELEASED
 from drpo_jax.fields import SHARE, field
 
 
@@ -16,7 +17,7 @@ class DataSettings:
         "arithmetic",
         "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
         "data.problems.",
-        ChainMap[str, Any]({"math": None}, TASKS),  # Live: a task that is added later is allowed, too.
+        ChainMap[str, Any]({"math": None}, TASKS),  # Live: includes tasks that are added later.
     )
     digits: int = field(
         3,
@@ -26,13 +27,18 @@ class DataSettings:
     terms: int = field(2, "Maximum terms of a chain_sum, or numbers of a countdown.")
     problems: str = field(
         "",
-        "Train on these problems instead of the task's: a file (.jsonl or .parquet), or a name in "
-        "drpo_jax.data.SETS such as gsm8k.",
+        "Train on these problems instead of the task's: a file (.jsonl or .parquet), several files by "
+        "a pattern such as train/*.parquet, or a name in drpo_jax.data.SETS such as gsm8k.",
+    )
+    ids: str = field(
+        "",
+        "Text file with the ids of the problems to use, one per line. Empty: all of data.problems.",
     )
     filter: str = field(
         "none",
         "Problems to drop. clean: those that repeat or contradict others, that are too long, or whose "
-        "answer is never rewarded. dapo: also those without an integer answer.",
+        "answer is never rewarded. dapo: also those without an integer answer, in Chinese, or under 10 "
+        f"characters; the set that the papers filtered is {RELEASED} on the Hugging Face hub.",
         ("none", "clean", "dapo"),
     )
     rollouts: str = field(
@@ -49,7 +55,9 @@ class DataSettings:
         may_change=True,
     )
     instruction: str = field(
-        "{problem}", "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES."
+        "{problem}",
+        "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES. It replaces the "
+        "instruction that DAPO-Math-17k puts around its problems; none and {problem} keep that.",
     )
     chat: bool = field(False, "Whether the tokenizer's chat template is applied to prompts.")
     system: str = field(

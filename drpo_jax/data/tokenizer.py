@@ -5,10 +5,13 @@ Both have the same interface: `encode`, `prompt`, `decode`, `piece`, `stop_ids`,
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from drpo_jax.hub import TEXT_FILES, local_directory
 
@@ -87,13 +90,13 @@ class TextTokenizer:
 
     Attributes:
       eos_id: id of the end of sequence.
-      stop_ids: the ids that end a response: `eos_id`, those of generation_config.json, and with
-        `chat` the token that closes the assistant's turn in the template.
+      stop_ids: the ids that end a response: `eos_id`, those of generation_config.json (without one, of
+        config.json), and with `chat` the token that closes the assistant's turn in the template.
       vocab_size: the largest id + 1. The embedding of a model may have more rows.
 
     Raises:
       ValueError: the directory has no tokenizer, the tokenizer has no end of sequence, or `chat` is
-        set and there is no chat template.
+        set and there is no chat template, or one that fails or takes no system message.
     """
 
     def __init__(
@@ -101,30 +104,30 @@ class TextTokenizer:
     ):
         # Silences the warning that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import GenerationConfig, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         path = local_directory(path, TEXT_FILES)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: the directory has no tokenizer.json")
         inner = PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
-        if inner.eos_token_id is None:
-            raise ValueError(f"{path}: tokenizer_config.json has no eos_token")
+        ends = _generation_ends(path)
+        if inner.eos_token_id is None and not ends:
+            raise ValueError(
+                f"{path}: tokenizer_config.json has no eos_token, and neither generation_config.json "
+                "nor config.json has an eos_token_id"
+            )
         if chat and not inner.chat_template:
             raise ValueError(f"{path}: the tokenizer has no chat template; set data.chat = False")
         self._path, self._inner, self._chat = path, inner, chat
         self._opening = [{"role": "system", "content": system}] if system else []
         self._thinking = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
         self._bos = [inner.bos_token_id] if inner.init_kwargs.get("add_bos_token") else []
-        self.eos_id, self.vocab_size = inner.eos_token_id, max(inner.get_vocab().values()) + 1
-        stop = {self.eos_id}
-        if (path / "generation_config.json").exists():
-            ends = GenerationConfig.from_pretrained(path).eos_token_id
-            stop.update(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        self.eos_id = ends[0] if inner.eos_token_id is None else inner.eos_token_id
+        self.vocab_size = max(inner.get_vocab().values()) + 1
         if chat:
-            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            closing = self.encode(self._render(turn, False).rpartition("!")[2])
-            stop.update(set(closing[:1]) & set(inner.all_special_ids))
-        self.stop_ids = tuple(sorted(stop))
+            self._check_system(system)
+            ends += self._turn_ends()
+        self.stop_ids = tuple(sorted({self.eos_id, *ends}))
 
     def __repr__(self):
         return (
@@ -147,20 +150,60 @@ class TextTokenizer:
         return self.encode(self._render([{"role": "user", "content": problem}], True))
 
     def _render(self, messages, add_generation_prompt):
-        return self._inner.apply_chat_template(
-            self._opening + messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self._thinking,
-        )
+        try:
+            return self._inner.apply_chat_template(
+                self._opening + messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._thinking,
+            )
+        except (TemplateError, TypeError) as error:  # A template raises what it likes to refuse.
+            raise ValueError(f"{self._path}: the chat template failed: {error}") from None
+
+    def _check_system(self, system):
+        """Raises ValueError if the chat template refuses or ignores the system message."""
+        user = [{"role": "user", "content": "?"}]
+        opening, self._opening = self._opening, []
+        self._render(user, True)  # Fails here if the template does without a system message, too.
+        self._opening = opening
+        try:
+            reason = (
+                "" if system.strip() in self._render(user, True) else "it leaves the message out"
+            )
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            raise ValueError(
+                f"data.system = {system!r}: the chat template takes no system message ({reason}); leave "
+                "data.system empty, and put the text into data.instruction"
+            )
+
+    def _turn_ends(self):
+        """Returns the id of the token that closes the assistant's turn; [] if the template has none.
+
+        It is the first token after the response and white space, if it was added to the vocabulary.
+        Some templates close a turn only when another one follows.
+        """
+        user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+        added = {token.content: i for i, token in self._inner.added_tokens_decoder.items()}
+        opening = self._render([user], False).lstrip()
+        for turns in ([user, answer], [user, answer, user]):
+            _, answered, closing = self._render(turns, False).rpartition("!")
+            closing = closing.lstrip()
+            if not answered or closing == opening:  # The beginning of the next turn closes none.
+                continue
+            if found := [text for text in added if closing.startswith(text)]:
+                return [added[max(found, key=len)]]
+        return []
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`, without special tokens.
+        """Returns the text of `ids`, without special tokens and without those that end a response.
 
         Ids outside the vocabulary become replacement characters, and so do incomplete characters.
         """
         texts = []
-        for known, group in itertools.groupby(map(int, ids), lambda i: 0 <= i < self.vocab_size):
+        shown = (i for i in map(int, ids) if i not in self.stop_ids)
+        for known, group in itertools.groupby(shown, lambda i: 0 <= i < self.vocab_size):
             run = list(group)
             texts.append(
                 self._inner.decode(run, skip_special_tokens=True) if known else "\ufffd" * len(run)
@@ -170,6 +213,15 @@ class TextTokenizer:
     def piece(self, i: int) -> str:
         """Returns the text of one token for display, special tokens included."""
         return self._inner.decode([i]) if 0 <= i < self.vocab_size else "\ufffd"
+
+
+def _generation_ends(path: Path) -> list[int]:
+    """Returns the ids that end a sequence according to a model's directory."""
+    files = [path / name for name in ("generation_config.json", "config.json")]
+    file = next((file for file in files if file.exists()), None)
+    fields = json.loads(file.read_text()) if file else {}
+    ends = fields.get("text_config", fields).get("eos_token_id", fields.get("eos_token_id"))
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def make_tokenizer(

@@ -9,6 +9,7 @@ from drpo_jax.config import flatten, run_config
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer
 from drpo_jax.run import Run
+from drpo_jax.storage import path_of
 
 
 def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None:
@@ -27,8 +28,11 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
         )
     theirs, ours = flatten(run_config(workdir)), flatten(config)
     # With a file of problems, these fields decide which of them are held out.
-    same_file = ours["data.problems"] == theirs["data.problems"] != ""
-    split = ("seed", "evaluate.problems") if same_file and not ours["evaluate.sets"] else ()
+    with bad_input():
+        same_file = _place(ours["data.problems"]) == _place(theirs["data.problems"]) != ""
+    split = (
+        ("seed", "evaluate.problems", "data.ids") if same_file and not ours["evaluate.sets"] else ()
+    )
     differing = [
         f"{field}: {theirs[field]!r} -> {ours[field]!r}"
         for field in ours
@@ -46,6 +50,11 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
             if checkpoints.latest_step() is not None:
                 return directory
     raise BadInput(f"{workdir} has no checkpoint yet")
+
+
+def _place(problems: str) -> str:
+    """Returns the same text for all spellings of the path of a file, and of a set's name."""
+    return str(path_of(problems).absolute()) if problems else ""
 
 
 def load_checkpoint(run: Run, directory: Path, step: int | None) -> tuple[int, Transformer]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drpo_jax.models.config_json import write_config
 from drpo_jax.models.settings import ModelConfig
+from drpo_jax.storage import path_of
 
 # Modules of blk.{i} and their names in model.layers.{i}.
 LAYER = {
@@ -73,6 +74,7 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
     Raises:
       ValueError: if the architecture, the tokenizer or a tensor is not supported.
     """
+    file, directory = path_of(file), path_of(directory)
     reader = GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields, reader.tensors, file)
@@ -85,7 +87,6 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
             if count := heads.get(tensor.name.split(".")[-2]):
                 values = _rotary_halves(values, count)
         tensors[_name(tensor.name, file)] = np.ascontiguousarray(values)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     written = write_config(config) | {"dtype": "float32"}

@@ -26,6 +26,7 @@ from drpo_jax.models.config_json import read_config, write_config
 from drpo_jax.models.delta_net import channel_order
 from drpo_jax.models.settings import ModelConfig
 from drpo_jax.models.transformer import Transformer
+from drpo_jax.storage import path_of
 
 # Prefixes of tensors that are not read: vision tower, multi-token prediction.
 SKIPPED = ("model.visual.", "visual.", "mtp.", "model.mtp.")
@@ -98,7 +99,7 @@ def save_pretrained(
         fields of its config.json that do not belong to the architecture (longest context, special
         tokens).
     """
-    path = Path(path)
+    path = path_of(path)
     path.mkdir(parents=True, exist_ok=True)
     rules = model_rules(config, model)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(model)} if dtype is None else {dtype}

@@ -11,6 +11,7 @@ The modules:
     penalty      the KL to a reference policy, as a loss or in the reward
     sequences    sums over the tokens of a response
     diagnostics  metrics of the weights
+    dynamics     exact gradients over whole distributions, and where ascent takes a policy
 """
 
 from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative

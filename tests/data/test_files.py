@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from drpo_jax.data import Problem, load_problems
+from drpo_jax.data import Problem, load_problems, read_ids
 
 GOOD = b'{"prompt": "1+2=", "answer": "3"}\n'
 
@@ -50,7 +50,23 @@ def test_load(tmp_path):
         ),
         (b"{}", "field 'prompt' is missing .the line has no field at all"),
         (b'{"prompt": "1+2="}', "field 'answer' is missing"),
-        (b'{"prompt": "1+2=", "answer": 3}', "field 'answer' is 3, but must be a string"),
+        (b'{"prompt": "1+2=", "answer": true}', "field 'answer' is true, but must be a string"),
+        (b'{"prompt": "1+2=", "answer": [3]}', r"field 'answer' is \[3\], but must be a string"),
+        (b'{"prompt": "1+2=", "answer": NaN}', "field 'answer' is NaN, but must be a string"),
+        (b'{"prompt": "1+2=", "answer": 1e30}', r"field 'answer' is 1e\+30, but must be a string"),
+        (
+            b'{"prompt": "1+2=", "problem": "1+3=", "answer": "3"}',
+            """field 'prompt' is "1.2=", but field 'problem' is "1.3="; remove the wrong one""",
+        ),
+        (
+            b'{"prompt": "1+2=", "answer": "3", "metadata": {"answer": 4}}',
+            """field 'answer' is "3", but field 'metadata.answer' is "4"; remove the wrong one""",
+        ),
+        (b'{"prompt": "1+2=", "solution": "So \\\\boxed{3"}', "field 'solution': .*is not closed"),
+        (
+            b'{"prompt": "1+2=", "solution": "So \\\\boxed{}"}',
+            "the last box of 'solution'' is empty",
+        ),
         (b'{"prompt": null, "answer": "3"}', "field 'prompt' is null, but must be a string"),
         (b'{"prompt": " ", "answer": "3"}', "field 'prompt' is empty"),
         (
@@ -85,8 +101,8 @@ def test_bad_line(tmp_path, line, message):
 def test_empty_file(tmp_path):
     with pytest.raises(ValueError, match="problems.jsonl: the file is empty; it needs lines like"):
         load_problems(write(tmp_path, b""))
-    with pytest.raises(ValueError, match="problems.jsonl, line 1: the line is empty"):
-        load_problems(write(tmp_path, b"\n"))
+    with pytest.raises(ValueError, match="problems.jsonl: the file is empty; it needs lines like"):
+        load_problems(write(tmp_path, b"\xef\xbb\xbf\n\n"))
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         load_problems(tmp_path / "nowhere.jsonl")
 
@@ -122,9 +138,9 @@ DAPO_ROWS = [
     dapo("No index", "5", None),
 ]
 DAPO_PROBLEMS = [
-    Problem("What is $1+2$?", "3", "", "u1"),
+    Problem("What is $1+2$?", "3", "", "u1", WRAPPED),
     Problem("What is $2+2$?", "4", "", "7"),
-    Problem("What is $1+2$?", "4", "", "u1#2"),
+    Problem("What is $1+2$?", "4", "", "u1#2", WRAPPED),
 ]
 
 
@@ -133,7 +149,7 @@ def test_dapo_schema(tmp_path):
     expected = [*DAPO_PROBLEMS, Problem("No index", "5", "", "problems.jsonl:7")]
     assert load_problems(path) == expected
     bare = {field: DAPO_ROWS[0][field] for field in ("prompt", "reward_model")}
-    expected = [Problem("What is $1+2$?", "3", "", "problems.jsonl:1")]
+    expected = [Problem("What is $1+2$?", "3", "", "problems.jsonl:1", WRAPPED)]
     assert load_problems(write_lines(tmp_path, [bare])) == expected
 
 
@@ -153,8 +169,12 @@ def test_dapo_schema(tmp_path):
             r"field 'reward_model.ground_truth' is missing .*_model.st",
         ),
         (
-            {"reward_model": {"ground_truth": 3}},
-            "field 'reward_model.ground_truth' is 3, but must be",
+            {"reward_model": {"ground_truth": [3]}},
+            r"field 'reward_model.ground_truth' is \[3\], but must be",
+        ),
+        (
+            {"prompt": [{"role": "system", "content": "x"}, *DAPO_ROWS[0]["prompt"]]},
+            "field 'prompt' has a system message, .*set data.system to it",
         ),
         (
             {"extra_info": {"index": [1]}},
@@ -187,7 +207,7 @@ def test_parquet(tmp_path):
     for wrong, message in (
         ([{"prompt": "1", "answer": "3"}, {"prompt": "2"}], "row 2: field 'answer' is null"),
         ([rows[0], {**rows[0], "reward_model": None}], "row 2: field 'reward_model' is null"),
-        ([{"question": "1"}], "field 'prompt' is missing .the columns are question"),
+        ([{"text": "1"}], "field 'prompt' is missing .the columns are text"),
         ([], "field 'prompt' is missing .the columns are none"),
     ):
         with pytest.raises(ValueError, match=f"problems.parquet.*{message}"):
@@ -203,8 +223,106 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         load_problems(tmp_path / "problems.parquet")
 
 
-@pytest.mark.parametrize("name", ["prompt", "question", "problem"])
-def test_the_prompt_field_has_several_names(name, tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({name: "What is 1+1?", "answer": "2"}))
-    assert load_problems(path)[0].prompt == "What is 1+1?"
+def write_as(kind, rows, tmp_path):
+    """Writes rows as JSON lines or parquet."""
+    if kind == "jsonl":
+        return write_lines(tmp_path, rows)
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "problems.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+KINDS = pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["prompt", "question", "problem", "Problem"])
+def test_the_prompt_field_has_several_names(name, kind, tmp_path):
+    path = write_as(kind, [{name: "What is 1+1?", "Answer": "2"}], tmp_path)
+    (problem,) = load_problems(path)
+    assert (problem.prompt, problem.answer) == ("What is 1+1?", "2")
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "fields, answer",
+    [
+        ({"answer": 2}, "2"),
+        ({"answer": -2.0}, "-2"),
+        ({"answer": 2.5}, "2.5"),
+        ({"answer": 1e-7}, "0.0000001"),
+        ({"answer": 10**18}, "1000000000000000000"),
+        ({"answer": "1 + 1 = 2, so 2.\n#### 2"}, "2"),  # GSM8K's own files
+        ({"solution": "2"}, "2"),
+        ({"solution": r"So it is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
+        ({"solution": r"So it is $\boxed 9$."}, "9"),
+        ({"solution": "So it is $2$.", "answer": "2"}, "2"),
+        ({"reward_model": {"ground_truth": 2, "style": "rule"}}, "2"),
+        (
+            {"reward_model": {"ground_truth": "2"}, "solution": "2", "extra_info": {"index": "u"}},
+            "2",
+        ),
+        ({"metadata": {"answer": "2"}}, "2"),
+    ],
+)
+def test_the_answer_has_several_forms(fields, answer, kind, tmp_path):
+    path = write_as(kind, [{"prompt": "What is 1+1?"} | fields], tmp_path)
+    assert [p.answer for p in load_problems(path)] == [answer]
+
+
+@KINDS
+def test_a_chat_takes_the_same_answers(kind, tmp_path):
+    chat = {"prompt": [{"role": "user", "content": "What is 1+1?"}]}
+    rows = [
+        chat | {"reward_model": {"ground_truth": 2}},
+        chat | {"reward_model": {"ground_truth": 2}},
+    ]
+    assert [p.answer for p in load_problems(write_as(kind, rows, tmp_path))] == ["2"]
+    path = write_as(kind, [chat | {"answer": 2, "question": "1+1?", "id": "a"}], tmp_path)
+    assert load_problems(path) == [Problem("What is 1+1?", "2", "", "a")]
+
+
+@KINDS
+def test_a_missing_id_among_others_is_the_place(kind, tmp_path):
+    rows = [{"prompt": "1", "answer": "1", "id": "a"}, {"prompt": "2", "answer": "2", "id": None}]
+    path = write_as(kind, rows, tmp_path)
+    assert [p.id for p in load_problems(path)] == ["a", f"problems.{kind}:2"]
+
+
+def test_a_byte_order_mark_and_empty_last_lines_are_ignored(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf" + GOOD + b"\r\n  \n\n")
+    assert load_problems(path) == [Problem("1+2=", "3", "", "problems.jsonl:1")]
+
+
+def test_repeated_rows_with_an_index_are_merged_in_both_schemas(tmp_path):
+    row = {"prompt": "1+2=", "answer": "3", "extra_info": {"index": "a"}}
+    assert [p.id for p in load_problems(write_lines(tmp_path, [row, row]))] == ["a"]
+
+
+def test_several_files(tmp_path):
+    """Shards may use the same index for different problems, and a bracket is no pattern."""
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    for name, text in (("b.jsonl", "Second"), ("a.jsonl", "First"), ("c.txt", "Else")):
+        (folder / name).write_text(json.dumps(dapo(text, index="u1")))
+    problems = load_problems(folder / "*.jsonl")
+    assert [(p.prompt, p.id) for p in problems] == [
+        ("First", "a.jsonl:u1"),
+        ("Second", "b.jsonl:u1"),
+    ]
+    (folder / "a*.jsonl").write_text(json.dumps(dapo("Star")))
+    assert [p.id for p in load_problems(folder / "a*.jsonl")] == ["u1"]
+    with pytest.raises(FileNotFoundError, match="no file has such a name"):
+        load_problems(folder / "d*.jsonl")
+
+
+def test_ids(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\n\nb c \n")
+    assert read_ids(path) == ["a", "b c"]
+    for content, message in ((b"\n", "the file is empty"), (b"\xff", "not valid UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"ids.txt: {message}"):
+            read_ids(path)

@@ -32,12 +32,11 @@ def dropped(report):
 
 def test_defaults():
     kept, report = filter_problems(PROBLEMS)
-    assert kept == [KEPT]
+    assert [p.id for p in kept] == ["kept", "long"]
     assert dropped(report) == {
         "duplicates disagree": ["wrong a", "wrong b"],
         "answer is not an integer": ["real"],
         "under 10 characters": ["short"],
-        "over 2000 characters": ["long"],
         "in Chinese": ["chinese"],
         "duplicate": ["spaces"],
     }
@@ -47,9 +46,9 @@ def test_defaults():
 @pytest.mark.parametrize(
     "rules, ids",
     [
-        ({"integer_answers": False}, ["kept", "real"]),
-        ({"characters": (5, 2001)}, ["kept", "short", "long"]),
-        ({"chinese": True}, ["kept", "chinese"]),
+        ({"integer_answers": False}, ["kept", "real", "long"]),
+        ({"min_characters": 5}, ["kept", "short", "long"]),
+        ({"chinese": True}, ["kept", "long", "chinese"]),
     ],
 )
 def test_each_rule_alone(rules, ids):
@@ -75,7 +74,8 @@ def test_tokens():
 
 def test_a_copy_of_a_dropped_problem_is_judged_on_its_own():
     tight, loose = problem("a", "what is 2+3 now?"), problem("b", "what is  2 + 3  now?")
-    kept, _ = filter_problems([loose, tight], characters=(1, len(tight.prompt)))
+    limit = dict(count_tokens=lambda problem: len(problem.prompt), max_tokens=len(tight.prompt))
+    kept, _ = filter_problems([loose, tight], **limit)
     assert kept == [tight]
 
 
@@ -161,7 +161,8 @@ def test_bad_rollouts(tmp_path, line, message):
 
 
 def test_table():
-    lines = filter_problems(PROBLEMS)[1].table(examples=1).splitlines()
+    limit = dict(count_tokens=lambda problem: len(problem.prompt), max_tokens=2000)
+    lines = filter_problems(PROBLEMS, **limit)[1].table(examples=1).splitlines()
     assert lines[0].split() == ["reason", "dropped", "share", "left", "examples"]
     assert lines[1].split() == ["all", "problems", "8"]
     assert lines[2].split()[:6] == ["duplicates", "disagree", "2", "25.0", "%", "6"]

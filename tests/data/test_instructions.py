@@ -2,7 +2,7 @@
 
 import pytest
 
-from drpo_jax.data import TEMPLATES, Problem, strip_instruction, with_instruction
+from drpo_jax.data import TEMPLATES, Problem, keeps_source, strip_instruction, with_instruction
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of the "
@@ -25,6 +25,16 @@ def test_instructions():
     for wrong in ("bxed", "", "{problem} and {problem}"):
         with pytest.raises(ValueError, match="must be one of none, boxed, answer_line, or a text"):
             with_instruction(bare, wrong)
+
+
+def test_an_instruction_replaces_that_of_the_source_and_none_keeps_it():
+    wrapped = Problem("What is $1+2$?", "3", "", "i", WRAPPED.replace("$1", " $1"))
+    for template in ("none", "{problem}"):
+        assert with_instruction(wrapped, template).prompt == wrapped.wrapped  # as it stands
+        assert keeps_source(template)
+    assert with_instruction(wrapped, "Q: {problem}").prompt == "Q: What is $1+2$?"
+    assert with_instruction(wrapped, "answer_line").prompt == WRAPPED
+    assert not keeps_source("boxed")
 
 
 def test_an_instruction_is_stripped_as_a_whole_or_not_at_all():

@@ -73,8 +73,68 @@ def test_a_base_model_stops_at_its_own_end_and_at_that_of_the_template(base):
 
 
 def test_generation_config_adds_ends(base):
+    (base / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": IM_END}}))
+    assert TextTokenizer(base).stop_ids == (END_OF_TEXT, IM_END)
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END_OF_TEXT]}))
-    assert TextTokenizer(base).stop_ids == (7, END_OF_TEXT)
+    tokenizer = TextTokenizer(base)
+    assert tokenizer.stop_ids == (7, END_OF_TEXT)
+    assert tokenizer.decode([16, 7]) == "1"  # A stop token is no part of the response.
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<|im_end|>",
+        "\n<|im_end|>\n",  # A line break comes first.
+        "{% if not loop.last %}<|im_end|>\n{% endif %}",  # The last turn stays open.
+        "{{ '<|im_end|>' if m.role == 'assistant' else '</s>' }}",
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_the_end_of_a_turn_is_a_stop(base, end, named):
+    """It is found whether tokenizer_config.json names it or only tokenizer.json does."""
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = TURNS.replace("END", end)
+    if not named:
+        for field in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            config.pop(field, None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT, IM_END)
+
+
+def test_a_template_without_an_end_of_turn(base):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT,)
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (REFUSES + TURNS, r"data.system = 'Add\.': .*takes no system message \(.*No system role\)"),
+        (
+            "{% set messages = messages[1:] %}" + TURNS,
+            r"takes no system message \(it leaves the mess",
+        ),
+        ("{% for m in messages %}", "the chat template failed: "),
+        ("{{ messages[0].content + 1 }}", "the chat template failed: "),
+    ],
+)
+def test_a_template_that_fails_or_takes_no_system_message(base, template, message):
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    template = template.replace("END", "<|im_end|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    with pytest.raises(ValueError, match=message):
+        TextTokenizer(base, chat=True, system="Add.")
+    if "system" in message:
+        TextTokenizer(base, chat=True)
 
 
 def test_a_plain_prompt_begins_with_the_beginning_of_sequence(base):

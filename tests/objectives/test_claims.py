@@ -5,11 +5,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from drpo_jax.objectives.diagnostics import MU_BINS
 from drpo_jax.objectives.table import (
     OBJECTIVES,
     gradient_weight,
     resolve_hyper,
     token_objective,
+    token_terms,
 )
 
 DELTA = 0.15
@@ -212,3 +214,82 @@ def test_the_coefficient_is_unbounded_though_the_weight_is_not(in_float64):
         assert largest("drpo", mu) == pytest.approx(peak, rel=1e-3)
         assert peak == pytest.approx(expected, rel=0.01)
         assert largest("spo", mu) <= (12.5 + 1) ** 2 / (4 * 12.5) + 1e-6  # 3.65
+
+
+# ------------------------------------------------------------------------------------ the tail
+
+
+@pytest.fixture(scope="module")
+def zipf(in_float64):
+    """A long-tailed vocabulary: (µ, index of the bin of µ), [40, 100] each, and a function.
+
+    The function (name, π, …) returns w and the coefficients c of all tokens for Â = 1.
+    """
+    mu = 1 / np.arange(1, 4001).reshape(40, 100) ** 1.2
+    mu /= mu.sum()
+    bins = np.digitize(mu, [float(edge) for edge in MU_BINS[1:-1]], right=True)
+    assert (np.bincount(bins.reshape(-1), minlength=4)[:4] > 2).all()
+
+    def terms(name, pi, **hyper):
+        tokens = np.log(pi), np.log(mu), np.ones_like(mu)
+        _, c, w = in_float64(token_terms, name, *tokens, **hyper)
+        return w, c
+
+    return mu, bins, terms
+
+
+def moved(mu, promoted):
+    """π after a small change of all logits, and one that gives the rarest tokens 1 % each."""
+    rng = np.random.default_rng(0)
+    pi = mu * np.exp(rng.normal(0, 0.3, mu.shape))
+    rest = 1 - 0.01 * promoted
+    pi *= rest / pi.reshape(-1)[: pi.size - promoted].sum()
+    pi.reshape(-1)[pi.size - promoted :] = 0.01
+    return pi
+
+
+@pytest.mark.parametrize("promoted", [0, 5])
+def test_the_gradient_of_drpo_in_the_tail_is_that_of_the_surrogate(zipf, promoted):
+    """In every bin of µ, with t the largest |π−µ| there: E|c| is π's share, to a factor of 1 ± t/δ.
+
+    Neither does the tail dominate Σ|c|, nor does DRPO restrain it: E[c²] is the surrogate's as well,
+    and a few promoted tokens make most of it.
+    """
+    mu, bins, terms = zipf
+    pi = moved(mu, promoted)
+    w, c = terms("drpo", pi, delta=DELTA)
+    r = terms("surrogate", pi)[1]
+    for bin in np.unique(bins):
+        here = bins == bin
+        t = abs(pi - mu)[here].max() / DELTA
+        assert abs(w[here] - 1).max() == pytest.approx(t, rel=1e-9)
+        assert (mu * abs(c))[here].sum() / pi[here].sum() == pytest.approx(1, abs=t)
+        assert (mu * c**2)[here].sum() / (mu * r**2)[here].sum() == pytest.approx(
+            1, abs=2 * t + t**2
+        )
+    tail = bins == 0
+    share = (mu * c**2)[tail].sum() / (mu * c**2).sum()
+    assert c.max() > 100 and share > 0.9 if promoted else share < 0.2
+
+
+def test_spo_restrains_a_tail_that_moved_a_little_and_is_dominated_by_one_that_moved_far(zipf):
+    """Only large ratios make the tail dominate SPO. Where it grew fivefold, SPO restrains the tail."""
+    mu, bins, terms = zipf
+    tail = bins == 0
+
+    def gradient(name, pi, **hyper):
+        """E|c| of the tail, relative to its probability under π and to E|c| of all tokens."""
+        gradient = mu * abs(terms(name, pi, **hyper)[1])
+        return gradient[tail].sum() / pi[tail].sum(), gradient[tail].sum() / gradient.sum()
+
+    grown = np.where(tail, 5 * mu, mu)
+    assert gradient("spo", grown, epsilon=12.5)[0] == pytest.approx(1 - 4 / 12.5)
+    assert gradient("drpo", grown, delta=DELTA)[0] == pytest.approx(1, abs=0.01)
+
+    far = moved(mu, promoted=5)
+    for epsilon in (0.2, 12.5):
+        relative, share = gradient("spo", far, epsilon=epsilon)
+        assert relative > 10 and share > 0.8
+        assert terms("spo", far, epsilon=epsilon)[1].max() <= (1 + epsilon) ** 2 / (4 * epsilon)
+    relative, share = gradient("drpo", far, delta=DELTA)
+    assert relative == pytest.approx(1, abs=0.07) and share < 0.4

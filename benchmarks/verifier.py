@@ -23,8 +23,8 @@ import numpy as np
 from absl import app
 
 from benchmarks.common import OUTPUT, machine, write_results
-from drpo_jax.rewards import Isolated, submit
-from drpo_jax.rewards.math import WARM, check, first_stage, last_box
+from drpo_jax.rewards import Isolated, last_box, submit
+from drpo_jax.rewards.math import VERIFIERS, WARM, check
 
 ROUNDS = 3
 # Checks per round if math-verify makes all or most of them; twenty times as many otherwise.
@@ -85,7 +85,7 @@ def by_math_verify(pairs):
 def main(_):
     print(machine())
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    quick = Isolated(check, quick=first_stage, warm=WARM, workers=WORKERS, cache=False)
+    quick = Isolated(check, quick=VERIFIERS["boxed"].quick, warm=WARM, workers=WORKERS, cache=False)
     slow = Isolated(
         check, quick=lambda _, text, answer: (last_box(text), answer),
         warm=WARM, workers=WORKERS, cache=False,

@@ -10,7 +10,7 @@ from drpo_jax.objectives import gradient_weight
 
 IMAGES = Path(__file__).parent / "images"
 MU, DELTA = 0.3, 0.15
-# Okabe and Ito's colours, distinct for colour-blind readers, as in the notebooks.
+# Okabe and Ito's colors, distinct for color-blind readers, as in the notebooks.
 CURVES = {
     "drpo": ("DRPO", {"color": "#0072B2", "linewidth": 2.8}),
     "dppo_tv": ("DPPO-TV", {"color": "#D55E00", "linewidth": 1.8}),

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.commands import COMMANDS
-from drpo_jax.config import field_types, resolve, suggest, to_json, type_name
+from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, path_of
@@ -59,7 +59,11 @@ def launch(
 
     def start(_: list[str]) -> int | None:
         explicit = config_flags.get_override_values(flags.FLAGS["config"])
-        resolved = resolve(prepare(config.value), explicit)
+        prepared = prepare(config.value)
+        if directory is not None and directory.value:
+            with bad_input():
+                prepared = as_begun(prepared, path_of(directory.value), explicit)
+        resolved = resolve(prepared, explicit)
         if print_config.value:
             print(to_json(resolved), end="")
             return None
@@ -83,8 +87,8 @@ def run(
     """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
 
     `BadInput`, from the command line or from `main`, is printed as one message and exits with status
-    2, `TrainingStopped` with 3, Ctrl-C with 130. Any other exception is a defect and keeps its
-    traceback.
+    2, `TrainingStopped` with 3, Ctrl-C with 130, a closed output (`| head`) with 141. Any other
+    exception is a defect and keeps its traceback.
 
     Args:
       main: The entry point.
@@ -114,9 +118,24 @@ def run(
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)
             multihost.leave(130)
+        except BrokenPipeError:
+            if not _output_is_closed():
+                raise
+            print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
+            multihost.leave(141)
 
     absl_logging.get_absl_handler().setFormatter(PlainFormatter())
     app.run(guarded, flags_parser=parse_or_exit)
+
+
+def _output_is_closed() -> bool:
+    """Whether nothing reads stdout anymore; later output is then discarded."""
+    try:
+        print(flush=True)  # A flush alone fails only once.
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        return True
+    return False
 
 
 def exit_with(error: Exception, status: int) -> NoReturn:

@@ -14,11 +14,19 @@ class TrainingStopped(RuntimeError):
 
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """Turns a ValueError or an OSError raised inside into `BadInput` with the same message.
+    """Turns a ValueError or an OSError raised inside into `BadInput`.
 
-    Entry points wrap the code that reads the user's files in it.
+    Entry points wrap the code that reads the user's files in it. The message is that of the error; one
+    of the operating system's begins with the path instead of the error's number.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(_message(error)) from error
+
+
+def _message(error):
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        paths = [path for path in (error.filename, error.filename2) if path is not None]
+        return f"{' -> '.join(map(str, paths))}: {error.strerror.lower()}"
+    return str(error)

@@ -73,7 +73,7 @@ def main(
         print(f"shard {shard} is done; the same command without --shard joins the shards")
         return
     responses = in_order(run, file.responses)
-    problems = by_problem(responses, get_reward(config.reward.name).extract)
+    problems = by_problem(responses, get_reward(config.reward.name, config.reward.extract).extract)
     result = files.write_results(workdir, folder, settings, responses, problems)
     print(f"{checkpoint}: accuracy ({settings['sets']}), % (95 % interval)\n")
     print(accuracy_table(result["accuracy"]))

@@ -50,6 +50,7 @@ def field(
     values: Range | Iterable[str] | None = None,
     *,
     initial: Any = None,
+    argument: Any = None,
     may_change: bool = False,
     distinguishes: bool = True,
 ) -> Any:
@@ -60,7 +61,9 @@ def field(
       meaning: one or two sentences, with the unit.
       values: the numbers or the texts that are allowed. A table of choices may be extended after
         the declaration. The default is always allowed. None: any value of the field's type.
-      initial: default of the attribute where the dataclass is constructed in Python, `REQUIRED` for
+      initial: value in runs that began before the field existed; needed where `default` changes
+        results. None: `default`.
+      argument: default of the attribute where the dataclass is constructed in Python, `REQUIRED` for
         none. None: `default`.
       may_change: a run may be resumed with another value.
       distinguishes: runs with different values are different experiments in a report.
@@ -69,11 +72,12 @@ def field(
         default=default,
         meaning=meaning,
         values=values,
+        initial=default if initial is None else initial,
         may_change=may_change,
         distinguishes=distinguishes,
     )
-    initial = default if initial is None else initial
-    return dataclasses.field(default=initial, metadata={"row": row})
+    argument = default if argument is None else argument
+    return dataclasses.field(default=argument, metadata={"row": row})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Field:
       section: name of the section; "" for fields outside of the sections.
       name: name within the section.
       type: int, float, bool or str.
-      default, meaning, values, may_change, distinguishes: arguments of `field`.
+      default, meaning, values, initial, may_change, distinguishes: arguments of `field`.
       optional: the value may be None.
     """
 
@@ -94,6 +98,7 @@ class Field:
     default: Any
     meaning: str
     values: Range | Iterable[str] | None = None
+    initial: Any = None
     may_change: bool = False
     distinguishes: bool = True
     optional: bool = False

@@ -18,7 +18,7 @@ from drpo_jax.config import field_table, type_name
 from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics.catalogue import SECTIONS
-from drpo_jax.objectives import OBJECTIVES
+from drpo_jax.objectives import HYPERPARAMETERS, OBJECTIVES, THRESHOLDS
 from drpo_jax.rewards import REWARDS, get_reward
 
 
@@ -68,13 +68,24 @@ def rewards() -> list[Entry]:
 
 
 def variants() -> list[Entry]:
-    """Returns every config file that comes with drpo_jax: its variants, and its purpose."""
+    """Returns every config file that comes with drpo_jax: its variants, and its purpose.
+
+    Then the variants of every config, and the value of each reading of the threshold.
+    """
     entries = []
     for path in sorted(cli.CONFIGS.glob("*.py")):
         own = runpy.run_path(str(path)).get("VARIANTS", {})
         purpose = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
         entries.append(Entry(f"configs/{path.name}", ", ".join(own), " ".join(purpose.split())))
-    return [*entries, Entry("every config", "", ", ".join(common_variants()))]
+    readings: dict[str, list[str]] = {}
+    for name, values in THRESHOLDS.items():
+        for reading, value in values.items():
+            readings.setdefault(reading, []).append(f"{HYPERPARAMETERS[name].symbol} = {value:g}")
+    return [
+        *entries,
+        Entry("every config", "", ", ".join(common_variants())),
+        *(Entry(reading, ", ".join(values), "") for reading, values in readings.items()),
+    ]
 
 
 def metrics() -> list[Entry]:

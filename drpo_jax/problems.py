@@ -314,7 +314,7 @@ def _rewardable(config, problems: Sequence[Problem], template: str | None = None
     Args:
       template: the response, with {answer} in it. None: the reward's own.
     """
-    reward = rewards.get_reward(config.reward.name)
+    reward = rewards.get_reward(config.reward.name, config.reward.extract)
     if reward.template is None:
         return np.ones(len(problems), bool)
     template = template or reward.template

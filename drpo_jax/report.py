@@ -1,7 +1,7 @@
 """Writes one HTML page about runs: python -m drpo_jax.report --workdir=DIR … --output=FILE.html
 
 The page is self-contained: inline SVG, no script, nothing is fetched. Runs whose configs are equal
-except for the seed form a group, with one colour, one line, and a band over its runs. Whatever a run did
+except for the seed form a group, with one color, one line, and a band over its runs. Whatever a run did
 not log or save is left out, with a note in its place.
 """
 

@@ -94,7 +94,7 @@ class Run:
             config=config,
             workdir=workdir,
             tokenizer=tokenizer,
-            reward=rewards.get_reward(config.reward.name),
+            reward=rewards.get_reward(config.reward.name, config.reward.extract),
             train_problems=stream,
             heldout=loaded.heldout,
             report=loaded.report,

@@ -51,7 +51,7 @@ def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> No
         return
     before, after = evaluations
     print("\n" + summary_table(before, after, config.evaluate.samples))
-    print("\n" + text_plot(read_metrics(workdir)))
+    print("\n" + text_plot(read_metrics(workdir), config.evaluate.samples))
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
 
 
@@ -78,7 +78,7 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
         loop.rl_step(run, run.programs.restart(model), 0, first=True)
         if not multihost.is_main():
             return ""
-        page = explain(load_rollout(rollout_path(run.workdir, 0)), run.tokenizer, run.config)
+        page = explain(load_rollout(rollout_path(run.workdir, 1)), run.tokenizer, run.config)
     return warning + page
 
 

@@ -115,6 +115,14 @@ def test_lists_have_an_entry_for_everything(name, capsys):
     assert set(names) <= {line.split()[0] for line in out.splitlines() if line[0] != " "}
 
 
+def test_the_readings_of_the_threshold_are_listed_with_their_values(capsys):
+    listing.main(["variants", "δ"])
+    shown = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert dict(shown) == {
+        "boundary": "δ = 0.15", "released": "δ = 12.5, ε = 12.5", "scaled": "δ = 0.08"
+    }  # fmt: skip
+
+
 def test_a_field_is_listed_with_its_default_choices_and_meaning(capsys):
     listing.main(["fields", "optimizer.schedule"])
     first, *meaning = capsys.readouterr().out.splitlines()
@@ -199,6 +207,7 @@ def main(c, workdir):
     if c.seed == 2: raise ValueError("a defect")
     if c.seed == 3: raise errors.TrainingStopped("step 4: not finite")
     if c.seed == 4: raise KeyboardInterrupt
+    while c.seed == 6: print("a line", flush=True)
     if c.seed == 5: logging.warning("%d problems are too long", 3)
 if __name__ == "__main__":
     cli.launch(main)
@@ -218,6 +227,7 @@ def command_line(tmp_path_factory):
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
 
+    run.script = script
     return run
 
 
@@ -274,6 +284,20 @@ def test_an_interrupt_says_how_to_resume(command_line):
     code, _, err = command_line(FILE, DIR, "--config.seed=4")
     resume = "interrupted; run the same command again to resume from the last checkpoint"
     assert (code, err) == (130, f"\n{resume}\n")
+
+
+@pytest.mark.slow
+def test_a_closed_output_ends_the_run_without_a_traceback(command_line):
+    head = f"{sys.executable} {command_line.script} {FILE} {DIR} --config.seed=6 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {head}"], cwd=ROOT, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.returncode == 141 and done.stdout.count("\n") == 1
+    assert done.stderr == (
+        "nothing reads the output anymore: interrupted; run the same command again to resume from the "
+        "last checkpoint\n"
+    )
 
 
 @pytest.mark.slow
@@ -359,7 +383,7 @@ def test_sft_then_train_then_evaluate(entry):
     init = f"--config.data.init_from={entry.home / 'warm'}"
     code, out, err = entry("train", "run", init, "--config.train.steps=2")
     assert code == 0, err
-    assert "held-out accuracy, %" in out and "avg@2" in out and "◆ held-out avg@k" in out
+    assert "held-out accuracy, %" in out and "avg@2" in out and "◆ held-out avg@2" in out
     assert "supervised warm start" not in out
     run = entry.home / "run"
     assert [r["step"] for r in read_metrics(run)] == [0, 1, 2]

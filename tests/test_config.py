@@ -1,5 +1,6 @@
 """Configs: valid defaults, errors that name field and remedy, one config per workdir."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import huggingface_hub
 import pytest
 from absl import logging
 from huggingface_hub.errors import LocalEntryNotFoundError
+from ml_collections import ConfigDict
 
 from drpo_jax import config as C
 from drpo_jax.cli import load_config
@@ -246,6 +248,50 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
 
 
+@pytest.fixture
+def new_default(monkeypatch):
+    """The field train.pack, as if its default had just become True."""
+    rows = [
+        dataclasses.replace(row, default=True, initial=False) if row.path == "train.pack" else row
+        for row in C.field_table()
+    ]
+    for module in (C.sections, C.workdir):
+        monkeypatch.setattr(module, "field_table", lambda: rows)
+
+
+def test_a_new_default_does_not_reach_runs_that_began_before(tmp_path, new_default):
+    """Whether or not config.json has the field already."""
+    without, old = changed(), changed(train__pack=False)
+    del without["train"]["pack"]
+    for run in (without, old):
+        (tmp_path / "config.json").write_text(C.to_json(run))
+        assert C.run_config(tmp_path).train.pack is False
+        today = changed(train__pack=True)
+        with pytest.raises(BadInput, match="train.pack: False -> True"):
+            C.claim_workdir(tmp_path, today)
+        begun = C.as_begun(today, tmp_path)
+        assert begun.train.pack is False and C.claim_workdir(tmp_path, begun)
+
+
+def test_only_an_unset_field_stays_as_the_run_began(tmp_path, new_default, caplog):
+    today = changed(train__pack=True)
+    assert C.as_begun(today, tmp_path).to_dict() == ConfigDict(today).to_dict()
+    (tmp_path / "config.json").write_text(C.to_json(changed(train__pack=False)))
+    assert C.as_begun(today, tmp_path, explicit=["train.pack"]).train.pack is True
+    (tmp_path / "config.json").write_text(C.to_json(today))
+    assert C.as_begun(today, tmp_path).train.pack is True and not caplog.messages
+    (tmp_path / "config.json").write_text(C.to_json(changed(train__pack=False)))
+    assert C.as_begun(today, tmp_path).train.pack is False
+    assert caplog.messages == ["train.pack = False, as this run began; the default is now True"]
+
+
+def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    workdir = tmp_path / "file" / "run"
+    with pytest.raises(BadInput, match=f"^{workdir} cannot be created .not a directory.; give"):
+        C.claim_workdir(workdir, changed())
+
+
 def test_the_reference_of_a_penalty_stays_where_it_was(tmp_path):
     """Without a penalty, the model has been read by then, and its directory may move."""
     penalty = dict(objective__kl="k3", objective__kl_coefficient=0.1)
@@ -269,7 +315,7 @@ def test_a_schedule_stretched_over_the_steps_fixes_them(tmp_path):
 def test_bad_input_marks_what_a_file_can_be_to_blame_for():
     with pytest.raises(BadInput, match="line 3"), bad_input():
         raise ValueError("line 3")
-    with pytest.raises(BadInput, match="No such file .*missing.jsonl"), bad_input():
+    with pytest.raises(BadInput, match="^missing.jsonl: no such file or directory$"), bad_input():
         open("missing.jsonl")
     with pytest.raises(KeyError), bad_input():
         raise KeyError("x")

@@ -125,7 +125,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
     assert [r["step"] for r in metrics(whole)] == [0, 1, 2, 3, 4]
     assert metrics(tmp_path) == metrics(whole)
     assert metrics(tmp_path / "sft") == metrics(whole / "sft")
-    for step in (0, 2):
+    for step in (1, 3):
         paths = (rollout_path(d, step) for d in (whole, tmp_path))
         a, b = (load_rollout(path) for path in paths)
         assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -143,10 +143,10 @@ def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, t
 
 
 def test_a_saved_rollout_matches_its_documentation(whole):
-    saved = load_rollout(rollout_path(whole, 0))
+    saved = load_rollout(rollout_path(whole, 1))
     settings = config()
     documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
-    saved_pieces = len(load_rollout(rollout_path(whole, 0))["piece_ids"])
+    saved_pieces = len(load_rollout(rollout_path(whole, 1))["piece_ids"])
     sizes = {"N": 16, "R": 23, "T": 23 + 6, "U": saved_pieces}
     names = [(name, shape) for group, shape in documented for name in group.split(", ")]
     assert {name for name, _ in names} == set(saved)
@@ -175,7 +175,7 @@ def test_a_saved_rollout_matches_its_documentation(whole):
         assert decode(response) == saved["response"][row]
         assert saved["finished"][row] == (response[-1] == CharTokenizer.eos_id)
         assert not saved["tokens"][row, start + lengths[row] :].any()
-    assert (saved["step"], len(set(saved["prompt"]))) == (0, 4)
+    assert (saved["step"], len(set(saved["prompt"]))) == (1, 4)
 
 
 def test_nothing_is_corrected_beyond_every_boundary(other, whole):
@@ -186,7 +186,7 @@ def test_nothing_is_corrected_beyond_every_boundary(other, whole):
 
 def test_rescored_logprobs_are_the_learners(other, whole):
     for workdir, rescored in ((other, True), (whole, False)):
-        saved = load_rollout(rollout_path(workdir, 0))
+        saved = load_rollout(rollout_path(workdir, 1))
         first = loop.learn.mini_batches(config(), 0, 0)[0]  # updated first, with unchanged weights
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
@@ -209,7 +209,7 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
         )  # fmt: skip
         assert settings.sampler.top_logprobs == 20
         loop.train(settings, workdir)
-        results.append((metrics(workdir)[1], load_rollout(rollout_path(workdir, 0))))
+        results.append((metrics(workdir)[1], load_rollout(rollout_path(workdir, 1))))
     (ours, saved), (packed, repacked) = results
     for name in ours:
         if not name.startswith("router/"):  # per micro-batch, and packing changes their rows
@@ -243,7 +243,7 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
 
     monkeypatch.setattr(loop.learn, "reward_penalty", recorded)
     loop.train(settings, tmp_path)
-    saved = load_rollout(rollout_path(tmp_path, 0))
+    saved = load_rollout(rollout_path(tmp_path, 1))
     mask = saved["response_mask"]
     np.testing.assert_array_equal(saved["behavior_logp"], saved["sampled_logp"])
     log_ratio = np.where(mask, saved["behavior_logp"] - saved["old_logp"], 0)
@@ -264,7 +264,7 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
 
 def test_the_mismatch_is_measured_when_it_is_due(whole):
     assert ["mismatch/kl" in r for r in metrics(whole)] == [False, True, False, True, False]
-    saved = load_rollout(rollout_path(whole, 2))
+    saved = load_rollout(rollout_path(whole, 3))
     mask = saved["response_mask"]
     shift = abs(np.exp(saved["old_logp"]) - np.exp(saved["behavior_logp"]))[mask]
     assert metrics(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
@@ -276,7 +276,7 @@ def test_the_mismatch_is_measured_when_it_is_due(whole):
 def test_shuffled_rewards_are_permuted_over_the_rollout(other):
     settings, moved = config(), False
     for step in (0, 1):
-        saved = load_rollout(rollout_path(other, step))
+        saved = load_rollout(rollout_path(other, step + 1))
         reward = saved["reward"]
         assert set(reward) == {0, 1} and metrics(other)[step + 1]["reward/mean"] == reward.mean()
         np.testing.assert_array_equal(reward, [len(r) % 2 for r in saved["response"]])
@@ -291,7 +291,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
 
 def test_problems_from_a_file(other):
     heldout = loop.Run.create(config(data__problems=str(other / "problems.jsonl")), other).heldout
-    trained = {p for step in (0, 1) for p in load_rollout(rollout_path(other, step))["prompt"]}
+    trained = {p for step in (1, 2) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
 
@@ -455,7 +455,7 @@ def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monk
     out = capsys.readouterr().out
     notice = "no group has mixed rewards, so there is no gradient; first response (reward 0): "
     assert out.count(notice) == 1
-    saved = load_rollout(rollout_path(tmp_path, 0))
+    saved = load_rollout(rollout_path(tmp_path, 1))
     assert f"step 1: {notice}" in out
     assert repr(saved["response"][0]) in out
     assert re.findall(r"step (\d+), a sampled response with reward 0:", out) == ["2"]

@@ -268,12 +268,12 @@ def test_text_plot_puts_the_points_where_they_are():
     records = [{"step": 0, "eval/avg": 0.5}]
     records += [{"step": s, "reward/mean": s / 10} for s in range(1, 10)]
     records += [{"step": 10, "reward/mean": math.nan, "eval/avg": 1.0}]
-    lines = M.text_plot(records, width=11, height=11).splitlines()
+    lines = M.text_plot(records, 4, width=11, height=11).splitlines()
     rows = [line.partition("┤")[2] for line in lines[1:12]]
     assert rows[0] == " " * 10 + "◆" and rows[5] == "◆    •" and rows[1] == " " * 9 + "•"
     assert [line[:4].strip() for line in lines[1:12]] == ["1.0", *[""] * 4, "0.5", *[""] * 4, "0.0"]
-    assert "step 10" in lines[-1]
-    M.text_plot([])
+    assert "step 10" in lines[-1] and lines[0].endswith("held-out avg@4")
+    M.text_plot([], 4)
 
 
 def test_compile_clocks_count_on_their_own_with_one_listener(monkeypatch):

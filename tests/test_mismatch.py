@@ -115,7 +115,7 @@ def test_real_and_injected_mismatch_are_logged_apart(tmp_path, monkeypatch):
     config.train.update(steps=1, save_rollout_every=1)
     config.log.mismatch_every = 1
     loop.train(C.resolve(config), tmp_path)
-    saved = load_rollout(rollout_path(tmp_path, 0))
+    saved = load_rollout(rollout_path(tmp_path, 1))
     (record,) = [r for r in read_metrics(tmp_path) if "mismatch/kl" in r]
     logged = {name: record[f"mismatch/{name}"] for name in ("logp", "logp_real", "logp_injected")}
     assert logged["logp_real"] <= BOUND[0]

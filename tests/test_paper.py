@@ -1,5 +1,7 @@
 """The configs: the paper's six settings, the variants of all configs, and small runs."""
 
+import re
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -8,15 +10,16 @@ import pytest
 
 from drpo_jax import loop, rewards
 from drpo_jax.cli import load_config
-from drpo_jax.config import objective_hyper, resolve
+from drpo_jax.config import default_config, flatten, objective_hyper, resolve
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
-from drpo_jax.objectives import OBJECTIVES
+from drpo_jax.objectives import OBJECTIVES, resolve_hyper
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs, model_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS, SETTINGS_PAGE = ROOT / "configs", ROOT / "docs" / "settings.md"
 SETTINGS = {
     "qwen3_4b_base": ("qwen3-4b", [""]),
     "qwen3_30b_a3b": ("qwen3-30b-a3b", ["bf16", "fp8_rollout", "fp8_e2e"]),
@@ -64,13 +67,17 @@ def test_the_papers_numbers(name, variant):
         1.0,
         "constant",
     )
-    assert (sampler.max_response_length, sampler.temperature) == (8192, 1.0)
+    assert not optimizer.decay_norms
+    lengths = sampler.max_prompt_length, sampler.max_response_length
+    assert lengths == (2048, 8192) and sampler.temperature == 1.0
     assert (sampler.top_p, sampler.top_k) == (1.0, 0)
     train = config.train
     moe = config.model.experts > 0
+    assert train.steps == 800
     assert (train.prompts, train.samples) == ((256, 16) if moe else (64, 8))
     assert train.mini_batch_prompts == (32 if moe else 16)
     assert (config.data.problems, config.data.filter) == ("dapo_math_17k", "dapo")
+    assert (config.data.instruction, config.reward.extract) == ("none", "anywhere")
     assert (config.reward.name, config.reward.format, config.reward.overlong_buffer) == (
         "math",
         0,
@@ -94,8 +101,50 @@ def test_every_objective_is_a_variant(name):
     config = complete("qwen3_4b_base", name)
     assert config.objective.name == name
     assert config.objective.threshold == ("released" if OBJECTIVES[name].released else "")
-    own = "seq-mean-token-mean" if name == "gspo" else "seq-mean-token-sum-norm"
-    assert config.objective.aggregation == own
+    row = OBJECTIVES[name]
+    own = row.fixed_aggregation or name == "sapo"
+    expected = row.aggregation if own else "seq-mean-token-sum-norm"
+    assert config.objective.aggregation == expected
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_baselines_are_those_of_the_released_runs(name):
+    clips = {v: objective_hyper(complete(name, v)) for v in ("grpo", "grpo_symmetric", "cispo")}
+    for clip in clips.values():
+        clip.pop("dual_clip", None)
+    assert clips["grpo"] == {"epsilon_low": 0.2, "epsilon_high": 0.28}
+    assert clips["grpo_symmetric"] == {"epsilon_low": 0.2, "epsilon_high": 0.2}
+    # The lower end of CISPO's interval is negative, so no ratio reaches it.
+    assert clips["cispo"]["epsilon_low"] >= 1 and clips["cispo"]["epsilon_high"] == 0.2
+    assert complete(name, "sapo").objective.aggregation == "seq-mean-token-mean"
+
+
+@pytest.mark.parametrize("variants, delta", [("mask_drpo", 12.5), ("mask_drpo,boundary", 0.15)])
+def test_mask_drpo_is_not_the_surrogate(variants, delta):
+    hyper = resolve_hyper("mask_drpo", objective_hyper(complete("qwen3_4b_base", variants)))
+    assert (hyper["delta"], hyper["mask_delta"]) == (delta, 0.15)
+    assert OBJECTIVES["mask_drpo"].equals(hyper) is None
+
+
+def test_the_baselines_of_other_configs_are_the_objectives_own():
+    grpo = resolve(load("tiny", "grpo")).objective
+    assert (grpo.epsilon_low, grpo.epsilon_high) == (0.2, 0.2)
+
+
+def test_fp8_end_to_end_as_in_the_public_script():
+    config = complete("qwen3_30b_a3b", "fp8_e2e_released")
+    precision, objective, train = config.precision, config.objective, config.train
+    assert (precision.recipe, precision.scale, precision.gradient) == ("e2e", "float32", "e4m3")
+    assert (objective.behavior, objective.correction) == ("rescored", "tis")
+    assert (objective.correction_level, objective.correction_cap) == ("token", 2.0)
+    assert objective.horizon == config.sampler.max_response_length == 20480
+    assert config.optimizer.weight_decay == 0.1 and config.reward.overlong_buffer == 512
+    assert (train.prompts, train.samples, train.mini_batch_prompts) == (128, 16, 128)
+    assert config.evaluate.precision == "sampler"
+    assert complete("qwen3_30b_a3b", "fp8_e2e_released,grpo").objective.epsilon_high == 0.28
+    with pytest.raises(ValueError, match="contradict each other: precision.scale|recipe"):
+        load("qwen3_30b_a3b", "bf16,fp8_e2e_released")
+    complete("qwen3_30b_a3b", "fp8_e2e_released,smoke")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
@@ -124,6 +173,58 @@ def test_a_variant_leaves_the_others_defaults_alone():
 def test_wrong_variants(variants, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         load("qwen3_30b_a3b", variants)
+
+
+def tables(heading):
+    """The rows of the tables below a heading of docs/settings.md, as lists of cells."""
+    text = SETTINGS_PAGE.read_text("utf-8").partition(f"## {heading}\n")[2]
+    rows = [line for line in text.partition("\n## ")[0].split("\n") if line.startswith("| `")]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def same(cell, value):
+    text = cell.strip("`")
+    return text == str(value) or (isinstance(value, int | float) and float(text) == value)
+
+
+def test_the_page_of_the_settings_has_the_values_of_the_configs():
+    executed = {
+        field.strip("`"): dict(zip(SETTINGS, cells))
+        for field, *cells in tables("How the runs are executed")
+    }
+    learned = {}
+    for field, small, small_from, large, large_from in tables("What the runs learn"):
+        learned[field.strip("`")] = dict(zip(SETTINGS, (small, large, large, small)))
+        assert re.match("released: |inferred|ours|–", small_from) and large_from
+    assert not executed.keys() & learned.keys()
+    default = flatten(default_config())
+    for name in SETTINGS:
+        config = flatten(load(name))
+        for field, cells in (executed | learned).items():
+            assert same(cells[name], config[field]), f"{field} of {name}: {config[field]}"
+        changed = {field for field in config if config[field] != default[field]}
+        missing = {f for f in changed if not f.startswith("model.")} - {*executed, *learned}
+        assert not missing, f"docs/settings.md lacks {missing}"
+
+
+@pytest.mark.parametrize("heading", ["Precisions", "Baselines"])
+def test_the_page_of_the_settings_has_the_fields_of_the_variants(heading):
+    defined = runpy.run_path(str(CONFIGS / "qwen3_30b_a3b.py"))["VARIANTS"]
+    rows = {name.strip("`"): fields for name, fields, _ in tables(heading)}
+    assert rows.keys() <= defined.keys()
+    for name, text in rows.items():
+        stated = dict(re.findall(r"`([a-z_.]+)` = ([^,]+)", text))
+        fields = {f: value for f, value in defined[name].items() if value != ""}
+        assert stated.keys() == fields.keys(), name
+        assert all(same(stated[field], value) for field, value in fields.items()), name
+
+
+def test_every_variant_of_the_papers_configs_is_on_the_page():
+    listed = {
+        row[0].strip("`") for heading in ("Precisions", "Baselines") for row in tables(heading)
+    }
+    for name in SETTINGS:
+        assert set(runpy.run_path(str(CONFIGS / f"{name}.py"))["VARIANTS"]) <= listed
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_the_architecture_is_that_of_the_checkpoint(checkpoint):
 
 def test_a_run_starts_from_the_weights_and_uses_the_chat_template(checkpoint, run):
     path, model = checkpoint
-    rollout, tokenizer = load_rollout(rollout_path(run, 0)), TextTokenizer(path)
+    rollout, tokenizer = load_rollout(rollout_path(run, 1)), TextTokenizer(path)
     prompt = f"<system>Add.<end><user>{rollout['prompt'][0]}<end><assistant>"
     ids = rollout["tokens"][0, : rollout["prompt_lengths"][0]]
     assert ids.tolist() == tokenizer.encode(prompt)

@@ -1,6 +1,8 @@
 """Two processes with four devices each compute what one process with eight devices computes."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,14 +19,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 # The command line, with a reward that an untrained model receives as well.
-TRAIN = """
-from drpo_jax import cli, rewards, train
+ENTRY = """
+from drpo_jax import cli, evaluate, rewards, train
 
 def reward(prompt, text, answer):
     return float(len(text) % 2 or text == f"#{answer}")
 
 rewards.REWARDS["arithmetic"] = reward
-cli.launch(train.main)
+cli.launch(COMMAND.main)
 """
 # float32 and a small learning rate: Gloo sums over devices in another order, and float8 or Adam would
 # amplify the difference.
@@ -36,8 +38,8 @@ FIELDS = """
 NOT_COMPARED = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
 
 
-def train(workdir, processes, steps):
-    """Trains in several processes with 8 devices in total. Returns the output of each."""
+def launch(workdir, processes, steps, command="train"):
+    """Runs a command in several processes with 8 devices in total. Returns the output of each."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // processes}")
@@ -53,7 +55,7 @@ def train(workdir, processes, steps):
     arguments += [f"--config.{field}" for field in [*FIELDS, f"train.steps={steps}"]]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN, *arguments],
+            [sys.executable, "-c", ENTRY.replace("COMMAND", command), *arguments],
             cwd=ROOT,
             env=common | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
@@ -76,9 +78,9 @@ def runs(tmp_path_factory):
     """The workdir of a run of one process; the workdir of an interrupted and resumed run of two
     processes; the outputs of the latter."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    train(one, processes=1, steps=2)
-    train(two, processes=2, steps=1)
-    return one, two, train(two, processes=2, steps=2)
+    launch(one, processes=1, steps=2)
+    launch(two, processes=2, steps=1)
+    return one, two, launch(two, processes=2, steps=2)
 
 
 def test_the_metrics_equal_those_of_one_process(runs):
@@ -93,7 +95,7 @@ def test_the_metrics_equal_those_of_one_process(runs):
         )
 
 
-@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("step", [1, 2])
 def test_the_rollouts_equal_those_of_one_process(runs, step):
     one, two = (load_rollout(rollout_path(workdir, step)) for workdir in runs[:2])
     assert one.keys() == two.keys()
@@ -104,6 +106,20 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
             np.testing.assert_array_equal(two[name], values, err_msg=name)
 
 
+def test_the_evaluation_equals_that_of_one_process(runs):
+    """Of the same checkpoint: its responses do not depend on the processes that sample them."""
+    workdir, results = runs[1], []
+    for processes in (1, 2):
+        first, *others = launch(workdir, processes, steps=2, command="evaluate")
+        assert "accuracy (" in first and not any("accuracy (" in other for other in others)
+        (folder,) = (workdir / "evaluations").iterdir()
+        responses = (folder / "responses.jsonl").read_text().splitlines()
+        results.append((sorted(responses), json.loads((folder / "result.json").read_text())))
+        shutil.rmtree(folder)
+    (alone, result), (shared, same) = results
+    assert len(alone) == 3 * result["k"] and shared == alone and same == result
+
+
 def test_only_the_first_process_prints_and_writes(runs):
     _, two, (first, second) = runs
     assert "resuming" in first and "held-out accuracy" in first and "objective " in first
@@ -112,6 +128,6 @@ def test_only_the_first_process_prints_and_writes(runs):
 
 
 def test_a_complete_run_ends_on_all_processes(runs):
-    first, second = train(runs[1], processes=2, steps=2)
+    first, second = launch(runs[1], processes=2, steps=2)
     assert "this run is complete" in first and "held-out accuracy" in first
     assert "this run is complete" not in second

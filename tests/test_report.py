@@ -212,8 +212,8 @@ def test_gradient_by_mu_is_drawn_to_scale(groups):
 
 def test_charts_of_what_is_logged(groups):
     tail = charts.line_chart(METRICS["policy/tail"], groups, 3)
-    assert "paper, Qwen3-30B-A3B-Base: 7.8 %" in tail and groups[0].colour in tail
-    assert groups[1].colour in tail
+    assert "paper, Qwen3-30B-A3B-Base: 7.8 %" in tail and groups[0].color in tail
+    assert groups[1].color in tail
     assert charts.line_chart(METRICS["mismatch/kl"], groups, 3) == ""
     section = next(s for s in SECTIONS if s.title.startswith("Mismatch"))
     (note,) = page.metric_section(section, groups, 3)["notes"]

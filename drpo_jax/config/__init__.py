@@ -32,9 +32,10 @@ from drpo_jax.config.sections import (
     suggest,
     type_name,
 )
-from drpo_jax.config.workdir import claim_workdir, from_json, run_config, to_json
+from drpo_jax.config.workdir import as_begun, claim_workdir, from_json, run_config, to_json
 
 __all__ = [
+    "as_begun",
     "boundary",
     "claim_workdir",
     "default_config",

@@ -14,6 +14,7 @@ from drpo_jax.models.attention import attention_kernel
 from drpo_jax.models.settings import Compute
 from drpo_jax.objectives import OBJECTIVES, THRESHOLDS, hyperparameters, resolve_hyper
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
+from drpo_jax.rewards import EXTRACTORS
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -256,6 +257,21 @@ def _problems(check: Check) -> None:
     )
 
 
+def _answers(check: Check) -> None:
+    """A response that follows the instruction can be rewarded."""
+    in_words = check["data.problems"] and _has_tokenizer(check)
+    math = (check["reward.name"] or ("math" if in_words else "")) == "math"
+    instruction, extract = check["data.instruction"], check["reward.extract"]
+    text = data.TEMPLATES.get(instruction, instruction)
+    asked = [name for name, row in EXTRACTORS.items() if row.mark and row.mark in text]
+    check.require(
+        not (math and asked) or extract in (*asked, "anywhere"),
+        "data.instruction reward.extract",
+        "no response that follows the instruction is rewarded; set reward.extract to "
+        + " or ".join([*asked, "anywhere"]),
+    )
+
+
 def _text(check: Check) -> None:
     instruction = check["data.instruction"]
     if instruction not in data.TEMPLATES and instruction.count("{problem}") != 1:
@@ -345,6 +361,7 @@ RULES = (
     _correction,
     _precision,
     _problems,
+    _answers,
     _text,
     _demonstrations,
     _task,

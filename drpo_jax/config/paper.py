@@ -1,16 +1,48 @@
-"""The settings of the DRPO paper that its configs share."""
+"""The settings of the DRPO paper that its configs share, and its baselines.
+
+`docs/settings.md` says of every field what is released, what is inferred, and from where.
+"""
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
 from drpo_jax.config.sections import default_config
+from drpo_jax.config.variants import objective_variant
 from drpo_jax.models import PRESETS
+from drpo_jax.objectives import THRESHOLDS
+
+# The baselines with the settings that their released runs have instead of the objective's defaults.
+BASELINES = {
+    "grpo": objective_variant("grpo", epsilon_low=0.2, epsilon_high=0.28),
+    "grpo_symmetric": objective_variant("grpo", epsilon_low=0.2, epsilon_high=0.2),
+    "cispo": objective_variant("cispo", epsilon_low=10.0),  # At 1 and above, r has no lower bound.
+    "sapo": objective_variant("sapo", aggregation="seq-mean-token-mean"),
+    # With one threshold of 12.5 for mask and penalty, it would be the surrogate.
+    "mask_drpo": objective_variant("mask_drpo", mask_delta=THRESHOLDS["delta"]["boundary"]),
+}
 
 PRECISION = {
     "bf16": {"precision.recipe": "none"},
     "fp8_rollout": {"precision.recipe": "rollout"},
     "fp8_e2e": {"precision.recipe": "e2e"},
+}
+
+# verl's public script for FP8 end to end on Qwen3-30B-A3B, without its objective.
+FP8_E2E_RELEASED = {
+    **PRECISION["fp8_e2e"],
+    "precision.scale": "float32",
+    "precision.gradient": "e4m3",
+    "objective.behavior": "rescored",
+    "objective.correction": "tis",
+    "objective.correction_level": "token",
+    "objective.correction_cap": 2.0,
+    "evaluate.precision": "sampler",
+    "optimizer.weight_decay": 0.1,
+    "reward.overlong_buffer": 512,
+    "sampler.max_response_length": 20480,
+    "train.prompts": 128,
+    "train.mini_batch_prompts": 128,
 }
 
 
@@ -24,7 +56,7 @@ def paper_config(preset: str) -> ConfigDict:
 
     The mesh takes 4, 8 or 16 devices. With 16 devices of 32 GB (v6e:4x4), each holds a quarter of a
     bfloat16 copy of the model for sampling, a sixteenth of the training state, and a sixteenth of the
-    cache of 128 sequences, which takes 11 GB for Qwen3-4B.
+    cache of 128 sequences, which takes 12 GB for Qwen3-4B.
     """
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS[preset]))
@@ -41,17 +73,18 @@ def paper_config(preset: str) -> ConfigDict:
         learning_rate=1e-6, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0
     )
     config.sampler.update(
-        max_prompt_length=1024, max_response_length=8192, temperature=1.0, slots=128
+        max_prompt_length=2048, max_response_length=8192, temperature=1.0, slots=128
     )
-    config.train.update(steps=300, prompts=64, samples=8, mini_batch_prompts=16, micro_batch=16)
+    config.train.update(steps=800, prompts=64, samples=8, mini_batch_prompts=16, micro_batch=16)
     config.train.pack = True  # Most responses are far shorter than the longest.
     config.evaluate.update(
         sets="aime24,aime25", every=10, samples=16, temperature=1.0, greedy=False
     )
     config.checkpoint.update(every=10, keep=2)
     config.data.update(
-        task="math", problems="dapo_math_17k", filter="dapo", chat=True, instruction="boxed"
+        task="math", problems="dapo_math_17k", filter="dapo", chat=True, instruction="none"
     )
+    config.reward.extract = "anywhere"
     return config
 
 
@@ -65,6 +98,6 @@ def large_config(preset: str) -> ConfigDict:
     """
     config = paper_config(preset)
     config.mesh.update(expert=4, tensor=1)
-    config.sampler.update(max_prompt_length=2048, slots=1024)
+    config.sampler.slots = 1024
     config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
     return config

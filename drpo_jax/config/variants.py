@@ -27,7 +27,7 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
       config: changed in place.
       names: names of variants, separated by commas, such as "fp8_e2e,boundary"; "" changes nothing.
       own: the config file's variants: {name: {dotted field: value}}, or a function that changes the
-        config, which runs after all fields are set.
+        config, which runs after all fields are set. They take precedence over those of every config.
 
     Returns:
       The config.
@@ -35,7 +35,7 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
     Raises:
       ValueError: an unknown variant, or two that set one field to different values.
     """
-    variants = {**own, **common_variants()}
+    variants = {**own, **common_variants(), **own}  # Its own are named first.
     chosen = [name for name in names.split(",") if name]
     owners: dict[str, tuple[str, Any]] = {}
     changes = []
@@ -61,10 +61,28 @@ def common_variants() -> dict[str, Variant]:
     """Returns the variants that every config has."""
     readings = dict.fromkeys(name for names in THRESHOLDS.values() for name in names)
     return {
-        **{name: _objective(name) for name in OBJECTIVES},
+        **{name: objective_variant(name) for name in OBJECTIVES},
         **{reading: {"objective.threshold": reading} for reading in readings},
         "smoke": _smoke,
     }
+
+
+def objective_variant(name: str, **fields: Any) -> dict[str, Any]:
+    """Returns the variant that selects an objective.
+
+    Only DRPO and SPO keep the config's reading of 12.5.
+
+    Args:
+      name: a key of `OBJECTIVES`.
+      **fields: other fields of the section `objective`.
+    """
+    objective = OBJECTIVES[name]
+    variant: dict[str, Any] = {"objective.name": name}
+    if not objective.released:
+        variant["objective.threshold"] = ""
+    if objective.fixed_aggregation:
+        variant["objective.aggregation"] = objective.aggregation
+    return variant | {f"objective.{field}": value for field, value in fields.items()}
 
 
 def _variant(name: str, variants: Mapping[str, Variant]) -> Variant:
@@ -73,17 +91,6 @@ def _variant(name: str, variants: Mapping[str, Variant]) -> Variant:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no variant {name!r}; {hint}there are {', '.join(variants)}")
     return variants[name]
-
-
-def _objective(name: str) -> dict[str, Any]:
-    """Returns the fields of an objective. Only DRPO and SPO keep the config's reading of 12.5."""
-    objective = OBJECTIVES[name]
-    fields: dict[str, Any] = {"objective.name": name}
-    if not objective.released:
-        fields["objective.threshold"] = ""
-    if objective.fixed_aggregation:
-        fields["objective.aggregation"] = objective.aggregation
-    return fields
 
 
 def _smoke(config: ConfigDict) -> None:
@@ -111,6 +118,8 @@ def _smoke(config: ConfigDict) -> None:
         max_response_length=max_response_length(config.data),
         slots=32,
     )
+    buffer = min(config.reward.overlong_buffer, config.sampler.max_response_length)
+    config.reward.overlong_buffer = buffer
     config.train.update(steps=2, prompts=8, samples=4, mini_batch_prompts=4, micro_batch=8)
     config.train.save_rollout_every = 1
     if config.sft.steps:

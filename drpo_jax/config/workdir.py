@@ -1,15 +1,16 @@
 """The workdir's copy of the config: `config.json`, written and compared when a run starts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from drpo_jax.config.checks import check_fields
 from drpo_jax.config.objective import with_hyper
-from drpo_jax.config.sections import default_config, field_table, flatten, from_dict
+from drpo_jax.config.sections import field_table, flatten, from_dict
 from drpo_jax.errors import BadInput
 from drpo_jax.storage import check_workdir, write_whole
 
@@ -20,7 +21,7 @@ def to_json(config: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote, with fields that it lacks at their defaults.
+    """Returns the config that `to_json` wrote, with fields that it lacks at their initial values.
 
     Values were checked when the run began. They are not checked again, so that a config may name an
     objective or a reward that its config file registered.
@@ -48,6 +49,41 @@ def run_config(workdir: Path) -> ConfigDict:
         return from_json(path.read_text())
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+def as_begun(
+    config: Mapping[str, Any], workdir: Path, explicit: Collection[str] = ()
+) -> ConfigDict:
+    """Returns the config with which the same command continues the run in `workdir`.
+
+    Where a new default changes results, a run that began before keeps the initial value of the field,
+    with a warning, unless the field is set on the command line. Without a run in `workdir`, the config
+    stays as it is.
+
+    Args:
+      config: nested fields, not resolved.
+      workdir: directory of the run, or of a run to begin.
+      explicit: dotted names of the fields that were set on the command line.
+
+    Raises:
+      BadInput: config.json is damaged.
+    """
+    begun, path = ConfigDict(config), workdir / "config.json"
+    if not path.exists():
+        return begun
+    values, run = flatten(config), _parse_json(path.read_text(), str(path))
+    kept = {
+        row.path: row.initial
+        for row in field_table()
+        if row.path not in explicit
+        and values.get(row.path) == row.default != row.initial == run[row.path]
+    }
+    begun.update_from_flattened_dict(kept)
+    for field, value in kept.items():
+        logging.warning(
+            "%s = %r, as this run began; the default is now %r", field, value, values[field]
+        )
+    return begun
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
@@ -82,7 +118,12 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
                 else ""
             )
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
+        ) from None
     write_whole(path, to_json(config))
     return claimed
 
@@ -103,11 +144,11 @@ def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:
-    """Returns the flat fields that `to_json` wrote; those that an older version lacked have defaults."""
+    """Returns the flat fields that `to_json` wrote; those that it lacks have their initial values."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{where} must be JSON: {error}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{where} must be a JSON object, not {type(values).__name__}")
-    return flatten(default_config()) | flatten(values)
+    return {row.path: row.initial for row in field_table()} | flatten(values)

@@ -1,6 +1,7 @@
 """Saved rollouts: every sampled token as the learner saw it, for notebooks and reports.
 
-`rollouts/step_000020.npz` is a NumPy archive, which `np.load(path)` opens. It has N sequences, with the
+`rollouts/step_000021.npz` is the rollout of step 21, which checkpoint 20 sampled. It is a NumPy archive,
+which `np.load(path)` opens, and has N sequences, with the
 samples of a prompt contiguous; T tokens of prompt and response; R response tokens:
 
     tokens            int32 [N, T]    prompt and response without a gap, then zeros
@@ -23,7 +24,7 @@ samples of a prompt contiguous; T tokens of prompt and response; R response toke
     id, prompt, answer, kind          unicode [N], of the problem
     response          text [N], derived from the token ids. On disk all texts are one UTF-8 string,
                       `response_utf8` uint8, and `response_ends` int64 [N] has the end of each
-    step              int             rollout step
+    step              int             rollout step, from 1 as in metrics.jsonl
 """
 
 import io

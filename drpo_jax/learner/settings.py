@@ -77,6 +77,11 @@ class OptimizerSettings:
     b2: float = field(0.999, "Decay of the second moment.", BELOW_ONE)
     eps: float = field(1e-8, "Added to the square root of the second moment.", POSITIVE)
     weight_decay: float = field(0.01, "Decoupled weight decay.", NOT_NEGATIVE)
+    decay_norms: bool = field(
+        False,
+        "Whether the weight decay includes norms, biases and the A_log and dt_bias of a DeltaNet.",
+        initial=True,
+    )
     mu_dtype: str = field(
         "float32",
         "Dtype of the first moment. The second stays float32: bfloat16 has steps of 0.4 %, so a mean "

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from drpo_jax.learner.packing import Layout
 from drpo_jax.models import Transformer
+from drpo_jax.parallel import is_param
 
 Array = jax.Array | np.ndarray
 
@@ -111,6 +112,9 @@ def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
 def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientTransformation:
     """Returns AdamW after clipping by global norm, with the learning rate of `make_schedule`.
 
+    Weight decay leaves out the parameters that say so (`models.layers.param`), unless
+    optimizer.decay_norms includes them.
+
     Args:
       optimizer: the config's section of this name.
       total_updates: see `make_schedule`.
@@ -124,7 +128,17 @@ def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientT
             eps=optimizer.eps,
             mu_dtype=optimizer.mu_dtype,
             weight_decay=optimizer.weight_decay,
+            mask=None if optimizer.decay_norms else _decays,
         ),
+    )
+
+
+def _decays(params):
+    """Whether weight decay applies, for every parameter of a pytree; it does to a bare array."""
+    return jax.tree.map(
+        lambda leaf: leaf.get_metadata()["decay"] if is_param(leaf) else True,
+        params,
+        is_leaf=is_param,
     )
 
 

@@ -117,7 +117,8 @@ def rl_step(
 
     Args:
       state: donated.
-      step: steps completed so far; numbers the rollout, its random keys and its file.
+      step: steps completed so far, which the random keys depend on. Logs and files count this step as
+        step + 1.
       first: whether this is the first step of the process, which announces compilations and compares
         the sampler's logprobs with the learner's (sampler.parity).
 
@@ -146,7 +147,7 @@ def rl_step(
     if save and multihost.is_main():
         anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
         arrays = rollout.arrays(run.tokenizer) | trace | anchors
-        save_rollout(run.workdir, step, **arrays, old_logp=old_logp)
+        save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
     metrics |= rollout.metrics() | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
     mixed = informative(inputs["advantage"], config.train.samples)

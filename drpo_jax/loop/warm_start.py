@@ -76,7 +76,9 @@ def make_warm_start(run: Run) -> Transformer:
         )
         if step == total:
             return state.model
-        log = stack.enter_context(MetricLogger(run.workdir / "sft", total, first_step=step + 1))
+        log = stack.enter_context(
+            MetricLogger(run.workdir / "sft", total, first_step=step + 1, config=config)
+        )
         clock = CompileClock()
         save_every = max(total // 4, 1)
         print(f"supervised warm start: {total} updates of {config.sft.batch} demonstrations")

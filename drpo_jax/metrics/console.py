@@ -114,14 +114,15 @@ def summary_table(before: Record, after: Record, samples: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def text_plot(records: Iterable[Record], width: int = 72, height: int = 11) -> str:
-    """Plots reward and held-out avg@k over the steps as text.
+def text_plot(records: Iterable[Record], samples: int, width: int = 72, height: int = 11) -> str:
+    """Plots reward and held-out accuracy over the steps as text.
 
     A dot is the mean reward of the steps that share a text column; a diamond is an evaluation. Both lie
     in [0, 1].
 
     Args:
       records: the records of a run.
+      samples: the k of avg@k.
       width, height: the size of the plot in characters, without axes and legend.
     """
     records = list(records)
@@ -141,4 +142,4 @@ def text_plot(records: Iterable[Record], width: int = 72, height: int = 11) -> s
     labels = {0: "1.0", height - 1: "0.0"} | ({height // 2: "0.5"} if height % 2 else {})
     rows = [f"{labels.get(y, ''):>4} ┤{''.join(row).rstrip()}" for y, row in enumerate(grid)]
     axis = [f"{'':>5}└{'─' * width}", f"{'':>6}0{f'step {last}':>{width - 1}}"]
-    return "\n".join(["      • reward   ◆ held-out avg@k", *rows, *axis])
+    return "\n".join([f"      • reward   ◆ held-out avg@{samples}", *rows, *axis])

@@ -13,15 +13,15 @@ class ModelConfig:
     """What the model computes. Sizes are counts of scalars."""
 
     vocab_size: int = field(
-        151936, "Rows of the embedding; at least the tokenizer's size.", POSITIVE, initial=REQUIRED
+        151936, "Rows of the embedding; at least the tokenizer's size.", POSITIVE, argument=REQUIRED
     )
-    hidden_size: int = field(1024, "Model width.", POSITIVE, initial=REQUIRED)
-    layers: int = field(28, "Number of layers.", POSITIVE, initial=REQUIRED)
-    heads: int = field(16, "Query heads.", POSITIVE, initial=REQUIRED)
-    kv_heads: int = field(8, "Key/value heads; divides heads.", POSITIVE, initial=REQUIRED)
-    head_dim: int = field(128, "Width of a head; even (rotary pairs).", POSITIVE, initial=REQUIRED)
+    hidden_size: int = field(1024, "Model width.", POSITIVE, argument=REQUIRED)
+    layers: int = field(28, "Number of layers.", POSITIVE, argument=REQUIRED)
+    heads: int = field(16, "Query heads.", POSITIVE, argument=REQUIRED)
+    kv_heads: int = field(8, "Key/value heads; divides heads.", POSITIVE, argument=REQUIRED)
+    head_dim: int = field(128, "Width of a head; even (rotary pairs).", POSITIVE, argument=REQUIRED)
     mlp_size: int = field(
-        3072, "Inner width of the dense MLP; 0 for a mixture of experts.", NOT_NEGATIVE, initial=0
+        3072, "Inner width of the dense MLP; 0 for a mixture of experts.", NOT_NEGATIVE, argument=0
     )
     experts: int = field(0, "Experts per layer; 0: dense.", NOT_NEGATIVE)
     experts_per_token: int = field(0, "Experts that each token visits.", NOT_NEGATIVE)

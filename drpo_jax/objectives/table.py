@@ -420,6 +420,11 @@ def _topk_kl(topk_logp, behavior_topk_logp) -> jax.Array:
     return rest - (mu[..., :-1] * log_ratio).sum(-1)
 
 
+def _first(value, default):
+    """Returns `value`, or `default` where it is None."""
+    return default if value is None else value
+
+
 def _inverse(A: jax.Array) -> jax.Array:
     """Returns 1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
     tiny = abs(A) <= TINY_ADVANTAGE
@@ -501,6 +506,9 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     ),
     "delta_b": Hyperparameter(
         "δ_b", "Smallest budget per token of the prefix, a probability; the largest is 2 δ_b."
+    ),
+    "mask_delta": Hyperparameter(
+        "δ_m", "Boundary of |π − µ| beyond which mask_drpo penalizes a token; unset: delta."
     ),
     "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
     "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),

@@ -4,7 +4,7 @@ The modules:
 
     runs        workdirs, grouped by config; curves and bands over seeds
     charts      SVG drawings of metrics and saved rollouts
-    highlight   responses with their tokens coloured by weight
+    highlight   responses with their tokens colored by weight
     page        the contents of the page; `report.html` is its template
     curves      `learning.png`, the learning curves of one run
     explain     one problem from its text to the gradient, as text

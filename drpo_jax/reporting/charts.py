@@ -20,7 +20,7 @@ from drpo_jax.reporting.runs import Group, band, evenly, smooth
 
 WIDTH, HEIGHT = 372, 196  # SVG user units; the page scales a chart to the width of its card.
 GREY = "#5f6672"
-SHARES = "YlGnBu"  # Colour map of the distribution of w.
+SHARES = "YlGnBu"  # Color map of the distribution of w.
 STEPS = [1, 2, 2.5, 5, 10]  # Distances between ticks, times a power of ten.
 DASHED: dict[str, Any] = {"color": GREY, "lw": 1, "ls": (0, (4, 3))}
 PAPER_TAIL = 7.8  # Tail tokens of Qwen3-30B-A3B-Base in the DRPO paper, %.
@@ -120,14 +120,14 @@ def line_chart(metric: Metric, groups: Sequence[Group], last: int) -> str:
         longest = max(map(len, curves))
         smoothed = [smooth(points, metric.name) for points in curves]
         if single and smoothed != curves:
-            axes.plot([*curves[0]], [*curves[0].values()], color=group.colour, alpha=0.25, lw=1)
+            axes.plot([*curves[0]], [*curves[0].values()], color=group.color, alpha=0.25, lw=1)
         line = band(smoothed)
         if len(curves) > 1:
-            axes.fill_between(*line[:1], *line[2:], color=group.colour, alpha=0.18, lw=0)
+            axes.fill_between(*line[:1], *line[2:], color=group.color, alpha=0.18, lw=0)
         marks: dict[str, Any] = {}
         if longest <= MARKED:
             marks = {"marker": "o", "markersize": 4, "clip_on": False}
-        axes.plot(line.steps, line.mean, color=group.colour, lw=1.6, **marks)
+        axes.plot(line.steps, line.mean, color=group.color, lw=1.6, **marks)
         drawn += line.low + line.high
         for step, mean, low, high in zip(*line):
             spread = f" ({number(low)} to {number(high)})" if low < high else ""
@@ -233,9 +233,9 @@ def mu_chart(group: Group) -> str:
             return ""
         means = [statistics.fmean(statistics.fmean(c.values()) for c in runs) for runs in curves]
         tokens, gradient = (max(100 * mean, 1e-3) for mean in means)
-        axes.plot([tokens, gradient], [y, y], color=group.colour, lw=1.6)
+        axes.plot([tokens, gradient], [y, y], color=group.color, lw=1.6)
         axes.plot(tokens, y, "o", color=GREY, markerfacecolor="white", markersize=7)
-        axes.plot(gradient, y, "o", color=group.colour, markersize=7)
+        axes.plot(gradient, y, "o", color=group.color, markersize=7)
         share, of_gradient = (number(100 * mean) for mean in means)
         text = f"µ in {MU_LABELS[y]}–{MU_LABELS[y + 1]}\ntokens: {share} %\nΣ|c|: {of_gradient} %"
         strips.append(Strip(y - 0.5, y + 0.5, text))

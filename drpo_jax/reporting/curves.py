@@ -18,7 +18,7 @@ SHARES = {
     "weight/attenuated": "attenuated (0 < w < 1)",
     "weight/amplified": "amplified (w > 1)",
 }
-COLOURS = ("C0", "C3", "C2", "C1")
+COLORS = ("C0", "C3", "C2", "C1")
 
 
 def plot_run(workdir: Path) -> Path:
@@ -39,24 +39,24 @@ def plot_run(workdir: Path) -> Path:
         "eval/avg": f"held-out, avg@{config.evaluate.samples}",
         "eval/greedy": "held-out, greedy",
     }
-    _draw(accuracy, records, "reward/mean", COLOURS[0], "reward (training)")
-    for (name, label), colour in zip(evaluations.items(), COLOURS[1:]):
-        accuracy.plot(*series(records, name), "o--", color=colour, label=label)
+    _draw(accuracy, records, "reward/mean", COLORS[0], "reward (training)")
+    for (name, label), color in zip(evaluations.items(), COLORS[1:]):
+        accuracy.plot(*series(records, name), "o--", color=color, label=label)
     accuracy.set_ylim(-0.02, 1.02)
 
     shares.set_title("share of tokens with Â ≠ 0, %", loc="left", fontsize=11)
-    for (name, label), colour in zip(SHARES.items(), COLOURS):
+    for (name, label), color in zip(SHARES.items(), COLORS):
         if name not in hidden:
-            _draw(shares, records, name, colour, label)
+            _draw(shares, records, name, color, label)
     shares.set_yscale("symlog", linthresh=0.1)  # Shows small shares, large ones, and 0.
     shares.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     shares.yaxis.set_minor_locator(NullLocator())
     shares.set_ylim(0, 100)
 
     entropy.set_title("entropy, nats per token", loc="left", fontsize=11)
-    _draw(entropy, records, "entropy", COLOURS[0])
+    _draw(entropy, records, "entropy", COLORS[0])
     shift.set_title("mean |π − µ|", loc="left", fontsize=11)
-    _draw(shift, records, "policy/shift", COLOURS[0])
+    _draw(shift, records, "policy/shift", COLORS[0])
     for ax in (accuracy, shares, entropy, shift):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
@@ -75,12 +75,12 @@ def plot_run(workdir: Path) -> Path:
     return path
 
 
-def _draw(ax: Axes, records: list[Record], name: str, colour: str, label: str | None = None):
+def _draw(ax: Axes, records: list[Record], name: str, color: str, label: str | None = None):
     """Draws a metric as logged and its trailing mean."""
     steps, values = series(records, name)
     values = [describe(name).scale * value for value in values]
-    ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    ax.plot(steps, trailing_mean(values), color=colour, linewidth=2, label=label)
+    ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+    ax.plot(steps, trailing_mean(values), color=color, linewidth=2, label=label)
 
 
 def trailing_mean(values: list[float]) -> list[float]:

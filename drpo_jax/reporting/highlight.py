@@ -1,6 +1,6 @@
-"""Responses as HTML, with each token coloured by its gradient weight.
+"""Responses as HTML, with each token colored by its gradient weight.
 
-A rollout is a dict of the arrays that `learner.record` describes. The colours are inline styles, because
+A rollout is a dict of the arrays that `learner.record` describes. The colors are inline styles, because
 notebooks drop style sheets.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from drpo_jax.learner.record import pieces
 
-# Colours of w and the smallest w of each: from orange to blue, which colour-blind readers tell apart.
+# Colors of w and the smallest w of each: from orange to blue, which color-blind readers tell apart.
 SHADES = dict(zip(
     "#8c2d04 #d9500b #fe9929 #fdb45f #fec98a #fee0bd #fdf0df #f1f2f4 #e3eef8 #c6dbef #9ecae1 #6baed6 "
     "#3182bd #08519c".split(),
@@ -48,7 +48,7 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
 
 
 def token_spans(rollout: Rollout, row: int, limit: int = 400) -> str:
-    """Returns a response as HTML: tokens coloured by w, with their numbers on hover.
+    """Returns a response as HTML: tokens colored by w, with their numbers on hover.
 
     Args:
       rollout: the arrays by name.
@@ -81,12 +81,12 @@ def token_spans(rollout: Rollout, row: int, limit: int = 400) -> str:
 
 def shade(w: float) -> str:
     """Returns the CSS of a token with weight w."""
-    colour = [colour for colour, begin in SHADES.items() if w >= begin][-1]
-    return f"background:{colour};color:{'#fff' if colour in DARK else '#1d2129'}"
+    color = [color for color, begin in SHADES.items() if w >= begin][-1]
+    return f"background:{color};color:{'#fff' if color in DARK else '#1d2129'}"
 
 
 def shade_key() -> str:
-    """Returns a key to the colours as HTML, from corrected to amplified."""
+    """Returns a key to the colors as HTML, from corrected to amplified."""
     begins = [f"{begin:g}".replace("-", "−") for begin in SHADES.values()]
     ranges = [f"&lt; {begins[1]}", *map("{} … {}".format, begins[1:], begins[2:])]
     names = {0: "corrected", 2: "attenuated", 7: "near 1", 8: "amplified"}
@@ -98,7 +98,7 @@ def shade_key() -> str:
 
 
 def responses_html(rollout: Rollout, rows: Iterable[int]) -> str:
-    """Returns responses as HTML below a key to the colours, for `IPython.display.HTML`."""
+    """Returns responses as HTML below a key to the colors, for `IPython.display.HTML`."""
     blocks = []
     for row in rows:
         right = rollout["reward"][row] > 0

@@ -207,7 +207,7 @@ def group_charts(
     chip = Markup('<span class="chip" style="--c:{}">{}</span>')
     return {
         "charts": [
-            {"caption": chip.format(g.colour, g.label), "svg": Markup(drawn[g.label])}
+            {"caption": chip.format(g.color, g.label), "svg": Markup(drawn[g.label])}
             for g in groups
             if drawn[g.label]
         ],

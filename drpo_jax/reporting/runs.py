@@ -16,7 +16,7 @@ from drpo_jax.objectives import OBJECTIVES
 
 # Order of config sections in labels and tables; other sections follow.
 ORDER = ("objective", "model", "precision", "compute", "train", "optimizer", "data", "reward")
-COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
+COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #8c564b #7f7f7f #8a3ffc".split()
 LONG = 60  # Curves with at least this many points are smoothed.
 WINDOW = 9  # Points in a running mean.
 
@@ -47,8 +47,8 @@ class Group(NamedTuple):
     runs: list[Run]
 
     @property
-    def colour(self) -> str:
-        return COLOURS[self.place % len(COLOURS)]
+    def color(self) -> str:
+        return COLORS[self.place % len(COLORS)]
 
     def curves(self, name: str, width: int = 1) -> list[dict[int, float]]:
         """Returns the `curve` of every run that logged the metric."""

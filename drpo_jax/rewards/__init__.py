@@ -30,12 +30,14 @@ from drpo_jax.rewards.arithmetic import (
     integer_reward,
     last_integer,
 )
-from drpo_jax.rewards.math import boxed_answer, last_box, math_reward
+from drpo_jax.rewards.extraction import EXTRACTORS, last_box
+from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
 from drpo_jax.rewards.table import REWARDS, Reward, get_reward, reward_of_task, submit
 
 __all__ = [
+    "EXTRACTORS",
     "REWARDS",
     "Isolated",
     "Pending",
@@ -43,7 +45,6 @@ __all__ = [
     "Reward",
     "after_hash",
     "arithmetic_reward",
-    "boxed_answer",
     "countdown_reward",
     "expression_value",
     "format_reward",

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from drpo_jax.rewards.math import last_box
+from drpo_jax.rewards.extraction import READ_CHARACTERS, last_box
 
 MAX_EXPRESSION_LENGTH = 1000  # Characters.
 MAX_EXPRESSION_DEPTH = 50  # Nested parentheses.
@@ -64,7 +64,7 @@ def last_integer(response: str) -> str | None:
     """Returns the integer that `integer_reward` compares, as canonical text, or None."""
     text = last_box(response)
     if text is None:
-        for match in _WORD.finditer(response):
+        for match in _WORD.finditer(response[-READ_CHARACTERS:]):
             if any(c in "0123456789" for c in match.group()):
                 text = match.group().rstrip(".,/")
     text = (text or "").strip(" \t\r\n$").replace("\N{MINUS SIGN}", "-")

@@ -1,4 +1,4 @@
-r"""Rule-based verification of mathematical answers: the last `\boxed{…}` against a known answer.
+"""Rule-based verification of mathematical answers: that of a response against the known one.
 
 Verification has two stages. `quick` compares strings and exact numbers, in the calling process and
 in time linear in the length. It decides integer answers. All other pairs go to math-verify in
@@ -6,19 +6,17 @@ worker processes (see `symbolic` and `pool`), with one second of CPU time per ch
 takes longer counts as wrong.
 """
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
+from drpo_jax.rewards.extraction import EXTRACTORS
 from drpo_jax.rewards.pool import Isolated
 
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
-MAX_DEPTH = 1000  # Nested braces.
-
-_BOX = re.compile(r"\\boxed\s*\{")
-_TO_BRACE = re.compile(r"(?:[^{}\\]++|\\.)*+([{}])", re.DOTALL)  # skips escaped braces
 
 # Removes notation that does not change a value, in this order.
 _SUBSTITUTIONS = [
@@ -50,33 +48,12 @@ _SCALES = {
 }  # fmt: skip
 
 
-def last_box(text: str) -> str | None:
-    r"""Returns the content of the last `\boxed{…}` of a text, or None if it is missing or not closed.
-
-    The last box is the one that opens last, even if boxes are nested. The cost is linear in the
-    length.
-    """
-    start = None
-    for match in _BOX.finditer(text):
-        start = match.end()
-    if start is None:
-        return None
-    depth, end = 1, start
-    while 0 < depth <= MAX_DEPTH:
-        brace = _TO_BRACE.match(text, end)
-        if brace is None:
-            return None
-        depth += 1 if brace.group(1) == "{" else -1
-        end = brace.end()
-    return text[start : end - 1] if depth == 0 else None
-
-
-def boxed_answer(response: str) -> str | None:
-    """Returns the content of the last box in plain notation, or None."""
-    box = last_box(response)
-    if box is None or len(box) > MAX_LENGTH:  # the cost of `plain` is not linear in the length
-        return box
-    return plain(box) or None
+def vote(find: Callable[[str], str | None], response: str) -> str | None:
+    """Returns the answer that `find` extracts from a response in plain notation, or None."""
+    text = find(response)
+    if text is None or len(text) > MAX_LENGTH:  # the cost of `plain` is not linear in the length
+        return text
+    return plain(text) or None
 
 
 def plain(text: str) -> str:
@@ -158,14 +135,23 @@ def check(candidate: str, answer: str) -> float:
     return float(equal(candidate, answer))
 
 
-def first_stage(prompt: str, response: str, answer: str) -> float | tuple[str, str]:
-    """Returns the verdict of `quick`, or the arguments of `check` if `quick` leaves it open."""
+def first_stage(
+    find: Callable[[str], str | None], prompt: str, response: str, answer: str
+) -> float | tuple[str, str]:
+    """Returns the verdict of `quick`, or the arguments of `check` if `quick` leaves it open.
+
+    Args:
+      find: extracts the answer of a response, or None.
+      prompt: not used.
+      response: any text.
+      answer: the known answer.
+    """
     del prompt
-    box = last_box(response)
-    if box is None:
+    candidate = find(response)
+    if candidate is None:
         return 0.0
-    verdict = quick(box, answer)
-    return (box.strip(), answer.strip()) if verdict is None else verdict
+    verdict = quick(candidate, answer)
+    return (candidate.strip(), answer.strip()) if verdict is None else verdict
 
 
 # Checks that a worker makes before its first real one. Parser and algebra build their tables on
@@ -187,18 +173,26 @@ WARM = [
     (r"\lim_{x\to 0}\frac{\sin x}{x}", r"1+2i"),
 ]
 
-VERIFIER = Isolated(check, quick=first_stage, warm=WARM)
+_WORKERS = Isolated(check, warm=WARM)
+# By `reward.extract`; all of them share the workers.
+VERIFIERS = {
+    name: _WORKERS.after(functools.partial(first_stage, extractor.find))
+    for name, extractor in EXTRACTORS.items()
+}
 
 
-def math_reward(responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    r"""Returns 1.0 for each response whose last `\boxed{…}` equals the answer, else 0.0.
+def math_reward(
+    responses: Sequence[str], answers: Sequence[str], extract: str = "boxed"
+) -> np.ndarray:
+    """Returns 1.0 for each response whose answer equals the known one, else 0.0.
 
-    A response is wrong if it has no box, if its last box is not closed, or if its answer takes more
-    than a second of CPU time to compare. No text is evaluated as code, and no text raises an error.
+    A response is wrong if it has no answer in the place that `extract` names, or if its answer takes
+    more than a second of CPU time to compare. No text is evaluated as code, and no text raises an error.
 
     Args:
       responses: N texts, whatever a model wrote.
       answers: N texts, LaTeX or plain, without a box.
+      extract: a name in `EXTRACTORS`: "boxed", "answer_line" or "anywhere".
 
     Returns:
       float32 [N], in the order of the responses.
@@ -216,4 +210,4 @@ def math_reward(responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
             f"there are {len(responses)} responses but {len(answers)} answers; each response needs "
             "the answer to its problem"
         )
-    return VERIFIER.submit([""] * len(responses), responses, answers).result()
+    return VERIFIERS[extract].submit([""] * len(responses), responses, answers).result()

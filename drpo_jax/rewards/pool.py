@@ -17,6 +17,7 @@ two.
 """
 
 import atexit
+import copy
 import os
 import queue
 import threading
@@ -214,6 +215,12 @@ class Isolated:
     ):
         self.pool = Pool(function, **limits)
         self.quick = quick or (lambda *texts: texts)
+
+    def after(self, quick: Callable[[str, str, str], float | tuple[str, ...]]) -> "Isolated":
+        """Returns the same function with another `quick`; both share the workers."""
+        other = copy.copy(self)
+        other.quick = quick
+        return other
 
     def submit(
         self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from drpo_jax.fields import NOT_NEGATIVE, field
-from drpo_jax.rewards import REWARDS
+from drpo_jax.rewards import EXTRACTORS, REWARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +14,11 @@ class RewardSettings:
         "",
         "Reward in drpo_jax.rewards.REWARDS. Empty: the task's own, or math for data.problems.",
         REWARDS,
+    )
+    extract: str = field(
+        "boxed",
+        "Where the reward math looks for the answer of a response; anywhere is as released.",
+        EXTRACTORS,
     )
     format: float = field(
         0.0,

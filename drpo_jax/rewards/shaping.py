@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drpo_jax.rewards.math import last_box
+from drpo_jax.rewards.extraction import READ_CHARACTERS, only_box
 
-_BOXED = re.compile(r"\\boxed\s*\{")
 _AFTER = re.compile(r"[\s.$]*(?:\\[])][\s.]*)?")  # the end of a sentence or a formula
 
 
@@ -28,12 +27,9 @@ def format_reward(responses: Sequence[str]) -> np.ndarray:
 
 
 def _ends_with_box(response):
-    opened = [match.end() for match in _BOXED.finditer(response)]
-    box = last_box(response)
-    if len(opened) != 1 or not (box or "").strip():
-        return False
-    end = opened[0] + len(box) + 1
-    return bool(_AFTER.fullmatch(response, end))
+    response = response[-READ_CHARACTERS:]
+    box = only_box(response)
+    return box is not None and bool(box.text.strip()) and bool(_AFTER.fullmatch(response, box.end))
 
 
 def overlong_penalty(lengths: ArrayLike, max_length: int, buffer: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 r"""The table of rewards: one row holds everything that the rest of the project knows about a reward."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from drpo_jax.rewards.arithmetic import (
     after_hash,
@@ -10,7 +11,8 @@ from drpo_jax.rewards.arithmetic import (
     integer_reward,
     last_integer,
 )
-from drpo_jax.rewards.math import VERIFIER, boxed_answer
+from drpo_jax.rewards.extraction import EXTRACTORS
+from drpo_jax.rewards.math import VERIFIERS, vote
 from drpo_jax.rewards.pool import Isolated, Pending
 
 Function = Callable[[str, str, str], float]
@@ -30,6 +32,7 @@ class Reward:
         answers as votes. By default the whole response is the answer.
       tasks: the values of `data.task` whose problems this reward verifies unless `reward.name` is
         set.
+      by_extract: this reward by `reward.extract`; empty if its answers always stand in one place.
     """
 
     function: Function | Isolated
@@ -37,10 +40,21 @@ class Reward:
     template: str | None = None
     extract: Callable[[str], str | None] = str.strip
     tasks: tuple[str, ...] = ()
+    by_extract: Mapping[str, "Reward"] = dataclasses.field(default_factory=dict)
 
     def __call__(self, prompt: str, response: str, answer: str) -> float:
         return self.function(prompt, response, answer)
 
+
+_MATH = {
+    name: Reward(
+        VERIFIERS[name],
+        summary=f"the answer {extractor.summary}, equals the known one, according to math-verify",
+        template=extractor.template,
+        extract=functools.partial(vote, extractor.find),
+    )
+    for name, extractor in EXTRACTORS.items()
+}
 
 REWARDS: dict[str, Reward | Function] = {
     "arithmetic": Reward(
@@ -63,12 +77,11 @@ REWARDS: dict[str, Reward | Function] = {
         template="{answer}",
         tasks=("countdown",),
     ),
-    "math": Reward(
-        VERIFIER,
-        summary=r"the last \boxed{…} equals the answer, according to math-verify",
-        template=r"\boxed{{answer}}",
-        extract=boxed_answer,
+    "math": dataclasses.replace(
+        _MATH["boxed"],
+        summary="the answer where reward.extract looks for it equals the known one, by math-verify",
         tasks=("math",),
+        by_extract=_MATH,
     ),
 }
 
@@ -82,10 +95,15 @@ def _by_task() -> dict[str, str]:
 _BUILT_IN = _by_task()  # A plain function that replaces a row keeps the tasks of the row.
 
 
-def get_reward(name: str) -> Reward:
-    """Returns the row of a reward; a plain function in the table becomes a row with the defaults."""
+def get_reward(name: str, extract: str = "boxed") -> Reward:
+    """Returns the row of a reward; a plain function in the table becomes a row with the defaults.
+
+    Args:
+      name: a name in `REWARDS`.
+      extract: a name in `EXTRACTORS`, where the reward looks for the answer if it has the choice.
+    """
     row = REWARDS[name]
-    return row if isinstance(row, Reward) else Reward(row)
+    return row.by_extract.get(extract, row) if isinstance(row, Reward) else Reward(row)
 
 
 def reward_of_task(task: str) -> str:

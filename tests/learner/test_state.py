@@ -3,8 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.meshes import FAMILIES, small_config
 from drpo_jax.config import default_config
 from drpo_jax.learner import lay_out, make_batch, make_optimizer
+from drpo_jax.models import Transformer
+from drpo_jax.parallel import is_param
+from drpo_jax.programs import model_config
 
 
 def optimizer_config(**fields):
@@ -74,6 +78,40 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_weights_decay():
     config.weight_decay = 0.5
     decay = steps(make_optimizer(config, 10), jnp.array([2.0]), [jnp.zeros(1)])
     np.testing.assert_allclose(decay, [[-0.1 * 0.5 * 2.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_matrices_decay_unless_norms_are_included(family):
+    """Without gradients, an update is the weight decay alone."""
+    model = Transformer(
+        model_config(small_config(FAMILIES[family] | {"model.attention_bias": family == "dense"})),
+        jax.random.key(0),
+    )
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    for decay_norms in (False, True):
+        config = optimizer_config(decay_norms=decay_norms)
+        config.weight_decay = 0.5
+        optimizer = make_optimizer(config, 10)
+        changes, _ = optimizer.update(zeros, optimizer.init(model), model)
+        changes = jax.tree_util.tree_leaves_with_path(changes, is_leaf=is_param)
+        for (path, change), weight in zip(changes, jax.tree.leaves(model, is_leaf=is_param)):
+            decays = decay_norms or weight.get_metadata()["decay"]
+            expected = -0.1 * 0.5 * weight.get_value() if decays else 0
+            np.testing.assert_allclose(change.get_value(), expected, rtol=1e-5, err_msg=str(path))
+
+
+def test_the_state_of_the_optimizer_is_the_same_with_and_without_decayed_norms():
+    """So a checkpoint from before the field loads."""
+    params = {"w": jnp.ones(2)}
+    states = [
+        make_optimizer(optimizer_config(decay_norms=decay_norms), 10).init(params)
+        for decay_norms in (False, True)
+    ]
+    paths = [
+        [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+        for state in states
+    ]
+    assert paths[0] == paths[1]
 
 
 def test_a_batch_follows_from_the_lengths():

@@ -54,7 +54,7 @@ def step(tmp_path_factory):
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
         loop.rl_step(run, run.programs.restart(model), 0)
-    return run, model, load_rollout(rollout_path(directory, 0))
+    return run, model, load_rollout(rollout_path(directory, 1))
 
 
 def numbers(page, title, column):

@@ -1,4 +1,4 @@
-"""Coloured tokens: the shade of a weight, the HTML, and the choice of responses."""
+"""Colored tokens: the shade of a weight, the HTML, and the choice of responses."""
 
 import re
 
@@ -39,9 +39,9 @@ def rollout(**arrays):
 def test_every_weight_has_its_shade():
     begins = list(SHADES.values())
     assert begins == sorted(begins) and begins[0] == -np.inf
-    for (colour, begin), end in zip(SHADES.items(), [*begins[1:], np.inf]):
+    for (color, begin), end in zip(SHADES.items(), [*begins[1:], np.inf]):
         for w in (max(begin, -5.0), min(end, 50.0) - 1e-6):
-            assert shade(w).startswith(f"background:{colour};")
+            assert shade(w).startswith(f"background:{color};")
     assert [shade(w)[-4:] for w in (-2, -1e-9, 1, 3)] == ["#fff", "#fff", "2129", "#fff"]
     assert shade_key().count("<span") == len(SHADES)
     assert "corrected <span" in shade_key() and f'"{shade(-9)};' in shade_key().split("−1")[0]

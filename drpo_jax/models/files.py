@@ -78,7 +78,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        self.path, self._where, self.shapes = path, {}, {}
+        self.path, self.shapes = path, {}
+        self._where: dict[str, Any] = {}
         for name in _weight_files(path):
             try:
                 file = safe_open(path / name, "np")

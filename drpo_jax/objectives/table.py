@@ -507,9 +507,6 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "delta_b": Hyperparameter(
         "δ_b", "Smallest budget per token of the prefix, a probability; the largest is 2 δ_b."
     ),
-    "mask_delta": Hyperparameter(
-        "δ_m", "Boundary of |π − µ| beyond which mask_drpo penalizes a token; unset: delta."
-    ),
     "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
     "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),
     "epsilon_high": Hyperparameter("ε_high", "Clips the ratio from above at 1 + ε_high."),

@@ -78,8 +78,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        self.path, self.shapes = path, {}
-        self._where: dict[str, Any] = {}
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[Any, str]] = {}
         for name in _weight_files(path):
             try:
                 file = safe_open(path / name, "np")

@@ -7,45 +7,26 @@ takes longer counts as wrong.
 """
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
 
 from drpo_jax.rewards.extraction import EXTRACTORS
+from drpo_jax.rewards.notation import (
+    close,
+    grouped,
+    is_decimal,
+    number,
+    plain,
+    split_list,
+    split_unit,
+    units_agree,
+    words,
+)
 from drpo_jax.rewards.pool import Isolated
 
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
-
-# Removes notation that does not change a value, in this order.
-_SUBSTITUTIONS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        ("\N{MINUS SIGN}", "-"),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\?\$", ""),
-        (r"\s*dollars?$", ""),
-        (r"\\%", "%"),
-        (r"\^\{?\\circ\}?$|\\degree$|\N{DEGREE SIGN}$", ""),
-        (r"\{,\}", ","),
-        (r"\\!", ""),
-        (r"\\[,;:> ]|~|\s+", " "),
-        (r"(?<![a-zA-Z0-9,]) +| +(?![a-zA-Z0-9 ])", ""),
-    ]
-]
-_UNIT = re.compile(r" *\\(?:text|mathrm|mbox)\{([^{}]*)\}(?:\^\{?[23]\}?)?$")
-_GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?")
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
-_FRACTION = re.compile(
-    r"([+-]?)(?:\\frac *(?:\{([+-]?[0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))|([0-9]+)/([0-9]+))"
-)
-_SCALE = re.compile(r"\s*(?:\\text\{)?\s*(hundred|thousand|million|billion|trillion|dozen)\s*\}?$")
-_SCALES = {
-    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12,
-}  # fmt: skip
 
 
 def vote(find: Callable[[str], str | None], response: str) -> str | None:
@@ -56,46 +37,11 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
     return plain(text) or None
 
 
-def plain(text: str) -> str:
-    """Returns an answer without notation that does not change its value.
-
-    Removes spaces, dollar and degree signs, and LaTeX's spacing and sizing commands.
-    """
-    text = text.strip().rstrip(".")
-    for pattern, replacement in _SUBSTITUTIONS:
-        text = pattern.sub(replacement, text)
-    return text.strip()
-
-
-def number(text: str) -> Fraction | None:
-    """Returns the exact value of a plain integer, decimal or fraction, or None for any other text.
-
-    Digits may be grouped by three ("1,234", "1 234"). A unit in \\text{} after the number is
-    ignored. A word such as million scales the value.
-    """
-    scale = 1
-    if match := _SCALE.search(text):
-        text, scale = text[: match.start()], _SCALES[match.group(1)]
-    elif match := _UNIT.search(text):
-        text = text[: match.start()]
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "").replace(" ", "")
-    if _DECIMAL.fullmatch(text):
-        return scale * Fraction(text)
-    if match := _FRACTION.fullmatch(text):
-        sign, *parts = match.groups()
-        numerator, denominator = (int(part) for part in parts if part)
-        if denominator:
-            return scale * Fraction(-numerator if sign == "-" else numerator, denominator)
-    return None
-
-
 def quick(candidate: str, answer: str) -> float | None:
     """Returns 1.0 if two answers are certainly equal, 0.0 if certainly not, None if algebra must decide.
 
-    Different integers are certainly not equal. Neither are two different numbers of which one is
-    scaled by a word such as million, nor a candidate that is empty, longer than `MAX_LENGTH` or not
-    printable.
+    Besides what `decide` finds, a candidate is certainly wrong that is empty, not printable, or longer
+    than `MAX_LENGTH` without being the same text.
 
     Args:
       candidate: the answer of a response.
@@ -111,18 +57,55 @@ def quick(candidate: str, answer: str) -> float | None:
     candidate, answer = plain(candidate), plain(answer)
     if not candidate or candidate == answer:
         return float(candidate != "")
-    x, y = number(candidate.removesuffix("%")), number(answer.removesuffix("%"))
-    if x is None or y is None:
-        return None
-    integers = x.denominator == y.denominator == 1
-    if candidate.endswith("%") != answer.endswith("%"):  # math-verify takes 60% for both 60 and 0.6
-        if not integers or x in (100 * y, y / 100):
-            return None
-        return float(x == y)
+    verdict = decide(candidate, answer)
+    return None if verdict is None else float(verdict)
+
+
+def decide(x: str, y: str) -> bool | None:
+    """Returns whether two plain answers are equal, None if algebra must decide.
+
+    Two numbers are compared exactly; a decimal also equals a number that it approximates to 1e-6. Units
+    must agree if both have one. Percent may be missing, or be divided out. Words are compared as texts.
+    """
     if x == y:
-        return 1.0
-    scaled = _SCALE.search(candidate) or _SCALE.search(answer)  # math-verify reads 5 million as 5
-    return 0.0 if scaled or integers else None
+        return True
+    (x_value, x_unit), (y_value, y_unit) = split_unit(x), split_unit(y)
+    a, b = number(x_value), number(y_value)
+    if a is None or b is None:
+        return _decide_words(x, y, a is not None or b is not None)
+    if "%" in (x_unit, y_unit):
+        if x_unit == y_unit:
+            return _same(x_value, a, y_value, b)
+        if x_unit and y_unit:
+            return False
+        a, b = (a, b) if x_unit else (b, a)
+        return b in (a, a / 100)
+    if not units_agree(x_unit, y_unit):
+        return False
+    if _same(x_value, a, y_value, b):
+        return True
+    lists = "," in x_value and "," in y_value and (grouped(x_value) or grouped(y_value))
+    return None if lists else False
+
+
+def _same(x: str, a: Fraction, y: str, b: Fraction) -> bool:
+    """Returns whether two numbers, as text and value, are equal or one is a decimal of the other."""
+    if a == b or is_decimal(x) == is_decimal(y):
+        return a == b
+    return close(a, b) if is_decimal(x) else close(b, a)
+
+
+def _decide_words(x: str, y: str, one_number: bool) -> bool | None:
+    x_words, y_words = words(x), words(y)
+    if x_words is not None and y_words is not None:
+        members = [sorted(words(m) or m for m in split_list(side)) for side in (x, y)]
+        return x_words == y_words or members[0] == members[1]
+    if one_number and (x_words is not None or y_words is not None):
+        return False
+    (x_value, x_unit), (y_value, y_unit) = split_unit(x), split_unit(y)
+    if "%" not in (x_unit, y_unit) and not units_agree(x_unit, y_unit):
+        return False
+    return True if x_value == y_value and "%" not in (x_unit, y_unit) else None
 
 
 def check(candidate: str, answer: str) -> float:

@@ -6,7 +6,8 @@ This module changes two things about math-verify:
   turns some sums and roots into Python functions that contain the model's symbols. Here
   `_Reader` reads numbers, and an audit hook refuses to compile anything but fixed templates while
   answers are compared.
-- math-verify searches a whole response for answers. Here it receives the answer alone.
+- math-verify drops units, compares words as products of letters, and compares numbers to six
+  decimals. Here it compares what remains after `notation` has read numbers, units, words and lists.
 """
 
 import functools
@@ -21,71 +22,173 @@ from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 from math_verify.parser import get_last_eq
 
-_NORMALIZATIONS = [
-    NormalizationConfig(
-        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="none"
-    )
-    for units in (True, False)
-]
+from drpo_jax.rewards.math import decide
+from drpo_jax.rewards.notation import brackets, plain, split_list, split_unit
+
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+)
 _TWO_NUMBERS = re.compile(r"(?<![_^.0-9])[.0-9]+\s+[.0-9]")
-_SEPARATOR = re.compile(r"(?<=[0-9])(?:,\\!|\{,\})(?=[0-9]{3})")
+_DECIMAL = re.compile(r"[0-9]*\.[0-9]+")
+SMALL = 1e-9  # Relative difference of numbers that are equal up to rounding.
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
 def equal(candidate: str, answer: str) -> bool:
-    """Returns whether two answers, LaTeX or plain, are equal.
+    """Returns whether two answers, LaTeX or plain, are equal. Symmetric.
 
     Both may be any text. The time and memory of a comparison are not limited here.
     """
     global _guarded
     _guarded = True
     try:
-        text, value = _read(candidate)
-        expected_text, expected = _read(answer)
-        if text == expected_text:
-            return text != ""
-        if value is None or expected is None:
-            return False
-        same = verify(expected, value, timeout_seconds=None)
-        return same and ("%" in text + expected_text or not _differ(expected, value))
+        x, y = plain(candidate), plain(answer)
+        return x != "" and _equal(x, y)
     except Exception:
         return False
     finally:
         _guarded = False
 
 
-def _differ(x, y):
-    """Returns whether two numbers differ numerically.
+def _equal(x, y):
+    """Compares two plain answers: numbers, words, lists, and everything else by algebra."""
+    verdict = decide(x, y)
+    if verdict is not None:
+        return verdict
+    (x_value, x_unit), (y_value, y_unit) = split_unit(x), split_unit(y)
+    if "%" in (x_unit, y_unit) and x_unit != y_unit:
+        percent, other = (x_value, y_value) if x_unit == "%" else (y_value, x_value)
+        return _algebra(percent, other) or _algebra(rf"\frac{{{percent}}}{{100}}", other)
+    verdict = _equal_lists(x_value, y_value)
+    return _algebra(x_value, y_value) if verdict is None else verdict
 
-    math-verify drops tiny factors of large products. It considers 5^2024/C(4048,2024) and
-    4^2024/C(4048,2024) equal.
+
+# ------------------------------------------------------------------------------------------- lists
+
+
+def _equal_lists(x, y):
+    """Returns whether two lists, sets, tuples or intervals are equal, None if one is something else.
+
+    A list without brackets has no order, except beside a tuple. A comma that may separate thousands is
+    read both ways.
     """
-    if not (isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)):
+    kinds = {_kind(x), _kind(y)}
+    if kinds == {"one"}:
+        return None
+    if "one" in kinds:
+        return _match(_members(x), _members(y)) if "set" in kinds and _single(x, y) else None
+    if kinds <= {"list", "set"}:
+        return any(
+            _match(_members(x, spaced), _members(y, other))
+            for spaced in (False, True)
+            for other in (False, True)
+        )
+    if kinds in ({"list", "()"}, *({kind} for kind in _ORDERED)):
+        xs, ys = _members(x), _members(y)
+        return len(xs) == len(ys) and all(map(_equal, xs, ys))
+    return False
+
+
+_ORDERED = ("()", "(]", "[)", "[]")
+
+
+def _kind(text):
+    kind = brackets(text)
+    if kind == r"\{\}":
+        return "one" if re.search(r"[|:<>]|\\mid|\\in(?![a-z])", text) else "set"
+    if kind in _ORDERED:
+        return kind if len(split_list(text[1:-1])) > 1 else "one"
+    return "list" if len(_members(text)) > 1 else "one"
+
+
+def _members(text, spaced=False):
+    kind = brackets(text)
+    if kind == r"\{\}":
+        text = text[2:-2]
+    elif kind in _ORDERED and len(split_list(text[1:-1])) > 1:
+        text = text[1:-1]
+    members = split_list(text, spaced)
+    return [
+        member.replace(r"\pm", sign, 1).lstrip("+ ") if member.count(r"\pm") == 1 else member
+        for member in members
+        for sign in ("+-" if member.count(r"\pm") == 1 else "+")
+    ]
+
+
+def _single(x, y):
+    return len(_members(x)) == len(_members(y)) == 1
+
+
+def _match(xs, ys):
+    """Returns whether two lists have equal members in any order."""
+    if len(xs) != len(ys):
+        return False
+    rest = list(ys)
+    for x in xs:
+        y = next((y for y in rest if _equal(x, y)), None)
+        if y is None:
+            return False
+        rest.remove(y)
+    return True
+
+
+# ----------------------------------------------------------------------------------------- algebra
+
+
+def _algebra(x, y):
+    (x_text, x_value), (y_text, y_value) = _read(x), _read(y)
+    if x_text == y_text:
+        return x_text != ""
+    if x_value is None or y_value is None:
+        return False
+    sides = (x_value, y_value)
+    if all(_verify(*pair) for pair in (sides, sides[::-1])):
+        return not _differ(*sides, SMALL)
+    decimals = [bool(_DECIMAL.search(text)) for text in (x, y)]
+    if decimals[0] == decimals[1] or not all(_is_number(side) for side in sides):
+        return False
+    exact = sides[decimals[0]]
+    return not _differ(*sides, 1e-6 * min(1, 1 / float(abs(exact))) if exact else 0)
+
+
+def _verify(x, y):
+    return verify(x, y, timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def _is_number(x):
+    return isinstance(x, sympy.Expr) and not x.free_symbols
+
+
+def _differ(x, y, tolerance):
+    """Returns whether two numbers differ by more than a share of the larger one.
+
+    math-verify compares numbers to a fixed number of decimals: it takes all numbers below 1e-6 for
+    equal, and 5^2024/C(4048,2024) for 4^2024/C(4048,2024).
+    """
+    if not (_is_number(x) and _is_number(y)):
         return False
     try:
-        difference = abs((x - y).evalf(15))
-        return bool(difference > 1e-5 * max(1, abs(y.evalf(15))))
+        difference = (x - y).evalf(15)
+        if difference == 0 or getattr(difference, "_prec", 53) == 1:  # no digit is significant
+            return False
+        return bool(abs(difference) > tolerance * max(abs(x.evalf(15)), abs(y.evalf(15))))
     except Exception:  # not numbers
         return False
 
 
 @functools.lru_cache(maxsize=256)
 def _read(text):
-    """Returns the text in normalized form without units, and its SymPy object or None."""
-    text = text.strip().rstrip(".").replace("\N{MINUS SIGN}", "-")
-    text = _SEPARATOR.sub("", text)
-    forms = [normalize_latex(text, config) for config in _NORMALIZATIONS]
+    """Returns the text in normalized form, and its SymPy object or None."""
+    form = normalize_latex(text.replace("'", ""), _NORMALIZATION)
     if "frac" not in text and _TWO_NUMBERS.search(text):  # "2 3" would be 2 + 3
-        return forms[0], None
-    # The last part of a = b = c is tried as well. The second normalization keeps units: the first
-    # one would take the c of a + b + c for a unit.
-    for form in dict.fromkeys(f(form) for form in forms for f in (str, get_last_eq)):
+        return form, None
+    for part in dict.fromkeys((form, get_last_eq(form))):  # also the last part of a = b = c
         try:
-            return forms[0], _Reader(is_real=not should_treat_as_complex(form)).parse(form)
+            return form, _Reader(is_real=not should_treat_as_complex(part)).parse(part)
         except Exception:
             continue
-    return forms[0], None
+    return form, None
 
 
 class _Reader(_Latex2Sympy):
@@ -98,7 +201,7 @@ class _Reader(_Latex2Sympy):
 
     def parse_number(self, text):
         text = text.replace(",", "")
-        return sympy.Integer(int(text)) if text.isdecimal() else sympy.Float(text)
+        return sympy.Rational(text)  # Decimals are exact.
 
 
 # ----------------------------------------------------------------------- no text runs as code

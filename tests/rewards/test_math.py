@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from drpo_jax.rewards import REWARDS, last_box, math_reward, submit
-from drpo_jax.rewards.math import number, quick
+from drpo_jax.rewards.math import quick
+from drpo_jax.rewards.notation import number
 
 # (gold answer, right answers, wrong answers)
 PAIRS = [
@@ -55,7 +56,7 @@ PAIRS = [
     (r"\text{(C)}", ["C", r"\text{C}", r"\textbf{(C)}"], ["D", r"\text{(B)}"]),
     (r"\text{Monday}", ["Monday", r"\textbf{Monday}"], ["Tuesday"]),
     (r"90^\circ", ["90", r"90^{\circ}", "90°"], ["80", r"91^\circ"]),
-    (r"15\text{ cm}^2", ["15", r"15 \text{ cm}^2", "15 cm"], ["16", r"16\text{ cm}^2"]),
+    (r"15\text{ cm}^2", ["15", r"15 \text{ cm}^2", "15 cm^2"], ["16", r"16\text{ cm}^2", "15 cm"]),
     (r"60\%", [r"60\%", "60", "0.6"], [r"61\%", "6", "61"]),
     (r"12.5\%", ["0.125", r"12.50\%"], [r"13.5\%", "1.25"]),
     ("3", [r"3\%"], [r"4\%", r"30\%"]),

@@ -284,7 +284,7 @@ def _checked(config, tokenizer, problems, where, advice) -> list[EncodedProblem]
         if not ok:
             raise ValueError(
                 f"{where}, problem {problem.id!r}: the answer {problem.answer!r} could never be "
-                f"rewarded by {config.reward.name!r}; {advice}"
+                f"rewarded by {config.reward.name!r}, which needs the bare answer; {advice}"
             )
     return encoded
 
@@ -309,18 +309,19 @@ def _token_ids(config, tokenizer, problem):
 def _rewardable(config, problems: Sequence[Problem], template: str | None = None) -> np.ndarray:
     """Returns whether a response that gives the answer is rewarded, bool [problems].
 
-    A reward without a template is not checked: all of its problems count as rewardable.
+    A reward without a template is checked only for texts that are no answers.
 
     Args:
       template: the response, with {answer} in it. None: the reward's own.
     """
     reward = rewards.get_reward(config.reward.name, config.reward.extract)
+    readable = np.array([reward.is_answer(problem.answer) for problem in problems], bool)
     if reward.template is None:
-        return np.ones(len(problems), bool)
+        return readable
     template = template or reward.template
     prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]
     responses = [template.replace("{answer}", answer) for answer in answers]
-    return rewards.submit(reward, prompts, responses, answers).result() == 1
+    return readable & (rewards.submit(reward, prompts, responses, answers).result() == 1)
 
 
 def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:
@@ -340,7 +341,7 @@ def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:
         raise ValueError(
             f"{name}: its prompts ask for a last line 'Answer: …', which the reward "
             f"{config.reward.name!r} of this config does not accept; replace the instruction "
-            "(data.instruction = 'boxed'), or choose a reward that accepts it"
+            "(data.instruction = 'boxed'), or set reward.extract = 'anywhere' or 'answer_line'"
         )
     if bare := [name for name, problems in sets.items() if not all(p.wrapped for p in problems)]:
         logging.warning(

@@ -7,6 +7,7 @@ takes longer counts as wrong.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -14,9 +15,11 @@ import numpy as np
 
 from drpo_jax.rewards.extraction import EXTRACTORS
 from drpo_jax.rewards.notation import (
+    bare,
     close,
     grouped,
     is_decimal,
+    is_time,
     number,
     plain,
     split_list,
@@ -26,6 +29,12 @@ from drpo_jax.rewards.notation import (
 )
 from drpo_jax.rewards.pool import Isolated
 
+_LETTER = re.compile("[a-zA-Z]")
+_AROUND = re.compile(r"\banswer\b|####|\\boxed|\\fbox", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"^(?:therefore|thus|hence|so|we|it|the)\b.*[0-9]|^[a-z ]+\b(?:is|are|equals)\s+[$\\0-9-]",
+    re.IGNORECASE | re.DOTALL,
+)
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
 
 
@@ -35,6 +44,15 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
     if text is None or len(text) > MAX_LENGTH:  # the cost of `plain` is not linear in the length
         return text
     return plain(text) or None
+
+
+def is_answer(text: str) -> bool:
+    """Returns whether a text can be the known answer of a problem, not a solution that contains it.
+
+    "Answer: 34", "#### 34", a box, and a sentence around a number are none: a response with the bare
+    answer would not equal them.
+    """
+    return plain(text) != "" and not _AROUND.search(text) and not _SENTENCE.search(text)
 
 
 def quick(candidate: str, answer: str) -> float | None:
@@ -69,7 +87,11 @@ def decide(x: str, y: str) -> bool | None:
     """
     if x == y:
         return True
+    if _LETTER.fullmatch(x) and _LETTER.fullmatch(y):  # math-verify reads D as d
+        return False
     (x_value, x_unit), (y_value, y_unit) = split_unit(x), split_unit(y)
+    if is_time(x_value) and is_time(y_value):
+        return x_value.lstrip("0") == y_value.lstrip("0") and units_agree(x_unit, y_unit)
     a, b = number(x_value), number(y_value)
     if a is None or b is None:
         return _decide_words(x, y, a is not None or b is not None)
@@ -98,7 +120,7 @@ def _same(x: str, a: Fraction, y: str, b: Fraction) -> bool:
 def _decide_words(x: str, y: str, one_number: bool) -> bool | None:
     x_words, y_words = words(x), words(y)
     if x_words is not None and y_words is not None:
-        members = [sorted(words(m) or m for m in split_list(side)) for side in (x, y)]
+        members = [sorted(words(m) or m for m in split_list(bare(side))) for side in (x, y)]
         return x_words == y_words or members[0] == members[1]
     if one_number and (x_words is not None or y_words is not None):
         return False

@@ -247,9 +247,14 @@ def split_unit(text: str) -> tuple[str, str]:
         word = text[match.start()] in " (" and not _SCALE.fullmatch(" " + unit)
         words = set(unit.lower().replace(".", "").split())
         long = all(len(w) > 1 for w in words) and not words & (_MATH_WORDS - {"sec"})
-        if word and long and (number(value) is not None or _TIME.fullmatch(value)):
+        if word and long and (number(value) is not None or is_time(value)):
             return value, unit
     return text, ""
+
+
+def is_time(text: str) -> bool:
+    """Returns whether a text is a time of day or a duration, such as 6:30."""
+    return bool(_TIME.fullmatch(text))
 
 
 def _constant(value):
@@ -301,6 +306,11 @@ def _name(match):
 _WORDLIKE = re.compile(r"[a-zA-Z0-9 .,:;'!?&()/-]+")
 
 
+def bare(text: str) -> str:
+    r"""Returns a text without the \text{} around its words."""
+    return re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+
+
 def words(text: str) -> str | None:
     r"""Returns a plain answer that consists of words, in lower case and without \text{}, or None.
 
@@ -308,8 +318,8 @@ def words(text: str) -> str | None:
     \text{}. Three or more small letters that follow each other in the alphabet, such as xyz, are a
     product of variables.
     """
-    inside = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    if not _WORDLIKE.fullmatch(inside) or number(text) is not None:
+    inside = bare(text)
+    if not _WORDLIKE.fullmatch(inside) or number(split_unit(text)[0]) is not None:
         return None
     runs = [run for run in re.findall("[a-zA-Z]+", inside) if run not in ("and", "or")]
     if not runs or {run.lower() for run in runs} & _MATH_WORDS:

@@ -23,13 +23,15 @@ from math_verify.grader import should_treat_as_complex
 from math_verify.parser import get_last_eq
 
 from drpo_jax.rewards.math import decide
-from drpo_jax.rewards.notation import brackets, plain, split_list, split_unit
+from drpo_jax.rewards.notation import brackets, number, plain, split_list, split_unit
 
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
 )
 _TWO_NUMBERS = re.compile(r"(?<![_^.0-9])[.0-9]+\s+[.0-9]")
 _DECIMAL = re.compile(r"[0-9]*\.[0-9]+")
+_IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
+_LEADING_ZERO = re.compile("0[0-9]+")  # no member of a list
 SMALL = 1e-9  # Relative difference of numbers that are equal up to rounding.
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -122,7 +124,7 @@ def _single(x, y):
 
 def _match(xs, ys):
     """Returns whether two lists have equal members in any order."""
-    if len(xs) != len(ys):
+    if len(xs) != len(ys) or any(map(_LEADING_ZERO.fullmatch, [*xs, *ys])):
         return False
     rest = list(ys)
     for x in xs:
@@ -137,7 +139,8 @@ def _match(xs, ys):
 
 
 def _algebra(x, y):
-    (x_text, x_value), (y_text, y_value) = _read(x), _read(y)
+    is_real = not any(should_treat_as_complex(side) or _IMAGINARY.search(side) for side in (x, y))
+    (x_text, x_value), (y_text, y_value) = _read(x, is_real), _read(y, is_real)
     if x_text == y_text:
         return x_text != ""
     if x_value is None or y_value is None:
@@ -157,7 +160,7 @@ def _verify(x, y):
 
 
 def _is_number(x):
-    return isinstance(x, sympy.Expr) and not x.free_symbols
+    return isinstance(x, sympy.Expr) and not x.free_symbols and x.is_finite is not False
 
 
 def _differ(x, y, tolerance):
@@ -178,14 +181,16 @@ def _differ(x, y, tolerance):
 
 
 @functools.lru_cache(maxsize=256)
-def _read(text):
+def _read(text, is_real):
     """Returns the text in normalized form, and its SymPy object or None."""
+    if (value := number(text)) is not None:
+        return text, sympy.Rational(value.numerator, value.denominator)
     form = normalize_latex(text.replace("'", ""), _NORMALIZATION)
     if "frac" not in text and _TWO_NUMBERS.search(text):  # "2 3" would be 2 + 3
         return form, None
     for part in dict.fromkeys((form, get_last_eq(form))):  # also the last part of a = b = c
         try:
-            return form, _Reader(is_real=not should_treat_as_complex(part)).parse(part)
+            return form, _Reader(is_real=is_real).parse(part)
         except Exception:
             continue
     return form, None

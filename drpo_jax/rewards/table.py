@@ -12,7 +12,7 @@ from drpo_jax.rewards.arithmetic import (
     last_integer,
 )
 from drpo_jax.rewards.extraction import EXTRACTORS
-from drpo_jax.rewards.math import VERIFIERS, vote
+from drpo_jax.rewards.math import VERIFIERS, is_answer, vote
 from drpo_jax.rewards.pool import Isolated, Pending
 
 Function = Callable[[str, str, str], float]
@@ -32,6 +32,7 @@ class Reward:
         answers as votes. By default the whole response is the answer.
       tasks: the values of `data.task` whose problems this reward verifies unless `reward.name` is
         set.
+      is_answer: whether a text can be the known answer of a problem. By default any text can.
       by_extract: this reward by `reward.extract`; empty if its answers always stand in one place.
     """
 
@@ -40,6 +41,7 @@ class Reward:
     template: str | None = None
     extract: Callable[[str], str | None] = str.strip
     tasks: tuple[str, ...] = ()
+    is_answer: Callable[[str], bool] = bool
     by_extract: Mapping[str, "Reward"] = dataclasses.field(default_factory=dict)
 
     def __call__(self, prompt: str, response: str, answer: str) -> float:
@@ -51,6 +53,7 @@ _MATH = {
         VERIFIERS[name],
         summary=f"the answer {extractor.summary}, equals the known one, according to math-verify",
         template=extractor.template,
+        is_answer=is_answer,
         extract=functools.partial(vote, extractor.find),
     )
     for name, extractor in EXTRACTORS.items()

@@ -17,6 +17,7 @@ and prints a table. The same command resumes an interrupted evaluation. Several 
 with --shard=1/4 to --shard=4/4; the same command without --shard then joins their responses.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from drpo_jax.evaluation import files, in_order, sample_heldout, source
 from drpo_jax.evaluation.accuracy import by_problem
 from drpo_jax.evaluation.tables import Progress, accuracy_table
 from drpo_jax.parallel import multihost
-from drpo_jax.rewards import get_reward
+from drpo_jax.rewards import get_reward, merge_votes
 
 SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
@@ -73,7 +74,10 @@ def main(
         print(f"shard {shard} is done; the same command without --shard joins the shards")
         return
     responses = in_order(run, file.responses)
-    problems = by_problem(responses, get_reward(config.reward.name, config.reward.extract).extract)
+    reward = get_reward(config.reward.name, config.reward.extract)
+    problems = by_problem(responses, reward.extract)
+    merged = merge_votes([problem.avg for problem in problems], reward.equal)
+    problems = [dataclasses.replace(p, avg=votes) for p, votes in zip(problems, merged)]
     result = files.write_results(workdir, folder, settings, responses, problems)
     print(f"{checkpoint}: accuracy ({settings['sets']}), % (95 % interval)\n")
     print(accuracy_table(result["accuracy"]))

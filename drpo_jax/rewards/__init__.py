@@ -35,6 +35,7 @@ from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
 from drpo_jax.rewards.table import REWARDS, Reward, get_reward, reward_of_task, submit
+from drpo_jax.rewards.votes import merge_votes
 
 __all__ = [
     "EXTRACTORS",
@@ -53,6 +54,7 @@ __all__ = [
     "last_box",
     "last_integer",
     "math_reward",
+    "merge_votes",
     "overlong_penalty",
     "reward_of_task",
     "submit",

@@ -127,7 +127,8 @@ _NUMBER = re.compile(
 _RUN = re.compile(r"[\d.\s+\-*×/^()÷]++")
 _EXPRESSION_START = re.compile(r"(?:(?<=[\s=])|\A)(?:\*\*)?(?=-?\(?-?\d)")
 
-_DELIMITER = re.compile(r"\\[\\$()\[\]]|\$\$?|\n")
+_CONSTANT = r"\{-?[0-9]+(?:[.,][0-9]+)?\}"
+_DELIMITER = re.compile(rf"-?\\frac{_CONSTANT}{_CONSTANT}|\\[\\$()\[\]]|\$\$?|\n")
 _CLOSING = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
 _PERCENT = re.compile(r"\s{0,9}(?:\\?%|[Pp]er ?cent(?:age)?\b)")
 _JOINED = re.compile(r"\s*(?:,?\s*(?:and|or)|,)\s*")
@@ -179,7 +180,11 @@ def anywhere(response: str) -> str | None:
                 offer(3 if anchor.group(2) else 4, _next(spans, places, equals, equals + 3))
     for spans in (formulas, numbers):
         offer(5, max(spans, key=lambda s: (s.end, -s.start), default=None))
-    return ranked[min(ranked)].text.strip() or None if ranked else None
+    if not ranked:
+        return None
+    best = ranked[min(ranked)].text
+    boxes = _last_boxes(best)  # of a formula
+    return (boxes.text if boxes else best).strip() or None
 
 
 def _before(line_end: int, limit: int) -> int:
@@ -238,7 +243,10 @@ def _formulas(text: str) -> Iterator[Span]:
 
 
 def _single_formulas(text: str) -> Iterator[Span]:
-    r"""Yields what stands between $$, $, \( \), or \[ \]; $ and \( close on the same line."""
+    r"""Yields what stands between $$, $, \( \), or \[ \], and other fractions of two numbers.
+
+    $ and \( close on the same line.
+    """
     opening, start = "", 0
     line_end = -1
     last: dict[str, int] = {}  # The last place of each closing delimiter, on this line if inline.
@@ -250,6 +258,9 @@ def _single_formulas(text: str) -> Iterator[Span]:
                 if content.strip():
                     yield Span(start, match.end(), content)
                 opening = ""
+            continue
+        if token.endswith("}"):
+            yield Span(match.start(), match.end(), token)
             continue
         if token not in _CLOSING or (
             token == "$" and text[match.start() - 1 : match.start()].isdigit()

@@ -35,6 +35,7 @@ _SENTENCE = re.compile(
     r"^(?:therefore|thus|hence|so|we|it|the)\b.*[0-9]|^[a-z ]+\b(?:is|are|equals)\s+[$\\0-9-]",
     re.IGNORECASE | re.DOTALL,
 )
+_EQUALS = re.compile(r"(?<![\\<>!:])=|\\equiv(?![a-zA-Z])|≡")
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
 
 
@@ -44,6 +45,13 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
     if text is None or len(text) > MAX_LENGTH:  # the cost of `plain` is not linear in the length
         return text
     return plain(text) or None
+
+
+def last_side(text: str) -> str:
+    """Returns what follows the last sign of equality or congruence; a list of equations as it is."""
+    if "," in text.replace("{,}", "") or ";" in text:
+        return text
+    return _EQUALS.split(text)[-1].strip() or text
 
 
 def is_answer(text: str) -> bool:
@@ -145,6 +153,8 @@ def first_stage(
 ) -> float | tuple[str, str]:
     """Returns the verdict of `quick`, or the arguments of `check` if `quick` leaves it open.
 
+    A response may state its answer as an equation, such as "2 + 3 = 5" for 5.
+
     Args:
       find: extracts the answer of a response, or None.
       prompt: not used.
@@ -155,8 +165,16 @@ def first_stage(
     candidate = find(response)
     if candidate is None:
         return 0.0
+    if not _EQUALS.search(answer):
+        candidate = last_side(candidate)
     verdict = quick(candidate, answer)
     return (candidate.strip(), answer.strip()) if verdict is None else verdict
+
+
+def _compare(prompt: str, x: str, y: str) -> float | tuple[str, str]:
+    del prompt
+    verdict = quick(x, y)
+    return (x, y) if verdict is None else verdict
 
 
 # Checks that a worker makes before its first real one. Parser and algebra build their tables on
@@ -179,6 +197,7 @@ WARM = [
 ]
 
 _WORKERS = Isolated(check, warm=WARM)
+EQUAL = _WORKERS.after(_compare)  # ("", answer, answer) -> 1.0 if they are equal
 # By `reward.extract`; all of them share the workers.
 VERIFIERS = {
     name: _WORKERS.after(functools.partial(first_stage, extractor.find))

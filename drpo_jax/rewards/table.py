@@ -12,7 +12,7 @@ from drpo_jax.rewards.arithmetic import (
     last_integer,
 )
 from drpo_jax.rewards.extraction import EXTRACTORS
-from drpo_jax.rewards.math import VERIFIERS, is_answer, vote
+from drpo_jax.rewards.math import EQUAL, VERIFIERS, is_answer, vote
 from drpo_jax.rewards.pool import Isolated, Pending
 
 Function = Callable[[str, str, str], float]
@@ -32,6 +32,7 @@ class Reward:
         answers as votes. By default the whole response is the answer.
       tasks: the values of `data.task` whose problems this reward verifies unless `reward.name` is
         set.
+      equal: ("", answer, answer) -> whether two extracted answers are one vote. None: equal texts are.
       is_answer: whether a text can be the known answer of a problem. By default any text can.
       by_extract: this reward by `reward.extract`; empty if its answers always stand in one place.
     """
@@ -41,6 +42,7 @@ class Reward:
     template: str | None = None
     extract: Callable[[str], str | None] = str.strip
     tasks: tuple[str, ...] = ()
+    equal: Isolated | None = None
     is_answer: Callable[[str], bool] = bool
     by_extract: Mapping[str, "Reward"] = dataclasses.field(default_factory=dict)
 
@@ -53,6 +55,7 @@ _MATH = {
         VERIFIERS[name],
         summary=f"the answer {extractor.summary}, equals the known one, according to math-verify",
         template=extractor.template,
+        equal=EQUAL,
         is_answer=is_answer,
         extract=functools.partial(vote, extractor.find),
     )

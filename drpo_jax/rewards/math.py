@@ -36,6 +36,7 @@ _SENTENCE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _EQUALS = re.compile(r"(?<![\\<>!:])=|\\equiv(?![a-zA-Z])|≡")
+_SPACING = re.compile(r"\\[,;]|\{,\}")
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
 
 
@@ -49,7 +50,7 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
 
 def last_side(text: str) -> str:
     """Returns what follows the last sign of equality or congruence; a list of equations as it is."""
-    if "," in text.replace("{,}", "") or ";" in text:
+    if len(split_list(_SPACING.sub(" ", text[-MAX_LENGTH:]))) > 1:
         return text
     return _EQUALS.split(text)[-1].strip() or text
 

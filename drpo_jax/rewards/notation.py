@@ -234,7 +234,9 @@ def split_unit(text: str) -> tuple[str, str]:
         return text[: match.start()], f"mod {match.group(1) or match.group(2)}"
     if match := _DEGREES.search(text):
         return text[: match.start()], f"deg{(match.group(1) or '')}"
-    if (match := _MONEY.match(text)) and number(value := match.group(1) + text[match.end() :]):
+    if (match := _MONEY.match(text)) and (
+        number(value := match.group(1) + text[match.end() :]) is not None
+    ):
         return value, match.group(2)
     if (match := _TEXT_UNIT.search(text)) and match.start() and not _SCALE.fullmatch(match.group()):
         return text[: match.start()].rstrip(), match.group()

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drpo_jax.rewards import REWARDS, format_reward, last_box, math_reward, submit
+from drpo_jax.rewards import EXTRACTORS, REWARDS, format_reward, last_box, math_reward, submit
 
+SLOWER = 5  # A busy machine, also in CPU time.
 INJECTION = "__import__('os').system('touch {}')"
 
 # Inside a box, for the answer 7.
@@ -29,7 +30,6 @@ BOXES = [
     "\udc00\ud800",
     "7\u202e",
     "٧",
-    "７",
     "⁷",
     "7 or 8",
     "(" * 480 + "8" + ")" * 480,
@@ -83,7 +83,8 @@ TEXTS = [
 def rewards_of(texts, answer):
     """Returns {name of the reward: rewards}; all batches start before the first result is read."""
     answers = [answer] * len(texts)
-    pending = {name: submit(r, answers, texts, answers) for name, r in REWARDS.items()}
+    rows = REWARDS | REWARDS["math"].by_extract
+    pending = {name: submit(r, answers, texts, answers) for name, r in rows.items()}
     return {name: p.result().tolist() for name, p in pending.items()}
 
 
@@ -93,6 +94,7 @@ def test_hostile_responses(tmp_path):
     trap = tmp_path / "trap"
     texts = [rf"\boxed{{{box}}}".replace("{}", str(trap)) for box in BOXES]
     texts += [text.replace("{}", str(trap)) for text in TEXTS]
+    texts += [f"Answer: {box}".replace("{}", str(trap)) for box in BOXES if "7" not in box]
     for name, rewards in rewards_of(texts, "7").items():
         assert [ascii(t[:60]) for t, r in zip(texts, rewards) if r] == [], name
     assert not format_reward(TEXTS).any()
@@ -117,17 +119,47 @@ def test_a_hostile_answer_costs_about_a_second_of_cpu_time():
     assert time.monotonic() - start < 15
 
 
+LONG = [
+    "{" * 5_000_000,
+    "{}" * 2_500_000,
+    r"\boxed{" + "{}" * 2_500_000,
+    r"\boxed" * 800_000,
+    r"\boxed{" * 700_000 + "}" * 700_000,
+    r"\boxed{7} " * 500_000 + "x",
+    "$" * 5_000_001,
+    "$$ x " * 1_000_000,
+    "$ x\n" * 1_250_000,
+    r"\( " * 1_600_000,
+    r"\[ " * 1_600_000,
+    "answer" * 800_000,
+    "answer: " * 600_000,
+    "final answer is " * 300_000,
+    "Answer:\n" * 600_000,
+    "1 " * 2_500_000,
+    "1+" * 2_500_000,
+    "(" * 5_000_000,
+    " 1,234" * 800_000,
+    " " * 5_000_000,
+    "\n" * 5_000_000,
+    "8" * 5_000_000,
+    "$1$, " * 1_000_000,
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "text", TEXTS + [rf"\boxed{{{box}}}" for box in BOXES if len(box) > 10_000]
+    "text", TEXTS + LONG + [rf"\boxed{{{box}}}" for box in BOXES], ids=lambda text: ascii(text[:20])
 )
 def test_the_training_process_spends_little_time(text):
-    """The stages that run there are linear in the length: boxes, strings, numbers."""
-    start = time.process_time()
+    """Whatever a response contains, the trainer's part takes 50 ms; the limit here is generous."""
+    start = time.thread_time()
     for name in ("arithmetic", "integer", "countdown"):
-        assert REWARDS[name]("", text, "7") == 0.0
-    last_box(text), REWARDS["math"].function.quick("", text, "7"), format_reward([text])
-    assert time.process_time() - start < 3
+        REWARDS[name]("", text, "7")
+    for row in REWARDS["math"].by_extract.values():
+        row.function.quick("", text, "7")
+        row.extract(text)
+    last_box(text), format_reward([text])
+    assert time.thread_time() - start < 8 * 0.05 * SLOWER
 
 
 LATEX = [
@@ -150,5 +182,7 @@ def test_fuzz(pairs):
         assert {r for values in rewards.values() for r in values} <= {0.0, 1.0}
         assert set(format_reward(texts).tolist()) <= {0.0, 1.0}
         assert rewards_of(texts, answer) == rewards
-        if (box := last_box(texts[1])) is not None and box.strip():
+        if (box := last_box(texts[1])) is not None and box.strip() and "=" not in box:
             assert math_reward([texts[1]], [box]) == [1.0]
+        for row in EXTRACTORS.values():
+            assert [row.find(t) for t in texts] == [row.find(t) for t in texts]

@@ -2,6 +2,9 @@ r"""Checks per second of the math verifier, compared with math-verify in one pro
 
     python -m benchmarks.verifier [--output=FILE.json]
 
+Prints first how many pairs of tests/rewards/pairs.txt the reward and math-verify judge wrongly: false
+positives, which pay for a wrong answer, and false negatives. Every pair counts in both orders.
+
 A response is a few sentences that end in a box; about half of the answers are wrong. There are two
 sets, drawn from a seed:
 
@@ -25,6 +28,7 @@ from absl import app
 from benchmarks.common import OUTPUT, machine, write_results
 from drpo_jax.rewards import Isolated, last_box, submit
 from drpo_jax.rewards.math import VERIFIERS, WARM, check
+from tests.rewards.pairs import pairs as pairs_of_table
 
 ROUNDS = 3
 # Checks per round if math-verify makes all or most of them; twenty times as many otherwise.
@@ -82,6 +86,27 @@ def by_math_verify(pairs):
     return np.array(verdicts)
 
 
+def errors(ways):
+    """Prints and returns the rates of wrong verdicts on the table of pairs.
+
+    Args:
+      ways: {name: function from pairs (answer, known answer) to verdicts}.
+    """
+    table = list(pairs_of_table(few=True))
+    equal = np.array([same for _, _, same in table])
+    print(f"\n{equal.sum()} pairs of equal answers, {(~equal).sum()} of different ones")
+    figures = {}
+    for name, run in ways.items():
+        verdicts = run([pair[:2] for pair in table]) == 1
+        rates = {
+            "false positives": float(np.mean(verdicts[~equal])),
+            "false negatives": float(np.mean(~verdicts[equal])),
+        }
+        print(f"  {name:<16}" + "".join(f"{rate:>8.2%} {kind}" for kind, rate in rates.items()))
+        figures[name] = {kind: round(rate, 4) for kind, rate in rates.items()}
+    return figures
+
+
 def main(_):
     print(machine())
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -95,7 +120,8 @@ def main(_):
         "workers alone": (lambda pairs: by_reward(slow, pairs), COUNT),
         "math-verify": (by_math_verify, COUNT),
     }
-    figures, rng = {}, np.random.default_rng(0)
+    compared = {"reward": ways["reward"][0], "math-verify": by_math_verify}
+    figures, rng = {"pairs": errors(compared)}, np.random.default_rng(0)
     for name, draw in (("GSM8K-like", integers), ("MATH-like", expressions)):
         rates = {way: [] for way in ways}
         for round_ in range(ROUNDS + 1):

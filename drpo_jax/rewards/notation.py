@@ -77,7 +77,7 @@ def plain(text: str) -> str:
     Removes styles, colors, spacing and sizing commands, formula delimiters and final punctuation;
     replaces Unicode symbols by LaTeX commands.
     """
-    text = text.strip().translate(_CHARACTERS)
+    text = " ".join(text.translate(_CHARACTERS).split())
     for _ in range(2):
         for pattern, replacement in _SPELLINGS:
             text = pattern.sub(replacement, text)
@@ -130,7 +130,7 @@ def number(text: str) -> Fraction | None:
     mixed numbers; repeating decimals ("0.\overline{3}", "0.333\ldots"); scientific notation; integers
     with a base ("101_2"). A word such as million scales the value.
     """
-    if match := _SCALE.search(text):
+    if match := _SCALE.search(text, max(0, len(text) - MAX_UNIT)):
         value = number(text[: match.start()]) if match.start() else None
         return None if value is None else value * _SCALES[match.group(1)]
     if _GROUPED.fullmatch(text):
@@ -205,6 +205,7 @@ _UNITS = {
     "pa": "pascal", "mol": "mole", "unit": "",
 }  # fmt: skip
 _NAMES = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
+MAX_UNIT = 80  # Characters.
 _SYMBOL = r"(?:[a-zA-Z]+)(?:\^(?:\{-?[0-9]\}|-?[0-9]))?"
 _TEXT_UNIT = re.compile(r"(?: *(?:/|\\cdot|\*)? *\\text\{[^{}]*\}(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+$")
 _DEGREES = re.compile(r"\^ *(?:\{ *\\circ *\}|\\circ) *(\\text\{ *[CF] *\}|[CF])?$|\\degree$")
@@ -228,23 +229,28 @@ def split_unit(text: str) -> tuple[str, str]:
     units behind a value without variables ("5 cm", "5cm", "60 km/h"); and words behind a number ("5
     apples"). A single letter behind a number is a variable ("2m").
     """
+    start = max(0, len(text) - MAX_UNIT)
     if text.endswith("%"):
         return text[:-1].rstrip(), "%"
-    if match := _MODULUS.search(text):
+    if match := _MODULUS.search(text, start):
         return text[: match.start()], f"mod {match.group(1) or match.group(2)}"
-    if match := _DEGREES.search(text):
+    if match := _DEGREES.search(text, start):
         return text[: match.start()], f"deg{(match.group(1) or '')}"
     if (match := _MONEY.match(text)) and (
         number(value := match.group(1) + text[match.end() :]) is not None
     ):
         return value, match.group(2)
-    if (match := _TEXT_UNIT.search(text)) and match.start() and not _SCALE.fullmatch(match.group()):
+    if (
+        (match := _TEXT_UNIT.search(text, start))
+        and match.start()
+        and not _SCALE.fullmatch(match.group())
+    ):
         return text[: match.start()].rstrip(), match.group()
-    if match := _BARE_UNIT.search(text):
+    if match := _BARE_UNIT.search(text, start):
         value, unit = text[: match.start()], match.group(1)
         if _constant(value) and _known(unit, spaced=text[match.start()] == " "):
             return value, unit
-    if match := _WORD_UNIT.search(text):
+    if match := _WORD_UNIT.search(text, start):
         value, unit = text[: match.start()], match.group(1)
         word = text[match.start()] in " (" and not _SCALE.fullmatch(" " + unit)
         words = set(unit.lower().replace(".", "").split())

@@ -50,7 +50,9 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
 
 def last_side(text: str) -> str:
     """Returns what follows the last sign of equality or congruence; a list of equations as it is."""
-    if len(split_list(_SPACING.sub(" ", text[-MAX_LENGTH:]))) > 1:
+    if len(text) > MAX_LENGTH or not _EQUALS.search(text):
+        return text
+    if len(split_list(_SPACING.sub(" ", " ".join(text.split())))) > 1:
         return text
     return _EQUALS.split(text)[-1].strip() or text
 

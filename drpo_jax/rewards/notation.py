@@ -4,6 +4,7 @@ Everything here reads short texts with regular expressions and imports nothing h
 trainer's process can use it.
 """
 
+import functools
 import re
 from fractions import Fraction
 
@@ -27,50 +28,56 @@ _CHARACTERS |= str.maketrans(
 )  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
+_TEXTS = "mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|emph"
+_SIMPLE = re.compile(r"-?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?")
 _STYLES = r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|textcolor\{[^{}]*\}|boxed|fbox|underline"
 _STYLES += r"|displaystyle|mathop"
-# Removes notation that does not change a value, in this order. Twice, because of nested styles.
+# (part of every match, pattern, replacement): removes notation that does not change a value, in this
+# order, and twice, because of nested styles. The first entry spares most texts most patterns.
 _SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
+    (part, re.compile(pattern), replacement)
+    for part, pattern, replacement in [
         (
+            "",
             r"(?<=[0-9a-zA-Z)}])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+",
-            lambda m: f"^{{{m.group().translate(_SUPERSCRIPTS)}}}",
+            lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}",
         ),
-        (r"\\\\(?=(?:frac|sqrt|text|pi|left|cdot|times)(?![a-zA-Z]))", r"\\"),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
-        (r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9]{3})", "'"),  # surely between thousands
-        (r"\\!", ""),
-        (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\s+", " "),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}", r"\1"),
-        (r"\{\\(?:bf|it|rm|em|sf|mathbf|bfseries)(?![a-zA-Z]) *([^{}]*)\}", r"\1"),
-        (r"\\color\{[^{}]*\}", ""),
-        (r"\\(?:mathrm|operatorname|mathit)\s*\{([eid])\}", r"\1"),
-        (
-            r"\\(?:mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|emph)\s*(?=\{)",
-            r"\\text",
-        ),
-        (r"\\text\s+\{", r"\\text{"),
-        (r"\\text\{ *(-?[0-9.,]+) *\}", r"\1"),
-        (r"\\varnothing(?![a-zA-Z])|^\\\{ *\\\}$", r"\\emptyset"),
-        (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
-        (r"\\(?:dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots"),
-        (r"√ *\(([^()]*)\)|(?<![\\a-zA-Z])sqrt *\(([^()]*)\)", r"\\sqrt{\1\2}"),
-        (r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"\\text\{ *(?:percent|%|\\%) *\}| *\bper ?cent\b|\\%", "%"),
-        (r"\\text\{,? *(and|or),? *\}", r" \1 "),
-        (r"\\\$|\\text\{\\?\$\}|\\(?:text)?dollar(?![a-zA-Z])", "USD "),
-        (r"\\(?:text)?(?:pounds|sterling)(?![a-zA-Z])", "£"),
-        (r"\$|\\[()](?![a-zA-Z])", ""),
-        (r"^[a-zA-Z] *\\in *(?=[(\[\\])", ""),
-        (r"(?<![a-zA-Z0-9,%';]) +| +(?![a-zA-Z0-9\\ ({\[-])", ""),
-        (r"(?<=[0-9a-zA-Z]) +(?=\\(?!text|pm|cup|cap|in\b))", ""),
-        (r"^\+(?=[0-9.])", ""),
+        (r"\\", r"\\\\(?=(?:frac|sqrt|text|pi|left|cdot|times)(?![a-zA-Z]))", r"\\"),
+        ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
+        (",", r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9]{3})", "'"),  # surely between thousands
+        (r"\!", r"\\!", ""),
+        ("\\", r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])", " "),
+        ("~", "~", " "),
+        ("  ", " +", " "),
+        ("frac", r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        ("\\", rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}", r"\1"),
+        ("{\\", r"\{\\(?:bf|it|rm|em|sf|mathbf|bfseries)(?![a-zA-Z]) *([^{}]*)\}", r"\1"),
+        ("color", r"\\color\{[^{}]*\}", ""),
+        ("\\", r"\\(?:mathrm|operatorname|mathit)\s*\{([eid])\}", r"\1"),
+        ("\\", rf"\\(?:{_TEXTS})\s*(?=\{{)", r"\\text"),
+        (r"\text ", r"\\text\s+\{", r"\\text{"),
+        (r"\text", r"\\text\{ *(-?[0-9.,]+) *\}", r"\1"),
+        ("\\", r"\\varnothing(?![a-zA-Z])|^\\\{ *\\\}$", r"\\emptyset"),
+        ("mathbb", r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
+        ("", r"\\(?:dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots"),
+        ("√", r"√ *\(([^()]*)\)", r"\\sqrt{\1}"),
+        ("√", r"√ *([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+        ("sqrt", r"(?<![\\a-zA-Z])sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
+        ("", r"\\text\{ *(?:percent|%|\\%) *\}| *\bper ?cent\b|\\%", "%"),
+        (r"\text", r"\\text\{,? *(and|or),? *\}", r" \1 "),
+        ("\\", r"\\\$|\\text\{\\?\$\}|\\(?:text)?dollar(?![a-zA-Z])", "USD "),
+        ("\\", r"\\(?:text)?(?:pounds|sterling)(?![a-zA-Z])", "£"),
+        ("$", r"\$", ""),
+        ("\\", r"\\[()](?![a-zA-Z])", ""),
+        (r"\in", r"^[a-zA-Z] *\\in *(?=[(\[\\])", ""),
+        (" ", r"(?<![a-zA-Z0-9,%';]) +| +(?![a-zA-Z0-9\\ ({\[-])", ""),
+        (" \\", r"(?<=[0-9a-zA-Z]) +(?=\\(?!text|pm|cup|cap|in\b))", ""),
+        ("+", r"^\+(?=[0-9.])", ""),
     ]
 ]
 
 
+@functools.lru_cache(maxsize=4096)  # The samples of a problem have the same known answer.
 def plain(text: str) -> str:
     """Returns an answer in one spelling, without notation that does not change its value.
 
@@ -78,12 +85,18 @@ def plain(text: str) -> str:
     replaces Unicode symbols by LaTeX commands.
     """
     text = " ".join(text.translate(_CHARACTERS).split())
+    if _SIMPLE.fullmatch(text):
+        return text
     for _ in range(2):
-        for pattern, replacement in _SPELLINGS:
-            text = pattern.sub(replacement, text)
+        before = text
+        for part, pattern, replacement in _SPELLINGS:
+            if part in text:
+                text = pattern.sub(replacement, text)
         text = text.strip(" ")
         if not text.endswith(r"\ldots"):
             text = text.rstrip(" .,;:")
+        if text == before:
+            break
     return text
 
 
@@ -283,6 +296,8 @@ def _known(unit, spaced):
 
 def units_agree(unit: str, other: str) -> bool:
     """Returns whether two units do not contradict: one is missing, or has no word that differs."""
+    if not unit or not other:
+        return True
     words, others = _unit_words(unit), _unit_words(other)
     return words <= others or others <= words
 

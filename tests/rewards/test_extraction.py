@@ -45,7 +45,6 @@ def test_each_extractor_finds_its_own_form(extract):
     rewards = math_reward(texts, ["34"] * len(texts), extract)
     assert [t for t, r, e in zip(texts, rewards, expected) if r != e] == []
     row = get_reward("math", extract)
-    assert row.template.replace("{answer}", "34") in texts or extract == "boxed"
     assert row("", row.template.replace("{answer}", "34"), "34") == 1.0
 
 

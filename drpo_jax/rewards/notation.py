@@ -26,6 +26,7 @@ _CHARACTERS |= str.maketrans(
         "¾": r"\frac{3}{4}", "⅛": r"\frac{1}{8}", "⁄": "/",
     }
 )  # fmt: skip
+_SUPERSCRIPT = re.compile(r"(?<=[0-9a-zA-Z)}])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 _TEXTS = "mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|emph"
@@ -37,11 +38,6 @@ _STYLES += r"|displaystyle|mathop"
 _SPELLINGS = [
     (part, re.compile(pattern), replacement)
     for part, pattern, replacement in [
-        (
-            "",
-            r"(?<=[0-9a-zA-Z)}])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+",
-            lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}",
-        ),
         (r"\\", r"\\\\(?=(?:frac|sqrt|text|pi|left|cdot|times)(?![a-zA-Z]))", r"\\"),
         ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])", ""),
         (",", r"(?<=[0-9])(?:,\\!|\{,\})\s*(?=[0-9]{3})", "'"),  # surely between thousands
@@ -87,6 +83,8 @@ def plain(text: str) -> str:
     text = " ".join(text.translate(_CHARACTERS).split())
     if _SIMPLE.fullmatch(text):
         return text
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     for _ in range(2):
         before = text
         for part, pattern, replacement in _SPELLINGS:
@@ -200,7 +198,7 @@ def is_decimal(text: str) -> bool:
 
 def close(x: Fraction, y: Fraction) -> bool:
     """Returns whether a decimal x is y as far as it goes: 0.333333 is 1/3, and 0.3333 is not."""
-    return abs(x - y) <= Fraction(1, 10**6) * min(1, abs(y))
+    return abs(x - y) <= Fraction(1, 10**6) * min(Fraction(1), abs(y))
 
 
 # -------------------------------------------------------------------------------------------- units

@@ -1,21 +1,37 @@
-"""Checkpoints through Orbax: saved asynchronously, restored onto any mesh.
+"""Checkpoints through Orbax: saved asynchronously, verified, and restored onto any mesh.
 
 The latest checkpoints and the best one are kept. A checkpoint maps the path of each leaf in the state
 (`model.blocks.attention.q_proj`) to its array, so that it can be read without this code and a mismatch
 names the leaf. All randomness of a run is a function of (seed, step): a resume needs the state and the
 step, and nothing else.
+
+Next to the arrays, a checkpoint holds the run's `config.json`, the steps whose metrics were logged by
+then (`logged.json`), and the digests of its files (`drpo_jax.digests`), which every restore verifies.
 """
 
+import contextlib
+import json
+import logging as standard_logging
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from drpo_jax.storage import is_remote
+from drpo_jax import digests
+from drpo_jax.chunks import unread
+from drpo_jax.errors import BadInput, DamagedCheckpoint, TrainingStopped
+from drpo_jax.parallel import multihost
+from drpo_jax.storage import is_remote, no_space, synchronize
+
+LOGGED = "logged.json"
+ARRAYS = "default"  # Orbax's directory of the arrays.
+TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class Checkpoints:
@@ -25,32 +41,38 @@ class Checkpoints:
       directory: where the checkpoints are; the first save creates it.
       keep: number of latest checkpoints that are kept, besides the best one.
       best_metric: name of a metric; the checkpoint with its highest value is the best one.
+      config: the run's config as JSON, of which every checkpoint gets a copy; "": none.
+      check_owner: called before every commit; raises if another process owns the run.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, best_metric: str = "eval/avg"):
-        policies = ocp.checkpoint_managers
-        self._best_metric = best_metric
-
-        def score(metrics):  # -inf without an evaluation
-            return metrics.get(best_metric, -math.inf)
-
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        best_metric: str = "eval/avg",
+        config: str = "",
+        check_owner: Callable[[], None] = lambda: None,
+    ):
+        self.directory = directory
+        self._keep, self._best_metric = keep, best_metric
+        self._config, self._check_owner = config, check_owner
+        self._saving, self._logged = 0, ""
+        self._scores = {step: _score(directory / str(step)) for step in saved_steps(directory)}
+        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        if multihost.process_count() > 1:
+            asynchronous.barrier_sync_fn = self._digest_and_wait
+        _silence_orbax()
         self._manager = ocp.CheckpointManager(
             directory if is_remote(directory) else directory.resolve(),
             item_handlers=ocp.PyTreeCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 create=False,
-                best_fn=score,
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
-                        ),
-                    ]
-                ),
+                best_fn=lambda metrics: metrics.get(best_metric, -math.inf),  # Saves the metrics.
+                preservation_policy=self,
+                async_options=asynchronous,
+                lightweight_initialize=True,  # A damaged file of metrics must not end the run.
             ),
         )
-        self.directory = directory
 
     def latest_step(self) -> int | None:
         """The step of the latest checkpoint; None without any."""
@@ -62,16 +84,27 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest `best_metric`; the latest one if none was evaluated."""
-        best = self._manager.best_step()
+        best = self._best(self.steps())
         return self.latest_step() if best is None else best
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        logged: Sequence[int] = (),
+    ) -> None:
         """Starts saving `state`; returns once its arrays are copied and may be donated.
 
         Args:
           step: number of completed steps.
           state: a pytree of arrays.
           metrics: the metrics of the step, which may contain `best_metric`.
+          logged: the steps whose metrics are in `metrics.jsonl`, durably.
+
+        Raises:
+          TrainingStopped: the disk is full, or another process owns the run; this may be noticed at the
+            next save only.
         """
         metrics = metrics or {}
         if step and "eval/avg" in metrics and self._best_metric not in metrics:
@@ -83,15 +116,26 @@ class Checkpoints:
                 ", ".join(sorted(metrics)),
             )
         best = float(metrics.get(self._best_metric, math.nan))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager.save(
-            step,
-            args=ocp.args.PyTreeSave(flatten(state)),
-            metrics={self._best_metric: best} if math.isfinite(best) else {},
-        )
+        self._wait()
+        leaves = flatten(state)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._make_room(step, sum(leaf.nbytes for leaf in leaves.values()))
+            steps = multihost.gather("logged steps", steps=np.array(logged, np.int64))[0]["steps"]
+            self._saving, self._logged = step, json.dumps(steps.tolist()) + "\n"
+            self._scores[step] = best if math.isfinite(best) else -math.inf
+            self._manager.save(
+                step,
+                args=ocp.args.PyTreeSave(leaves),
+                metrics={self._best_metric: best} if math.isfinite(best) else {},
+                custom_metadata={"digests": digests.SUMS},
+            )
+        except Exception as error:
+            self._stop_if_full(error)
+            raise
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads the checkpoint of `step`.
+        """Verifies and reads the checkpoint of `step`; every process calls it.
 
         Args:
           like: a pytree of arrays or of `jax.ShapeDtypeStruct` with shardings. It may be a part of the
@@ -101,12 +145,17 @@ class Checkpoints:
           The saved arrays in the structure, dtypes and shardings of `like`.
 
         Raises:
+          DamagedCheckpoint: a file is missing or damaged, on any process.
           ValueError: the checkpoint lacks a leaf of `like`, or holds it in another shape.
         """
         leaves = flatten(like)
-        self._manager.wait_until_finished()  # a save in progress has no directory yet
-        saved = self._manager.item_metadata(step)
-        shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+        self._wait()  # A save in progress has no directory yet.
+        self._verify(step, leaves)
+        try:
+            saved = self._manager.item_metadata(step)
+            shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+        except Exception as error:
+            raise self._damaged(step, _first_line(error)) from error
         wrong = [
             f"{name}: expected {tuple(leaf.shape)}, the checkpoint has {shapes.get(name, 'nothing')}"
             for name, leaf in leaves.items()
@@ -120,18 +169,65 @@ class Checkpoints:
             )
         # Orbax requires a template for every saved leaf; it does not read placeholders.
         template = {name: leaves.get(name, ocp.PLACEHOLDER) for name in shapes}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.PyTreeRestore(
-                template,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(template),
-            ),
+        arguments = ocp.args.PyTreeRestore(
+            template, restore_args=ocp.checkpoint_utils.construct_restore_args(template)
         )
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except Exception as error:
+            if digests.exist(self.directory / str(step)):
+                raise  # The files are whole, so this is another error.
+            raise self._damaged(step, _first_line(error)) from error
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+
+    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+        """Reads the latest whole checkpoint and sets later, damaged ones aside under another name.
+
+        Only a process that owns the run may call it.
+
+        Args:
+          like: as for `restore`.
+
+        Returns:
+          The step and the state; None if there is no checkpoint.
+
+        Raises:
+          BadInput: there are checkpoints, but none is whole. They keep their names.
+        """
+        problems: dict[int, DamagedCheckpoint] = {}
+        for step in reversed(self.steps()):
+            try:
+                state = self.restore(step, like)
+            except DamagedCheckpoint as error:
+                problems[step] = error
+                continue
+            if problems:
+                self._set_aside(problems, step)
+            return step, state
+        if problems:
+            raise BadInput(
+                "no checkpoint is whole:\n  "
+                + "\n  ".join(map(str, problems.values()))
+                + f"\nRestore the files from a copy, or delete {self.directory} to start over."
+            )
+        return None
+
+    def logged(self, step: int) -> list[int] | None:
+        """The steps in `metrics.jsonl` when the checkpoint of `step` was saved.
+
+        None if the checkpoint does not say so: an earlier version saved it, or the file is damaged.
+        """
+        path = self.directory / str(step)
+        return json.loads((path / LOGGED).read_text()) if digests.intact(path, LOGGED) else None
 
     def close(self) -> None:
         """Waits for a save in progress and closes the directory."""
-        self._manager.wait_until_finished()
+        try:
+            self._wait()
+        except BaseException:
+            with contextlib.suppress(Exception):  # Orbax raises the same error once more.
+                self._manager.close()
+            raise
         self._manager.close()
 
     def __enter__(self):
@@ -140,10 +236,179 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns which checkpoints are kept; Orbax calls it as its preservation policy."""
+        kept = self._kept(info.step for info in checkpoints)
+        return [info.step in kept for info in checkpoints]
+
+    def _kept(self, steps: Iterable[int]) -> set[int]:
+        """The steps to keep, out of those that have a checkpoint."""
+        steps = sorted(steps)
+        best = self._best(steps)
+        return {*steps[-self._keep :], *([] if best is None else [best])}
+
+    def _best(self, steps: Iterable[int]) -> int | None:
+        """The step with the highest score, the latest of equals; None if none has a score."""
+        scored = [(self._scores.get(step, -math.inf), step) for step in steps]
+        score, step = max(scored, default=(-math.inf, None))
+        return step if math.isfinite(score) else None
+
+    def _make_room(self, step: int, needed: int) -> None:
+        """Deletes what retention deletes after this save anyway, if it would not fit otherwise.
+
+        The latest checkpoint stays until the new one is complete.
+
+        Args:
+          needed: bytes of the state, without compression.
+        """
+        if is_remote(self.directory):
+            return
+        free = multihost.gather("free space", free=shutil.disk_usage(self.directory).free)
+        if free[0]["free"] > needed:
+            return
+        steps = self.steps()
+        for old in sorted({*steps[:-1]} - self._kept([*steps, step])):
+            self._manager.delete(old)
+
+    def _seal(self) -> None:
+        """Completes the checkpoint before it is committed; runs in the background, on one process."""
+        directory = self._temporary()
+        (directory / "config.json").write_text(self._config)
+        (directory / LOGGED).write_text(self._logged)
+        digests.write(directory, processes=multihost.process_count())
+        self._check_owner()
+
+    def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier; all processes digest what they wrote before Orbax's process 0 commits."""
+        process = ocp.multihost.process_index()
+        if "async_write_complete" in key:
+            self._check_owner()
+            if process:
+                digests.write(self._temporary(), process, multihost.process_count())
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _temporary(self) -> Path:
+        """The directory of the save in progress; Orbax renames it at the commit on a disk only."""
+        temporary = self.directory / f"{self._saving}{TEMPORARY}"
+        return temporary if temporary.exists() else self.directory / str(self._saving)
+
+    def _wait(self) -> None:
+        """Waits for a save in progress, and makes its commit durable.
+
+        Raises:
+          TrainingStopped: it failed for lack of space, or because another process owns the run.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._stop_if_full(error)
+            raise
+        if not is_remote(self.directory) and self.directory.is_dir():
+            synchronize(self.directory)
+
+    def _stop_if_full(self, error: Exception) -> None:
+        """Raises `TrainingStopped` if `error` says that the disk is full."""
+        if not no_space(error):
+            return
+        steps = [step for step in saved_steps(self.directory) if step != self._saving]
+        rest = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is none yet"
+        raise TrainingStopped(
+            f"no space left for the checkpoint of step {self._saving} in {self.directory} ({rest}): "
+            "free some space, then run the same command again"
+        ) from error
+
+    def _verify(self, step: int, leaves: Mapping[str, Any]) -> None:
+        """Compares the files that this process will read with their digests; all processes agree.
+
+        Raises:
+          DamagedCheckpoint: a file is missing or damaged, on any process.
+        """
+        directory = self.directory / str(step)
+        problem = digests.damage(directory, self._unread(directory, leaves))
+        if not problem and not digests.exist(directory) and multihost.is_main():
+            logging.warning(
+                "the checkpoint of step %d in %s has no digests, because an earlier version saved it: "
+                "its files are not verified",
+                step,
+                self.directory,
+            )
+        for part in multihost.gather("digests of the checkpoint", problem=problem):
+            if part["problem"].item():
+                raise self._damaged(step, part["problem"].item())
+
+    def _unread(self, directory: Path, leaves: Mapping[str, Any]) -> set[str]:
+        """The files with array data for other processes only."""
+        if multihost.process_count() == 1:
+            return set()
+        try:
+            return {f"{ARRAYS}/{name}" for name in unread(directory / ARRAYS, leaves)}
+        except (
+            ValueError,
+            LookupError,
+        ):  # The index is damaged; the digest of its file will say so.
+            return set()
+
+    def _damaged(self, step: int, problem: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"the checkpoint of step {step} in {self.directory} is damaged: {problem}"
+        )
+
+    def _set_aside(self, problems: Mapping[int, DamagedCheckpoint], step: int) -> None:
+        """Renames damaged checkpoints, so that the run can go on from `step`."""
+
+        def rename() -> None:
+            for damaged, problem in problems.items():
+                path = self.directory / str(damaged)
+                target = next(
+                    target
+                    for number in range(1, 1000)
+                    if not (target := self.directory / f"damaged_{damaged}_{number}").exists()
+                )
+                path.rename(target)
+                logging.warning(
+                    "%s; it is now %s, and the run goes on from step %d", problem, target.name, step
+                )
+
+        multihost.on_main("set damaged checkpoints aside", rename)
+        self._manager.reload()
+
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps with a complete checkpoint, ascending; unlike `Checkpoints`, initializes no device."""
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+def last_complete(directory: Path) -> int | None:
+    """The step of the latest checkpoint with all its files; the contents of arrays are not read."""
+    for step in reversed(saved_steps(directory)):
+        path = directory / str(step)
+        if not digests.damage(path, skip=digests.array_data(path)):
+            return step
+    return None
+
+
+def _score(directory: Path) -> float:
+    """The value of the metric with which a checkpoint was saved; -inf without one that can be read."""
+    try:
+        metrics = json.loads((directory / "metrics" / "metrics").read_text())
+        return max((float(value) for value in metrics.values()), default=-math.inf)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return -math.inf
+
+
+def _silence_orbax() -> None:
+    """Keeps Orbax from printing the traceback of every error that it also raises."""
+
+    def quiet(record: standard_logging.LogRecord) -> bool:
+        return not (record.exc_info and "/orbax/" in record.pathname)
+
+    logger = logging.get_absl_logger()
+    if not any(getattr(known, "__name__", "") == quiet.__name__ for known in logger.filters):
+        logger.addFilter(quiet)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:300] or type(error).__name__
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -12,6 +12,10 @@ class TrainingStopped(RuntimeError):
     """The run cannot continue; the message says why, and from where it can be resumed."""
 
 
+class DamagedCheckpoint(ValueError):
+    """The files of a checkpoint are not those that were saved; the message names step and file."""
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
     """Turns a ValueError or an OSError raised inside into `BadInput`.

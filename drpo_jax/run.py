@@ -1,7 +1,8 @@
 """What the phases of a run share, and how a workdir is bound to one run."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data, rewards
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import claim_workdir, from_json
+from drpo_jax.config import claim_workdir, from_json, to_json
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.lock import hold
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
@@ -55,6 +57,7 @@ class Run:
       mesh: the device mesh.
       programs: the functions that the run compiles.
       reference: the model that a KL penalty refers to; None without a penalty.
+      check_owner: raises if another process owns the workdir; see `claim`.
     """
 
     config: FrozenConfigDict
@@ -67,6 +70,7 @@ class Run:
     mesh: jax.sharding.Mesh
     programs: Programs
     reference: Transformer | None = None
+    check_owner: Callable[[], None] = lambda: None
 
     @classmethod
     def create(cls, config: FrozenConfigDict, workdir: Path, train: bool = True) -> "Run":
@@ -114,12 +118,15 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of RL."""
-        return _open_checkpoints(self.config, self.workdir)
+        return _open_checkpoints(self.config, self.workdir, to_json(self.config), self.check_owner)
 
     def warm_start_checkpoints(self) -> Checkpoints:
         """The checkpoints of the warm start: this run's own, or those of data.init_from."""
         source = self.config.data.init_from
-        return _open_checkpoints(self.config, path_of(source or self.workdir) / "sft")
+        if source:
+            return _open_checkpoints(self.config, path_of(source) / "sft")
+        config = to_json(self.config)
+        return _open_checkpoints(self.config, self.workdir / "sft", config, self.check_owner)
 
     def sample(
         self,
@@ -156,11 +163,15 @@ class Run:
             yield Group(index, rollouts, texts, pending)
 
 
-def claim(run: Run) -> None:
-    """Binds the workdir to the run's config and problems.
+@contextlib.contextmanager
+def claim(run: Run) -> Iterator[Run]:
+    """Owns the workdir, and binds it to the run's config and problems.
+
+    Yields:
+      The run, whose checkpoints are committed only while it is the owner.
 
     Raises:
-      BadInput: the workdir holds another run.
+      BadInput: the workdir holds another run, or another process is running in it.
     """
 
     def write():
@@ -168,8 +179,11 @@ def claim(run: Run) -> None:
         if run.report:
             keep_report(run.report, run.workdir / "problems.txt")
 
-    with bad_input():
-        multihost.on_main("claim the workdir", write)
+    with contextlib.ExitStack() as stack:
+        with bad_input():
+            check_owner = stack.enter_context(hold(run.workdir))
+            multihost.on_main("claim the workdir", write)
+        yield dataclasses.replace(run, check_owner=check_owner)
 
 
 def keep_report(report: str, path: Path) -> None:
@@ -187,9 +201,10 @@ def keep_report(report: str, path: Path) -> None:
     print(f"{report.strip().splitlines()[-1]} ({path})")
 
 
-def _open_checkpoints(config, directory):
+def _open_checkpoints(config, directory, *of_a_run):
+    """Opens the checkpoints below a directory; to save any, pass what `Checkpoints` needs of a run."""
     options = config.checkpoint
-    return Checkpoints(directory / "checkpoints", options.keep, options.best_metric)
+    return Checkpoints(directory / "checkpoints", options.keep, options.best_metric, *of_a_run)
 
 
 def _check_vocabulary(config, tokenizer):

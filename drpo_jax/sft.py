@@ -31,8 +31,7 @@ def main(config: FrozenConfigDict, workdir: Path) -> None:
             "warm start; drpo_jax.train starts from one"
         )
     run = loop.Run.create(config, workdir)
-    loop.claim(run)
-    with jax.set_mesh(run.mesh):
+    with loop.claim(run) as run, jax.set_mesh(run.mesh):
         metrics = evaluate(run, loop.make_warm_start(run))
     print("held-out: " + "   ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     print(f"start RL from it with --config.data.init_from={workdir}")

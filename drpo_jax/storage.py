@@ -4,6 +4,7 @@ Object storage is a path like gs://BUCKET/RUN, which needs the package gcsfs. Su
 `etils.epath.Path`, which Orbax accepts as well. Any other path is a `pathlib.Path`.
 """
 
+import errno
 import os
 from pathlib import Path
 
@@ -47,20 +48,61 @@ def check_workdir(workdir: Path | epath.Path) -> None:
         )
 
 
+def make_workdir(workdir: Path | epath.Path) -> None:
+    """Creates the directory of a run if necessary; raises ValueError where none can be."""
+    check_workdir(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file: --workdir must be a directory or not exist yet")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
+        ) from None
+
+
 def is_remote(path: Path | epath.Path) -> bool:
     """Returns whether a path is on object storage."""
     return not isinstance(path, Path)
 
 
 def write_whole(path: Path | epath.Path, content: str | bytes) -> None:
-    """Writes a file atomically: a process that is killed here leaves the old or the new file."""
+    """Writes a file atomically and durably.
+
+    A process that is killed here, or a machine that loses power, leaves the old or the new file. Once
+    this function has returned, it is the new one.
+    """
     content = content.encode() if isinstance(content, str) else content
     if is_remote(path):  # Object storage creates an object only once it is complete.
         path.write_bytes(content)
         return
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
+    synchronize(temporary)
     os.replace(temporary, path)
+    synchronize(path.parent)
+
+
+def synchronize(path: Path) -> None:
+    """Writes a file of a disk, or the entries of a directory, through to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that caused it, says that a disk or a quota is full.
+
+    Orbax and TensorStore raise errors of other types with the text of the operating system in them.
+    """
+    texts = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    while error is not None:
+        if any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Lines:
@@ -85,6 +127,11 @@ class Lines:
             return
         self._text += lines
         write_whole(self._path, self._text)
+
+    def synchronize(self) -> None:
+        """Returns once everything that was written survives a crash of the machine."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

@@ -50,7 +50,10 @@ def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> No
     if evaluations is None:  # not the first process
         return
     before, after = evaluations
-    print("\n" + summary_table(before, after, config.evaluate.samples))
+    if missing := [str(r["step"]) for r in (before, after) if "eval/avg" not in r]:
+        print(f"\nmetrics.jsonl lacks the evaluation of step {' and of step '.join(missing)}")
+    else:
+        print("\n" + summary_table(before, after, config.evaluate.samples))
     print("\n" + text_plot(read_metrics(workdir), config.evaluate.samples))
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
 

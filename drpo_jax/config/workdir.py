@@ -1,18 +1,19 @@
 """The workdir's copy of the config: `config.json`, written and compared when a run starts."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from drpo_jax import digests
 from drpo_jax.config.checks import check_fields
 from drpo_jax.config.objective import with_hyper
 from drpo_jax.config.sections import field_table, flatten, from_dict
 from drpo_jax.errors import BadInput
-from drpo_jax.storage import check_workdir, write_whole
+from drpo_jax.storage import make_workdir, write_whole
 
 
 def to_json(config: Mapping[str, Any]) -> str:
@@ -97,35 +98,58 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
       Whether the directory was bound before.
 
     Raises:
-      BadInput: the directory holds a run with another config; lists the fields that differ.
-      ValueError: the path has a character that breaks checkpoints, see `storage.check_workdir`.
+      BadInput: the directory, or one of its checkpoints, belongs to a run with another config (lists the
+        fields that differ), or there are checkpoints without config.json.
+      ValueError: the path is not one of a workdir, see `storage.make_workdir`.
     """
-    check_workdir(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise BadInput(f"{workdir} is a file: --workdir must be a directory or not exist yet")
+    make_workdir(workdir)
     path = workdir / "config.json"
     claimed = path.exists()
-    if claimed and (differing := _differences(path, config)):
-        stretched = any(line.startswith("train.steps") for line in differing)
+    checkpoints = _checkpoints(workdir)
+    if not claimed and checkpoints:
         raise BadInput(
-            f"{workdir} holds a run with another config (its value -> this run's value):\n  "
-            + "\n  ".join(differing)
-            + "\nUse another --workdir for a new run, or the old values to resume this one."
-            + (
-                " (A learning-rate schedule spans train.steps; with "
-                "optimizer.schedule = 'constant' a run can be extended.)"
-                if stretched
-                else ""
-            )
+            f"{workdir} holds checkpoints but no config.json, so they may be those of another run: put "
+            f"its config.json back ({checkpoints[-1] / 'config.json'} is a copy), or use another "
+            "--workdir"
         )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
-        ) from None
+    copies = [checkpoint / "config.json" for checkpoint in checkpoints]
+    # A damaged copy says nothing; the restore of its checkpoint names it.
+    copies = [copy for copy in copies if digests.intact(copy.parent, copy.name)]
+    for file in [path] * claimed + copies:
+        if differing := _differences(file, config):
+            where = workdir if file == path else f"{file.parent}, a checkpoint,"
+            raise BadInput(_other_run(where, differing))
     write_whole(path, to_json(config))
     return claimed
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    """The checkpoints in a workdir, those of the warm start first, by step."""
+    found = []
+    for directory in (workdir / "sft" / "checkpoints", workdir / "checkpoints"):
+        steps = (
+            [path for path in directory.iterdir() if path.name.isdecimal()]
+            if directory.exists()
+            else []
+        )
+        found += sorted(steps, key=lambda path: int(path.name))
+    return found
+
+
+def _other_run(where: Path | str, differing: Sequence[str]) -> str:
+    """The message that a directory holds another run."""
+    stretched = any(line.startswith("train.steps") for line in differing)
+    return (
+        f"{where} holds a run with another config (its value -> this run's value):\n  "
+        + "\n  ".join(differing)
+        + "\nUse another --workdir for a new run, or the old values to resume this one."
+        + (
+            " (A learning-rate schedule spans train.steps; with "
+            "optimizer.schedule = 'constant' a run can be extended.)"
+            if stretched
+            else ""
+        )
+    )
 
 
 def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:

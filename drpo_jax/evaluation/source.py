@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import FrozenConfigDict
 
-from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import flatten, run_config
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer
@@ -20,7 +20,7 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
         checkpoint yet, or trained on problems that this config holds out.
     """
     if not (workdir / "config.json").exists():
-        if config.model.path:
+        if config.model.path and not any(saved_steps(path) for path in _directories(workdir)):
             return None
         raise BadInput(
             f"{workdir} holds no run (there is no config.json); give the --workdir of one, or "
@@ -45,7 +45,7 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
             f"{workdir} holds a run with another model or other held-out problems (the run's value -> "
             "this config's value):\n  " + "\n  ".join(differing)
         )
-    for directory in (workdir / "checkpoints", workdir / "sft" / "checkpoints"):
+    for directory in _directories(workdir):
         with Checkpoints(directory) as checkpoints:
             if checkpoints.latest_step() is not None:
                 return directory
@@ -55,6 +55,10 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
 def _place(problems: str) -> str:
     """Returns the same text for all spellings of the path of a file, and of a set's name."""
     return str(path_of(problems).absolute()) if problems else ""
+
+
+def _directories(workdir: Path) -> tuple[Path, Path]:
+    return workdir / "checkpoints", workdir / "sft" / "checkpoints"
 
 
 def load_checkpoint(run: Run, directory: Path, step: int | None) -> tuple[int, Transformer]:

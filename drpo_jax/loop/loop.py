@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from drpo_jax.checkpoint import Checkpoints, saved_steps
+from drpo_jax.checkpoint import Checkpoints, last_complete
 from drpo_jax.config import claim_workdir
 from drpo_jax.errors import bad_input
 from drpo_jax.evaluation import evaluate
 from drpo_jax.learner import TrainState
 from drpo_jax.learner.record import save_rollout
+from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.learn import make_updates, objective_inputs
 from drpo_jax.loop.rollout import Example, collect, training_reward
@@ -30,31 +31,35 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
     """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
 
     Returns:
-      The records of the evaluations before and after training; None on all processes but the first.
+      The records of the evaluations before and after training, {"step": …} for one that is missing from
+      `metrics.jsonl`; None on all processes but the first.
 
     Raises:
       BadInput: the config, the problems or the workdir do not fit together.
       TrainingStopped: updates are no longer finite, or sampler and learner disagree.
     """
-    done = max(saved_steps(workdir / "checkpoints"), default=-1)
-    if done >= config.train.steps:
-        with bad_input():
+    done = last_complete(workdir / "checkpoints")
+    if done is not None and done >= config.train.steps:
+        with bad_input(), hold(workdir):
             multihost.on_main("claim the workdir", partial(claim_workdir, workdir, config))
         if multihost.process_count() > 1:
             jax.devices()  # All processes start the backend together; process 0 plots with it.
         print(f"{workdir}: this run is complete (step {done} of {config.train.steps})")
         print(f"--config.train.steps={2 * done} would continue it to step {2 * done}")
     else:
-        run = Run.create(config, workdir)
-        claim(run)
-        print(console.introduction(run), flush=True)
-        _train(run)
+        with claim(Run.create(config, workdir)) as run:
+            print(console.introduction(run), flush=True)
+            _train(run)
         if text := console.compilations(read_metrics(workdir)):
             print(f"\n{text}")
     if not multihost.is_main():
         return None
-    evaluations = [record for record in read_metrics(workdir) if "eval/avg" in record]
-    return evaluations[0], evaluations[-1]
+    evaluations = {
+        record["step"]: record for record in read_metrics(workdir) if "eval/avg" in record
+    }
+    last = done if done is not None and done > config.train.steps else config.train.steps
+    before, after = (evaluations.get(step, {"step": step}) for step in (0, last))
+    return before, after
 
 
 def _train(run: Run) -> None:
@@ -66,13 +71,16 @@ def _train(run: Run) -> None:
         run, state, start = _start(run, checkpoints)
         record_start(run.workdir, start)
         first = start + bool(start)
-        log = stack.enter_context(MetricLogger(run.workdir, total, first, config=config))
+        with bad_input():
+            logged = checkpoints.logged(start) if start else None
+            log = MetricLogger(run.workdir, total, first, config=config, expected=logged)
+        stack.enter_context(log)
         print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()
         if start == 0:
             metrics = evaluate(run, state.model)
             log.log(0, metrics)
-            checkpoints.save(0, state, metrics)
+            checkpoints.save(0, state, metrics, log.synchronize())
         mixed = True
         for step in range(start + 1, total + 1):
             state, metrics, example = rl_step(run, state, step - 1, first=step == start + 1)
@@ -92,18 +100,18 @@ def _train(run: Run) -> None:
             if stuck:
                 guard.stop(run, skipped, step, checkpoints)
             if last or evaluated or _due(step, config.checkpoint.every):
-                checkpoints.save(step, state, metrics)
+                checkpoints.save(step, state, metrics, log.synchronize())
 
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
     """Returns the run with its KL reference, the state to continue from, and the completed steps."""
-    step = checkpoints.latest_step()
-    if step is None:
+    latest = checkpoints.restore_latest(run.programs.abstract_state)
+    if latest is None:
         print("initializing the model …", flush=True)
         state, step = run.programs.restart(initial_model(run)), 0
     else:
+        step, state = latest
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
-        state = checkpoints.restore(step, run.programs.abstract_state)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.
         run = dataclasses.replace(run, reference=initial_model(run))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drpo_jax import data
-from drpo_jax.errors import bad_input
+from drpo_jax.errors import DamagedCheckpoint, bad_input
 from drpo_jax.learner import Batch
 from drpo_jax.loop import guard
 from drpo_jax.metrics import CompileClock, MetricLogger
@@ -44,10 +44,15 @@ def existing_model(run: Run) -> Transformer | None:
         return None
     with bad_input(), run.warm_start_checkpoints() as checkpoints:
         step = checkpoints.latest_step()
-        if config.data.init_from or step == config.sft.steps:
+        if step is None or not (config.data.init_from or step == config.sft.steps):
+            return None
+        try:
             like = {"model": run.programs.abstract_sft_state.model}
             return checkpoints.restore(step, like)["model"]
-    return None
+        except DamagedCheckpoint:
+            if config.data.init_from:
+                raise
+            return None  # `make_warm_start` goes on from an older checkpoint.
 
 
 def random_model(run: Run) -> Transformer:
@@ -68,17 +73,16 @@ def make_warm_start(run: Run) -> Transformer:
     total = config.sft.steps
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(run.warm_start_checkpoints())
-        step = checkpoints.latest_step() or 0
-        state = (
-            checkpoints.restore(step, programs.abstract_sft_state)
-            if step
-            else programs.init(run.key(0, INIT))
-        )
+        latest = checkpoints.restore_latest(programs.abstract_sft_state)
+        step, state = latest or (0, programs.init(run.key(0, INIT)))
         if step == total:
             return state.model
-        log = stack.enter_context(
-            MetricLogger(run.workdir / "sft", total, first_step=step + 1, config=config)
-        )
+        with bad_input():
+            logged = checkpoints.logged(step) if step else None
+            log = MetricLogger(
+                run.workdir / "sft", total, first_step=step + 1, config=config, expected=logged
+            )
+        stack.enter_context(log)
         clock = CompileClock()
         save_every = max(total // 4, 1)
         print(f"supervised warm start: {total} updates of {config.sft.batch} demonstrations")
@@ -94,7 +98,7 @@ def make_warm_start(run: Run) -> Transformer:
             if step % max(total // 15, 1) == 0 or step in (1, total):
                 log.log(step, metrics | clock.read())
             if step % save_every == 0 or step == total:
-                checkpoints.save(step, state)
+                checkpoints.save(step, state, logged=log.synchronize())
         return state.model
 
 

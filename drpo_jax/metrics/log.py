@@ -8,17 +8,18 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from drpo_jax.config import flatten, objective_hyper
 from drpo_jax.metrics.catalogue import describe
 from drpo_jax.metrics.console import Console
-from drpo_jax.metrics.records import read_metrics, to_line
+from drpo_jax.metrics.records import missing_records, read_metrics, to_line
 from drpo_jax.metrics.shares import impossible_shares
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import Lines
@@ -38,6 +39,8 @@ class MetricLogger:
         the checkpoint that the run resumes from and are dropped, so a resumed run's file equals an
         uninterrupted one's. 0 starts afresh.
       console: whether to print a line per step.
+      expected: the steps before `first_step` that the file must hold; warns if one is missing. None: not
+        known.
       config: the run's resolved config. TensorBoard shows it, and the console leaves out the columns of
         weights that the objective cannot produce. Pass it on every process or on none.
     """
@@ -49,16 +52,21 @@ class MetricLogger:
         first_step: int = 0,
         console: bool = True,
         config: Mapping[str, Any] | None = None,
+        expected: Sequence[int] | None = None,
     ) -> None:
         without: frozenset[str] = frozenset()
         if console and config:
             without = impossible_shares(config["objective"]["name"], **objective_hyper(config))
         self._writes = multihost.is_main()
+        self._steps: list[int] = []
         if not self._writes:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(workdir) if r["step"] < first_step]
+        self._steps = [int(record["step"]) for record in kept]
+        if problem := missing_records(self._steps, expected):
+            logging.warning("%s: %s", path, problem)
         self._file = Lines(path, "".join(to_line(r) for r in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._described: set[str] = set()  # Metrics described to TensorBoard.
@@ -70,6 +78,7 @@ class MetricLogger:
         """Writes `metrics` (scalars by name) as the record of `step`; once per step, in order."""
         if not self._writes:
             return
+        self._steps.append(step)
         record = {"step": step} | {name: float(value) for name, value in metrics.items()}
         self._file.write(to_line(record))
         for name, value in record.items():
@@ -82,6 +91,12 @@ class MetricLogger:
         """Writes a text, such as a sampled response, to TensorBoard, verbatim."""
         if self._writes:
             self._board.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+
+    def synchronize(self) -> list[int]:
+        """Makes the records durable, before a checkpoint covers them; returns their steps."""
+        if self._writes:
+            self._file.synchronize()
+        return list(self._steps)
 
     def legend(self) -> str:
         """Returns the explanation of the console's columns, a line for each; "" without a console."""

@@ -6,7 +6,7 @@ A metric is a (sum, count) pair until the whole batch has been seen. It is divid
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,26 @@ def read_metrics(workdir: Path) -> list[Record]:
         metrics = {name: math.nan if v is None else v for name, v in record.items()}
         records.append({"step": step} | metrics)
     return records
+
+
+def missing_records(steps: Sequence[int], expected: Sequence[int] | None) -> str:
+    """Compares the steps of the records with those that a checkpoint says were logged.
+
+    Args:
+      steps: the steps of the records up to the checkpoint.
+      expected: those that were logged when it was saved; None: not known.
+
+    Returns:
+      A sentence about records that are missing; "" if there are none.
+    """
+    missing = sorted({*(expected or ())} - {*steps})
+    if not missing:
+        return ""
+    some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+    return (
+        f"{len(missing)} of {len(expected or ())} records are missing (steps {some}), although they "
+        "were on the disk when the last checkpoint was saved; curves and tables lack them"
+    )
 
 
 def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:

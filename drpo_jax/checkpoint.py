@@ -362,7 +362,7 @@ class Checkpoints:
                 target = next(
                     target
                     for number in range(1, 1000)
-                    if not (target := self.directory / f"damaged_{damaged}_{number}").exists()
+                    if not (target := self.directory / f"{damaged}.damaged-{number}").exists()
                 )
                 path.rename(target)
                 logging.warning(

@@ -12,6 +12,7 @@ import re
 import runpy
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -26,7 +27,7 @@ from drpo_jax.commands import COMMANDS
 from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
-from drpo_jax.storage import check_workdir, path_of
+from drpo_jax.storage import check_workdir, no_space, path_of
 
 flags.disclaim_key_flags()  # Flags defined here belong to the entry point and to its --help.
 
@@ -87,8 +88,8 @@ def run(
     """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
 
     `BadInput`, from the command line or from `main`, is printed as one message and exits with status
-    2, `TrainingStopped` with 3, Ctrl-C with 130, a closed output (`| head`) with 141. Any other
-    exception is a defect and keeps its traceback.
+    2, `TrainingStopped` and a full disk with 3, Ctrl-C with 130, a closed output (`| head`) with 141.
+    Any other exception is a defect and keeps its traceback.
 
     Args:
       main: The entry point.
@@ -123,7 +124,18 @@ def run(
                 raise
             print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
             multihost.leave(141)
+        except Exception as error:
+            if no_space(error):
+                exit_with(error, 3)
+            raise
 
+    def end_if_full(thread: threading.ExceptHookArgs) -> None:
+        # Without its thread, the TensorBoard writer would block the run as soon as its queue is full.
+        if isinstance(thread.exc_value, Exception) and no_space(thread.exc_value):
+            exit_with(thread.exc_value, 3)
+        threading.__excepthook__(thread)
+
+    threading.excepthook = end_if_full
     absl_logging.get_absl_handler().setFormatter(PlainFormatter())
     app.run(guarded, flags_parser=parse_or_exit)
 
@@ -141,6 +153,10 @@ def _output_is_closed() -> bool:
 def exit_with(error: Exception, status: int) -> NoReturn:
     """Prints the error as one message and ends the process with `status`."""
     print(f"error: {error}", file=sys.stderr)
+    if no_space(error):  # Handlers at exit would fail to write once more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     multihost.leave(status)
 
 

@@ -2,8 +2,8 @@
 
 They are written before Orbax marks the checkpoint as complete. Every process reads back the array data
 that it wrote and writes `SHA256SUMS.process_1`, …; process 0 covers everything else, these files
-included, in `SHA256SUMS`. On a disk, `sha256sum --check SHA256SUMS` inside a checkpoint repeats the check
-by hand. What is digested is also synchronized to the disk.
+included, in `SHA256SUMS`. Every file is synchronized to the disk before it is read. On a disk, the
+command `sha256sum --check SHA256SUMS` inside a checkpoint repeats the check by hand.
 
 The two files that Orbax writes at the commit itself, `_CHECKPOINT_METADATA` and `commit_success.txt`,
 have no digest. They hold no part of the state.

@@ -1,14 +1,26 @@
-"""Checkpoints: the same arrays on any mesh, the last n and the best, errors that name the leaf."""
+"""Checkpoints: the same arrays on any mesh, the last n and the best, errors that name the leaf; damage
+that is noticed, named and left aside."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from drpo_jax.checkpoint import Checkpoints, flatten
+from drpo_jax import digests
+from drpo_jax.checkpoint import Checkpoints, flatten, last_complete, saved_steps
+from drpo_jax.chunks import unread
+from drpo_jax.errors import BadInput, DamagedCheckpoint, TrainingStopped
 from drpo_jax.parallel import make_mesh
 
 
@@ -123,3 +135,218 @@ def test_a_mismatch_names_the_leaf(tmp_path):
         assert f"step 2 in {tmp_path}" in message and "model.norm" not in message
         assert "model.w_proj: expected (8, 4), the checkpoint has (8, 8)" in message
         assert "more: expected (3,), the checkpoint has nothing" in message
+
+
+# ------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with the checkpoints of steps 1 and 2, whose values differ."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(directory, config="{}\n") as checkpoints:
+        for step in (1, 2):
+            state = placed(numbered(step), fsdp=4, tensor=2)
+            checkpoints.save(step, state, {"eval/avg": 1 / step}, logged=range(step))
+    return directory
+
+
+def numbered(step):
+    return {"model": Model(), "count": jnp.int32(step)}
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def files(checkpoint):
+    return sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def resumed(directory):
+    """(step, value) of what a resumed run would start from."""
+    with Checkpoints(directory) as checkpoints:
+        step, state = checkpoints.restore_latest(placed(numbered(0), tensor=8))
+        return step, int(state["count"])
+
+
+def test_a_checkpoint_carries_config_records_and_digests(saved):
+    assert (saved / "2" / "config.json").read_text() == "{}\n"
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.logged(2) == [0, 1]
+    listed = {line.split("  ")[1] for line in (saved / "2" / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {*files(saved / "2")} - digests.COMMIT - {"SHA256SUMS"}
+    assert {"config.json", "logged.json", "default/_METADATA", "metrics/metrics"} < listed
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(saved, copy):
+    """The files of the commit itself hold no part of the state; anything else is refused by name."""
+    state, rng = placed(numbered(0), fsdp=2), np.random.default_rng(0)
+    names = files(copy / "2")
+    assert sum(name.startswith("default/ocdbt.process_0/d/") for name in names) > 2
+    for name in names:
+        flip(copy / "2" / name, int(rng.integers(10**6)))
+        try:
+            with Checkpoints(copy) as checkpoints:
+                restored = checkpoints.restore(2, abstract(state))
+            assert name in digests.COMMIT and int(restored["count"]) == 2
+        except DamagedCheckpoint as error:
+            assert f"checkpoint of step 2 in {copy} is damaged" in str(error)
+            assert name in digests.COMMIT | {"SHA256SUMS"} or f"{name} does not match" in str(error)
+        shutil.copyfile(saved / "2" / name, copy / "2" / name)
+    assert resumed(copy) == (2, 2)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+DAMAGE = {
+    "no arrays": (lambda c: remove(c / "default"), "default/.* is missing"),
+    "no digests": (lambda c: remove(c / "SHA256SUMS"), "SHA256SUMS is missing"),
+    "no config": (lambda c: remove(c / "config.json"), "config.json is missing"),
+    "an empty directory": (lambda c: [remove(p) for p in c.iterdir()], "SHA256SUMS is missing"),
+    "cut off": (lambda c: os.truncate(c / "default/_sharding", 100), "_sharding does not match"),
+    "empty digests": (lambda c: os.truncate(c / "SHA256SUMS", 0), "SHA256SUMS is damaged"),
+    "digests cut off": (lambda c: os.truncate(c / "SHA256SUMS", 200), "SHA256SUMS is damaged"),
+    "no metadata": (lambda c: remove(c / "_CHECKPOINT_METADATA"), "_CHECKPOINT_METADATA"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_last_checkpoint_is_set_aside(copy, kind, caplog):
+    damage, says = DAMAGE[kind]
+    damage(copy / "2")
+    before = {p: p.read_bytes() for p in (copy / "2").rglob("*") if p.is_file()}
+    if kind == "no metadata":  # Orbax restores the state without it.
+        assert resumed(copy) == (2, 2)
+        return
+    assert last_complete(copy) == 1
+    assert resumed(copy) == (1, 1)
+    (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert line.startswith(f"the checkpoint of step 2 in {copy} is damaged: ")
+    assert line.endswith("it is now 2.damaged-1, and the run goes on from step 1")
+    assert re.search(says, line)
+    assert saved_steps(copy) == [1]
+    aside = copy / "2.damaged-1"
+    assert {aside / p.relative_to(copy / "2"): b for p, b in before.items()} == {
+        p: p.read_bytes() for p in aside.rglob("*") if p.is_file()
+    }
+    with Checkpoints(copy) as checkpoints:  # The step is computed and saved again.
+        checkpoints.save(2, numbered(2))
+    assert resumed(copy) == (2, 2) and aside.is_dir()
+
+
+def test_an_empty_later_checkpoint_does_not_hide_the_last_one(copy, caplog):
+    (copy / "9").mkdir()
+    assert last_complete(copy) == 2 and resumed(copy) == (2, 2)
+    assert "9.damaged-1" in caplog.text
+
+
+def test_without_a_whole_checkpoint_nothing_is_started_over(copy):
+    for step in (1, 2):
+        flip(copy / str(step) / "default" / "_METADATA", 99)
+    for _ in range(2):  # The second start finds what the first one found.
+        with pytest.raises(
+            BadInput, match="no checkpoint is whole:\n.*step 2.*\n.*step 1"
+        ) as error:
+            resumed(copy)
+        assert f"delete {copy} to start over" in str(error.value)
+    assert steps(copy) == [1, 2]
+
+
+def test_unreadable_scores_do_not_end_the_run(copy):
+    (copy / "1" / "metrics" / "metrics").write_text("{")
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.best_step() == 2
+        checkpoints.restore(2, numbered(0))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored_with_a_warning(copy, caplog):
+    (copy / "2" / "SHA256SUMS").unlink()
+    path = copy / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+    assert resumed(copy) == (2, 2) and last_complete(copy) == 2
+    assert "step 2 in" in caplog.text and "no digests" in caplog.text
+    os.truncate(copy / "2" / "default" / "_METADATA", 100)
+    assert resumed(copy) == (1, 1)
+
+
+def test_nothing_is_committed_for_a_run_that_lost_its_workdir(copy):
+    def lost():
+        raise TrainingStopped("another run")
+
+    with pytest.raises(TrainingStopped, match="another run"):
+        with Checkpoints(copy, check_owner=lost) as checkpoints:
+            checkpoints.save(3, numbered(3))
+    assert resumed(copy) == (2, 2)
+
+
+def test_a_full_disk_is_one_sentence(copy, monkeypatch, caplog, capfd):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(digests, "write", full)
+    with pytest.raises(TrainingStopped) as error:
+        with Checkpoints(copy) as checkpoints:
+            checkpoints.save(3, numbered(3))
+    assert str(error.value) == (
+        f"no space left for the checkpoint of step 3 in {copy} (the last checkpoint is that of step 2): "
+        "free some space, then run the same command again"
+    )
+    assert not caplog.text and not capfd.readouterr().err
+    assert resumed(copy) == (2, 2)
+
+
+@pytest.mark.parametrize("free, present", [(10**12, [1, 2, 3]), (0, [1, 3])])
+def test_without_space_what_retention_drops_is_dropped_first(copy, monkeypatch, free, present):
+    """Step 1 is the best one, and step 3, the latest one, stays until step 4 is complete."""
+    write, seen = digests.write, []
+
+    def before_the_commit(*arguments, **keywords):
+        seen.append(saved_steps(copy))
+        write(*arguments, **keywords)
+
+    with Checkpoints(copy, keep=2) as checkpoints:
+        checkpoints.save(3, numbered(3))
+        checkpoints._wait()
+        monkeypatch.setattr(digests, "write", before_the_commit)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        checkpoints.save(4, numbered(4))
+    assert seen == [present] and steps(copy) == [1, 3, 4]
+
+
+def test_a_process_verifies_the_files_that_it_reads(tmp_path):
+    """Each chunk of 4 rows has a file of its own, and a process reads some of the rows."""
+    bits = np.random.default_rng(0).integers(2**32, size=(2, 16, 256), dtype=np.uint32)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    tree = {name: jax.device_put(value, rows) for name, value in zip("ab", bits)}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            tmp_path / "c", args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=4096)
+        )
+
+    def reads(**ranges):
+        leaves = {}
+        for name, (start, stop) in ranges.items():
+            index = {"device": (slice(start, stop), slice(None))}
+            sharding = SimpleNamespace(addressable_devices_indices_map=lambda _, index=index: index)
+            leaves[name] = SimpleNamespace(shape=(16, 256), sharding=sharding)
+        return everything - unread(tmp_path / "c", leaves)
+
+    everything = unread(tmp_path / "c", {})
+    assert len(everything) == 8 and all((tmp_path / "c" / name).is_file() for name in everything)
+    assert reads(a=(0, 16), b=(0, 16)) == everything
+    parts = [reads(**{name: (start, start + 4)}) for name in "ab" for start in range(0, 16, 4)]
+    assert [len(part) for part in parts] == [1] * 8 and set().union(*parts) == everything
+    assert reads(a=(3, 5)) == parts[0] | parts[1]
+    assert reads(a=(0, 1), b=(15, 16)) == parts[0] | parts[7]
+    assert unread(tmp_path / "c", tree) == set()

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ml_collections import ConfigDict
 
 from drpo_jax import config as C
+from drpo_jax import digests
 from drpo_jax.cli import load_config
 from drpo_jax.data import TASKS
 from drpo_jax.errors import BadInput, bad_input
@@ -246,6 +247,34 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert "train.steps" not in str(error.value) and "--workdir" in str(error.value)
     assert (workdir / "config.json").read_text() == before
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
+
+
+def checkpoint_of(directory, config, step=3):
+    """A checkpoint's copy of the config, with its digest."""
+    checkpoint = directory / str(step)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text(C.to_json(config))
+    digests.write(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "sft/checkpoints"])
+def test_a_directory_never_mixes_two_runs(tmp_path, where):
+    config, other = C.resolve(changed()), C.resolve(changed(seed=1))
+    checkpoint = checkpoint_of(tmp_path / where, config)
+    with pytest.raises(BadInput, match="checkpoints but no config.json") as error:
+        C.claim_workdir(tmp_path, config)
+    assert f"{checkpoint / 'config.json'} is a copy" in str(error.value)
+    assert not (tmp_path / "config.json").exists()
+    (tmp_path / "config.json").write_text(C.to_json(other))  # From elsewhere.
+    with pytest.raises(BadInput, match=r"3, a checkpoint, .* another config .*\n  seed: 0 -> 1"):
+        C.claim_workdir(tmp_path, other)
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    assert C.claim_workdir(tmp_path, config)
+    assert C.claim_workdir(tmp_path, C.resolve(changed(evaluate__every=3)))
+    # A damaged copy decides nothing: its checkpoint is not restored.
+    (checkpoint / "config.json").write_text(C.to_json(other))
+    assert C.claim_workdir(tmp_path, config)
 
 
 @pytest.fixture

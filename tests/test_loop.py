@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.learner import record
 from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.lock import hold
 from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import describe, read_metrics, read_starts
@@ -129,6 +131,64 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
         paths = (rollout_path(d, step) for d in (whole, tmp_path))
         a, b = (load_rollout(path) for path in paths)
         assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, caplog):
+    """The run goes on from the one before, and ends as if nothing had happened."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    (workdir / "checkpoints" / "4" / "default" / "_METADATA").write_text("{}")
+    before, after = loop.train(config(), workdir)
+    assert (before["step"], after["step"]) == (0, 4)
+    assert "step 4 in" in caplog.text and "the run goes on from step 2" in caplog.text
+    assert metrics(workdir) == metrics(whole)
+    assert arrays(workdir, 4) == arrays(whole, 4)
+
+
+def arrays(workdir, step):
+    """The bytes of a checkpoint's arrays."""
+    run = loop.Run.create(config(), workdir)
+    with run.checkpoints() as checkpoints:
+        state = checkpoints.restore(step, run.programs.abstract_state)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_a_damaged_warm_start_is_named_or_made_again(whole, tmp_path, caplog):
+    source = shutil.copytree(whole, tmp_path / "source")
+    (source / "sft" / "checkpoints" / "4" / "SHA256SUMS").unlink()
+    with pytest.raises(BadInput, match=r"step 4 in .*source/sft/checkpoints is damaged"):
+        loop.train(config(data__init_from=str(source)), tmp_path / "other")
+    assert (source / "sft" / "checkpoints" / "4").is_dir()
+    shutil.rmtree(
+        source / "checkpoints"
+    )  # Made again, from the same config, for RL from the start.
+    loop.train(config(), source)
+    assert "the run goes on from step 3" in caplog.text
+    assert metrics(source) == metrics(whole) and metrics(source / "sft") == metrics(whole / "sft")
+
+
+def test_missing_records_are_said(whole, tmp_path, caplog, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    path = workdir / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    before, after = loop.train(config(), workdir)  # It is complete.
+    assert before == {"step": 0} and after["step"] == 4 and "eval/avg" in after
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    train.main(config(), workdir)
+    assert "1 of 3 records are missing (steps 0)" in caplog.text
+    out = capsys.readouterr().out
+    assert "metrics.jsonl lacks the evaluation of step 0" in out and "held-out accuracy" not in out
+
+
+def test_a_workdir_in_use_is_refused(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with hold(workdir), pytest.raises(BadInput, match="two runs cannot share a workdir"):
+        loop.train(config(), workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    files = {path: content for path, content in files.items() if path.exists()}
+    with hold(workdir), pytest.raises(BadInput, match="two runs cannot share a workdir"):
+        loop.train(config(), workdir)
+    assert files == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
 def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -112,6 +113,36 @@ def test_a_line_is_on_disk_once_logged(tmp_path):
     }  # fmt: skip
     assert math.isnan(M.read_metrics(tmp_path)[0]["weight/w_min"])
     logger.close()
+
+
+def test_records_are_durable_before_a_checkpoint_covers_them(tmp_path, monkeypatch):
+    synchronized = []
+    monkeypatch.setattr(os, "fsync", lambda file: synchronized.append(os.fstat(file).st_ino))
+    with M.MetricLogger(tmp_path, 10, console=False) as logger:
+        logger.log(0, record(0))
+        logger.log(2, record(2))
+        del synchronized[:]
+        assert logger.synchronize() == [0, 2]
+    assert synchronized == [(tmp_path / "metrics.jsonl").stat().st_ino]
+
+
+def test_records_that_a_checkpoint_covers_are_missed(tmp_path, caplog):
+    write(tmp_path, 0, 6)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept, says in (
+        (lines, ""),
+        (lines[:2] + lines[3:], "1 of 5 records are missing (steps 2)"),
+        (None, "5 of 5 records are missing (steps 0, 1, 2, 3, 4)"),
+    ):
+        path.unlink() if kept is None else path.write_text("".join(kept))
+        caplog.clear()
+        expected = range(5)
+        with M.MetricLogger(tmp_path, 10, 5, console=False, expected=expected) as logger:
+            steps = [step for step in expected if kept and lines[step] in kept]
+            assert logger.synchronize() == steps
+        said = [r.getMessage() for r in caplog.records]
+        assert [line.startswith(f"{path}: {says}") for line in said] == [True] * bool(says)
 
 
 def test_a_damaged_file_is_named_with_its_line(tmp_path):

@@ -127,6 +127,23 @@ def test_only_the_first_process_prints_and_writes(runs):
     assert len(list((two / "tensorboard").iterdir())) == 2  # one file per start
 
 
+def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
+    """Damage in what one process wrote sets the checkpoint aside for both."""
+    workdir = shutil.copytree(runs[1], tmp_path / "run")
+    checkpoint = workdir / "checkpoints" / "2"
+    assert (checkpoint / "SHA256SUMS.process_1").exists()
+    data = max((checkpoint / "default/ocdbt.process_1/d").iterdir(), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    first, second = train(workdir, processes=2, steps=3)
+    assert f"{data.relative_to(checkpoint)} does not match its digest" in first
+    assert "it is now 2.damaged-1, and the run goes on from step 1" in first
+    assert "damaged" not in second
+    assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3]
+    assert read_metrics(workdir)[2]["reward/mean"] == read_metrics(runs[1])[2]["reward/mean"]
+
+
 def test_a_complete_run_ends_on_all_processes(runs):
     first, second = launch(runs[1], processes=2, steps=2)
     assert "this run is complete" in first and "held-out accuracy" in first

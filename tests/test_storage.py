@@ -1,6 +1,8 @@
 """Files on a disk and on object storage, which is simulated in memory."""
 
+import errno
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import claim_workdir, default_config, resolve, run_config
 from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
 from drpo_jax.metrics import MetricLogger, read_metrics
-from drpo_jax.storage import Lines, check_workdir, is_remote, path_of, write_whole
+from drpo_jax.storage import Lines, check_workdir, is_remote, no_space, path_of, write_whole
 
 
 class Bucket(MemoryFileSystem):
@@ -90,6 +92,23 @@ def test_whole_files_and_growing_ones(remote, bucket, tmp_path):
         lines.write("3\n")
         assert (directory / "lines").read_text() == "1\n2\n3\n"
     assert sorted(path.name for path in directory.iterdir()) == ["lines", "whole"]
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file"), True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+        (ValueError("UNKNOWN: writing file: [OS error 28: ENOSPC No space left on device]"), True),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), False),
+        (ValueError("28"), False),
+    ],
+)
+def test_a_full_disk_is_recognized(error, full):
+    outer = RuntimeError("saving failed")
+    assert no_space(error) == full and not no_space(outer)
+    outer.__cause__ = error
+    assert no_space(outer) == full
 
 
 def test_a_run_keeps_its_files_in_a_bucket(bucket, monkeypatch):

@@ -12,7 +12,7 @@ from drpo_jax import digests
 from drpo_jax.config.checks import check_fields
 from drpo_jax.config.objective import with_hyper
 from drpo_jax.config.sections import field_table, flatten, from_dict
-from drpo_jax.errors import BadInput
+from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.storage import make_workdir, write_whole
 
 
@@ -99,10 +99,11 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
 
     Raises:
       BadInput: the directory, or one of its checkpoints, belongs to a run with another config (lists the
-        fields that differ), or there are checkpoints without config.json.
-      ValueError: the path is not one of a workdir, see `storage.make_workdir`.
+        fields that differ), there are checkpoints without config.json, or the path cannot be a workdir
+        (`storage.make_workdir`).
     """
-    make_workdir(workdir)
+    with bad_input():
+        make_workdir(workdir)
     path = workdir / "config.json"
     claimed = path.exists()
     checkpoints = _checkpoints(workdir)

@@ -14,7 +14,7 @@ import json
 import logging as standard_logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from drpo_jax import digests
 from drpo_jax.chunks import unread
 from drpo_jax.errors import BadInput, DamagedCheckpoint, TrainingStopped
 from drpo_jax.parallel import multihost
+from drpo_jax.retention import Retention
 from drpo_jax.storage import is_remote, no_space, synchronize
 
 LOGGED = "logged.json"
@@ -54,21 +55,20 @@ class Checkpoints:
         check_owner: Callable[[], None] = lambda: None,
     ):
         self.directory = directory
-        self._keep, self._best_metric = keep, best_metric
         self._config, self._check_owner = config, check_owner
         self._saving, self._logged = 0, ""
-        self._scores = {step: _score(directory / str(step)) for step in saved_steps(directory)}
+        self._retention = Retention(directory, saved_steps(directory), keep, best_metric)
         asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
         if multihost.process_count() > 1:
             asynchronous.barrier_sync_fn = self._digest_and_wait
-        _silence_orbax()
+        logging.get_absl_logger().addFilter(_quiet)
         self._manager = ocp.CheckpointManager(
             directory if is_remote(directory) else directory.resolve(),
             item_handlers=ocp.PyTreeCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 best_fn=lambda metrics: metrics.get(best_metric, -math.inf),  # Saves the metrics.
-                preservation_policy=self,
+                preservation_policy=self._retention,
                 async_options=asynchronous,
                 lightweight_initialize=True,  # A damaged file of metrics must not end the run.
             ),
@@ -84,7 +84,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest `best_metric`; the latest one if none was evaluated."""
-        best = self._best(self.steps())
+        best = self._retention.best(self.steps())
         return self.latest_step() if best is None else best
 
     def save(
@@ -106,16 +106,16 @@ class Checkpoints:
           TrainingStopped: the disk is full, or another process owns the run; this may be noticed at the
             next save only.
         """
-        metrics = metrics or {}
-        if step and "eval/avg" in metrics and self._best_metric not in metrics:
+        metrics, best_metric = metrics or {}, self._retention.best_metric
+        if step and "eval/avg" in metrics and best_metric not in metrics:
             logging.warning(
                 "checkpoint.best_metric = %r is not a metric of step %d, so no checkpoint is kept as "
                 "the best; the metrics are %s",
-                self._best_metric,
+                best_metric,
                 step,
                 ", ".join(sorted(metrics)),
             )
-        best = float(metrics.get(self._best_metric, math.nan))
+        best = float(metrics.get(best_metric, math.nan))
         self._wait()
         leaves = flatten(state)
         try:
@@ -123,11 +123,11 @@ class Checkpoints:
             self._make_room(step, sum(leaf.nbytes for leaf in leaves.values()))
             steps = multihost.gather("logged steps", steps=np.array(logged, np.int64))[0]["steps"]
             self._saving, self._logged = step, json.dumps(steps.tolist()) + "\n"
-            self._scores[step] = best if math.isfinite(best) else -math.inf
+            self._retention.add(step, best)
             self._manager.save(
                 step,
                 args=ocp.args.PyTreeSave(leaves),
-                metrics={self._best_metric: best} if math.isfinite(best) else {},
+                metrics={best_metric: best} if math.isfinite(best) else {},
                 custom_metadata={"digests": digests.SUMS},
             )
         except Exception as error:
@@ -236,23 +236,6 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns which checkpoints are kept; Orbax calls it as its preservation policy."""
-        kept = self._kept(info.step for info in checkpoints)
-        return [info.step in kept for info in checkpoints]
-
-    def _kept(self, steps: Iterable[int]) -> set[int]:
-        """The steps to keep, out of those that have a checkpoint."""
-        steps = sorted(steps)
-        best = self._best(steps)
-        return {*steps[-self._keep :], *([] if best is None else [best])}
-
-    def _best(self, steps: Iterable[int]) -> int | None:
-        """The step with the highest score, the latest of equals; None if none has a score."""
-        scored = [(self._scores.get(step, -math.inf), step) for step in steps]
-        score, step = max(scored, default=(-math.inf, None))
-        return step if math.isfinite(score) else None
-
     def _make_room(self, step: int, needed: int) -> None:
         """Deletes what retention deletes after this save anyway, if it would not fit otherwise.
 
@@ -267,7 +250,7 @@ class Checkpoints:
         if free[0]["free"] > needed:
             return
         steps = self.steps()
-        for old in sorted({*steps[:-1]} - self._kept([*steps, step])):
+        for old in sorted({*steps[:-1]} - self._retention.kept([*steps, step])):
             self._manager.delete(old)
 
     def _seal(self) -> None:
@@ -342,11 +325,8 @@ class Checkpoints:
             return set()
         try:
             return {f"{ARRAYS}/{name}" for name in unread(directory / ARRAYS, leaves)}
-        except (
-            ValueError,
-            LookupError,
-        ):  # The index is damaged; the digest of its file will say so.
-            return set()
+        except (ValueError, LookupError, OSError):
+            return set()  # The index is damaged, and the digest of its file will say so.
 
     def _damaged(self, step: int, problem: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(
@@ -387,24 +367,9 @@ def last_complete(directory: Path) -> int | None:
     return None
 
 
-def _score(directory: Path) -> float:
-    """The value of the metric with which a checkpoint was saved; -inf without one that can be read."""
-    try:
-        metrics = json.loads((directory / "metrics" / "metrics").read_text())
-        return max((float(value) for value in metrics.values()), default=-math.inf)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return -math.inf
-
-
-def _silence_orbax() -> None:
-    """Keeps Orbax from printing the traceback of every error that it also raises."""
-
-    def quiet(record: standard_logging.LogRecord) -> bool:
-        return not (record.exc_info and "/orbax/" in record.pathname)
-
-    logger = logging.get_absl_logger()
-    if not any(getattr(known, "__name__", "") == quiet.__name__ for known in logger.filters):
-        logger.addFilter(quiet)
+def _quiet(record: standard_logging.LogRecord) -> bool:
+    """Drops the traceback that Orbax logs of every error that it also raises."""
+    return not (record.exc_info and "/orbax/" in record.pathname)
 
 
 def _first_line(error: Exception) -> str:

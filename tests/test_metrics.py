@@ -123,7 +123,7 @@ def test_records_are_durable_before_a_checkpoint_covers_them(tmp_path, monkeypat
         logger.log(2, record(2))
         del synchronized[:]
         assert logger.synchronize() == [0, 2]
-    assert synchronized == [(tmp_path / "metrics.jsonl").stat().st_ino]
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synchronized  # TensorBoard's may be, too.
 
 
 def test_records_that_a_checkpoint_covers_are_missed(tmp_path, caplog):

@@ -32,7 +32,6 @@ from drpo_jax.storage import is_remote, no_space, synchronize
 
 LOGGED = "logged.json"
 ARRAYS = "default"  # Orbax's directory of the arrays.
-TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class Checkpoints:
@@ -272,7 +271,7 @@ class Checkpoints:
 
     def _temporary(self) -> Path:
         """The directory of the save in progress; Orbax renames it at the commit on a disk only."""
-        temporary = self.directory / f"{self._saving}{TEMPORARY}"
+        temporary = self.directory / f"{self._saving}{digests.TEMPORARY}"
         return temporary if temporary.exists() else self.directory / str(self._saving)
 
     def _wait(self) -> None:

@@ -23,6 +23,7 @@ from drpo_jax.storage import is_remote, synchronize
 
 SUMS = "SHA256SUMS"
 METADATA = "_CHECKPOINT_METADATA"
+TEMPORARY = ".orbax-checkpoint-tmp"  # Suffix of a directory that Orbax renames when it is complete.
 COMMIT = frozenset({METADATA, "commit_success.txt"})
 BLOCK = 2**23  # Bytes that one thread reads at a time.
 # Threads that read and hash files; hashlib releases the interpreter lock.
@@ -41,7 +42,8 @@ def write(directory: Path, process: int = 0, processes: int = 1) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(lambda name: _digest(directory / name, durable=True), own))
     path = directory / (f"{SUMS}.process_{process}" if process else SUMS)
-    path.write_text("".join(f"{digest}  {name}\n" for digest, name in zip(digests, own)))
+    lines = [f"{digest}  {name.replace(TEMPORARY, '')}\n" for digest, name in zip(digests, own)]
+    path.write_text("".join(lines))
     if is_remote(directory):
         return
     synchronize(path)

@@ -45,7 +45,7 @@ def hold(workdir: Path) -> Iterator[Callable[[], None]]:
       A function for process 0 that raises `TrainingStopped` if the run is no longer the owner.
 
     Raises:
-      BadInput: another process owns the directory, or it is a file. All processes raise it.
+      ValueError: another process owns the directory, or it is a file. All processes raise it.
     """
     with contextlib.ExitStack() as stack:
         checks: list[Callable[[], None]] = []

@@ -27,7 +27,7 @@ from absl import logging
 
 from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.parallel import multihost
-from drpo_jax.storage import is_remote
+from drpo_jax.storage import check_workdir, is_remote
 
 LOCK = "lock"
 LEASE = 60  # Seconds after its last renewal at which a lease ends.
@@ -45,12 +45,13 @@ def hold(workdir: Path) -> Iterator[Callable[[], None]]:
       A function for process 0 that raises `TrainingStopped` if the run is no longer the owner.
 
     Raises:
-      ValueError: another process owns the directory, or it is a file. All processes raise it.
+      ValueError: another process owns the directory, or it cannot be a workdir. All processes raise it.
     """
     with contextlib.ExitStack() as stack:
         checks: list[Callable[[], None]] = []
 
         def acquire() -> None:
+            check_workdir(workdir)
             if workdir.exists() and not workdir.is_dir():
                 raise BadInput(
                     f"{workdir} is a file: --workdir must be a directory or not exist yet"

@@ -125,17 +125,20 @@ def run(
             print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
             multihost.leave(141)
         except Exception as error:
-            if no_space(error):
-                exit_with(error, 3)
+            end_if_full(error)
             raise
 
-    def end_if_full(thread: threading.ExceptHookArgs) -> None:
+    def end_if_full(error: BaseException | None) -> None:
+        if no_space(error):
+            advice = "free some space, then run the same command again"
+            exit_with(TrainingStopped(f"{error}: {advice}"), 3)
+
+    def in_thread(thread: threading.ExceptHookArgs) -> None:
         # Without its thread, the TensorBoard writer would block the run as soon as its queue is full.
-        if isinstance(thread.exc_value, Exception) and no_space(thread.exc_value):
-            exit_with(thread.exc_value, 3)
+        end_if_full(thread.exc_value)
         threading.__excepthook__(thread)
 
-    threading.excepthook = end_if_full
+    threading.excepthook = in_thread
     absl_logging.get_absl_handler().setFormatter(PlainFormatter())
     app.run(guarded, flags_parser=parse_or_exit)
 

@@ -199,6 +199,7 @@ def test_config_file_errors_name_the_line(tmp_path):
 # ----------------------------------------------------------------------- flags, errors and exits
 
 ENTRY = """
+import atexit, threading, time
 from absl import logging
 from drpo_jax import cli, errors
 def main(c, workdir):
@@ -209,6 +210,13 @@ def main(c, workdir):
     if c.seed == 4: raise KeyboardInterrupt
     while c.seed == 6: print("a line", flush=True)
     if c.seed == 5: logging.warning("%d problems are too long", 3)
+    if c.seed == 6: full()
+    if c.seed == 7:
+        threading.Thread(target=full).start()
+        time.sleep(60)
+def full():
+    atexit.register(full)  # Like that of a file that is flushed at the end.
+    raise OSError(28, "No space left on device", "metrics.jsonl")
 if __name__ == "__main__":
     cli.launch(main)
 """
@@ -232,6 +240,15 @@ def command_line(tmp_path_factory):
 
 
 FILE, DIR = "--config=configs/tiny.py", "--workdir=x"
+
+
+@pytest.mark.parametrize("where", ["6", "7"], ids=["in the run", "in a thread"])
+def test_a_full_disk_is_one_sentence(command_line, where):
+    code, _, err = command_line(FILE, DIR, f"--config.seed={where}")
+    assert code == 3 and err == (
+        "error: [Errno 28] No space left on device: 'metrics.jsonl': free some space, then run the same "
+        "command again\n"
+    )
 
 
 @pytest.mark.slow

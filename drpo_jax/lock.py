@@ -27,7 +27,7 @@ from absl import logging
 
 from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.parallel import multihost
-from drpo_jax.storage import check_workdir, is_remote
+from drpo_jax.storage import is_remote, make_workdir
 
 LOCK = "lock"
 LEASE = 60  # Seconds after its last renewal at which a lease ends.
@@ -51,12 +51,7 @@ def hold(workdir: Path) -> Iterator[Callable[[], None]]:
         checks: list[Callable[[], None]] = []
 
         def acquire() -> None:
-            check_workdir(workdir)
-            if workdir.exists() and not workdir.is_dir():
-                raise BadInput(
-                    f"{workdir} is a file: --workdir must be a directory or not exist yet"
-                )
-            workdir.mkdir(parents=True, exist_ok=True)
+            make_workdir(workdir)
             way = lease(Bucket(workdir / LOCK)) if is_remote(workdir) else flock(workdir / LOCK)
             checks.append(stack.enter_context(way))
 

@@ -5,6 +5,7 @@ Both print invalid input as one line, `error: …`, and exit with status 2. A ru
 says why and exits with status 3.
 """
 
+import contextlib
 import difflib
 import logging
 import os
@@ -157,8 +158,8 @@ def exit_with(error: Exception, status: int) -> NoReturn:
     """Prints the error as one message and ends the process with `status`."""
     print(f"error: {error}", file=sys.stderr)
     if no_space(error):  # Handlers at exit would fail to write once more.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # Output may go to the same disk.
+            sys.stdout.flush()
         os._exit(status)
     multihost.leave(status)
 

@@ -136,7 +136,7 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    first, second = train(workdir, processes=2, steps=3)
+    first, second = launch(workdir, processes=2, steps=3)
     assert f"{data.relative_to(checkpoint)} does not match its digest" in first
     assert "it is now 2.damaged-1, and the run goes on from step 1" in first
     assert "damaged" not in second

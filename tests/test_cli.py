@@ -210,8 +210,8 @@ def main(c, workdir):
     if c.seed == 4: raise KeyboardInterrupt
     while c.seed == 6: print("a line", flush=True)
     if c.seed == 5: logging.warning("%d problems are too long", 3)
-    if c.seed == 6: full()
-    if c.seed == 7:
+    if c.seed == 7: full()
+    if c.seed == 8:
         threading.Thread(target=full).start()
         time.sleep(60)
 def full():
@@ -242,7 +242,7 @@ def command_line(tmp_path_factory):
 FILE, DIR = "--config=configs/tiny.py", "--workdir=x"
 
 
-@pytest.mark.parametrize("where", ["6", "7"], ids=["in the run", "in a thread"])
+@pytest.mark.parametrize("where", ["7", "8"], ids=["in the run", "in a thread"])
 def test_a_full_disk_is_one_sentence(command_line, where):
     code, _, err = command_line(FILE, DIR, f"--config.seed={where}")
     assert code == 3 and err == (

@@ -126,22 +126,28 @@ def run(
             print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
             multihost.leave(141)
         except Exception as error:
-            end_if_full(error)
+            _end_if_full(error)
             raise
 
-    def end_if_full(error: BaseException | None) -> None:
-        if no_space(error):
-            advice = "free some space, then run the same command again"
-            exit_with(TrainingStopped(f"{error}: {advice}"), 3)
-
-    def in_thread(thread: threading.ExceptHookArgs) -> None:
-        # Without its thread, the TensorBoard writer would block the run as soon as its queue is full.
-        end_if_full(thread.exc_value)
-        threading.__excepthook__(thread)
-
-    threading.excepthook = in_thread
+    threading.excepthook = _thread_failed
     absl_logging.get_absl_handler().setFormatter(PlainFormatter())
     app.run(guarded, flags_parser=parse_or_exit)
+
+
+def _end_if_full(error: BaseException | None) -> None:
+    """Ends the process with one message if `error` says that a disk is full."""
+    if no_space(error):
+        advice = "free some space, then run the same command again"
+        exit_with(TrainingStopped(f"{error}: {advice}"), 3)
+
+
+def _thread_failed(thread: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread; a full disk ends the process.
+
+    Without its thread, the TensorBoard writer would block the run as soon as its queue is full.
+    """
+    _end_if_full(thread.exc_value)
+    threading.__excepthook__(thread)
 
 
 def _output_is_closed() -> bool:

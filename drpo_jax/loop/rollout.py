@@ -94,7 +94,7 @@ def collect(
       timer: measures the phases sync, sample and reward.
 
     Returns:
-      The rollout, and metrics of the weight sync and the sampler.
+      The rollout, and metrics of the weight sync, the sampler and the verifier.
     """
     config, sampler = run.config, run.programs.sampler
     assert run.train_problems is not None  # None only in an evaluation
@@ -110,8 +110,8 @@ def collect(
         counts = sampler.read_statistics()
         responses = Rollouts.concatenate([group.rollouts for group in groups])
     with timer("reward"):
-        reward, added = _verify(run, groups, responses.response_lengths)
-    metrics = {
+        reward, added, metrics = _verify(run, groups, responses.response_lengths)
+    metrics |= {
         "sync/gigabytes": synced_bytes / 1e9,
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
@@ -128,18 +128,27 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
       lengths: int32 [N], tokens of each response.
 
     Returns:
-      float32 [N] verdicts, and float32 [N] what is added to them.
+      float32 [N] verdicts, float32 [N] what is added to them, and the metrics of the verifier.
     """
-    verdicts = [group.rewards.result() for group in groups if group.rewards is not None]
+    pending = [group.rewards for group in groups if group.rewards is not None]
+    verdicts = [verdict for rewards in pending for verdict in rewards.verdicts()]
     texts = [text for group in groups for text in group.texts]
     own_lengths = multihost.share(lengths.reshape(-1, run.config.train.samples)).reshape(-1)
     parts = multihost.gather(
         "rewards",
-        reward=np.concatenate([np.zeros(0, np.float32), *verdicts]),
+        reward=np.array([verdict.value for verdict in verdicts], np.float32),
+        limited=np.array([verdict.limited for verdict in verdicts], np.float32),
+        lost=np.array([verdict.lost for verdict in verdicts], np.float32),
+        retries=np.array([verdict.retries for verdict in verdicts], np.int32),
         added=shaping(run.config, texts, own_lengths),
     )
-    reward, added = (np.concatenate([part[name] for part in parts]) for name in ("reward", "added"))
-    return reward, added
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    metrics = {
+        "reward/limited": arrays["limited"].mean(),
+        "reward/lost": arrays["lost"].mean(),
+        "reward/retries": arrays["retries"].sum(),
+    }
+    return arrays["reward"], arrays["added"], metrics
 
 
 def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:

@@ -275,6 +275,19 @@ SECTIONS: tuple[Section, ...] = (
                 "mean of format reward and overlong penalty (config section `reward`)",
             ),
             Metric(
+                "reward/limited", "Verifications at a limit",
+                "responses whose verification exceeded its CPU time or memory, which counts as 0", "%",
+            ),
+            Metric(
+                "reward/lost", "Lost verifications",
+                "responses whose verification hung or ended its process every time, which counts as 0",
+                "%",
+            ),
+            Metric(
+                "reward/retries", "Retried verifications",
+                "verifications repeated in another process after one hung or was killed", reduce="sum",
+            ),
+            Metric(
                 "reward/kl_penalty", "KL penalty of the reward",
                 "mean over responses of β times the k1 estimate", "nats",
             ),

@@ -35,6 +35,7 @@ from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
 from drpo_jax.rewards.table import REWARDS, Reward, get_reward, reward_of_task, submit
+from drpo_jax.rewards.verdict import Verdict
 from drpo_jax.rewards.votes import merge_votes
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Pending",
     "Pool",
     "Reward",
+    "Verdict",
     "after_hash",
     "arithmetic_reward",
     "countdown_reward",

@@ -9,7 +9,9 @@ Limits of one call:
 
 A call that exceeds its CPU time or memory is killed by the kernel, together with the process it
 runs in, and counts as 0.0. A call that reaches the wall-time limit, or whose process ends for any
-other reason, is retried once in a new process before it counts as 0.0.
+other reason, is retried in a new process. If that does not help, the call is lost and counts as 0.0.
+Verdicts say which calls were limited, retried and lost. A pool that loses more than a few calls
+raises an error instead, because its rewards are no longer those of the responses.
 
 The trainer's side is here: a `Pool` has one thread per worker process, and every thread feeds calls
 from a shared queue to its worker. `worker` describes the worker's side and the protocol between the
@@ -27,10 +29,14 @@ from typing import Any
 
 import numpy as np
 
+from drpo_jax.errors import TrainingStopped
+from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt
 from drpo_jax.rewards.worker import Worker
 
 CPU_SECONDS = 1.0
 WALL_SECONDS = 60.0
+ATTEMPTS = 3  # Attempts to make a call; at most 2 of them may reach the wall-time limit.
+MAX_LOST, MAX_LOST_SHARE = 8, 0.01  # A pool that exceeds both stops.
 MAX_WORKERS = 8  # Default number of workers on machines with more cores.
 CACHE_CHARACTERS = 10_000_000  # Characters in the arguments of all cached calls.
 
@@ -45,7 +51,7 @@ class Pool:
     Args:
       function: (*texts) -> float, at the top level of an importable module that does not import
         JAX. `result` raises RuntimeError if the function raises anything but MemoryError and
-        RecursionError, which count as 0.0.
+        RecursionError, which count as exceeded limits, or if it returns what is not a reward.
       warm: calls that every worker makes once, without limits, before the first real call.
       workers: number of processes. None: one per core available to this process, at most
         `MAX_WORKERS`.
@@ -81,6 +87,7 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._processes: set[Worker] = set()
         self._closed = False
+        self._calls = self._lost = 0
 
     def submit(self, calls: Iterable[Sequence[str]]) -> "Pending":
         """Starts calls, each a sequence of arguments, and returns without waiting for them.
@@ -139,32 +146,54 @@ class Pool:
         while (task := self._tasks.get()) is not None:
             future, call = task
             try:
-                for _ in range(2):
+                for attempt in range(ATTEMPTS):
                     process = process or self._start()
-                    value, alive = process.run(call, self.wall_seconds)
-                    if not alive:
+                    kind, value = process.run(call, self.wall_seconds)
+                    if kind in ("hung", "broken"):
                         self._end(process)
                         process = None
-                    if value is not None:
+                    if kind in ("value", "limited") or (kind == "hung" and attempt):
                         break
-                future.set_result(value or 0.0)
+                lost = kind not in ("value", "limited")
+                self._count(lost, call)
+                future.set_result(Verdict(value, kind == "limited", lost, attempt))
             except Exception as error:  # The caller waits for this future, so it gets every error.
                 future.set_exception(error)
         if process:
             self._end(process)
 
-    def _start(self) -> Worker:
+    def _count(self, lost: bool, call: tuple) -> None:
+        """Counts a call.
+
+        Raises:
+          TrainingStopped: too many calls are lost.
+        """
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the pool was closed before this call was made")
-            process = Worker(self.function, self.warm, self.cpu_seconds, self.wall_seconds)
-            self._processes.add(process)
-        try:
-            process.wait_until_ready()
-        except RuntimeError:
+            self._calls += 1
+            self._lost += lost
+            calls, total = self._calls, self._lost
+        if lost and total > MAX_LOST and total > MAX_LOST_SHARE * calls:
+            raise TrainingStopped(
+                f"{total} of {calls} calls of {self.function.__name__} have no result: each attempt "
+                f"reached the limit of {self.wall_seconds:g} s or ended its process. The last one was "
+                f"for {excerpt(call)}"
+            )
+
+    def _start(self) -> Worker:
+        for _ in range(ATTEMPTS):
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the pool was closed before this call was made")
+                process = Worker(self.function, self.warm, self.cpu_seconds, self.wall_seconds)
+                self._processes.add(process)
+            try:
+                if not (problem := process.wait_until_ready()):
+                    return process
+            except RuntimeError:
+                self._end(process)
+                raise
             self._end(process)
-            raise
-        return process
+        raise RuntimeError(f"a worker process for {process.name} did not start: it {problem}")
 
     def _end(self, process: Worker) -> None:
         process.end()
@@ -176,24 +205,32 @@ class Pending:
     """Results of a batch that may still be in flight.
 
     Args:
-      values: N floats, or futures of floats.
+      values: N verdicts, or futures of verdicts.
     """
 
-    def __init__(self, values: Sequence[float | Future]):
+    def __init__(self, values: Sequence[Verdict | Future]):
         self.values = values
 
     def done(self) -> bool:
         """Returns whether `result` would return without waiting."""
         return all(value.done() for value in self.values if isinstance(value, Future))
 
-    def result(self) -> np.ndarray:
-        """Waits for the calls and returns their results in order, float32 [N].
+    def verdicts(self) -> list[Verdict]:
+        """Waits for the calls and returns their N verdicts in order.
 
         Raises:
-          RuntimeError: a call raised an error (the message has its traceback), or no worker starts.
+          RuntimeError: a call raised an error or returned what is not a reward (the message has its
+            traceback), or no worker starts.
+          TrainingStopped: too many calls are lost.
         """
-        values = [v.result() if isinstance(v, Future) else v for v in self.values]
-        return np.array(values, np.float32)
+        return [value.result() if isinstance(value, Future) else value for value in self.values]
+
+    def result(self) -> np.ndarray:
+        """Waits for the calls and returns their values in order, float32 [N].
+
+        Raises: as `verdicts`.
+        """
+        return np.array([verdict.value for verdict in self.verdicts()], np.float32)
 
 
 class Isolated:
@@ -230,7 +267,9 @@ class Isolated:
         values = [self.quick(*three) for three in texts]
         calls = [value for value in values if isinstance(value, tuple)]
         futures = iter(self.pool.submit(calls).values)
-        return Pending([next(futures) if isinstance(v, tuple) else v for v in values])
+        return Pending(
+            [next(futures) if isinstance(v, tuple) else Verdict(as_reward(v)) for v in values]
+        )
 
     def __call__(self, prompt: str, response: str, answer: str) -> float:
         return float(self.submit([prompt], [response], [answer]).result()[0])

@@ -14,6 +14,7 @@ from drpo_jax.rewards.arithmetic import (
 from drpo_jax.rewards.extraction import EXTRACTORS
 from drpo_jax.rewards.math import EQUAL, VERIFIERS, is_answer, vote
 from drpo_jax.rewards.pool import Isolated, Pending
+from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt
 
 Function = Callable[[str, str, str], float]
 
@@ -137,7 +138,8 @@ def submit(
       responses.
 
     Raises:
-      RuntimeError: a plain function raised an error; names the function and the response.
+      RuntimeError: a plain function raised an error or returned what is not a reward; names the
+        function, the problem and the response.
     """
     function = reward.function if isinstance(reward, Reward) else reward
     if isinstance(function, Isolated):
@@ -145,8 +147,10 @@ def submit(
     values = []
     for texts in zip(prompts, responses, answers, strict=True):
         try:
-            values.append(function(*texts))
-        except Exception as error:
+            values.append(Verdict(as_reward(function(*texts))))
+        except (Exception, SystemExit) as error:
             name = getattr(function, "__name__", function)
-            raise RuntimeError(f"the reward {name} failed on the response {texts[1]!r}") from error
+            raise RuntimeError(
+                f"the reward {name} failed for prompt, response and answer {excerpt(texts)}: {error}"
+            ) from error
     return Pending(values)

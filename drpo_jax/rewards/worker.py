@@ -12,10 +12,16 @@ Three processes take part:
 The protocol, in order:
 
     trainer -> worker   (function, warm, cpu_seconds, wall_seconds)
-    worker -> trainer   ("ready", None), or ("failed", traceback) and the worker exits
-    trainer -> child    the arguments of a call, a tuple
-    child -> trainer    ("value", float) or ("raised", traceback)
-    worker -> trainer   ("ended", exit status), in place of the child's answer, if the child died
+    worker -> trainer   ["ready", 0, null], or ["failed", 0, traceback] and the worker exits
+    trainer -> child    (number of the call, its arguments)
+    child -> trainer    ["value", number, float] or ["raised", number, traceback]
+    worker -> trainer   ["ended", number, exit status], in place of the child's answer, if the child
+                        died; the number is 0 if it died between calls
+
+Calls are numbered from 1. A message that does not carry the number of the call in flight means that
+trainer and worker disagree about which call is which, for instance because an idle child was killed
+from outside. The trainer then replaces the worker. What workers send is JSON, which the trainer
+reads without executing anything.
 
 A worker exits when the trainer does, for whatever reason: it sees its socket close.
 """
@@ -23,6 +29,7 @@ A worker exits when the trainer does, for whatever reason: it sees its socket cl
 import contextlib
 import gc
 import json
+import mmap
 import multiprocessing.connection
 import os
 import resource
@@ -31,6 +38,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from drpo_jax.rewards.verdict import as_reward, excerpt
 
 START_SECONDS = 120.0  # Limit on importing the function and warming it up.
 MEMORY = 1 << 30  # Bytes that a call may allocate beyond those of the child at its start.
@@ -39,7 +49,8 @@ _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from drpo_jax.rewards.worker import serve; serve(int(sys.argv[2]))"
 )
-_OUT_OF_MEMORY = 99  # Exit status of a child.
+MAX_MESSAGE = 1 << 16  # Bytes of a message from a worker.
+_OUT_OF_MEMORY, _CLOSED = 99, 98  # Exit statuses of a child.
 
 
 # ------------------------------------------------------------------------- in the trainer's process
@@ -73,52 +84,74 @@ class Worker:
             env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
         )
         far_end.close()
+        self.calls = 0
         self.name = f"{function.__module__}.{function.__qualname__}"
         with contextlib.suppress(OSError):  # wait_until_ready reports a worker that has ended
             self.connection.send((function, warm, cpu_seconds, wall_seconds))
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> str:
         """Waits for the function to be imported and warm.
+
+        Returns:
+          "" if the worker is ready; how it ended, if it was killed meanwhile.
 
         Raises:
           RuntimeError: the start failed, or took longer than `START_SECONDS`.
         """
-        kind, problem = self._receive(START_SECONDS)
-        if kind != "ready":
-            self.kill()
-            problem = problem or f"it {kind} (exit status {self.process.wait()})"
-            raise RuntimeError(f"a worker process for {self.name} did not start: {problem}")
+        kind, _, problem = self._receive(START_SECONDS)
+        if kind == "ready":
+            return ""
+        self.kill()
+        if kind in ("failed", "hung"):
+            raise RuntimeError(
+                f"a worker process for {self.name} did not start: {problem or 'it hung'}"
+            )
+        return f"{kind} (exit status {self.process.wait()})"
 
-    def run(self, call: tuple, wall_seconds: float) -> tuple[float | None, bool]:
+    def run(self, call: tuple, wall_seconds: float) -> tuple[str, float]:
         """Makes one call.
 
         Returns:
-          The value (0.0 beyond a limit; None if the process ended or hung for another reason), and
-          whether the worker can be used again.
+          What happened, and the value:
+
+          - "value": the function returned the value.
+          - "limited": the call exceeded its CPU time or memory; the value is 0.0.
+          - "died": the call ended its process in another way. The worker can be used again.
+          - "hung": the call reached the wall-time limit. The worker must be replaced.
+          - "broken": the worker has ended, or its answer is not one to this call. It must be
+            replaced, and the call may never have been made.
 
         Raises:
-          RuntimeError: the function raised an error; the message has its traceback.
+          RuntimeError: the function raised an error, or returned what is not a reward; the message
+            has its traceback.
         """
+        self.calls += 1
         try:
-            self.connection.send(call)
+            self.connection.send((self.calls, call))
         except OSError:
-            return None, False
-        kind, value = self._receive(wall_seconds)
+            return "broken", 0.0
+        kind, number, value = self._receive(wall_seconds)
+        if kind == "hung":
+            return "hung", 0.0
+        if number != self.calls:
+            return "broken", 0.0
         if kind == "raised":
-            raise RuntimeError(f"{self.name} raised an error in its worker process:\n{value}")
+            raise RuntimeError(
+                f"{self.name} raised an error in its worker process for {excerpt(call)}:\n{value}"
+            )
         if kind == "ended":  # The child ended; the worker has forked another one.
-            beyond_limit = value in (-signal.SIGPROF, _OUT_OF_MEMORY)
-            return (0.0 if beyond_limit else None), True
-        return value, kind == "value"
+            return "limited" if value in (-signal.SIGPROF, _OUT_OF_MEMORY) else "died", 0.0
+        return kind, float(value)
 
-    def _receive(self, seconds):
-        """Returns the next message, or ("hung", None) or ("ended without a message", None)."""
+    def _receive(self, seconds: float) -> tuple[str, int, Any]:
+        """Returns the next message, or one of the kinds "hung" and "ended without a message"."""
         try:
-            if self.connection.poll(seconds):
-                return self.connection.recv()
-            return "hung", None
-        except (EOFError, OSError):
-            return "ended without a message", None
+            if not self.connection.poll(seconds):
+                return "hung", -1, None
+            kind, number, value = json.loads(self.connection.recv_bytes(MAX_MESSAGE))
+            return kind, number, value
+        except (EOFError, OSError, ValueError):
+            return "ended without a message", -1, None
 
     def kill(self) -> None:
         """Kills the worker and its child."""
@@ -149,23 +182,35 @@ def serve(fd: int) -> None:
     except EOFError:
         return
     except BaseException:
-        connection.send(("failed", traceback.format_exc()))
+        _send(connection, "failed", 0, traceback.format_exc())
         return
-    connection.send(("ready", None))
+    _send(connection, "ready", 0)
+    current = mmap.mmap(-1, 8)  # The number of the call that the child makes; 0 between calls.
     gc.freeze()  # without it, the first garbage collection of a child copies every page
     with contextlib.suppress(OSError):  # the trainer has ended
         while True:
+            _set(current, 0)
             child = os.fork()
             if child == 0:
-                _serve_calls(connection, function, cpu_seconds, wall_seconds)
-                os._exit(0)
+                _serve_calls(connection, function, current, cpu_seconds, wall_seconds)
+                os._exit(_CLOSED)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if status == 0:
+            if status == _CLOSED:
                 return
-            connection.send(("ended", status))
+            _send(connection, "ended", int.from_bytes(current[:], "little"), status)
 
 
-def _serve_calls(connection, function, cpu_seconds, wall_seconds):
+def _send(connection, kind, number, value=None):
+    if isinstance(value, str):
+        value = value[-MAX_MESSAGE // 16 :]  # Escaping may lengthen a character to 12 bytes.
+    connection.send_bytes(json.dumps([kind, number, value]).encode())
+
+
+def _set(current, number):
+    current[:] = number.to_bytes(8, "little")
+
+
+def _serve_calls(connection, function, current, cpu_seconds, wall_seconds):
     """The main function of a child: makes calls until the socket is closed.
 
     The signals of the two timers have their default action, which ends the process even inside C
@@ -180,23 +225,25 @@ def _serve_calls(connection, function, cpu_seconds, wall_seconds):
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     while True:
         try:
-            call = connection.recv()
+            number, call = connection.recv()
         except (EOFError, OSError):
             return
+        _set(current, number)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         # A second limit of wall time, in case the trainer that enforces the first one is gone.
         signal.setitimer(signal.ITIMER_REAL, 2 * wall_seconds)
         try:
-            answer = "value", float(function(*call))
+            answer = "value", number, as_reward(function(*call))
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         except RecursionError:
-            answer = "value", 0.0
+            answer = "limited", number, 0.0
         except BaseException:
-            answer = "raised", traceback.format_exc()
+            answer = "raised", number, traceback.format_exc()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            connection.send(answer)
+            _send(connection, *answer)
         except OSError:
             return
+        _set(current, 0)

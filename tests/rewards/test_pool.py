@@ -1,16 +1,21 @@
 """Worker processes: order of results, limits, replacement of dead workers, and a clean end."""
 
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from drpo_jax.rewards import REWARDS, Isolated, Reward, submit
+import drpo_jax.rewards.pool
+from drpo_jax.errors import TrainingStopped
+from drpo_jax.rewards import REWARDS, Isolated, Reward, Verdict, submit
 from drpo_jax.rewards.pool import Pool
 
 CPU_SECONDS, WALL_SECONDS = 0.4, 1.5
@@ -45,6 +50,12 @@ def act(what, argument):
             open(argument, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
+    if what == "text":
+        return argument
+    if what == "nothing":
+        return None
+    if what == "leave":
+        sys.exit(0)
     if what == "kill":
         os.kill(os.getpid(), int(argument))
     if what == "exit":
@@ -115,7 +126,10 @@ def test_workers_are_clean_interpreters(pool, module, loaded):
 )
 def test_limits_of_time_and_memory(pool, call):
     start = time.monotonic()
-    assert pool.submit([call, ("number", "3")]).result().tolist() == [0, 3]
+    assert pool.submit([call, ("number", "3")]).verdicts() == [
+        Verdict(0.0, limited=True),
+        Verdict(3.0),
+    ]
     assert time.monotonic() - start < 20
 
 
@@ -127,7 +141,8 @@ def test_limit_is_cpu_time(pool):
 def test_a_stuck_worker_is_killed_and_replaced(pool):
     before = {process.process.pid for process in pool._processes}
     start = time.monotonic()
-    assert pool.submit([("sleep", "1000")]).result() == [0.0]
+    (verdict,) = pool.submit([("sleep", "1000")]).verdicts()
+    assert verdict == Verdict(0.0, lost=True, retries=1)
     assert WALL_SECONDS <= time.monotonic() - start < 30  # both attempts
     after = {process.process.pid for process in pool._processes}
     assert len(before - after) == 1 and wait_until_gone(before - after)
@@ -136,11 +151,66 @@ def test_a_stuck_worker_is_killed_and_replaced(pool):
 
 @pytest.mark.parametrize("call", [("kill", "11"), ("kill", "9"), ("exit", "0"), ("exit", "3")])
 def test_a_worker_that_dies_is_replaced(pool, call):
-    assert pool.submit([call, ("number", "7")]).result().tolist() == [0, 7]
+    lost, right = pool.submit([call, ("number", "7")]).verdicts()
+    assert lost == Verdict(0.0, lost=True, retries=2) and right == Verdict(7.0)
 
 
 def test_a_worker_killed_from_outside_changes_no_result(pool, tmp_path):
-    assert pool.submit([("once", str(tmp_path / "seen"))]).result() == [1.0]
+    (verdict,) = pool.submit([("once", str(tmp_path / "seen"))]).verdicts()
+    assert verdict == Verdict(1.0, retries=1)
+
+
+def test_a_child_killed_between_calls_changes_no_result(act):
+    """The message about its end must not be read as the answer to the next call."""
+    with Pool(act, workers=1) as pool:
+        for round in range(3):
+            child = int(pool.submit([("pid", str(round))]).result()[0])
+            os.kill(child, signal.SIGKILL)
+            assert wait_until_gone([child])
+            numbers = [str(100 * round + n) for n in range(40)]
+            verdicts = pool.submit([("number", n) for n in numbers]).verdicts()
+            assert [verdict.value for verdict in verdicts] == [float(n) for n in numbers]
+            assert not any(verdict.lost for verdict in verdicts)
+
+
+def test_children_killed_at_random_change_no_result(act):
+    """Kills children and whole workers while 2,000 calls are made."""
+    rng, stop = random.Random(0), threading.Event()
+    with Pool(act, workers=2) as pool:
+        pool.submit([("number", "-1")]).result()
+
+        def kill():
+            while not stop.wait(rng.uniform(0.001, 0.1)):
+                for process in list(pool._processes):
+                    try:
+                        if rng.random() < 0.1:
+                            os.killpg(process.process.pid, signal.SIGKILL)
+                        else:
+                            path = (
+                                f"/proc/{process.process.pid}/task/{process.process.pid}/children"
+                            )
+                            with open(path) as children:
+                                os.kill(int(rng.choice(children.read().split())), signal.SIGKILL)
+                    except (OSError, IndexError):
+                        pass
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            verdicts = pool.submit([("number", str(n)) for n in range(2000)]).verdicts()
+        finally:
+            stop.set()
+            killer.join()
+    assert [v.value for n, v in enumerate(verdicts) if not v.lost and v.value != n] == []
+    assert sum(verdict.retries for verdict in verdicts) > 0
+
+
+def test_a_pool_that_loses_calls_stops(act, monkeypatch):
+    monkeypatch.setattr(drpo_jax.rewards.pool, "MAX_LOST", 2)
+    with Pool(act, workers=1, wall_seconds=0.2) as pool:
+        pending = pool.submit([("sleep", str(n)) for n in range(60, 90)])
+        with pytest.raises(TrainingStopped, match=r"3 of 3 calls of act.*0.2 s.*'sleep', '62'"):
+            pending.result()
 
 
 def test_a_stopped_worker_changes_no_result(act):
@@ -160,9 +230,42 @@ def test_a_limit_leaves_the_warm_process(pool):
 
 
 def test_the_caller_gets_the_error_of_the_function(pool):
-    with pytest.raises(RuntimeError, match=r"(?s)act raised an error.*ValueError: cannot fly"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)act raised an error.*'fly'.*ValueError: cannot fly"
+    ):
         pool.submit([("number", "1"), ("fly", "")]).result()
+    with pytest.raises(RuntimeError, match="SystemExit: 0"):
+        pool.submit([("leave", "")]).result()
     assert pool.submit([("number", "2")]).result() == [2]
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(None, "None"), ("1", "'1'"), (math.nan, "nan"), (-math.inf, "-inf"), (1e38, r"1e\+38")]
+    + [([1.0], r"\[1.0\]"), (np.ones(1), r"array\(\[1.\]\)"), (1j, "1j")],
+)
+def test_a_reward_is_a_finite_number(value, shown):
+    with pytest.raises(RuntimeError, match=f"(?s)<lambda>.*'q', 'r', 'a'.*returned {shown}"):
+        submit(lambda prompt, response, answer: value, ["q"], ["r"], ["a"])
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.bool_(True), np.float16(2), np.array(3), -1e9])
+def test_numbers_that_are_rewards(value):
+    result = submit(lambda *texts: value, ["q"], ["r"], ["a"]).result()
+    assert result.dtype == np.float32 and result == [np.float32(value)]
+
+
+def test_a_reward_that_ends_the_process_is_an_error():
+    with pytest.raises(RuntimeError, match="'r'"):
+        submit(lambda *texts: sys.exit(0), ["q"], ["r"], ["a"])
+
+
+@pytest.mark.parametrize(
+    "call", [("nothing", ""), ("text", "1"), ("number", "nan"), ("number", "1e38")]
+)
+def test_a_reward_in_a_worker_is_a_finite_number(pool, call):
+    with pytest.raises(RuntimeError, match=rf"(?s)'{call[0]}'.*must be a finite number"):
+        pool.submit([call]).result()
 
 
 def test_any_text_arrives(pool):
@@ -190,7 +293,7 @@ def test_closing(act):
     running = pool.submit(
         [("pid", ""), ("parent", ""), *[("sleep", str(n)) for n in range(60, 90)]]
     )
-    pids = [int(running.values[i].result()) for i in range(2)]
+    pids = [int(running.values[i].result().value) for i in range(2)]
     pool.close()
     with pytest.raises(RuntimeError, match="closed before this call"):
         running.result()

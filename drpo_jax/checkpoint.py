@@ -10,6 +10,7 @@ then (`logged.json`), and the digests of its files (`drpo_jax.digests`), which e
 """
 
 import contextlib
+import itertools
 import json
 import logging as standard_logging
 import math
@@ -27,8 +28,8 @@ from drpo_jax import digests
 from drpo_jax.chunks import unread
 from drpo_jax.errors import BadInput, DamagedCheckpoint, TrainingStopped
 from drpo_jax.parallel import multihost
-from drpo_jax.retention import Retention
-from drpo_jax.storage import is_remote, no_space, synchronize
+from drpo_jax.retention import SCORE, Retention
+from drpo_jax.storage import is_remote, no_space, synchronize, write_whole
 
 LOGGED = "logged.json"
 ARRAYS = "default"  # Orbax's directory of the arrays.
@@ -39,7 +40,7 @@ class Checkpoints:
 
     Args:
       directory: where the checkpoints are; the first save creates it.
-      keep: number of latest checkpoints that are kept, besides the best one.
+      keep: number of latest checkpoints that are kept, besides the best one; 1 counts as 2.
       best_metric: name of a metric; the checkpoint with its highest value is the best one.
       config: the run's config as JSON, of which every checkpoint gets a copy; "": none.
       check_owner: called before every commit; raises if another process owns the run.
@@ -200,8 +201,12 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 problems[step] = error
                 continue
-            if problems:
-                self._set_aside(problems, step)
+            for damaged, problem in problems.items():
+                name = self.set_aside(damaged, "damaged")
+                if multihost.is_main():
+                    logging.warning(
+                        "%s; it is now %s, and the run goes on from step %d", problem, name, step
+                    )
             return step, state
         if problems:
             raise BadInput(
@@ -210,6 +215,34 @@ class Checkpoints:
                 + f"\nRestore the files from a copy, or delete {self.directory} to start over."
             )
         return None
+
+    def set_aside(self, step: int, reason: str) -> str:
+        """Renames a checkpoint, so that the run goes on from an older one; every process calls it.
+
+        Args:
+          reason: a part of the new name.
+
+        Returns:
+          The new name, `STEP.REASON-1` or a higher number.
+        """
+        names = (f"{step}.{reason}-{number}" for number in itertools.count(1))
+        name = next(name for name in names if not (self.directory / name).exists())
+        multihost.on_main(
+            "set a checkpoint aside",
+            lambda: (self.directory / str(step)).rename(self.directory / name),
+        )
+        self._manager.reload()
+        return name
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of an evaluation that took place after the checkpoint was saved."""
+        best = float(metrics.get(self._retention.best_metric, math.nan))
+        if math.isfinite(best):
+            self._retention.add(step, best)
+            multihost.on_main(
+                "add metrics to a checkpoint",
+                lambda: write_whole(self.directory / str(step) / SCORE, json.dumps(best)),
+            )
 
     def logged(self, step: int) -> list[int] | None:
         """The steps in `metrics.jsonl` when the checkpoint of `step` was saved.
@@ -332,25 +365,6 @@ class Checkpoints:
             f"the checkpoint of step {step} in {self.directory} is damaged: {problem}"
         )
 
-    def _set_aside(self, problems: Mapping[int, DamagedCheckpoint], step: int) -> None:
-        """Renames damaged checkpoints, so that the run can go on from `step`."""
-
-        def rename() -> None:
-            for damaged, problem in problems.items():
-                path = self.directory / str(damaged)
-                target = next(
-                    target
-                    for number in range(1, 1000)
-                    if not (target := self.directory / f"{damaged}.damaged-{number}").exists()
-                )
-                path.rename(target)
-                logging.warning(
-                    "%s; it is now %s, and the run goes on from step %d", problem, target.name, step
-                )
-
-        multihost.on_main("set damaged checkpoints aside", rename)
-        self._manager.reload()
-
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps with a complete checkpoint, ascending; unlike `Checkpoints`, initializes no device."""
@@ -366,9 +380,6 @@ def last_complete(directory: Path) -> int | None:
     return None
 
 
-def _quiet(record: standard_logging.LogRecord) -> bool:
-    """Drops the traceback that Orbax logs of every error that it also raises."""
-    return not (record.exc_info and "/orbax/" in record.pathname)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 An entry point ends with `launch(main)` if it takes a config, or with `run(main)` if it does not.
 Both print invalid input as one line, `error: …`, and exit with status 2. A run that cannot continue
-says why and exits with status 3.
+says why and exits with status 3. A run that a signal stopped exits with the status of `Interrupted`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.commands import COMMANDS
 from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
-from drpo_jax.errors import BadInput, TrainingStopped, bad_input
+from drpo_jax.errors import BadInput, Interrupted, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, no_space, path_of
 
@@ -89,8 +89,8 @@ def run(
     """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
 
     `BadInput`, from the command line or from `main`, is printed as one message and exits with status
-    2, `TrainingStopped` and a full disk with 3, Ctrl-C with 130, a closed output (`| head`) with 141.
-    Any other exception is a defect and keeps its traceback.
+    2, `TrainingStopped` and a full disk with 3, a run that SIGTERM stopped with 75, Ctrl-C with 130, a
+    closed output (`| head`) with 141. Any other exception is a defect and keeps its traceback.
 
     Args:
       main: The entry point.
@@ -117,6 +117,9 @@ def run(
             exit_with(error, 2)
         except TrainingStopped as error:
             exit_with(error, 3)
+        except Interrupted as stop:
+            print(f"\n{stop}", file=sys.stderr)
+            multihost.leave(stop.status)
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)
             multihost.leave(130)

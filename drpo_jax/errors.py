@@ -1,6 +1,7 @@
 """The exceptions that entry points turn into one message for the user and an exit code."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 
@@ -14,6 +15,21 @@ class TrainingStopped(RuntimeError):
 
 class DamagedCheckpoint(ValueError):
     """The files of a checkpoint are not those that were saved; the message names step and file."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it saved its state; the message says what was saved.
+
+    Attributes:
+      status: exit status of the process. `RESUME` asks launchers to run the same command again; Ctrl-C
+        does not.
+    """
+
+    RESUME = 75  # EX_TEMPFAIL of sysexits.h.
+
+    def __init__(self, number: signal.Signals, saved: str):
+        super().__init__(f"{number.name}: {saved}; the same command resumes")
+        self.status = 130 if number == signal.SIGINT else self.RESUME
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+SCORE = "score.json"  # The score of a checkpoint, if it was measured after the save.
+
 
 class Retention:
     """A preservation policy of Orbax.
@@ -13,7 +15,7 @@ class Retention:
     Args:
       directory: where the checkpoints are.
       steps: those that exist; their scores are read.
-      keep: number of latest checkpoints to keep, besides the best one.
+      keep: number of latest checkpoints to keep, besides the best one; 1 counts as 2.
       best_metric: name of the metric; checkpoints without a finite value are never the best one.
     """
 
@@ -29,7 +31,8 @@ class Retention:
         """Returns the steps to keep, out of those that have a checkpoint."""
         steps = sorted(steps)
         best = self.best(steps)
-        return {*steps[-self._keep :], *([] if best is None else [best])}
+        # The last one is not known to be good before a later update was finite.
+        return {*steps[-max(self._keep, 2) :], *([] if best is None else [best])}
 
     def best(self, steps: Iterable[int]) -> int | None:
         """Returns the step with the highest score, the latest of equals; None if none has a score."""
@@ -45,6 +48,8 @@ class Retention:
     def _read(self, checkpoint: Path) -> float:
         """The score with which a checkpoint was saved; NaN if there is none, or it is damaged."""
         try:
+            if (checkpoint / SCORE).exists():
+                return float(json.loads((checkpoint / SCORE).read_text()))
             metrics = json.loads((checkpoint / "metrics" / "metrics").read_text())
             return float(metrics.get(self.best_metric, math.nan))
         except (OSError, ValueError, TypeError, AttributeError):

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data, rewards
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import claim_workdir, from_json, to_json
+from drpo_jax.config import changed_fields, claim_workdir, from_json, to_json
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.interrupts import Interrupts
 from drpo_jax.lock import hold
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
@@ -58,6 +59,9 @@ class Run:
       programs: the functions that the run compiles.
       reference: the model that a KL penalty refers to; None without a penalty.
       check_owner: raises if another process owns the workdir; see `claim`.
+      interrupts: the signals that ask the run to stop; see `claim`.
+      changes: the config fields that changed since the last start, {path: [old, new]}; on the first
+        process only.
     """
 
     config: FrozenConfigDict
@@ -71,6 +75,8 @@ class Run:
     programs: Programs
     reference: Transformer | None = None
     check_owner: Callable[[], None] = lambda: None
+    interrupts: Interrupts = Interrupts()
+    changes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def create(cls, config: FrozenConfigDict, workdir: Path, train: bool = True) -> "Run":
@@ -150,10 +156,17 @@ class Run:
 
         Yields:
           One `Group` per problem, in the order in which they are completed.
+
+        Raises:
+          AbandonStep: a signal stops the run, and what samples would take too long.
         """
+        check_every = max(len(problems) // 16, 1)
         prompts = encode(self.config, self.tokenizer, problems)
         own = multihost.share(range(len(problems)))
-        for index, rollouts in sampler.stream(prompts, params, key, places):
+        stream = sampler.stream(prompts, params, key, places)
+        for count, (index, rollouts) in enumerate(stream):
+            if count % check_every == 0:
+                self.interrupts.check()
             if index not in own:
                 yield Group(index, rollouts, [], None)
                 continue
@@ -165,7 +178,7 @@ class Run:
 
 @contextlib.contextmanager
 def claim(run: Run) -> Iterator[Run]:
-    """Owns the workdir, and binds it to the run's config and problems.
+    """Owns the workdir, binds it to the run's config and problems, and notes signals.
 
     Yields:
       The run, whose checkpoints are committed only while it is the owner.
@@ -174,7 +187,10 @@ def claim(run: Run) -> Iterator[Run]:
       BadInput: the workdir holds another run, or another process is running in it.
     """
 
+    changes = {}
+
     def write():
+        changes.update(changed_fields(run.workdir, run.config))
         claim_workdir(run.workdir, run.config)
         if run.report:
             keep_report(run.report, run.workdir / "problems.txt")
@@ -183,7 +199,10 @@ def claim(run: Run) -> Iterator[Run]:
         with bad_input():
             check_owner = stack.enter_context(hold(run.workdir))
             multihost.on_main("claim the workdir", write)
-        yield dataclasses.replace(run, check_owner=check_owner)
+        interrupts = stack.enter_context(Interrupts.noted(run.config.checkpoint.grace_seconds))
+        yield dataclasses.replace(
+            run, check_owner=check_owner, interrupts=interrupts, changes=changes
+        )
 
 
 def keep_report(report: str, path: Path) -> None:

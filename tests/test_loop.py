@@ -420,14 +420,27 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     assert skipped == [(0, 2), (0, 2), (2, 0), (4, 0)]
     message = str(error.value)
     assert message.startswith("step 4: the last 4 updates had a non-finite loss or gradient")
-    assert "step 2 in" in message and "train.max_skipped = 3" in message
+    assert "The checkpoint of step 2 is now 2.unconfirmed-1: no update after" in message
+    assert f"goes on from step 0 in {tmp_path}" in message and "train.max_skipped = 3" in message
     assert "2 update(s) in a row skipped" in caplog.text
+    assert (tmp_path / "checkpoints" / "2.unconfirmed-1").is_dir()
     run = loop.Run.create(settings, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == 2
-        state = checkpoints.restore(2, run.programs.abstract_state)
+        assert checkpoints.steps() == [0]
+        state = checkpoints.restore(0, run.programs.abstract_state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    assert int(state.updates) == 4
+
+
+def test_a_run_with_a_wild_learning_rate_goes_on_with_a_lower_one(whole, tmp_path):
+    """Its first update is finite and leaves weights with which no loss is finite."""
+    wild = dict(data__init_from=str(whole), checkpoint__every=1, checkpoint__keep=1)
+    with pytest.raises(TrainingStopped, match="lower --config.optimizer.learning_rate"):
+        loop.train(config(**wild, optimizer__learning_rate=1e30), tmp_path)
+    assert loop.train(config(**wild), tmp_path)[1]["step"] == 4
+    assert metrics(tmp_path) == metrics(whole)
+    first, second = read_starts(tmp_path)
+    assert first["changes"] == {}
+    assert second["changes"] == {"optimizer.learning_rate": [1e30, 3e-3]}
 
 
 def test_reward_shaping():

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from drpo_jax.errors import Interrupted
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics
 
@@ -38,8 +41,12 @@ FIELDS = """
 NOT_COMPARED = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
 
 
-def launch(workdir, processes, steps, command="train"):
-    """Runs a command in several processes with 8 devices in total. Returns the output of each."""
+def launch(workdir, processes, steps, command="train", stop_after=None):
+    """Runs a command in several processes with 8 devices in total. Returns the output of each.
+
+    Args:
+      stop_after: the step after which the last process gets SIGTERM.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={8 // processes}")
@@ -65,21 +72,27 @@ def launch(workdir, processes, steps, command="train"):
         for number in range(processes)
     ]
     try:
+        while stop_after is not None and started[-1].poll() is None:
+            if [r["step"] for r in read_metrics(workdir)][-1:] == [stop_after]:
+                started[-1].send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.05)
         outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+    status = 0 if stop_after is None else Interrupted.RESUME
+    assert all(process.returncode == status for process in started), "\n".join(outputs)
     return outputs
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The workdir of a run of one process; the workdir of an interrupted and resumed run of two
-    processes; the outputs of the latter."""
+    """The workdir of a run of one process; the workdir of a run of two processes, which SIGTERM for
+    one of them stopped and which was resumed; the outputs of the latter."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     launch(one, processes=1, steps=2)
-    launch(two, processes=2, steps=1)
+    launch(two, processes=2, steps=2, stop_after=0)
     return one, two, launch(two, processes=2, steps=2)
 
 

@@ -32,11 +32,19 @@ from drpo_jax.config.sections import (
     suggest,
     type_name,
 )
-from drpo_jax.config.workdir import as_begun, claim_workdir, from_json, run_config, to_json
+from drpo_jax.config.workdir import (
+    as_begun,
+    changed_fields,
+    claim_workdir,
+    from_json,
+    run_config,
+    to_json,
+)
 
 __all__ = [
     "as_begun",
     "boundary",
+    "changed_fields",
     "claim_workdir",
     "default_config",
     "field_table",

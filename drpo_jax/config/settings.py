@@ -109,12 +109,20 @@ class CheckpointSettings:
     every: int = field(20, "Rollout steps between saves.", POSITIVE, **OPERATIONAL)
     keep: int = field(
         2,
-        "Latest checkpoints to keep, besides the best.",
+        "Latest checkpoints to keep, besides the best. At least 2 are kept, because the last one is not "
+        "known to be good before a later update was finite.",
         POSITIVE,
         **OPERATIONAL,
     )
     best_metric: str = field(
         "eval/avg", "Metric whose highest value marks the best checkpoint.", distinguishes=False
+    )
+    grace_seconds: float = field(
+        30.0,
+        "Seconds from SIGTERM or Ctrl-C to the forced end of the process. The run finishes its step and "
+        "saves; a step that would take more than half of this time is abandoned.",
+        POSITIVE,
+        **OPERATIONAL,
     )
 
 

@@ -124,6 +124,15 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
     return claimed
 
 
+def changed_fields(workdir: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns the fields with another value than at the last start, {path: [old, new]}."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return {}
+    old, new = with_hyper(_parse_json(path.read_text(), str(path))), with_hyper(config)
+    return {f: [old.get(f), new.get(f)] for f in sorted({*old, *new}) if old.get(f) != new.get(f)}
+
+
 def _checkpoints(workdir: Path) -> list[Path]:
     """The checkpoints in a workdir, those of the warm start first, by step."""
     found = []
@@ -155,16 +164,15 @@ def _other_run(where: Path | str, differing: Sequence[str]) -> str:
 
 def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Returns a line for every field that may not change but differs from the file `path`."""
-    old, new = with_hyper(_parse_json(path.read_text(), str(path))), with_hyper(config)
     free = {row.path for row in field_table() if row.may_change}
-    if new["optimizer.schedule"] != "constant":
+    if config["optimizer"]["schedule"] != "constant":
         free.remove("train.steps")
-    if new["objective.kl"] != "none":
+    if config["objective"]["kl"] != "none":
         free.remove("model.path")  # The reference is read from there.
     return [
-        f"{f}: {old.get(f, 'not a field')!r} -> {new.get(f, 'not a field')!r}"
-        for f in sorted({*old, *new} - free)
-        if old.get(f) != new.get(f)
+        f"{field}: {old!r} -> {new!r}"
+        for field, (old, new) in changed_fields(path.parent, config).items()
+        if field not in free
     ]
 
 

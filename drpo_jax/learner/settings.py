@@ -72,7 +72,7 @@ class ObjectiveSettings:
 class OptimizerSettings:
     """AdamW after clipping by the gradient's global norm."""
 
-    learning_rate: float = field(1e-6, "Peak learning rate.", POSITIVE)
+    learning_rate: float = field(1e-6, "Peak learning rate.", POSITIVE, may_change=True)
     b1: float = field(0.9, "Decay of the first moment.", BELOW_ONE)
     b2: float = field(0.999, "Decay of the second moment.", BELOW_ONE)
     eps: float = field(1e-8, "Added to the square root of the second moment.", POSITIVE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax.checkpoint import Checkpoints, last_complete
 from drpo_jax.config import claim_workdir
-from drpo_jax.errors import bad_input
+from drpo_jax.errors import Interrupted, bad_input
 from drpo_jax.evaluation import evaluate
+from drpo_jax.interrupts import AbandonStep
 from drpo_jax.learner import TrainState
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
@@ -22,6 +24,7 @@ from drpo_jax.loop.rollout import Example, collect, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
+from drpo_jax.models import Transformer
 from drpo_jax.objectives import informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim
@@ -37,9 +40,10 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
     Raises:
       BadInput: the config, the problems or the workdir do not fit together.
       TrainingStopped: updates are no longer finite, or sampler and learner disagree.
+      Interrupted: SIGTERM or Ctrl-C stopped the run after it saved its state.
     """
-    done = last_complete(workdir / "checkpoints")
-    if done is not None and done >= config.train.steps:
+    done = _completed(config, workdir)
+    if done is not None:
         with bad_input(), hold(workdir):
             multihost.on_main("claim the workdir", partial(claim_workdir, workdir, config))
         if multihost.process_count() > 1:
@@ -62,6 +66,15 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
     return before, after
 
 
+def _completed(config: FrozenConfigDict, workdir: Path) -> int | None:
+    """Returns the last step of the run in `workdir`; None if something is left to do."""
+    done = last_complete(workdir / "checkpoints")
+    if done is None or done < config.train.steps:
+        return None
+    with bad_input():
+        return done if _unevaluated(config, workdir, done) is None else None
+
+
 def _train(run: Run) -> None:
     """Runs the steps from the last checkpoint to train.steps."""
     config, total = run.config, run.config.train.steps
@@ -69,38 +82,109 @@ def _train(run: Run) -> None:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, start = _start(run, checkpoints)
-        record_start(run.workdir, start)
-        first = start + bool(start)
+        record_start(run.workdir, start, run.changes)
         with bad_input():
+            unevaluated = {} if start == 0 else _unevaluated(config, run.workdir, start)
             logged = checkpoints.logged(start) if start else None
+            first = start if unevaluated is not None else start + 1
             log = MetricLogger(run.workdir, total, first, config=config, expected=logged)
         stack.enter_context(log)
         print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()
-        if start == 0:
-            metrics = evaluate(run, state.model)
-            log.log(0, metrics)
-            checkpoints.save(0, state, metrics, log.synchronize())
-        mixed = True
+        if unevaluated is not None:
+            metrics = unevaluated | _evaluate(run, state.model)
+            if run.interrupts.requested():
+                raise _interrupted(run, checkpoints)
+            log.log(start, metrics)
+            if start:
+                checkpoints.add_metrics(start, metrics)
+            else:
+                checkpoints.save(0, state, metrics, log.synchronize())
+        saved, skipped, seconds, mixed = int(state.updates), int(state.skipped), math.inf, True
         for step in range(start + 1, total + 1):
-            state, metrics, example = rl_step(run, state, step - 1, first=step == start + 1)
-            skipped = int(metrics["updates/skipped_in_a_row"])
-            stuck, last = guard.too_many_skipped(run, skipped, step), step == total
+            run.interrupts.expect(seconds)
+            try:
+                state, metrics, example = rl_step(run, state, step - 1, first=step == start + 1)
+            except AbandonStep:
+                if not skipped and checkpoints.latest_step() != step - 1:
+                    checkpoints.save(step - 1, state, logged=log.synchronize())
+                raise _interrupted(run, checkpoints) from None
+            seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
+            most = int(metrics["updates/skipped_in_a_row"])
+            stuck = guard.too_many_skipped(run, most, step) or (skipped > 0 and last)
             if not stuck and (last or _due(step, config.evaluate.every)):
-                metrics |= evaluate(run, state.model)
-            evaluated = "eval/avg" in metrics
-            if stuck or last or evaluated or _due(step, config.log.every):
+                metrics |= _evaluate(run, state.model)
+            evaluated, stopping = "eval/avg" in metrics, run.interrupts.requested()
+            if stuck or stopping or last or evaluated or _due(step, config.log.every):
                 log.log(step, metrics | clock.read())
-            was_mixed, mixed = mixed, metrics["reward/informative_groups"] > 0
-            if was_mixed and not mixed:
-                print(console.no_gradient(step, example), flush=True)
-            if _due(step, config.log.samples_every):
-                print(text := console.show_example(step, example), flush=True)
-                log.log_text("sample", text, step)
+            mixed = _show(run, log, step, example, metrics, mixed)
             if stuck:
-                guard.stop(run, skipped, step, checkpoints)
-            if last or evaluated or _due(step, config.checkpoint.every):
+                guard.stop(run, most, step, checkpoints, confirmed=int(state.updates) > saved)
+            if not skipped and (
+                stopping or last or evaluated or _due(step, config.checkpoint.every)
+            ):
                 checkpoints.save(step, state, metrics, log.synchronize())
+                saved = int(state.updates)
+            if stopping:
+                raise _interrupted(run, checkpoints)
+
+
+def _unevaluated(config: FrozenConfigDict, workdir: Path, step: int) -> Record | None:
+    """Returns the metrics of a step whose evaluation is due but was prevented by a signal, or None."""
+    if step != config.train.steps and not _due(step, config.evaluate.every):
+        return None
+    records = [record for record in read_metrics(workdir) if record["step"] == step]
+    if not records or "eval/avg" in records[-1]:
+        return None
+    return {name: value for name, value in records[-1].items() if name != "step"}
+
+
+def _evaluate(run: Run, model: Transformer) -> dict[str, float]:
+    """Measures held-out accuracy; returns {} if a signal prevents it.
+
+    The next start makes up for it, so an evaluation is never worth a part of the grace period.
+    """
+    run.interrupts.expect()
+    try:
+        run.interrupts.check()
+        return evaluate(run, model)
+    except AbandonStep:
+        return {}
+
+
+def _interrupted(run: Run, checkpoints: Checkpoints) -> Interrupted:
+    """Returns the exception that ends the run after a signal."""
+    step, total = checkpoints.latest_step(), run.config.train.steps
+    return run.interrupts.error(
+        "no step is complete yet"
+        if step is None
+        else f"the run is saved after step {step} of {total}"
+    )
+
+
+def _show(
+    run: Run,
+    log: MetricLogger,
+    step: int,
+    example: Example,
+    metrics: Record,
+    mixed: bool,
+) -> bool:
+    """Prints a response now and then, and at the first step without a gradient.
+
+    Args:
+      mixed: whether a group of the step before had mixed rewards.
+
+    Returns:
+      Whether one of this step had.
+    """
+    was_mixed, mixed = mixed, metrics["reward/informative_groups"] > 0
+    if was_mixed and not mixed:
+        print(console.no_gradient(step, example), flush=True)
+    if _due(step, run.config.log.samples_every):
+        print(text := console.show_example(step, example), flush=True)
+        log.log_text("sample", text, step)
+    return mixed
 
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:

@@ -83,7 +83,7 @@ def make_warm_start(run: Run) -> Transformer:
                 run.workdir / "sft", total, first_step=step + 1, config=config, expected=logged
             )
         stack.enter_context(log)
-        clock = CompileClock()
+        clock, saved = CompileClock(), int(state.updates)
         save_every = max(total // 4, 1)
         print(f"supervised warm start: {total} updates of {config.sft.batch} demonstrations")
         print("compiling the supervised update …", flush=True)
@@ -93,12 +93,18 @@ def make_warm_start(run: Run) -> Transformer:
             state, report = programs.supervised_update(state, batch)
             step += 1
             metrics = _supervised_metrics(report, batch, started)
-            if guard.too_many_skipped(run, skipped := int(report.skipped), step):
-                guard.stop(run, skipped, step, checkpoints)
+            skipped, stopping = int(report.skipped), run.interrupts.requested()
+            if guard.too_many_skipped(run, skipped, step) or (skipped and step == total):
+                guard.stop(run, skipped, step, checkpoints, int(state.updates) > saved)
             if step % max(total // 15, 1) == 0 or step in (1, total):
                 log.log(step, metrics | clock.read())
-            if step % save_every == 0 or step == total:
+            if not skipped and (stopping or step % save_every == 0 or step == total):
                 checkpoints.save(step, state, logged=log.synchronize())
+                saved = int(state.updates)
+            if stopping:
+                raise run.interrupts.error(
+                    f"the warm start is saved after update {checkpoints.latest_step()} of {total}"
+                )
         return state.model
 
 

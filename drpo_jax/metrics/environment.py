@@ -3,9 +3,10 @@
     {"starts": [{"time": "2026-11-28T14:00:00+00:00", "step": 0, "host": "…", "processes": 1,
                  "devices": 1, "device_kind": "cpu", "platform": "cpu", "python": "3.12.3",
                  "jax": "0.10.2", "jaxlib": …, "flax": …, "optax": …, "drpo_jax": "0.2.0",
-                 "commit": "15b2d64…"}]}
+                 "commit": "15b2d64…", "changes": {"optimizer.learning_rate": [0.001, 0.0005]}}]}
 
-`commit` ends with "+changes" if the checkout is modified, and is null without a checkout.
+`commit` ends with "+changes" if the checkout is modified, and is null without a checkout. `changes` are
+the config fields that differ from the start before, with the old and the new value.
 """
 
 import datetime
@@ -13,6 +14,7 @@ import json
 import platform
 import socket
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,20 @@ from drpo_jax.storage import write_whole
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
-def record_start(workdir: Path, step: int) -> None:
+def record_start(
+    workdir: Path, step: int, changes: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Appends the current environment to `run.json`; the first process writes it.
 
     Args:
       workdir: the run's directory, which exists.
       step: the step that the run starts or resumes from.
+      changes: the config fields that changed since the start before, {path: [old, new]}.
     """
     if not multihost.is_main():
         return
     starts = [*read_starts(workdir), {"step": step} | environment()]
+    starts[-1]["changes"] = dict(changes or {})
     write_whole(workdir / "run.json", json.dumps({"starts": starts}, indent=2) + "\n")
 
 

@@ -29,9 +29,10 @@ port="$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); pr
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count" JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# Sends the signal $1 to every process still running, and kills those that remain after $2 seconds.
+# Sends the signal $1 (0: none) to every process still running, and kills those that remain after 40 seconds,
+# more than the default of checkpoint.grace_seconds.
 end_all() {
-  local deadline=$((SECONDS + $2)) pid
+  local deadline=$((SECONDS + 40)) pid
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
   for pid in "${pids[@]}"; do
     while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.1; done
@@ -41,8 +42,8 @@ end_all() {
 
 set -m  # Gives each process a group of its own. Ctrl-C does not reach these groups: the trap passes it on.
 pids=()
-trap 'trap "" INT; end_all INT 10; exit 130' INT
-trap 'end_all TERM 10; exit 143' TERM
+trap 'trap "" INT; end_all INT; exit 130' INT
+trap 'trap "" TERM; end_all TERM; exit 75' TERM
 for ((i = 0; i < count; i++)); do
   if ((i == 0)); then
     JAX_PROCESS_ID=0 "$@" </dev/null &
@@ -62,10 +63,15 @@ while ((running)); do
     status=0
     wait "${pids[i]}" 2>/dev/null || status=$?
     ended[i]=1 running=$((running - 1))
+    if ((status == 75)); then # A signal stopped the run, whose processes save and end together.
+      echo "process $i of $count was stopped by a signal; the same call resumes" >&2
+      end_all 0
+      exit 75
+    fi
     if ((status)); then
       echo "error: process $i of $count failed with exit status $status; ending the others" >&2
       if ((i)); then tail -n 20 "$logs/process_$i.log" >&2; fi
-      end_all TERM 10 2>/dev/null
+      end_all TERM 2>/dev/null
       exit "$status"
     fi
   done

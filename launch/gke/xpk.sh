@@ -48,9 +48,10 @@ done
 [[ -n "$name" && -n "$cluster" && -n "$type" && -n "$image" ]] ||
   fail "give --name, --cluster, --type and --image (--help explains them)"
 
-# xpk restarts a workload that a signal ended. A process that lost its peers exits with status 1.
+# xpk restarts a workload that a signal killed. A run that SIGTERM stopped exits with status 75 once it is
+# saved; a process that lost its peers exits with status 1.
 create=(xpk workload create "--workload=$name" "--cluster=$cluster" "--tpu-type=$type"
-  "--docker-image=$image" "--max-restarts=$restarts" "--restart-on-exit-codes=1")
+  "--docker-image=$image" "--max-restarts=$restarts" "--restart-on-exit-codes=1,75")
 if [[ -n "$zone" ]]; then create+=("--zone=$zone"); fi
 if [[ -n "$project" ]]; then create+=("--project=$project"); fi
 create+=("--command=$(printf '%q ' "$@")")

@@ -433,7 +433,7 @@ def test_xpk_dry_run():
         done.stdout.split()
         == (
             "xpk workload create --workload=drpo --cluster=c --tpu-type=v5p-128 --docker-image=i "
-            "--max-restarts=50 --restart-on-exit-codes=1 --zone=z "
+            "--max-restarts=50 --restart-on-exit-codes=1\\,75 --zone=z "
             r"--command=python\ -m\ drpo_jax\ train\ --config=configs/tiny.py:bf16\ "
             r"--workdir=gs://b/run\ a\\\ b\ "
         ).split()

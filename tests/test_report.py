@@ -310,6 +310,9 @@ def check(html):
     parser = Balance()
     parser.feed(html)
     assert not parser.open and "script" not in parser.seen
+    assert (
+        "default-src 'none'" in html
+    )  # The browser fetches and runs nothing, whatever a text contains.
     assert not re.search(
         r'(?:src|href)="(?!data:|#)|url\((?!#)|@import', html
     )  # nothing is fetched

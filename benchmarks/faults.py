@@ -2,7 +2,8 @@
 
 An uninterrupted run is the reference. Each trial starts the same run in a fresh directory, injects one
 fault, repeats the command until it succeeds, and compares every metric (without times) and every bit of
-the last checkpoint with the reference. Prints a table of fault, trials and outcomes. Exits with 1 if a trial did not end like the reference.
+the last checkpoint with the reference. Prints a table of fault, trials and outcomes. Exits with 1 if a
+trial did not end like the reference.
 
 Full and read-only disks need the right to mount a tmpfs. Without it, they are listed as not tried.
 """
@@ -129,8 +130,9 @@ class Faults:
         finish(self.one)
         self.seconds = time.monotonic() - started
         finish(self.two, processes=2)
-        if status := start(self.half, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait() != 75:
-            raise Failed(f"exit status {status} after SIGTERM in step 5")
+        status = start(self.half, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait()
+        if status != 75:
+            raise Failed(f"exit status {status} after SIGTERM in step 5: {last_line(self.half)}")
 
     def check(self, workdir: Path, reference: Path) -> None:
         """Compares the end of a run with that of the uninterrupted one."""

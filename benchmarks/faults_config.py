@@ -45,6 +45,8 @@ def _signal_at(place, name, call, number="SIGKILL"):
         module, _, holder = place.rpartition(".")
         owner = getattr(importlib.import_module(module), holder)
     function, calls = getattr(owner, name), []
+    if hasattr(function, "__wrapped__"):
+        return  # The command line loads the config twice.
 
     @wraps(function)
     def signalled(*arguments, **keywords):

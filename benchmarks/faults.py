@@ -44,7 +44,7 @@ PHASES = {
     "the warm start": "drpo_jax.loop.warm_start:demonstration_batch:3",
     "a save": "drpo_jax.checkpoint.Checkpoints:_seal:3",
     "a rollout": "drpo_jax.loop.loop:collect:4",
-    "an update": "drpo_jax.loop.learn:make_batch:7",
+    "an update": "drpo_jax.programs.Programs:rollout_batch:6",
     "an evaluation": "drpo_jax.loop.loop:evaluate:2",
     "the time between a record and its checkpoint": "drpo_jax.metrics.log.MetricLogger:synchronize:6",
 }
@@ -96,7 +96,10 @@ def outcome(workdir: Path) -> dict:
     """Everything that two equal runs share: records and the bytes of the last checkpoint's arrays."""
     program = (
         "import sys, json, hashlib, numpy as np, orbax.checkpoint as ocp\n"
-        "tree = ocp.StandardCheckpointer().restore(sys.argv[1])\n"
+        "reader = ocp.PyTreeCheckpointer()\n"
+        "like = {k: ocp.RestoreArgs(np.ndarray) for k in reader.metadata(sys.argv[1])"
+        ".item_metadata.tree}\n"
+        "tree = reader.restore(sys.argv[1], restore_args=like)\n"
         "print(json.dumps({k: hashlib.sha256(np.asarray(v).tobytes()).hexdigest() "
         "for k, v in tree.items()}))"
     )

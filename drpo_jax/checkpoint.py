@@ -380,6 +380,9 @@ def last_complete(directory: Path) -> int | None:
     return None
 
 
+def _quiet(record: standard_logging.LogRecord) -> bool:
+    """Drops the traceback that Orbax logs of every error that it also raises."""
+    return not (record.exc_info and "/orbax/" in record.pathname)
 
 
 def _first_line(error: Exception) -> str:

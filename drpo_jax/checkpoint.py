@@ -225,6 +225,7 @@ class Checkpoints:
         Returns:
           The new name, `STEP.REASON-1` or a higher number.
         """
+        self._wait()  # It may still be written.
         names = (f"{step}.{reason}-{number}" for number in itertools.count(1))
         name = next(name for name in names if not (self.directory / name).exists())
         multihost.on_main(

@@ -13,6 +13,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
@@ -440,3 +442,17 @@ def test_xpk_dry_run():
     )
     done = launch("gke/xpk.sh", "--name=drpo", "--dry-run", "--", "x")
     assert done.returncode == 2 and "--cluster" in done.stderr
+
+
+def test_the_image_installs_every_requirement():
+    """Each requirement is in the lock, in a version that pyproject.toml allows, with a hash."""
+    sys.path.insert(0, str(ROOT / "launch" / "gke"))
+    import lock
+
+    lines = (ROOT / lock.LOCK).read_text().splitlines()[1:]
+    locked = dict(
+        re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", x).groups() for x in lines
+    )
+    locked = {canonicalize_name(name): version for name, version in locked.items()}
+    for requirement in map(Requirement, lock.requirements()):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])

@@ -371,10 +371,10 @@ def test_every_metric_of_a_run_is_in_the_catalogue(whole, other):
 def test_bad_problem_files_cost_nothing(tmp_path):
     path = problem_file(tmp_path)
     good = path.read_text()
-    malformed = good.replace('"answer": "6"', '"answer": 6', 1)
+    malformed = good.replace('"answer": "6"', '"answer": [6]', 1)
     too_long = good.replace('"3+3="', '"3000+3="', 1)
     cases = {
-        malformed: r"problems.jsonl, line 4: field 'answer' is 6, but must be a string",
+        malformed: r"problems.jsonl, line 4: field 'answer' is \[6\], but must be a string",
         too_long: r"problems.jsonl: 1 of 10 prompts .*max_prompt_length = 6 .* problem '3' with 7:",
         good.partition("\n")[0] + "\n": r"has 1 problems, .* 4 per rollout .* are held out",
         "": r"problems.jsonl: the file is empty",

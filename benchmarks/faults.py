@@ -10,6 +10,7 @@ Full and read-only disks need the right to mount a tmpfs. Without it, they are l
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = "benchmarks/faults_config.py"
 RUN = [sys.executable, "-m", "drpo_jax", "train", f"--config={CONFIG}"]
 CLOCKS = ("time/", "compile/", "tokens_per_second", "reward/retries")
+SAME = "as uninterrupted"
 STARTS = 6  # A trial that needs more starts than this has failed.
 KILLS = flags.DEFINE_integer(
     "kills", 50, "Trials of SIGKILL at a random time; others in proportion."
@@ -118,24 +120,41 @@ def outcome(workdir: Path) -> dict:
 
 
 class Faults:
-    """The faults; each method `fault_…` injects one into a fresh run and lets the run end.
+    """The faults. Each method injects one into a fresh run and lets the run end.
 
     Args:
-      directory: of the reference runs: of one process, of two, and one that stopped after step 5.
+      directory: of the reference runs, which are made when they are first needed.
     """
 
     def __init__(self, directory: Path):
         self.random = random.Random(0)
-        self.one, self.two, self.half = (directory / name for name in ("one", "two", "half"))
-        finish(self.one)  # The first start compiles; the second one is timed.
-        shutil.rmtree(self.one)
+        self.directory, self.seconds = directory, 0.0
+
+    @functools.cached_property
+    def one(self) -> Path:
+        """The uninterrupted run of one process; sets `seconds` to its duration."""
+        workdir = self.directory / "one"
+        finish(workdir)  # The first start compiles; the second one is timed.
+        shutil.rmtree(workdir)
         started = time.monotonic()
-        finish(self.one)
+        finish(workdir)
         self.seconds = time.monotonic() - started
-        finish(self.two, processes=2)
-        status = start(self.half, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait()
+        return workdir
+
+    @functools.cached_property
+    def two(self) -> Path:
+        """The uninterrupted run of two processes."""
+        finish(workdir := self.directory / "two", processes=2)
+        return workdir
+
+    @functools.cached_property
+    def half(self) -> Path:
+        """The run that SIGTERM stopped after step 5."""
+        workdir = self.directory / "half"
+        status = start(workdir, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait()
         if status != 75:
-            raise Failed(f"exit status {status} after SIGTERM in step 5: {last_line(self.half)}")
+            raise Failed(f"exit status {status} after SIGTERM in step 5: {last_line(workdir)}")
+        return workdir
 
     def check(self, workdir: Path, reference: Path) -> None:
         """Compares the end of a run with that of the uninterrupted one."""
@@ -299,13 +318,11 @@ def tmpfs(directory: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", directory], check=True)
 
 
-def trials(
-    faults: Faults, kills: int
-) -> dict[str, tuple[int, Callable[[Path], None], Path | None]]:
-    """Returns {fault: (trials, function, reference to compare with)}; None: the function compares."""
+def trials(faults: Faults, kills: int) -> dict[str, tuple[int, Callable[[Path], None], str]]:
+    """Returns {fault: (trials, function, reference to compare with)}; "": the function compares."""
     tenth = max(kills // 10, 1)
-    one, two = faults.one, faults.two
-    rows: dict[str, tuple[int, Callable[[Path], None], Path | None]] = {
+    one, two = "one", "two"
+    rows: dict[str, tuple[int, Callable[[Path], None], str]] = {
         "SIGKILL at a random time": (kills, faults.kill, one),
         "SIGTERM at a random time": (2 * tenth, faults.terminate, one),
     }
@@ -322,42 +339,49 @@ def trials(
         "the last checkpoint empty": (1, faults.empty, one),
         "two starts at once": (tenth, faults.two_starts, one),
         "clock set back by a day": (1, faults.clock_set_back, one),
-        "full disk": (1, faults.full_disk, None),
-        "read-only disk": (1, faults.read_only, None),
+        "full disk": (1, faults.full_disk, ""),
+        "read-only disk": (1, faults.read_only, ""),
     }
 
 
-def main(_: list[str]) -> int:
+def run(faults: Faults, kills: int, only: str = "") -> dict[str, collections.Counter]:
+    """Runs the trials of the faults whose names match `only`; returns {fault: outcomes}."""
     counts: dict[str, collections.Counter] = {}
+    for name, (count, inject, reference) in trials(faults, kills).items():
+        if not re.search(only, name):
+            continue
+        expected = getattr(faults, reference or "one")
+        counts[name] = collections.Counter()
+        for number in range(count):
+            workdir = faults.directory / f"{len(counts)}_{number}"
+            try:
+                inject(workdir)
+                if reference:
+                    faults.check(workdir, expected)
+                result = SAME
+            except Failed as error:
+                result = str(error)
+            except subprocess.CalledProcessError as error:
+                result = f"not tried: {error.cmd[0]} exits with status {error.returncode}"
+            counts[name][result] += 1
+            shutil.rmtree(workdir, ignore_errors=True)
+            print(f"{name}: {number + 1} of {count}: {result}", flush=True)
+    return counts
+
+
+def main(_: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        faults = Faults(directory)
-        for name, (count, inject, reference) in trials(faults, KILLS.value).items():
-            if not re.search(ONLY.value, name):
-                continue
-            counts[name] = collections.Counter()
-            for number in range(count):
-                workdir = directory / f"{len(counts)}_{number}"
-                try:
-                    inject(workdir)
-                    if reference:
-                        faults.check(workdir, reference)
-                    result = "as uninterrupted"
-                except Failed as error:
-                    result = str(error)
-                except subprocess.CalledProcessError as error:
-                    result = f"not tried: {error.cmd[0]} exits with status {error.returncode}"
-                counts[name][result] += 1
-                shutil.rmtree(workdir, ignore_errors=True)
-                print(f"{name}: {number + 1} of {count}: {result}", flush=True)
+        counts = run(Faults(Path(scratch)), KILLS.value, ONLY.value)
     print(f"\n{'fault':45} {'trials':>6}  outcomes")
     for name, results in counts.items():
         text = "; ".join(f"{count} {result}" for result, count in results.most_common())
         print(f"{name:45} {results.total():6}  {text}")
     if OUTPUT.value:
         write_results(OUTPUT.value, f"python -m benchmarks.faults --kills={KILLS.value}", counts)
-    good = re.compile("as uninterrupted|not tried")
-    return int(not all(good.match(result) for results in counts.values() for result in results))
+    good = (SAME, "not tried")
+    return int(
+        not all(result.startswith(good) for results in counts.values() for result in results)
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 import runpy
+import signal
 import sys
 
 from drpo_jax import __version__
@@ -31,6 +32,7 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without a traceback.
         print(overview())
     elif name == "--version":
         print(f"drpo_jax {__version__}")

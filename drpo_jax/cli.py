@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import runpy
+import signal
 import sys
 import textwrap
 import threading
@@ -100,6 +101,7 @@ def run(
 
     def parse_or_exit(argv: list[str]) -> list[str]:
         if any(re.fullmatch(r"--?(help|helpshort|h)", arg) for arg in argv[1:]):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As in `__main__`.
             print(help_text(flags.FLAGS))
             sys.exit(0)
         try:

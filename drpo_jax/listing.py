@@ -61,7 +61,7 @@ def rewards() -> list[Entry]:
     """Returns every reward: the tasks it serves, and what earns it."""
     entries = []
     for name in REWARDS:
-        row = REWARDS[name] if isinstance(REWARDS[name], Reward) else get_reward(name)
+        row = get_reward(name)
         tasks = f"(data.task: {', '.join(row.tasks)})" if row.tasks else ""
         entries.append(Entry(name, tasks, row.summary or _first_line(row.function)))
     return entries

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from drpo_jax.config import objective_summary
 from drpo_jax.loop.rollout import Example
 from drpo_jax.models.huggingface import write_config
-from drpo_jax.rewards import REWARDS, Reward
+from drpo_jax.rewards import reward_summary
 from drpo_jax.run import Run
 
 LONGEST = 400  # Longer texts lose their middle; characters.
@@ -39,7 +39,7 @@ def introduction(run: Run) -> str:
         + _penalties(config),
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
-        f"({config.data.problems or config.data.task}), reward {_reward(config)}",
+        f"({config.data.problems or config.data.task}), reward {reward_summary(config.reward)}",
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
@@ -67,13 +67,6 @@ def _penalties(config: ConfigDict) -> str:
         "entropy_bonus": objective.entropy_bonus,
     }
     return "".join(f"; {name} {value:g}" for name, value in terms.items() if value)
-
-
-def _reward(config: ConfigDict) -> str:
-    name = config.reward.name
-    row = REWARDS[name]
-    chooses = isinstance(row, Reward) and row.by_extract
-    return repr(name) + f", extract {config.reward.extract!r}" * bool(chooses)
 
 
 def _model(run: Run) -> str:

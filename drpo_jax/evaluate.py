@@ -29,7 +29,7 @@ from drpo_jax.evaluation import files, in_order, sample_heldout, source
 from drpo_jax.evaluation.accuracy import by_problem
 from drpo_jax.evaluation.tables import Progress, accuracy_table
 from drpo_jax.parallel import multihost
-from drpo_jax.rewards import get_reward, merge_votes
+from drpo_jax.rewards import get_reward, merge_votes, reward_summary
 
 SHARD = flags.DEFINE_string("shard", "1/1", "The part of the problems to evaluate, such as 1/4.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
@@ -89,13 +89,13 @@ def main(
 
 def _introduction(run, settings):
     config = run.config
-    chat = f", system {config.data.system!r}" if config.data.chat else ""
+    chat = f", system {config.data.system!r}" if config.data.system else ""
     greedy = " and one greedy response" if config.evaluate.greedy else ""
     engine = ", by the sampler of the rollouts" if config.evaluate.precision == "sampler" else ""
     return (
         f"{len(run.heldout)} problems ({settings['sets']}), {settings['k']} responses each at "
-        f"temperature {settings['temperature']}{greedy}{engine}; reward {settings['reward']!r}, "
-        f"instruction {config.data.instruction!r}{chat}"
+        f"temperature {settings['temperature']}{greedy}{engine}; "
+        f"reward {reward_summary(config.reward)}, instruction {config.data.instruction!r}{chat}"
     )
 
 

@@ -161,6 +161,8 @@ def _listed(config, problems):
     file, prefix = config.data.ids, f"{config.data.problems}/"
     try:
         ids = set(data.read_ids(file))
+    except FileNotFoundError:
+        raise ValueError(f"data.ids = {file!r}: there is no such file") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"data.ids = {file!r}: {error}") from None
     listed = [p for p in problems if p.id in ids or p.id.removeprefix(prefix) in ids]

@@ -115,6 +115,11 @@ def test_lists_have_an_entry_for_everything(name, capsys):
     assert set(names) <= {line.split()[0] for line in out.splitlines() if line[0] != " "}
 
 
+def test_the_reward_math_is_listed_with_its_choice_of_place(capsys):
+    listing.main(["rewards", "math"])
+    assert "where reward.extract looks" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_readings_of_the_threshold_are_listed_with_their_values(capsys):
     listing.main(["variants", "δ"])
     shown = [line.split("  ") for line in capsys.readouterr().out.splitlines()]

@@ -499,7 +499,12 @@ def test_a_complete_run_computes_nothing(whole, monkeypatch, capsys):
 
 
 def test_the_console_begins_with_what_will_happen(tmp_path):
-    settings = config(objective__delta=0.15, evaluate__every=3, model__load_balance=0.0)
+    settings = config(
+        objective__delta=0.15,
+        objective__kl_behavior=1e-3,
+        evaluate__every=3,
+        model__load_balance=0.0,
+    )
     text = loop.console.introduction(loop.Run.create(settings, tmp_path))
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     model = (
@@ -508,6 +513,7 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     assert re.match(model, lines["model"])
     assert lines["model"].endswith("from a warm start of 4 supervised updates")
     assert lines["objective"].startswith("drpo, δ = 0.15 (a probability")
+    assert lines["objective"].endswith("; advantage dr_grpo; kl_behavior 0.001")
     assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")

@@ -163,11 +163,32 @@ def test_a_variant_leaves_the_others_defaults_alone():
 
 
 @pytest.mark.parametrize(
+    "variants, delta",
+    [
+        ("trm,released", 12.5),
+        ("scaled,drpo_decoupled", 0.08),
+        ("dppo_tv,boundary", 0.15),
+        ("dppo_tv", 0.15),
+    ],
+)
+def test_a_reading_goes_with_every_objective_that_has_a_threshold(variants, delta):
+    for config in (load("tiny", variants), load("qwen3_4b_base", f"smoke,{variants}")):
+        assert objective_hyper(resolve(config))["delta"] == delta
+
+
+def test_a_reading_of_an_objective_without_a_threshold_is_an_error():
+    with pytest.raises(
+        BadInput, match="grpo has no threshold to read; set objective.threshold = ''"
+    ):
+        resolve(load("tiny", "grpo,boundary"))
+
+
+@pytest.mark.parametrize(
     "variants, message",
     [
         ("fp8_e2", "there is no variant 'fp8_e2'; did you mean 'fp8_e2e'?"),
         ("bf16,fp8_e2e", "'bf16' and 'fp8_e2e' contradict each other: precision.recipe"),
-        ("grpo,boundary", "contradict each other: objective.threshold is none and 'boundary'"),
+        ("boundary,released", "objective.threshold is 'boundary' and 'released'"),
     ],
 )
 def test_wrong_variants(variants, message):

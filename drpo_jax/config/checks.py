@@ -14,6 +14,7 @@ from drpo_jax.models.attention import attention_kernel
 from drpo_jax.models.settings import Compute
 from drpo_jax.objectives import OBJECTIVES, THRESHOLDS, hyperparameters, resolve_hyper
 from drpo_jax.objectives.advantages import NEEDS_GROUPS
+from drpo_jax.objectives.rows import first
 from drpo_jax.rewards import EXTRACTORS
 
 
@@ -164,15 +165,26 @@ def _objective(check: Check) -> None:
         check.require(check[field] is None or name in takers, f"{field} objective.name", right)
     if not reading:
         return
-    hyper, fields = OBJECTIVES[name].threshold, "objective.threshold objective.name"
-    if hyper is None:
-        check.require(False, fields, "this objective takes none")
+    bounded, fields = OBJECTIVES[name].threshold, "objective.threshold objective.name"
+    if bounded is None:
+        right = f"{name} has no threshold to read; set objective.threshold = '', as the variant "
+        check.require(False, fields, f"{right}:{name} does")
         return
-    readings = THRESHOLDS[hyper]
-    check.require(reading in readings, fields, f"this objective takes {', '.join(readings)}")
-    field = f"objective.{hyper}"
+    readings = THRESHOLDS[bounded]
+    check.require(reading in readings, fields, f"{name} takes {', '.join(readings)}")
+    field = f"objective.{bounded}"
     agrees = check[field] in (None, readings.get(reading))
     check.require(agrees, f"objective.threshold {field}", "set only one of the two")
+
+
+def _prefix(check: Check) -> None:
+    """The budget per token, δ_b, is below the boundary of every token, δ."""
+    hyper = {} if "objective.name" in check.invalid else OBJECTIVES[check["objective.name"]].hyper
+    if "delta_b" not in hyper:
+        return
+    budget, delta = (first(check[f"objective.{key}"], hyper[key]) for key in ("delta_b", "delta"))
+    right = f"delta_b ({budget:g}) must not exceed delta ({delta:g})"
+    check.require(budget <= delta, "objective.delta_b objective.delta", right)
 
 
 def _around_the_objective(check: Check) -> None:
@@ -357,6 +369,7 @@ RULES = (
     _mesh,
     _batches,
     _objective,
+    _prefix,
     _around_the_objective,
     _correction,
     _precision,

@@ -33,7 +33,8 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
       The config.
 
     Raises:
-      ValueError: an unknown variant, or two that set one field to different values.
+      ValueError: an unknown variant, or two that set one field to different values. A variant that
+        empties a text field agrees with one that sets it: `dppo_tv,boundary` has a threshold.
     """
     variants = {**own, **common_variants(), **own}  # Its own are named first.
     chosen = [name for name in names.split(",") if name]
@@ -45,11 +46,13 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
             changes.append(variant)
             continue
         for field, value in variant.items():
-            other, theirs = owners.setdefault(field, (name, value))
-            if theirs != value:
-                values = " and ".join(repr(v) if v else "none" for v in (theirs, value))
+            other, theirs = owners.get(field, (name, ""))
+            if theirs == "":  # Only clears the config file's value: it yields to any other.
+                owners[field] = (name, value)
+            elif value not in ("", theirs):
                 raise ValueError(
-                    f"the variants {other!r} and {name!r} contradict each other: {field} is {values}"
+                    f"the variants {other!r} and {name!r} contradict each other: "
+                    f"{field} is {theirs!r} and {value!r}"
                 )
     config.update_from_flattened_dict({field: value for field, (_, value) in owners.items()})
     for change in changes:

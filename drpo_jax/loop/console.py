@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping
 
 import jax
+from ml_collections import ConfigDict
 
 from drpo_jax.config import objective_summary
 from drpo_jax.loop.rollout import Example
 from drpo_jax.models.huggingface import write_config
+from drpo_jax.rewards import reward_summary
 from drpo_jax.run import Run
 
 LONGEST = 400  # Longer texts lose their middle; characters.
@@ -33,10 +35,11 @@ def introduction(run: Run) -> str:
     noun = "problem" if len(run.heldout) == 1 else "problems"
     lines = {
         "model": f"{_model(run)}, {_start(config)}",
-        "objective": f"{objective_summary(config)}; advantage {config.objective.advantage}",
+        "objective": f"{objective_summary(config)}; advantage {config.objective.advantage}"
+        + _penalties(config),
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
-        f"({config.data.problems or config.data.task}), reward {config.reward.name!r}",
+        f"({config.data.problems or config.data.task}), reward {reward_summary(config.reward)}",
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
@@ -53,6 +56,17 @@ def introduction(run: Run) -> str:
         "files": f"{run.workdir}: " + ", ".join(text for text, every in files.items() if every),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _penalties(config: ConfigDict) -> str:
+    """Returns the terms that are added to the objective, each with its coefficient."""
+    objective = config.objective
+    terms = {
+        f"kl {objective.kl}": objective.kl_coefficient,
+        "kl_behavior": objective.kl_behavior,
+        "entropy_bonus": objective.entropy_bonus,
+    }
+    return "".join(f"; {name} {value:g}" for name, value in terms.items() if value)
 
 
 def _model(run: Run) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from drpo_jax.config import objective_summary
 from drpo_jax.objectives import token_weights
+from drpo_jax.rewards import reward_summary
 
 MAX_TOKENS = 60  # Longer prompts and responses are listed without their middle.
 
@@ -42,12 +44,12 @@ def explain(
     sections = [
         f"PROBLEM {rollout['id'][row]}",
         _indent(str(rollout["prompt"][row])),
-        f"ANSWER {rollout['answer'][row]}   (reward: {config.reward.name})",
+        f"ANSWER {rollout['answer'][row]}   (reward {reward_summary(config.reward)})",
         f"PROMPT, {start} tokens: inputs of the model, without a loss",
         _prompt_table(rollout["tokens"][row, :start], tokenizer),
         f"RESPONSES, {samples}: advantages {config.objective.advantage!r} from their rewards",
         _group_table(rollout, group, row) + warning,
-        f"RESPONSE {row - group.start}, {length} tokens ({end}): {config.objective.name}, "
+        f"RESPONSE {row - group.start}, {length} tokens ({end}): {objective_summary(config)}, "
         f"aggregation {config.objective.aggregation!r}",
         _token_table(rollout, row, start, length, tokenizer, np.asarray(weights)[row]),
         "loss = −Σ share·J over the mini-batch, divided by its sequences (token-mean: by its tokens).\n"

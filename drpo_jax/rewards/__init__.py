@@ -34,7 +34,14 @@ from drpo_jax.rewards.extraction import EXTRACTORS, last_box
 from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.shaping import format_reward, overlong_penalty
-from drpo_jax.rewards.table import REWARDS, Reward, get_reward, reward_of_task, submit
+from drpo_jax.rewards.table import (
+    REWARDS,
+    Reward,
+    get_reward,
+    reward_of_task,
+    reward_summary,
+    submit,
+)
 from drpo_jax.rewards.verdict import Verdict
 from drpo_jax.rewards.votes import merge_votes
 
@@ -59,5 +66,6 @@ __all__ = [
     "merge_votes",
     "overlong_penalty",
     "reward_of_task",
+    "reward_summary",
     "submit",
 ]

@@ -3,6 +3,7 @@ r"""The table of rewards: one row holds everything that the rest of the project 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from drpo_jax.rewards.arithmetic import (
     after_hash,
@@ -102,15 +103,22 @@ def _by_task() -> dict[str, str]:
 _BUILT_IN = _by_task()  # A plain function that replaces a row keeps the tasks of the row.
 
 
-def get_reward(name: str, extract: str = "boxed") -> Reward:
+def get_reward(name: str, extract: str = "") -> Reward:
     """Returns the row of a reward; a plain function in the table becomes a row with the defaults.
 
     Args:
       name: a name in `REWARDS`.
-      extract: a name in `EXTRACTORS`, where the reward looks for the answer if it has the choice.
+      extract: a name in `EXTRACTORS`, where the reward looks for the answer if it has the choice; "":
+        the row that describes all choices, and reads boxes.
     """
     row = REWARDS[name]
     return row.by_extract.get(extract, row) if isinstance(row, Reward) else Reward(row)
+
+
+def reward_summary(reward: Any) -> str:
+    """Returns the section `reward` of a config in words, for example "'math', extract 'boxed'"."""
+    chooses = bool(get_reward(reward.name).by_extract)
+    return repr(reward.name) + f", extract {reward.extract!r}" * chooses
 
 
 def reward_of_task(task: str) -> str:

@@ -1,13 +1,14 @@
 r"""Where the answer of a response is, and agreement of `anywhere` with math-verify's own `parse`."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 
 from drpo_jax.config import default_config
 from drpo_jax.config.checks import validate
 from drpo_jax.errors import BadInput
-from drpo_jax.rewards import EXTRACTORS, REWARDS, get_reward, math_reward
+from drpo_jax.rewards import EXTRACTORS, REWARDS, get_reward, math_reward, reward_summary
 
 # Texts whose answer is 34: {text: the extractors that find it}.
 ANSWERS_34 = {
@@ -106,6 +107,13 @@ def test_votes_follow_the_extractor():
     for extract, expected in [("boxed", None), ("answer_line", "34"), ("anywhere", "34")]:
         assert get_reward("math", extract).extract("Answer: $34$") == expected
     assert get_reward("integer", "anywhere") is REWARDS["integer"]
+
+
+def test_the_place_of_the_answer_is_named_where_it_can_be_chosen():
+    section = SimpleNamespace(name="math", extract="anywhere")
+    assert reward_summary(section) == "'math', extract 'anywhere'"
+    section.name = "integer"
+    assert reward_summary(section) == "'integer'"
 
 
 @pytest.mark.parametrize(

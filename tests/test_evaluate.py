@@ -129,9 +129,9 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickl
     run = loop.Run.create(settings, tmp_path)
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
+        C.claim_workdir(tmp_path, settings)
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             checkpoints.save(3, {"model": model})
-    C.claim_workdir(tmp_path, settings)
     evaluate.main(settings, tmp_path)
     (folder,) = (tmp_path / "evaluations").iterdir()
     assert folder.name.startswith("step_000003-held_out-")

@@ -233,8 +233,12 @@ _MONEY = re.compile(r"(-?)(USD|[€£¥₹₩₽]|Rs\.?|EUR|GBP) *(?=[-0-9.\\])"
 _TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
 # First words of a text behind a number that make it another one, or one of several answers: "34 or 35".
 _OPERATIONS = set(
-    "or not and to plus minus times over point divided multiplied squared cubed factorial mod modulo "
-    "half halves third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth".split()
+    "or not and to plus minus times over point divided multiplied squared cubed factorial mod "
+    "modulo".split()
+)
+_PARTS = set(
+    "halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths twentieths "
+    "hundredths thousandths millionths".split()
 )
 TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _MATH_WORDS = set(
@@ -302,9 +306,8 @@ def _is_unit(text):
     names = re.findall(r"[^\W\d_]+", text.lower())
     if re.search(r"(?<![a-zA-Z])[0-9]|[=<>+!|^]", text) or names in (["x"], ["y"], ["z"]):
         return False
-    return (
-        not names or not {names[0], names[0].removesuffix("s")} & _OPERATIONS or names == ["times"]
-    )
+    operation = set(names[:1]) & _OPERATIONS and names != ["times"]  # "34 times" is a count.
+    return not operation and not set(names) & _PARTS
 
 
 def _constant(value):

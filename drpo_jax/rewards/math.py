@@ -36,7 +36,7 @@ _SENTENCE = re.compile(
     r"^(?:therefore|thus|hence|so|we|it|the)\b.*[0-9]|^[a-z ]+\b(?:is|are|equals)\s+[$\\0-9-]",
     re.IGNORECASE | re.DOTALL,
 )
-_EQUALS = re.compile(r"(?<![\\<>!:])=|\\equiv(?![a-zA-Z])|≡")
+_EQUALS = re.compile(r"(?<![\\<>!:])(?<!\\not)(?<!\\not )(?:=(?!>)|\\equiv(?![a-zA-Z])|≡)")
 _OR = re.compile(r"\bor\b")  # Also inside \text{}, where it separates no list.
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
 

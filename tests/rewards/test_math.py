@@ -108,7 +108,8 @@ def test_the_quick_stage_agrees_with_the_workers():
         ("2 + 3 = 5", "5"), ("a = b = 34", "34"), ("x = 1{,}234", "1{,}234"), ("34", "34"),
         *((text, text) for text in (
             r"x = 33 \text{ or } x = 34", r"x = 33 \text{ and } x = 34", "x = 33, x = 34",
-            r"33\text{ or maybe }x = 34",
+            r"33\text{ or maybe }x = 34", r"x = 33 \lor x = 34", r"x \not= 34",
+            r"x \not\equiv 34",
         )),
     ],
 )  # fmt: skip

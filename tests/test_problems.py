@@ -114,6 +114,8 @@ def test_an_instruction_of_the_source_fits_the_reward_and_the_other_sets(
     bare = math(checkpoint, tmp_path, GOOD, data__instruction="boxed", **fields)
     assert [p.token_ids for p in boxed.train] == [p.token_ids for p in bare.train]
     assert problems.same_problems(boxed.report, bare.report)
+    unwrapped = math(checkpoint, tmp_path, rows, data__instruction="{problem}", **fields)
+    assert problems.same_problems(unwrapped.report, bare.report)
     with pytest.raises(
         ValueError, match="a last line 'Answer: …', which the reward 'math' of this"
     ):

@@ -10,8 +10,8 @@ _DAPO_BEFORE = (
 )
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" leaves the prompt as its
-# source has it.
+# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" is a name only: it leaves
+# the prompt as its source has it, while the text "{problem}" is the bare problem.
 TEMPLATES = {
     "none": "{problem}",
     "boxed": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -22,14 +22,12 @@ TEMPLATES = {
 def with_instruction(problem: Problem, template: str) -> Problem:
     r"""Returns the problem with an instruction in its prompt.
 
-    An instruction replaces the one that the source of the problem puts around it. Without one, the
-    prompt is that of the source.
+    An instruction replaces the one that the source of the problem puts around it. "none" keeps that.
 
     Args:
       problem: any problem.
       template: a name in `TEMPLATES`, or a text that contains `{problem}` exactly once. Other
-        braces are plain text, so \boxed{} needs no escaping. "none" and "{problem}" are no
-        instruction.
+        braces are plain text, so \boxed{} needs no escaping. "{problem}" is the bare problem.
 
     Raises:
       ValueError: any other template.
@@ -40,14 +38,14 @@ def with_instruction(problem: Problem, template: str) -> Problem:
             f"the prompt template is {template!r}; it must be one of {', '.join(TEMPLATES)}, or a "
             "text that contains {problem} once, where the problem goes"
         )
-    before, after = text.split("{problem}")
-    bare = problem.prompt if before or after else problem.wrapped or problem.prompt
-    return dataclasses.replace(problem, prompt=f"{before}{bare}{after}", wrapped="")
+    source = problem.wrapped if keeps_source(template) else ""
+    prompt = text.replace("{problem}", source or problem.prompt)
+    return dataclasses.replace(problem, prompt=prompt, wrapped="")
 
 
 def keeps_source(template: str) -> bool:
     """Returns whether a template of `with_instruction` leaves the prompt as its source has it."""
-    return TEMPLATES.get(template, template) == TEMPLATES["none"]
+    return template == "none"
 
 
 def strip_instruction(prompt: str) -> str:

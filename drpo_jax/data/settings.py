@@ -57,7 +57,7 @@ class DataSettings:
     instruction: str = field(
         "{problem}",
         "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES. It replaces the "
-        "instruction that DAPO-Math-17k puts around its problems; none and {problem} keep that.",
+        "instruction that DAPO-Math-17k puts around its problems; none keeps that.",
     )
     chat: bool = field(False, "Whether the tokenizer's chat template is applied to prompts.")
     system: str = field(

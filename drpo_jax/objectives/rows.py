@@ -125,10 +125,15 @@ class Hyperparameter:
     type: type = float
 
     @property
-    def allowed(self) -> str:
-        """The allowed values in words."""
+    def interval(self) -> str:
+        """The allowed numbers in words, such as "above 0 and at most 1"."""
         most = f" and at most {self.most:g}" if self.most < math.inf else ""
-        return f"above {self.above:g}{most}" if self.above or most else "positive"
+        return f"above {self.above:g}{most}"
+
+    @property
+    def allowed(self) -> str:
+        """The same as the value of a config field."""
+        return "positive" if self.interval == "above 0" else self.interval
 
     def holds(self, value: float) -> bool:
         """Whether a number is allowed."""

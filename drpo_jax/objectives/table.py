@@ -420,11 +420,6 @@ def _topk_kl(topk_logp, behavior_topk_logp) -> jax.Array:
     return rest - (mu[..., :-1] * log_ratio).sum(-1)
 
 
-def _first(value, default):
-    """Returns `value`, or `default` where it is None."""
-    return default if value is None else value
-
-
 def _inverse(A: jax.Array) -> jax.Array:
     """Returns 1/Â, and 0 where |Â| ≤ TINY_ADVANTAGE."""
     tiny = abs(A) <= TINY_ADVANTAGE
@@ -604,8 +599,7 @@ def _problem(key: str, value, default) -> str | None:
             return None
     elif hasattr(value, "shape"):
         return None
-    most = f" and at most {row.most:g}" if row.most < math.inf else ""
-    return f"a number above {row.above:g}{most}" + (" or None" if default is None else "")
+    return f"a number {row.interval}" + (" or None" if default is None else "")
 
 
 def split_arrays(name: str, keywords: Mapping[str, Any]) -> tuple[dict, dict]:

@@ -20,6 +20,7 @@ from drpo_jax.rewards.notation import (
     grouped,
     is_decimal,
     is_time,
+    joined,
     number,
     plain,
     split_list,
@@ -35,8 +36,8 @@ _SENTENCE = re.compile(
     r"^(?:therefore|thus|hence|so|we|it|the)\b.*[0-9]|^[a-z ]+\b(?:is|are|equals)\s+[$\\0-9-]",
     re.IGNORECASE | re.DOTALL,
 )
-_EQUALS = re.compile(r"(?<![\\<>!:])=|\\equiv(?![a-zA-Z])|≡")
-_SPACING = re.compile(r"\\[,;]|\{,\}")
+_EQUALS = re.compile(r"(?<![\\<>!:])(?<!\\not)(?<!\\not )(?:=(?!>)|\\equiv(?![a-zA-Z])|≡)")
+_OR = re.compile(r"\bor\b")  # Also inside \text{}, where it separates no list.
 MAX_LENGTH = 1000  # Characters; a longer answer is correct only if the texts are equal.
 
 
@@ -49,10 +50,10 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
 
 
 def last_side(text: str) -> str:
-    """Returns what follows the last sign of equality or congruence; a list of equations as it is."""
+    """Returns what follows the last sign of equality or congruence; several answers as they are."""
     if len(text) > MAX_LENGTH or not _EQUALS.search(text):
         return text
-    if len(split_list(_SPACING.sub(" ", " ".join(text.split())))) > 1:
+    if len(split_list(plain(text))) > 1 or _OR.search(text):
         return text
     return _EQUALS.split(text)[-1].strip() or text
 
@@ -96,7 +97,7 @@ def decide(x: str, y: str) -> bool | None:
     Two numbers are compared exactly; a decimal also equals a number that it approximates to 1e-6. Units
     must agree if both have one. Percent may be missing, or be divided out. Words are compared as texts.
     """
-    if x == y:
+    if x == y or joined(x) == joined(y):
         return True
     if _LETTER.fullmatch(x) and _LETTER.fullmatch(y):  # math-verify reads D as d
         return False

@@ -49,10 +49,10 @@ _SPELLINGS = [
         ("\\", rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}", r"\1"),
         ("{\\", r"\{\\(?:bf|it|rm|em|sf|mathbf|bfseries)(?![a-zA-Z]) *([^{}]*)\}", r"\1"),
         ("color", r"\\color\{[^{}]*\}", ""),
-        ("\\", r"\\(?:mathrm|operatorname|mathit)\s*\{([eid])\}", r"\1"),
+        ("\\", r"\\(?:mathrm|operatorname|mathit|text)\s*\{([eid])\}", r"\1"),
         ("\\", rf"\\(?:{_TEXTS})\s*(?=\{{)", r"\\text"),
         (r"\text ", r"\\text\s+\{", r"\\text{"),
-        (r"\text", r"\\text\{ *(-?[0-9.,]+) *\}", r"\1"),
+        (r"\text", r"\\text\{ *(-?[0-9.,]+) *\}|^\\text\{([^{}]*[0-9][^{}]*)\}$", r"\1\2"),
         ("\\", r"\\varnothing(?![a-zA-Z])|^\\\{ *\\\}$", r"\\emptyset"),
         ("mathbb", r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
         ("", r"\\(?:dots|cdots|dotsc)(?![a-zA-Z])|\.\.\.", r"\\ldots"),
@@ -61,6 +61,7 @@ _SPELLINGS = [
         ("sqrt", r"(?<![\\a-zA-Z])sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
         ("", r"\\text\{ *(?:percent|%|\\%) *\}| *\bper ?cent\b|\\%", "%"),
         (r"\text", r"\\text\{,? *(and|or),? *\}", r" \1 "),
+        ("\\", r" *\\(?:lor|vee)(?![a-zA-Z]) *", " or "),
         ("\\", r"\\\$|\\text\{\\?\$\}|\\(?:text)?dollar(?![a-zA-Z])", "USD "),
         ("\\", r"\\(?:text)?(?:pounds|sterling)(?![a-zA-Z])", "£"),
         ("$", r"\$", ""),
@@ -69,6 +70,7 @@ _SPELLINGS = [
         (" ", r"(?<![a-zA-Z0-9,%';]) +| +(?![a-zA-Z0-9\\ ({\[-])", ""),
         (" \\", r"(?<=[0-9a-zA-Z]) +(?=\\(?!text|pm|cup|cap|in\b))", ""),
         ("+", r"^\+(?=[0-9.])", ""),
+        ("^-", r"\^-([0-9]+|[a-zA-Z])", r"^{-\1}"),
     ]
 ]
 
@@ -127,11 +129,13 @@ _BASES = {
         start=2,
     )
 }
-_SCALE = re.compile(r" *(?:\\text\{)? *(hundred|thousand|million|billion|trillion|dozen)s? *\}?$")
 _SCALES = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
     "trillion": 10**12,
 }  # fmt: skip
+_SCALE_WORD = rf" *(?:\\text\{{)? *({'|'.join(_SCALES)})s?"
+_SCALE = re.compile(rf"{_SCALE_WORD} *\}}?$")
+_SCALE_OF_UNIT = re.compile(rf"{_SCALE_WORD} +(?=[a-zA-Z])")
 
 
 def number(text: str) -> Fraction | None:
@@ -221,12 +225,23 @@ _SYMBOL = r"(?:[a-zA-Z]+)(?:\^(?:\{-?[0-9]\}|-?[0-9]))?"
 _TEXT_UNIT = re.compile(r"(?: *(?:/|\\cdot|\*)? *\\text\{[^{}]*\}(?:\^(?:\{-?[0-9]\}|-?[0-9]))?)+$")
 _DEGREES = re.compile(r"\^ *(?:\{ *\\circ *\}|\\circ) *(\\text\{ *[CF] *\}|[CF])?$|\\degree$")
 _MODULUS = re.compile(
-    r" *(?:\\pmod *\{? *([0-9]+) *\}?|\(?(?:\\b?mod|\\text\{ *mod *\}|mod) *([0-9]+)\)?)$"
+    r" *(?:\\pmod *\{? *([0-9]+) *\}?|\(?(?:\\b?mod|\\text\{ *mod *\}|mod) *([0-9]+)\)?"
+    r"|\\text\{ *\(? *mod *([0-9]+) *\)? *\})$"
 )
 _BARE_UNIT = re.compile(rf" *({_SYMBOL}(?: */ *{_SYMBOL}|(?:\\cdot|\*) *{_SYMBOL})*)$")
 _WORD_UNIT = re.compile(r" *\(?([a-zA-Z][a-zA-Z.' -]*)\)?$")
 _MONEY = re.compile(r"(-?)(USD|[€£¥₹₩₽]|Rs\.?|EUR|GBP) *(?=[-0-9.\\])")
 _TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?")
+# First words of a text behind a number that make it another one, or one of several answers: "34 or 35".
+_OPERATIONS = set(
+    "or not and to plus minus times over point divided multiplied squared cubed factorial mod "
+    "modulo".split()
+)
+_PARTS = set(
+    "halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths twentieths "
+    "hundredths thousandths millionths".split()
+)
+TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _MATH_WORDS = set(
     "sin cos tan cot sec csc log ln exp sqrt pi theta alpha beta infinity inf mod and or choose gcd "
     "lcm arcsin arccos arctan".split()
@@ -238,14 +253,23 @@ def split_unit(text: str) -> tuple[str, str]:
 
     Units are what stands in \text{} behind any value; degrees, percent, moduli and currencies; known
     units behind a value without variables ("5 cm", "5cm", "60 km/h"); and words behind a number ("5
-    apples"). A single letter behind a number is a variable ("2m").
+    apples"). A single letter behind a number is a variable ("2m"). Words that change the number or add
+    another answer are no unit ("34 squared", "34 or 35"), and those that scale it belong to the value
+    ("34 thousand dollars").
     """
+    value, unit = _split_unit(text)
+    if (match := _SCALE_OF_UNIT.match(unit)) and number(value) is not None:
+        return f"{value} {match.group(1)}", unit[match.end() :]
+    return value, unit
+
+
+def _split_unit(text):
     start = max(0, len(text) - MAX_UNIT)
     if text.endswith("%"):
         return text[:-1].rstrip(), "%"
     if match := _MODULUS.search(text, start):
-        return text[: match.start()], f"mod {match.group(1) or match.group(2)}"
-    if match := _DEGREES.search(text, start):
+        return text[: match.start()], f"mod {next(filter(None, match.groups()))}"
+    if (match := _DEGREES.search(text, start)) and not TRIGONOMETRY.search(text):
         return text[: match.start()], f"deg{(match.group(1) or '')}"
     if (match := _MONEY.match(text)) and (
         number(value := match.group(1) + text[match.end() :]) is not None
@@ -255,6 +279,7 @@ def split_unit(text: str) -> tuple[str, str]:
         (match := _TEXT_UNIT.search(text, start))
         and match.start()
         and not _SCALE.fullmatch(match.group())
+        and _is_unit(match.group())
     ):
         return text[: match.start()].rstrip(), match.group()
     if match := _BARE_UNIT.search(text, start):
@@ -266,7 +291,7 @@ def split_unit(text: str) -> tuple[str, str]:
         word = text[match.start()] in " (" and not _SCALE.fullmatch(" " + unit)
         words = set(unit.lower().replace(".", "").split())
         long = all(len(w) > 1 for w in words) and not words & (_MATH_WORDS - {"sec"})
-        if word and long and (number(value) is not None or is_time(value)):
+        if word and long and _is_unit(unit) and (number(value) is not None or is_time(value)):
             return value, unit
     return text, ""
 
@@ -274,6 +299,16 @@ def split_unit(text: str) -> tuple[str, str]:
 def is_time(text: str) -> bool:
     """Returns whether a text is a time of day or a duration, such as 6:30."""
     return bool(_TIME.fullmatch(text))
+
+
+def _is_unit(text):
+    r"""Returns whether words or a \text{} behind a value can be a unit."""
+    text = re.sub(r"\\text|(?<=[a-zA-Z}])\^\{?-?[0-9]\}?", "", text)
+    names = re.findall(r"[^\W\d_]+", text.lower())
+    if re.search(r"(?<![a-zA-Z])[0-9]|[=<>+!|^]", text) or names in (["x"], ["y"], ["z"]):
+        return False
+    operation = set(names[:1]) & _OPERATIONS and names != ["times"]  # "34 times" is a count.
+    return not operation and not set(names) & _PARTS
 
 
 def _constant(value):
@@ -330,6 +365,12 @@ _WORDLIKE = re.compile(r"[a-zA-Z0-9 .,:;'!?&()/-]+")
 def bare(text: str) -> str:
     r"""Returns a text without the \text{} around its words."""
     return re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+
+
+def joined(text: str) -> str:
+    r"""Returns a text without \text{} and without spaces before a unit: 5\text{ m}^2 is "5m^2"."""
+    text = re.sub(r"\^\{(-?[0-9]+)\}", r"^\1", " ".join(bare(text).split()))
+    return re.sub(r" *([\^/]) *|(?<=[0-9}]) (?=[a-zA-Z])", r"\1", text)
 
 
 def words(text: str) -> str | None:

@@ -23,7 +23,14 @@ from math_verify.grader import should_treat_as_complex
 from math_verify.parser import get_last_eq
 
 from drpo_jax.rewards.math import decide
-from drpo_jax.rewards.notation import brackets, number, plain, split_list, split_unit
+from drpo_jax.rewards.notation import (
+    TRIGONOMETRY,
+    brackets,
+    number,
+    plain,
+    split_list,
+    split_unit,
+)
 
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
@@ -31,6 +38,9 @@ _NORMALIZATION = NormalizationConfig(
 _TWO_NUMBERS = re.compile(r"(?<![_^.0-9])[.0-9]+\s+[.0-9]")
 _DECIMAL = re.compile(r"[0-9]*\.[0-9]+")
 _IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
+_DEGREES = re.compile(r"([0-9.]+|[a-zA-Z])\^(?:\{\\circ\}|\\circ)")
+_FACTOR = re.compile(r"([0-9])\((?=\\frac)")  # math-verify reads 3(\frac12) as 3\frac12.
+_THOUSANDS = re.compile(r"[0-9],[0-9]{3}(?![0-9])")
 _LEADING_ZERO = re.compile("0[0-9]+")  # no member of a list
 SMALL = 1e-9  # Relative difference of numbers that are equal up to rounding.
 
@@ -72,21 +82,23 @@ def _equal(x, y):
 def _equal_lists(x, y):
     """Returns whether two lists, sets, tuples or intervals are equal, None if one is something else.
 
-    A list without brackets has no order, except beside a tuple. A comma that may separate thousands is
-    read both ways.
+    A list without brackets has no order, except beside a tuple, or beside the values of several
+    variables (x=1, y=2). A comma that may separate thousands is read both ways.
     """
     kinds = {_kind(x), _kind(y)}
-    if kinds == {"one"}:
-        return None
+    if len(kinds) == 2:
+        for side, other in ((x, y), (y, x)):
+            if _kind(side) == "set" and len(members := _members(side)) == 1:
+                return _equal(members[0], other)
     if "one" in kinds:
-        return _match(_members(x), _members(y)) if "set" in kinds and _single(x, y) else None
-    if kinds <= {"list", "set"}:
+        return None
+    if kinds <= {"list", "set"} and _assigns(x) == _assigns(y):
         return any(
             _match(_members(x, spaced), _members(y, other))
             for spaced in (False, True)
             for other in (False, True)
         )
-    if kinds in ({"list", "()"}, *({kind} for kind in _ORDERED)):
+    if kinds <= {"list"} or kinds in ({"list", "()"}, *({kind} for kind in _ORDERED)):
         xs, ys = _members(x), _members(y)
         return len(xs) == len(ys) and all(map(_equal, xs, ys))
     return False
@@ -110,7 +122,7 @@ def _members(text, spaced=False):
         text = text[2:-2]
     elif kind in _ORDERED and len(split_list(text[1:-1])) > 1:
         text = text[1:-1]
-    members = split_list(text, spaced)
+    members = split_list(text, spaced and bool(_THOUSANDS.search(text)))
     return [
         member.replace(r"\pm", sign, 1).lstrip("+ ") if member.count(r"\pm") == 1 else member
         for member in members
@@ -118,8 +130,10 @@ def _members(text, spaced=False):
     ]
 
 
-def _single(x, y):
-    return len(_members(x)) == len(_members(y)) == 1
+def _assigns(text):
+    """Returns whether a list has values of different variables. x_1 and x_2 are the same one."""
+    names = [member.partition("=")[0].partition("_")[0].strip() for member in _members(text)]
+    return all("=" in member for member in _members(text)) and len(set(names)) == len(names) > 1
 
 
 def _match(xs, ys):
@@ -185,15 +199,25 @@ def _read(text, is_real):
     """Returns the text in normalized form, and its SymPy object or None."""
     if (value := number(text)) is not None:
         return text, sympy.Rational(value.numerator, value.denominator)
+    if TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = _FACTOR.sub(r"\1\\cdot(", text)
     form = normalize_latex(text.replace("'", ""), _NORMALIZATION)
     if "frac" not in text and _TWO_NUMBERS.search(text):  # "2 3" would be 2 + 3
         return form, None
     for part in dict.fromkeys((form, get_last_eq(form))):  # also the last part of a = b = c
         try:
-            return form, _Reader(is_real=is_real).parse(part)
+            return form, _with_imaginary_unit(_Reader(is_real=is_real).parse(part), is_real)
         except Exception:
             continue
     return form, None
+
+
+def _with_imaginary_unit(value, is_real):
+    """Replaces the symbol i of a complex expression by the imaginary unit."""
+    if is_real or not isinstance(value, sympy.Expr) or value.has(sympy.Sum, sympy.Product):
+        return value
+    return value.subs({i: sympy.I for i in value.free_symbols if i.name == "i"})
 
 
 class _Reader(_Latex2Sympy):

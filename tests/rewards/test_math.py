@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from drpo_jax.rewards import REWARDS, last_box, math_reward, submit
-from drpo_jax.rewards.math import is_answer, quick
+from drpo_jax.rewards.math import is_answer, last_side, quick
 from drpo_jax.rewards.notation import number, plain, split_unit, words
 from tests.rewards.pairs import pairs
 
@@ -100,6 +100,22 @@ def test_the_quick_stage_agrees_with_the_workers():
             settled += 1
             assert symbolic.equal(x, y) == same, (x, y)
     assert settled > 1000
+
+
+@pytest.mark.parametrize(
+    "text, side",
+    [
+        ("2 + 3 = 5", "5"), ("a = b = 34", "34"), ("x = 1{,}234", "1{,}234"), ("34", "34"),
+        *((text, text) for text in (
+            r"x = 33 \text{ or } x = 34", r"x = 33 \text{ and } x = 34", "x = 33, x = 34",
+            r"33\text{ or maybe }x = 34", r"x = 33 \lor x = 34", r"x \not= 34",
+            r"x \not\equiv 34",
+        )),
+    ],
+)  # fmt: skip
+def test_a_stated_equation_counts_by_its_last_side_and_several_answers_do_not(text, side):
+    assert last_side(text) == side
+    assert math_reward([rf"\boxed{{{text}}}"], ["34"]) == (side == "34")
 
 
 @pytest.mark.slow

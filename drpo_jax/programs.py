@@ -70,7 +70,7 @@ class Programs:
         from [N, R] arrays, see `objectives.mismatch_summary`.
 
     Weight sync:
-      sync(model, key): the weights of the rollouts' sampler: with the noise of precision.noise drawn
+      sync(model, key): the weights of the rollout sampler: with the noise of precision.noise drawn
         from `key`, in the formats of the recipe, in the sampler's layout on the mesh.
       sync_exact(model): the same without quantization and without noise, for exact evaluation.
       perturbed(model, key): the learner's model with the noise that `sync` draws from `key`.

@@ -10,7 +10,7 @@ _DAPO_BEFORE = (
 )
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" leaves the prompt as its
+# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" leaves a prompt as its
 # source has it.
 TEMPLATES = {
     "none": "{problem}",
@@ -22,13 +22,13 @@ TEMPLATES = {
 def with_instruction(problem: Problem, template: str) -> Problem:
     r"""Returns the problem with an instruction in its prompt.
 
-    An instruction replaces the one that the source of the problem puts around it. Without one, the
-    prompt is that of the source.
+    The instruction replaces the one that comes with the problem, if any. Without an instruction, the
+    prompt is left as its source has it.
 
     Args:
       problem: any problem.
       template: a name in `TEMPLATES`, or a text that contains `{problem}` exactly once. Other
-        braces are plain text, so \boxed{} needs no escaping. "none" and "{problem}" are no
+        braces are plain text, so \boxed{} needs no escaping. "none" and "{problem}" mean no
         instruction.
 
     Raises:
@@ -46,7 +46,7 @@ def with_instruction(problem: Problem, template: str) -> Problem:
 
 
 def keeps_source(template: str) -> bool:
-    """Returns whether a template of `with_instruction` leaves the prompt as its source has it."""
+    """Returns whether a template leaves every prompt as its source has it; see `with_instruction`."""
     return TEMPLATES.get(template, template) == TEMPLATES["none"]
 
 

@@ -314,7 +314,7 @@ def test_several_files(tmp_path):
     ]
     (folder / "a*.jsonl").write_text(json.dumps(dapo("Star")))
     assert [p.id for p in load_problems(folder / "a*.jsonl")] == ["u1"]
-    with pytest.raises(FileNotFoundError, match="no file has such a name"):
+    with pytest.raises(FileNotFoundError, match="no file matches"):
         load_problems(folder / "d*.jsonl")
 
 

@@ -118,10 +118,13 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system ro
 @pytest.mark.parametrize(
     "template, message",
     [
-        (REFUSES + TURNS, r"data.system = 'Add\.': .*takes no system message \(.*No system role\)"),
+        (
+            REFUSES + TURNS,
+            r"data.system = 'Add\.': .*does not support a system message \(.*No system role\)",
+        ),
         (
             "{% set messages = messages[1:] %}" + TURNS,
-            r"takes no system message \(it leaves the mess",
+            r"does not support a system message \(it ignores the mess",
         ),
         ("{% for m in messages %}", "the chat template failed: "),
         ("{{ messages[0].content + 1 }}", "the chat template failed: "),

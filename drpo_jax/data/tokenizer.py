@@ -157,7 +157,7 @@ class TextTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._thinking,
             )
-        except (TemplateError, TypeError) as error:  # Templates refuse by either.
+        except (TemplateError, TypeError) as error:  # A template refuses by raising either.
             raise ValueError(f"{self._path}: the chat template failed: {error}") from None
 
     def _check_system(self, system):
@@ -188,7 +188,8 @@ class TextTokenizer:
         for turns in ([user, answer], [user, answer, user]):
             _, answered, closing = self._render(turns, False).rpartition("!")
             closing = closing.lstrip()
-            if not answered or closing == opening:  # The next turn's start.
+            # The start of the next turn does not close this one.
+            if not answered or closing == opening:
                 continue
             if found := [text for text in added if closing.startswith(text)]:
                 return [added[max(found, key=len)]]

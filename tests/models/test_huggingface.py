@@ -142,7 +142,7 @@ def test_wrong_tensors_raise(tmp_path):
         (
             "qwen3_dense",
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            r"not supported: rope_parameters by type of layer \(full_attention\)",
+            r"not supported: rope_parameters for each layer type \(full_attention\)",
         ),
         ("qwen3_dense", {"rope_parameters": {"factor": 4.0}}, "rope_parameters = .*'factor': 4.0"),
         ("llama_tied", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),

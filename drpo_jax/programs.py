@@ -76,7 +76,7 @@ class Programs:
       perturbed(model, key): the learner's model with the noise that `sync` draws from `key`.
 
     Samplers, with jitted programs of their own (see `Sampler.programs`):
-      sampler: the Sampler of the rollouts, which follows the precision recipe.
+      sampler: the rollout sampler, which follows the precision recipe.
       exact_sampler: the Sampler of exact evaluation, which follows none.
 
     Attributes:
@@ -220,7 +220,7 @@ class Programs:
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
-        """Weight sync and two samplers: by `recipe` for rollouts, and an exact one."""
+        """Weight sync and two samplers: one for rollouts, which follows `recipe`, and an exact one."""
         config = self.config
         noise = partial(perturb, noise=config.precision.noise)
         self.perturbed = jax.jit(noise, out_shardings=self.state_shardings.model)

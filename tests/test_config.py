@@ -289,7 +289,7 @@ def new_default(monkeypatch):
 
 
 def test_a_new_default_does_not_reach_runs_that_began_before(tmp_path, new_default):
-    """Whether or not config.json has the field already."""
+    """config.json may or may not contain the field already."""
     without, old = changed(), changed(train__pack=False)
     del without["train"]["pack"]
     for run in (without, old):

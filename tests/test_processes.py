@@ -120,7 +120,7 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
 
 
 def test_the_evaluation_equals_that_of_one_process(runs):
-    """Of the same checkpoint: its responses do not depend on the processes that sample them."""
+    """The responses of a checkpoint do not depend on the processes that sample them."""
     workdir, results = runs[1], []
     for processes in (1, 2):
         first, *others = launch(workdir, processes, steps=2, command="evaluate")

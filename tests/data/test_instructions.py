@@ -30,7 +30,7 @@ def test_instructions():
 def test_an_instruction_replaces_that_of_the_source_and_none_keeps_it():
     wrapped = Problem("What is $1+2$?", "3", "", "i", WRAPPED.replace("$1", " $1"))
     for template in ("none", "{problem}"):
-        assert with_instruction(wrapped, template).prompt == wrapped.wrapped  # as it stands
+        assert with_instruction(wrapped, template).prompt == wrapped.wrapped
         assert keeps_source(template)
     assert with_instruction(wrapped, "Q: {problem}").prompt == "Q: What is $1+2$?"
     assert with_instruction(wrapped, "answer_line").prompt == WRAPPED

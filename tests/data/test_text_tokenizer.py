@@ -78,7 +78,7 @@ def test_generation_config_adds_ends(base):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END_OF_TEXT]}))
     tokenizer = TextTokenizer(base)
     assert tokenizer.stop_ids == (7, END_OF_TEXT)
-    assert tokenizer.decode([16, 7]) == "1"  # A stop token is no part of the response.
+    assert tokenizer.decode([16, 7]) == "1"  # The stop token is removed.
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
@@ -95,7 +95,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% e
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_the_end_of_a_turn_is_a_stop(base, end, named):
-    """It is found whether tokenizer_config.json names it or only tokenizer.json does."""
+    """The token may be named in tokenizer_config.json, or only in tokenizer.json."""
     config = json.loads((base / "tokenizer_config.json").read_text())
     config["chat_template"] = TURNS.replace("END", end)
     if not named:
@@ -130,7 +130,7 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system ro
         ("{{ messages[0].content + 1 }}", "the chat template failed: "),
     ],
 )
-def test_a_template_that_fails_or_takes_no_system_message(base, template, message):
+def test_a_template_that_fails_or_does_not_support_a_system_message(base, template, message):
     config = json.loads((base / "tokenizer_config.json").read_text())
     template = template.replace("END", "<|im_end|>")
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))

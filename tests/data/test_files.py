@@ -174,7 +174,7 @@ def test_dapo_schema(tmp_path):
         ),
         (
             {"prompt": [{"role": "system", "content": "x"}, *DAPO_ROWS[0]["prompt"]]},
-            "field 'prompt' has a system message, .*set data.system to it",
+            "field 'prompt' has a system message; .*set data.system to it",
         ),
         (
             {"extra_info": {"index": [1]}},

@@ -49,7 +49,7 @@ def check_workdir(workdir: Path | epath.Path) -> None:
 
 
 def make_workdir(workdir: Path | epath.Path) -> None:
-    """Creates the directory of a run if necessary; raises ValueError where none can be."""
+    """Creates the directory of a run if necessary; raises ValueError if that is not possible."""
     check_workdir(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: --workdir must be a directory or not exist yet")
@@ -57,7 +57,7 @@ def make_workdir(workdir: Path | epath.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
+            f"{workdir} cannot be created ({str(error.strerror).lower()}); choose another --workdir"
         ) from None
 
 

@@ -1,10 +1,10 @@
 """Stops a run on SIGTERM or Ctrl-C without losing completed steps.
 
-The handler only records the signal. The loop checks for it where its state can be saved: after every step
-and every update of the warm start (`requested`), and while responses are sampled (`check`), which abandons
-a step that would outlast the grace period. All processes of a run check at the same points and agree, so
-that they stop together even if the signal reaches only some of them. A second signal ends the process
-immediately.
+The handler only records the signal. The loop checks for it where its state can be saved: after every
+step and every update of the warm start (`requested`), and while responses are sampled (`check`), which
+abandons a step that would outlast the grace period. All processes of a run check at the same points and
+agree, so that they stop together even if the signal reaches only some of them. A second signal ends the
+process immediately.
 """
 
 import contextlib

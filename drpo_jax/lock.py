@@ -1,7 +1,7 @@
 """One owner for every workdir: a lock on a disk, a lease on object storage.
 
-On a disk, process 0 locks the file `lock` with `flock`. The kernel releases the lock when the process ends,
-even if it is killed. The file names host and process; only the error message uses them.
+On a disk, process 0 locks the file `lock` with `flock`. The kernel releases the lock when the process
+ends, even if it is killed. The file names host and process; only the error message uses them.
 
 Object storage has no locks, but it compares generations: a write can be made conditional on the
 generation of the object that it replaces. The owner of the object `lock` is whoever wrote its last

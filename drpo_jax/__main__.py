@@ -32,7 +32,9 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without a traceback.
+        signal.signal(
+            signal.SIGPIPE, signal.SIG_DFL
+        )  # `| head` ends the output without a traceback.
         print(overview())
     elif name == "--version":
         print(f"drpo_jax {__version__}")

@@ -2,8 +2,8 @@ r"""Checks per second of the math verifier, compared with math-verify in one pro
 
     python -m benchmarks.verifier [--output=FILE.json]
 
-Prints first how many pairs of tests/rewards/pairs.txt the reward and math-verify judge wrongly: false
-positives, which pay for a wrong answer, and false negatives. Every pair counts in both orders.
+First prints the rates of wrong verdicts of the reward and of math-verify on tests/rewards/pairs.txt:
+false positives, which reward a wrong answer, and false negatives. Every pair counts in both orders.
 
 A response is a few sentences that end in a box; about half of the answers are wrong. There are two
 sets, drawn from a seed:
@@ -87,7 +87,7 @@ def by_math_verify(pairs):
 
 
 def errors(ways):
-    """Prints and returns the rates of wrong verdicts on the table of pairs.
+    """Prints and returns the rates of wrong verdicts on the pairs of pairs.txt.
 
     Args:
       ways: {name: function from pairs (answer, known answer) to verdicts}.

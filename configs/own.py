@@ -14,7 +14,7 @@ explains all of them. Before a long run, check whether it fits on the devices, w
 
     drpo preflight --config=configs/mine.py --topology=v5e:2x4
 
-Variants, combined by commas: long; and those of every config (drpo_jax/config/variants.py): objectives,
+Variants, separated by commas: long; and those of every config (drpo_jax/config/variants.py): objectives,
 readings of the threshold, smoke.
 """
 

@@ -5,7 +5,7 @@
 
 256 prompts with 16 responses each, 8 updates per rollout; the mesh is for 64 chips (v5p:4x4x4). Without
 a network, set model.path to a directory. docs/settings.md says where each value comes from. Variants,
-combined by commas:
+separated by commas:
 
     bf16                the default
     fp8_rollout         FP8 weights in the sampler

@@ -4,7 +4,7 @@
         --config.model.path=Qwen/Qwen3-4B-Base
 
 64 prompts with 8 responses each, 4 updates per rollout. Without a network, set model.path to a
-directory. docs/settings.md says where each value comes from. Variants, combined by commas:
+directory. docs/settings.md says where each value comes from. Variants, separated by commas:
 
     grpo, cispo, sapo   the baselines as released: GRPO's clip is 0.2/0.28
     grpo_symmetric      GRPO with a clip of 0.2/0.2

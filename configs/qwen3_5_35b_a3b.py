@@ -4,7 +4,7 @@
         --config.model.path=Qwen/Qwen3.5-35B-A3B-Base
 
 Batch sizes are those of Qwen3-30B-A3B-Base; the mesh is for 64 chips (v5p:4x4x4). Without a network,
-set model.path to a directory. docs/settings.md says where each value comes from. Variants, combined by
+set model.path to a directory. docs/settings.md says where each value comes from. Variants, separated by
 commas:
 
     bf16                the default

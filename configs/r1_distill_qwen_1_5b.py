@@ -4,7 +4,7 @@
         --config.model.path=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
 
 The chat template already opens the thought. Without a network, set model.path to a directory.
-docs/settings.md says where each value comes from. Variants, combined by commas:
+docs/settings.md says where each value comes from. Variants, separated by commas:
 
     grpo, cispo, sapo   the baselines as released: GRPO's clip is 0.2/0.28
     grpo_symmetric      GRPO with a clip of 0.2/0.2

@@ -4,7 +4,8 @@
 
 downloads the weights, converts them and trains. A prompt is a question such as "What is 68 + 56?" in the
 model's chat template. A response has at most 12 tokens and is rewarded if its last integer is right.
-Variants, combined by commas (drpo_jax/config/variants.py): objectives, readings of the threshold, smoke.
+Variants, separated by commas (drpo_jax/config/variants.py): objectives, readings of the threshold,
+smoke.
 """
 
 import dataclasses

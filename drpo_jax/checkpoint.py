@@ -205,19 +205,19 @@ class Checkpoints:
                 name = self.set_aside(damaged, "damaged")
                 if multihost.is_main():
                     logging.warning(
-                        "%s; it is now %s, and the run goes on from step %d", problem, name, step
+                        "%s; it is now %s, and the run continues from step %d", problem, name, step
                     )
             return step, state
         if problems:
             raise BadInput(
-                "no checkpoint is whole:\n  "
+                "no checkpoint is intact:\n  "
                 + "\n  ".join(map(str, problems.values()))
                 + f"\nRestore the files from a copy, or delete {self.directory} to start over."
             )
         return None
 
     def set_aside(self, step: int, reason: str) -> str:
-        """Renames a checkpoint, so that the run goes on from an older one; every process calls it.
+        """Renames a checkpoint, so that the run continues from an older one; every process calls it.
 
         Args:
           reason: a part of the new name.

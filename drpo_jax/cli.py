@@ -90,8 +90,8 @@ def run(
     """Parses the flags, calls `main` with the positional arguments, and exits with what it returns.
 
     `BadInput`, from the command line or from `main`, is printed as one message and exits with status
-    2, `TrainingStopped` and a full disk with 3, a run that SIGTERM stopped with 75, Ctrl-C with 130, a
-    closed output (`| head`) with 141. Any other exception is a defect and keeps its traceback.
+    2, `TrainingStopped` and a full disk with 3, a run that SIGTERM stopped with 75, Ctrl-C with 130, and
+    a closed stdout (`| head`) with 141. Any other exception is a defect and keeps its traceback.
 
     Args:
       main: The entry point.
@@ -128,7 +128,7 @@ def run(
         except BrokenPipeError:
             if not _output_is_closed():
                 raise
-            print(f"nothing reads the output anymore: {interrupted}", file=sys.stderr)
+            print(f"the output was closed: {interrupted}", file=sys.stderr)
             multihost.leave(141)
         except Exception as error:
             _end_if_full(error)
@@ -156,9 +156,9 @@ def _thread_failed(thread: threading.ExceptHookArgs) -> None:
 
 
 def _output_is_closed() -> bool:
-    """Whether nothing reads stdout anymore; later output is then discarded."""
+    """Returns whether the reader of stdout has gone; if so, later output is discarded."""
     try:
-        print(flush=True)  # A flush alone fails only once.
+        print(flush=True)  # A flush without new text fails only once.
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
         return True

@@ -36,8 +36,8 @@ class Interrupted(Exception):
 def bad_input() -> Iterator[None]:
     """Turns a ValueError or an OSError raised inside into `BadInput`.
 
-    Entry points wrap the code that reads the user's files in it. The message is that of the error; one
-    of the operating system's begins with the path instead of the error's number.
+    Entry points use it around code that reads the user's files. The message stays the same, except that
+    an error of the operating system begins with the path instead of the error number.
     """
     try:
         yield

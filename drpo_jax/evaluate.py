@@ -1,10 +1,10 @@
 """Held-out accuracy: python -m drpo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny
 
 Evaluates the latest checkpoint of the run in the workdir (that of the warm start, if RL has none yet),
-or the one of --step, exactly or with the rollouts' sampler (evaluate.precision). `config.evaluate` names
-the problems: a held-out part of the training problems, or `evaluate.sets`, such as aime24,aime25. If the
-workdir holds no run, the model in --config.model.path is evaluated. The config may differ from the run's
-in everything but the model. The run itself is left unchanged. Writes
+or that of --step, without quantization or with the rollout sampler (evaluate.precision). The problems
+are a held-out part of the training problems, or the sets that `evaluate.sets` names, such as
+aime24,aime25. If the workdir holds no run, the model in --config.model.path is evaluated. The config may
+differ from the run's in everything but the model. The run itself is left unchanged. Writes
 
   evaluate.json     checkpoint, step, k, temperature, …, and `accuracy`: for "all" problems and for each
                     kind, the number of problems and, by metric (avg@k, pass@j for j = 2, 4, … and k,
@@ -91,7 +91,7 @@ def _introduction(run, settings):
     config = run.config
     chat = f", system {config.data.system!r}" if config.data.system else ""
     greedy = " and one greedy response" if config.evaluate.greedy else ""
-    engine = ", by the sampler of the rollouts" if config.evaluate.precision == "sampler" else ""
+    engine = ", by the rollout sampler" if config.evaluate.precision == "sampler" else ""
     return (
         f"{len(run.heldout)} problems ({settings['sets']}), {settings['k']} responses each at "
         f"temperature {settings['temperature']}{greedy}{engine}; "

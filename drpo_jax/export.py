@@ -1,8 +1,8 @@
 """Writes a checkpoint as a Hugging Face directory: drpo export --workdir=DIR --output=DIRECTORY
 
 The directory loads in `transformers`, vLLM and SGLang, and another run can start from it
-(--config.model.path). It holds the weights in bfloat16 (--dtype) and the tokenizer of the run. They
-replace weights and a tokenizer that the directory already contains.
+(--config.model.path). It holds the weights in bfloat16 (--dtype) and the run's tokenizer, which replace
+any weights and tokenizer that are already there.
 """
 
 import json
@@ -30,7 +30,7 @@ def export(
 
     Args:
       workdir: Directory of the run.
-      output: Created if it does not exist. Weights and a tokenizer that it contains are replaced.
+      output: The output directory, created if necessary. Weights and a tokenizer in it are replaced.
       step: The checkpoint's step; the last one by default.
       dtype: Dtype of the weights, "bfloat16" or "float32".
 
@@ -64,14 +64,14 @@ def export(
 
 
 def _check_output(output: Path, source: str, tokenizer: str) -> None:
-    """Raises BadInput if the directory holds files that the run needs, or a tokenizer of another run."""
+    """Raises BadInput if the output directory holds the run's own files or an unrelated tokenizer."""
     for path, kind in ((source, "model that the run started from"), (tokenizer, "run's tokenizer")):
         if path and path_of(path).resolve() == output.resolve():
             raise BadInput(f"{output} is the {kind}: name another directory")
     if not tokenizer and (output / "tokenizer.json").exists():
         raise BadInput(
-            f"{output} contains a tokenizer, but the tokens of this run are single characters: name "
-            "another directory"
+            f"{output} contains a tokenizer, but this run's tokens are single characters: name another "
+            "directory"
         )
 
 

@@ -61,10 +61,10 @@ def field(
       meaning: one or two sentences, with the unit.
       values: the numbers or the texts that are allowed. A table of choices may be extended after
         the declaration. The default is always allowed. None: any value of the field's type.
-      initial: value in runs that began before the field existed; needed where `default` changes
-        results. None: `default`.
-      argument: default of the attribute where the dataclass is constructed in Python, `REQUIRED` for
-        none. None: `default`.
+      initial: value in runs that began before the field existed; needed if `default` changes results.
+        None: `default`.
+      argument: default of the attribute if the dataclass is constructed in Python; `REQUIRED` if it
+        has none. None: `default`.
       may_change: a run may be resumed with another value.
       distinguishes: runs with different values are different experiments in a report.
     """

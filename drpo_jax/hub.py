@@ -19,7 +19,7 @@ def local_directory(path: str | os.PathLike, files: Sequence[str] = ALL_FILES) -
 
     Args:
       path: a directory, or a hub id such as "Qwen/Qwen3-4B-Base". A directory of that name takes
-        precedence. Of any other path, only ~ is expanded.
+        precedence. Any other path is returned with ~ expanded.
       files: patterns of the files to download.
 
     Raises:
@@ -28,7 +28,9 @@ def local_directory(path: str | os.PathLike, files: Sequence[str] = ALL_FILES) -
     """
     directory = path_of(path)
     if is_remote(directory):
-        raise ValueError(f"{path}: a model must be on a disk; copy the directory and name the copy")
+        raise ValueError(
+            f"{path}: a model must be on a local disk; copy the directory and name the copy"
+        )
     if directory.is_dir() or not HUB_ID.fullmatch(str(path)):
         return directory
     from huggingface_hub import snapshot_download  # Takes half a second to import.

@@ -51,8 +51,8 @@ class Inspection:
     Attributes:
       config: the run's resolved config.
       tokenizer, mesh, programs: as in `train`.
-      checkpoints, rollouts: the steps that are saved, ascending. Checkpoint 20 is the model after step
-        20, which sampled the rollout of step 21.
+      checkpoints, rollouts: the saved steps, ascending. Checkpoint 20 is the model after step 20; it
+        sampled the rollout of step 21.
 
     Raises:
       BadInput: there is no run, this version does not accept its config, or the mesh does not fit.

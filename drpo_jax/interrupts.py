@@ -1,10 +1,10 @@
 """Stops a run on SIGTERM or Ctrl-C without losing completed steps.
 
-The handler only notes the signal. The loop looks at the note where its state can be saved: after every
+The handler only records the signal. The loop checks for it where its state can be saved: after every
 step and every update of the warm start (`requested`), and while responses are sampled (`check`), which
-abandons a step that would outlast the grace period. All processes of a run look at the same places and
-agree there, so that they stop together although the signal may reach only some of them. A second signal
-ends the process at once.
+abandons a step that would outlast the grace period. All processes of a run check at the same points and
+agree, so that they stop together even if the signal reaches only some of them. A second signal ends the
+process immediately.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def expect(self, seconds: float = math.inf) -> None:
-        """Tells how long the work that begins now will take, as far as `check` can abandon it."""
+        """Sets the expected duration of the work that begins now and that `check` may abandon."""
         self._step_end = time.monotonic() + seconds
 
     def requested(self) -> bool:

@@ -68,9 +68,9 @@ def rewards() -> list[Entry]:
 
 
 def variants() -> list[Entry]:
-    """Returns every config file that comes with drpo_jax: its variants, and its purpose.
+    """Returns the variants and the purpose of every config file that comes with drpo_jax.
 
-    Then the variants of every config, and the value of each reading of the threshold.
+    The variants of every config and the value of each reading of the threshold follow.
     """
     entries = []
     for path in sorted(cli.CONFIGS.glob("*.py")):

@@ -1,7 +1,7 @@
 """One owner for every workdir: a lock on a disk, a lease on object storage.
 
-On a disk, process 0 locks the file `lock` with `flock`. The kernel releases it when the process ends,
-however it ends. The file names host and process for people; nothing reads them but the error message.
+On a disk, process 0 locks the file `lock` with `flock`. The kernel releases the lock when the process
+ends, even if it is killed. The file names host and process; only the error message uses them.
 
 Object storage has no locks, but it compares generations: a write can be made conditional on the
 generation of the object that it replaces. The owner of the object `lock` is whoever wrote its last
@@ -31,7 +31,7 @@ from drpo_jax.storage import is_remote, make_workdir
 
 LOCK = "lock"
 LEASE = 60  # Seconds after its last renewal at which a lease ends.
-HEARTBEAT = 15  # Seconds between renewals, and between looks of a process that waits.
+HEARTBEAT = 15  # Seconds between renewals, and between the checks of a process that waits.
 # A start waits this long for a lease that is being renewed: a restarted pod may overlap with its
 # predecessor, which still saves a checkpoint.
 PATIENCE = 5 * LEASE

@@ -116,7 +116,7 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
         train, heldout, repeated = _hold_out(config, problems, usable)
         if repeated:
             report += (
-                f"{repeated} further rows of held-out problems: not trained on, not evaluated\n"
+                f"{repeated} repetitions of held-out problems: not trained on, not evaluated\n"
             )
     if len(train) < config.train.prompts or not heldout:
         raise ValueError(
@@ -178,16 +178,16 @@ def _listed(config, problems):
 def _hold_out(config, problems, usable):
     """Splits the usable problems into those to train on and those to evaluate on.
 
-    All rows with the same text are on the same side. A hash of seed and prompt decides which, so that
-    no filter and no other field moves a problem from one side to the other.
+    All problems with the same text are on the same side. A hash of seed and prompt decides which, so
+    that no filter and no other field moves a problem to the other side.
 
     Args:
       problems: all problems.
       usable: those that the filter kept.
 
     Returns:
-      The training problems; the `evaluate.problems` held-out problems that are usable, each once; and
-      the number of further rows of these.
+      The training problems; those of the `evaluate.problems` held-out problems that are usable, each
+      once; and the number of their repetitions.
     """
     texts = {p.prompt: data.normalized_text(p.prompt) for p in problems}
     keys: dict[str, bytes] = {}
@@ -254,8 +254,8 @@ def _usable(config, tokenizer, problems) -> tuple[list[EncodedProblem], str]:
     report = f"{filtered.table()}\n"
     if dapo:
         report += (
-            f"The papers' own selection is {data.RELEASED} on the Hugging Face hub; its rule is not "
-            "published. data.problems can name its files, with data.filter = 'none'.\n"
+            f"The paper's own selection is {data.RELEASED} on the Hugging Face hub; its rule is not "
+            "published. To use it, set data.problems to its files and data.filter to 'none'.\n"
         )
     report += f"answer that {config.reward.name!r} never rewards: {sum(~rewardable)} dropped\n"
     return [p for p, ok in zip(kept, rewardable) if ok], report
@@ -309,12 +309,12 @@ def _token_ids(config, tokenizer, problem):
 
 
 def _rewardable(config, problems: Sequence[Problem], template: str | None = None) -> np.ndarray:
-    """Returns whether a response that gives the answer is rewarded, bool [problems].
+    """Returns whether a response with the known answer is rewarded, bool [problems].
 
-    A reward without a template is checked only for texts that are no answers.
+    For a reward without a template, returns whether the texts can be known answers.
 
     Args:
-      template: the response, with {answer} in it. None: the reward's own.
+      template: the response, containing {answer}. None: the reward's own.
     """
     reward = rewards.get_reward(config.reward.name, config.reward.extract)
     readable = np.array([reward.is_answer(problem.answer) for problem in problems], bool)
@@ -333,7 +333,7 @@ def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:
       sets: {name: problems}, the training problems included.
 
     Raises:
-      ValueError: `data.instruction` keeps an instruction that asks for what is never rewarded.
+      ValueError: `data.instruction` keeps an instruction that asks for a form that is never rewarded.
     """
     instructed = {name: [p for p in problems if p.wrapped] for name, problems in sets.items()}
     if not data.keeps_source(config.data.instruction) or not any(instructed.values()):
@@ -347,8 +347,8 @@ def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:
         )
     if bare := [name for name, problems in sets.items() if not all(p.wrapped for p in problems)]:
         logging.warning(
-            "data.instruction = %r: the prompts of %s come with an instruction, those of %s do not (or "
-            "not all); data.instruction = 'answer_line' gives all of them the same",
+            "data.instruction = %r: the prompts of %s come with an instruction, those of %s do not; "
+            "data.instruction = 'answer_line' gives all of them the same one",
             config.data.instruction,
             name,
             ", ".join(bare),

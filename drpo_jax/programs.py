@@ -70,13 +70,13 @@ class Programs:
         from [N, R] arrays, see `objectives.mismatch_summary`.
 
     Weight sync:
-      sync(model, key): the weights of the rollouts' sampler: with the noise of precision.noise drawn
+      sync(model, key): the weights of the rollout sampler: with the noise of precision.noise drawn
         from `key`, in the formats of the recipe, in the sampler's layout on the mesh.
       sync_exact(model): the same without quantization and without noise, for exact evaluation.
       perturbed(model, key): the learner's model with the noise that `sync` draws from `key`.
 
     Samplers, with jitted programs of their own (see `Sampler.programs`):
-      sampler: the Sampler of the rollouts, which follows the precision recipe.
+      sampler: the rollout sampler, which follows the precision recipe.
       exact_sampler: the Sampler of exact evaluation, which follows none.
 
     Attributes:
@@ -220,7 +220,7 @@ class Programs:
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
-        """Weight sync and two samplers: by `recipe` for rollouts, and an exact one."""
+        """Weight sync and two samplers: one for rollouts, which follows `recipe`, and an exact one."""
         config = self.config
         noise = partial(perturb, noise=config.precision.noise)
         self.perturbed = jax.jit(noise, out_shardings=self.state_shardings.model)

@@ -227,7 +227,7 @@ def _open_checkpoints(config, directory, *of_a_run):
 
 
 def _check_vocabulary(config, tokenizer):
-    """Raises BadInput if the tokenizer, or a token that ends a response, is beyond the model."""
+    """Raises BadInput if the tokenizer, or a token that ends a response, exceeds model.vocab_size."""
     size = config.model.vocab_size
     if tokenizer.vocab_size > size:
         raise BadInput(
@@ -235,8 +235,8 @@ def _check_vocabulary(config, tokenizer):
         )
     if beyond := [token for token in tokenizer.stop_ids if token >= size]:
         raise BadInput(
-            f"{config.data.tokenizer or config.model.path}: eos_token_id in generation_config.json has "
-            f"{', '.join(map(str, beyond))}, but the model's token ids are 0 to {size - 1}"
+            f"{config.data.tokenizer or config.model.path}: eos_token_id in generation_config.json "
+            f"contains {', '.join(map(str, beyond))}, but the model's token ids are 0 to {size - 1}"
         )
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from etils import epath
 
-# Orbax and TensorStore read these characters in the path of a checkpoint as a pattern or a separator:
-# the save succeeds, but the checkpoint is incomplete or gets a part of another run's.
+# Orbax and TensorStore read these characters in the path of a checkpoint as a pattern or a separator.
+# The save succeeds, but the checkpoint is incomplete or contains parts of another run's.
 _UNSAVEABLE = "*?[]\\"
 
 
 def path_of(text: str | os.PathLike) -> Path | epath.Path:
     """Returns the path that a flag, a config field or an argument names.
 
-    Every path that a user gives is read here, and nowhere else.
+    All paths that a user specifies are parsed here.
 
     Args:
       text: gs://BUCKET/…, a path on a disk, which may begin with ~, or a path object.
 
     Raises:
-      ValueError: storage of another kind, or ~ of an unknown user.
+      ValueError: the path is on another kind of storage, or has ~ of an unknown user.
     """
     if str(text).startswith("gs://"):
         return epath.Path(text)
@@ -44,12 +44,12 @@ def check_workdir(workdir: Path | epath.Path) -> None:
     if wrong := sorted(set(full) & set(_UNSAVEABLE)):
         raise ValueError(
             f"{full}: the path of a run must not contain {' '.join(wrong)}, because checkpoints there "
-            "could not be read again; choose another directory"
+            "could not be restored; choose another directory"
         )
 
 
 def make_workdir(workdir: Path | epath.Path) -> None:
-    """Creates the directory of a run if necessary; raises ValueError where none can be."""
+    """Creates the directory of a run if necessary; raises ValueError if that is not possible."""
     check_workdir(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: --workdir must be a directory or not exist yet")
@@ -57,7 +57,7 @@ def make_workdir(workdir: Path | epath.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{workdir} cannot be created ({str(error.strerror).lower()}); give a --workdir that can"
+            f"{workdir} cannot be created ({str(error.strerror).lower()}); choose another --workdir"
         ) from None
 
 

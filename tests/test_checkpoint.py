@@ -233,7 +233,7 @@ def test_a_damaged_last_checkpoint_is_set_aside(copy, kind, caplog):
     assert resumed(copy) == (1, 1)
     (line,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert line.startswith(f"the checkpoint of step 2 in {copy} is damaged: ")
-    assert line.endswith("it is now 2.damaged-1, and the run goes on from step 1")
+    assert line.endswith("it is now 2.damaged-1, and the run continues from step 1")
     assert re.search(says, line)
     assert saved_steps(copy) == [1]
     aside = copy / "2.damaged-1"
@@ -256,7 +256,7 @@ def test_without_a_whole_checkpoint_nothing_is_started_over(copy):
         flip(copy / str(step) / "default" / "_METADATA", 99)
     for _ in range(2):  # The second start finds what the first one found.
         with pytest.raises(
-            BadInput, match="no checkpoint is whole:\n.*step 2.*\n.*step 1"
+            BadInput, match="no checkpoint is intact:\n.*step 2.*\n.*step 1"
         ) as error:
             resumed(copy)
         assert f"delete {copy} to start over" in str(error.value)

@@ -167,7 +167,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     assert len(load_set("~/set.jsonl")) == 1
     with pytest.raises(BadInput, match=f"{tmp_path}/run holds no run"):
         export("~/run", "~/out")
-    with pytest.raises(BadInput, match="a model must be on a disk"), bad_input():
+    with pytest.raises(BadInput, match="a model must be on a local disk"), bad_input():
         local_directory("gs://bucket/model")
 
 
@@ -317,7 +317,7 @@ def test_a_closed_output_ends_the_run_without_a_traceback(command_line):
     )  # fmt: skip
     assert done.returncode == 141 and done.stdout.count("\n") == 1
     assert done.stderr == (
-        "nothing reads the output anymore: interrupted; run the same command again to resume from the "
+        "the output was closed: interrupted; run the same command again to resume from the "
         "last checkpoint\n"
     )
 

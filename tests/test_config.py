@@ -101,7 +101,7 @@ def test_every_field_has_a_row_with_a_meaning():
         ),
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
-        ({"data__ids": "ids.txt"}, "name the problems that the ids belong to"),
+        ({"data__ids": "ids.txt"}, "set data.problems to the problems that the ids belong to"),
         ({"data__digits": 9, "data__problems": "x"}, "the longest demonstration has"),
         ({"objective__epsilon": 0.2}, "drpo does not take epsilon; taken by spo, spo_no_advantage"),
         ({"objective__threshold": "originl"}, "did you mean 'original'?"),
@@ -296,7 +296,7 @@ def new_default(monkeypatch):
 
 
 def test_a_new_default_does_not_reach_runs_that_began_before(tmp_path, new_default):
-    """Whether or not config.json has the field already."""
+    """config.json may or may not contain the field already."""
     without, old = changed(), changed(train__pack=False)
     del without["train"]["pack"]
     for run in (without, old):
@@ -318,13 +318,15 @@ def test_only_an_unset_field_stays_as_the_run_began(tmp_path, new_default, caplo
     assert C.as_begun(today, tmp_path).train.pack is True and not caplog.messages
     (tmp_path / "config.json").write_text(C.to_json(changed(train__pack=False)))
     assert C.as_begun(today, tmp_path).train.pack is False
-    assert caplog.messages == ["train.pack = False, as this run began; the default is now True"]
+    assert caplog.messages == [
+        "train.pack = False, as when this run began; the default is now True"
+    ]
 
 
 def test_a_workdir_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / "run"
-    with pytest.raises(BadInput, match=f"^{workdir} cannot be created .not a directory.; give"):
+    with pytest.raises(BadInput, match=f"^{workdir} cannot be created .not a directory.; choose"):
         C.claim_workdir(workdir, changed())
 
 

@@ -134,12 +134,12 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, caplog):
-    """The run goes on from the one before, and ends as if nothing had happened."""
+    """The run continues from the one before, and ends as if nothing had happened."""
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "checkpoints" / "4" / "default" / "_METADATA").write_text("{}")
     before, after = loop.train(config(), workdir)
     assert (before["step"], after["step"]) == (0, 4)
-    assert "step 4 in" in caplog.text and "the run goes on from step 2" in caplog.text
+    assert "step 4 in" in caplog.text and "the run continues from step 2" in caplog.text
     assert metrics(workdir) == metrics(whole)
     assert arrays(workdir, 4) == arrays(whole, 4)
 
@@ -162,7 +162,7 @@ def test_a_damaged_warm_start_is_named_or_made_again(whole, tmp_path, caplog):
         source / "checkpoints"
     )  # Made again, from the same config, for RL from the start.
     loop.train(config(), source)
-    assert "the run goes on from step 3" in caplog.text
+    assert "the run continues from step 3" in caplog.text
     assert metrics(source) == metrics(whole) and metrics(source / "sft") == metrics(whole / "sft")
 
 
@@ -421,7 +421,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     message = str(error.value)
     assert message.startswith("step 4: the last 4 updates had a non-finite loss or gradient")
     assert "The checkpoint of step 2 is now 2.unconfirmed-1: no update after" in message
-    assert f"goes on from step 0 in {tmp_path}" in message and "train.max_skipped = 3" in message
+    assert f"continues from step 0 in {tmp_path}" in message and "train.max_skipped = 3" in message
     assert "2 update(s) in a row skipped" in caplog.text
     assert (tmp_path / "checkpoints" / "2.unconfirmed-1").is_dir()
     run = loop.Run.create(settings, tmp_path)

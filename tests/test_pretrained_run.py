@@ -111,7 +111,7 @@ def test_a_model_has_to_be_as_large_as_its_tokenizer(checkpoint, tmp_path):
 def test_the_end_of_a_response_has_to_be_a_token_of_the_model(checkpoint, tmp_path):
     path = shutil.copytree(checkpoint[0], tmp_path / "model")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 271, 272]}))
-    with pytest.raises(BadInput, match="model: eos_token_id .* has 272, but .* are 0 to 271"):
+    with pytest.raises(BadInput, match="model: eos_token_id .* contains 272, but .* are 0 to 271"):
         loop.Run.create(config(path), tmp_path)
 
 

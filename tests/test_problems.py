@@ -61,7 +61,7 @@ def test_held_out_problems_are_a_part_of_the_file_or_a_set(checkpoint, tmp_path)
 
 @pytest.mark.parametrize("filter_name", ["none", "clean"])
 def test_a_split_is_by_problem_and_not_by_row(checkpoint, tmp_path, filter_name):
-    """Rows that differ in layout alone are one problem; the held-out part has the full number."""
+    """Rows that differ only in layout are one problem; evaluate.problems counts problems, not rows."""
     rows = [(p.replace(" ", " " * n), a) for n in (1, 2, 3) for p, a in GOOD]
     fields = dict(data__filter=filter_name, evaluate__problems=3)
     loaded = math(checkpoint, tmp_path, rows, **fields)
@@ -72,7 +72,7 @@ def test_a_split_is_by_problem_and_not_by_row(checkpoint, tmp_path, filter_name)
     assert len(loaded.heldout) == len(set(texts(loaded.heldout))) == 3
     assert not set(texts(loaded.heldout)) & set(texts(loaded.train))
     assert len(loaded.train) == (15 if filter_name == "none" else 5)
-    assert ("6 further rows of held-out problems" in loaded.report) == (filter_name == "none")
+    assert ("6 repetitions of held-out problems" in loaded.report) == (filter_name == "none")
     back = math(checkpoint, tmp_path, rows[::-1], **fields)
     assert set(texts(back.heldout)) == set(texts(loaded.heldout))
     # Exact repetitions do not move a problem to the other side.

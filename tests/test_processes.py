@@ -120,7 +120,7 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
 
 
 def test_the_evaluation_equals_that_of_one_process(runs):
-    """Of the same checkpoint: its responses do not depend on the processes that sample them."""
+    """The responses of a checkpoint do not depend on the processes that sample them."""
     workdir, results = runs[1], []
     for processes in (1, 2):
         first, *others = launch(workdir, processes, steps=2, command="evaluate")
@@ -151,7 +151,7 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     data.write_bytes(content)
     first, second = launch(workdir, processes=2, steps=3)
     assert f"{data.relative_to(checkpoint)} does not match its digest" in first
-    assert "it is now 2.damaged-1, and the run goes on from step 1" in first
+    assert "it is now 2.damaged-1, and the run continues from step 1" in first
     assert "damaged" not in second
     assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3]
     assert read_metrics(workdir)[2]["reward/mean"] == read_metrics(runs[1])[2]["reward/mean"]

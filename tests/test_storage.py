@@ -74,7 +74,7 @@ def test_a_workdir_that_could_not_be_read_again_is_refused(name, tmp_path, monke
 
 
 def test_every_path_of_the_user_is_read_in_one_place():
-    """Otherwise ~ is expanded in some flags and fields, and names a directory in others."""
+    """Without it, ~ would be expanded in some flags and fields, and name a directory in others."""
     root = Path(__file__).parents[1]
     files = [*(root / "drpo_jax").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
     expanding = {f.name for f in files if re.search(r"expanduser|Path\.home", f.read_text())}

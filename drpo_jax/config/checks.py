@@ -255,7 +255,7 @@ def _problems(check: Check) -> None:
     check.require(
         not check["data.ids"] or problems,
         "data.ids data.problems",
-        "name the problems that the ids belong to",
+        "set data.problems to the problems that the ids belong to",
     )
     check.require(
         check["data.pass_low"] <= check["data.pass_high"],
@@ -270,7 +270,7 @@ def _problems(check: Check) -> None:
 
 
 def _answers(check: Check) -> None:
-    """A response that follows the instruction can be rewarded."""
+    """Checks that a response that follows the instruction can be rewarded."""
     in_words = check["data.problems"] and _has_tokenizer(check)
     math = (check["reward.name"] or ("math" if in_words else "")) == "math"
     instruction, extract = check["data.instruction"], check["reward.extract"]

@@ -1,6 +1,6 @@
 """The settings of the DRPO paper that its configs share, and its baselines.
 
-`docs/settings.md` says of every field what is released, what is inferred, and from where.
+`docs/settings.md` states for every field whether its value is released, inferred or ours.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from drpo_jax.config.variants import objective_variant
 from drpo_jax.models import PRESETS
 from drpo_jax.objectives import THRESHOLDS
 
-# The baselines with the settings that their released runs have instead of the objective's defaults.
+# Variants for the baselines, with the settings of the released runs instead of the objectives' defaults.
 BASELINES = {
     "grpo": objective_variant("grpo", epsilon_low=0.2, epsilon_high=0.28),
     "grpo_symmetric": objective_variant("grpo", epsilon_low=0.2, epsilon_high=0.2),
@@ -28,7 +28,7 @@ PRECISION = {
     "fp8_e2e": {"precision.recipe": "e2e"},
 }
 
-# verl's public script for FP8 end to end on Qwen3-30B-A3B, without its objective.
+# The settings of verl's public script for end-to-end FP8 on Qwen3-30B-A3B, without its objective.
 FP8_E2E_RELEASED = {
     **PRECISION["fp8_e2e"],
     "precision.scale": "float32",

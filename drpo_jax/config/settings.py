@@ -95,8 +95,8 @@ class EvaluateSettings:
     greedy: bool = field(True, "Also sample one greedy response per problem.", may_change=True)
     precision: str = field(
         "exact",
-        "exact: without quantization. sampler: with the engine of the rollouts, including its recipe, "
-        "float8 cache and noise; the released FP8 runs validate this way.",
+        "exact: without quantization. sampler: with the rollout sampler, including its recipe, float8 "
+        "cache and noise; the released FP8 runs validate this way.",
         ("exact", "sampler"),
         may_change=True,
     )

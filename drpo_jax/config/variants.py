@@ -27,7 +27,7 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
       config: changed in place.
       names: names of variants, separated by commas, such as "fp8_e2e,boundary"; "" changes nothing.
       own: the config file's variants: {name: {dotted field: value}}, or a function that changes the
-        config, which runs after all fields are set. They take precedence over those of every config.
+        config, which runs after all fields are set. They take precedence over the common variants.
 
     Returns:
       The config.
@@ -36,7 +36,7 @@ def with_variants(config: ConfigDict, names: str, own: Mapping[str, Variant]) ->
       ValueError: an unknown variant, or two that set one field to different values. A variant that
         empties a text field agrees with one that sets it: `dppo_tv,boundary` has a threshold.
     """
-    variants = {**own, **common_variants(), **own}  # Its own are named first.
+    variants = {**own, **common_variants(), **own}  # Messages list own variants first.
     chosen = [name for name in names.split(",") if name]
     owners: dict[str, tuple[str, Any]] = {}
     changes = []
@@ -73,7 +73,7 @@ def common_variants() -> dict[str, Variant]:
 def objective_variant(name: str, **fields: Any) -> dict[str, Any]:
     """Returns the variant that selects an objective.
 
-    Only DRPO and SPO keep the config's reading of 12.5.
+    DRPO, its ablations and SPO keep the config's reading of the threshold; other objectives reset it.
 
     Args:
       name: a key of `OBJECTIVES`.

@@ -55,15 +55,15 @@ def run_config(workdir: Path) -> ConfigDict:
 def as_begun(
     config: Mapping[str, Any], workdir: Path, explicit: Collection[str] = ()
 ) -> ConfigDict:
-    """Returns the config with which the same command continues the run in `workdir`.
+    """Returns the config for continuing the run in `workdir` with the same command.
 
-    Where a new default changes results, a run that began before keeps the initial value of the field,
-    with a warning, unless the field is set on the command line. Without a run in `workdir`, the config
-    stays as it is.
+    If a default changed after the run began, the run keeps the initial value of the field, with a
+    warning, unless the field is set on the command line. If there is no run in `workdir`, the config is
+    returned unchanged.
 
     Args:
       config: nested fields, not resolved.
-      workdir: directory of the run, or of a run to begin.
+      workdir: directory of the run, which need not exist yet.
       explicit: dotted names of the fields that were set on the command line.
 
     Raises:
@@ -82,7 +82,7 @@ def as_begun(
     begun.update_from_flattened_dict(kept)
     for field, value in kept.items():
         logging.warning(
-            "%s = %r, as this run began; the default is now %r", field, value, values[field]
+            "%s = %r, as when this run began; the default is now %r", field, value, values[field]
         )
     return begun
 

@@ -37,26 +37,26 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
     """Reads problems from files: parquet if the name ends in .parquet (needs pyarrow), else JSON lines.
 
     JSON lines are UTF-8 text with one object per line. The first line decides which of two schemas
-    the file has. Upper and lower case of field names make no difference, and null counts as absent.
+    the file has. Field names are case-insensitive, and null counts as absent.
 
     - This project's: `prompt` (or `question`, or `problem`) is a string that is not empty. The
       answer is the field `answer`, or else `reward_model.ground_truth`, `metadata.answer` or
-      `solution`: a string that is not empty, or a number. Of a `solution` with a box, and of an
-      answer in the form of GSM8K (a worked solution, then "#### 46"), the final answer is taken.
+      `solution`: a string that is not empty, or a number. If a `solution` has a box, or if an answer
+      has the form of GSM8K's (a worked solution, then "#### 46"), only the final answer is kept.
       Optional are `kind`, a string (default: empty), and `id`, a string or an integer that is
       unique in the file (default: `extra_info.index`, else the name of the file and the line).
     - DAPO's: `prompt` is a chat of one user message, and the answer is usually
       `reward_model.ground_truth`. The id is `extra_info.index` (or `id`).
 
-    Files with `extra_info` tend to repeat each problem many times: rows with the same text and answer
+    Files with `extra_info` often repeat each problem many times. Rows with the same text and answer
     become one problem with the id of the first row. A text with several answers remains several
     problems, which `filter_problems` drops. If they share an index, the later ones get "#2", "#3", …
     appended to it. The instruction around each problem of DAPO-Math-17k is removed from the prompt
     and kept in `Problem.wrapped`. Other fields are ignored.
 
     Args:
-      path: a file; or several files of the same schema, if the last part of the path contains "*". An
-        id then begins with the name of its file.
+      path: a file, or several files of the same schema if the last part of the path contains "*". With
+        several files, an id begins with the name of its file.
 
     Returns:
       The problems in the order of the file; files are read in the order of their names.
@@ -64,8 +64,8 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
     Raises:
       ValueError: the file is empty, or parquet without pyarrow; or a line is malformed, empty (but
         not at the end) or not UTF-8, lacks a field, has a field of the wrong type or two fields
-        that contradict each other, or repeats an id for another text. The message has the file, the
-        line (the row of a parquet file), the field and a correct example.
+        that contradict each other, or repeats an id for another text. The message names the file, the
+        line (the row of a parquet file) and the field, and shows a correct example.
       OSError: the file cannot be read.
     """
     paths = _matching(path_of(path))
@@ -87,7 +87,7 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
 
 
 def read_ids(path: str | os.PathLike) -> list[str]:
-    """Reads a UTF-8 text file of ids, one per line; empty lines are skipped.
+    """Reads a UTF-8 text file with one id per line; empty lines are skipped.
 
     Raises:
       ValueError: the file holds no id, or is not UTF-8.
@@ -115,8 +115,7 @@ def read_jsonl(path: str | os.PathLike, example: str) -> Iterator[Record]:
       The file and the line number as text for messages, and the object of the line.
 
     Raises:
-      ValueError: a line is empty and another one follows, or is not UTF-8, not JSON or not an
-        object.
+      ValueError: a line is not UTF-8, not JSON or not an object, or is empty although others follow.
     """
     empty = ""
     with path_of(path).open("rb") as file:
@@ -132,7 +131,7 @@ def read_jsonl(path: str | os.PathLike, example: str) -> Iterator[Record]:
 
 
 def last_boxed(solution: str) -> str:
-    r"""Returns the content of the last \boxed{…} of a solution, or of its last \boxed 7.
+    r"""Returns the content of the last box of a solution: \boxed{…}, or \boxed 7 without braces.
 
     Raises:
       ValueError: the braces are not balanced.
@@ -152,13 +151,13 @@ def last_boxed(solution: str) -> str:
 
 
 def _matching(path: Path | epath.Path) -> list[Path | epath.Path]:
-    """Returns the files that a path with "*" in its last part names; else the path itself."""
+    """Returns the files that match a path with "*" in its last part, or else the path itself."""
     if "*" not in path.name or path.exists():
         return [path]
     pattern = re.sub(r"[\[?]", r"[\g<0>]", path.name)
     files = sorted(file for file in path.parent.glob(pattern) if file.is_file())
     if not files:
-        raise FileNotFoundError(f"{path}: no file has such a name")
+        raise FileNotFoundError(f"{path}: no file matches")
     return files
 
 
@@ -226,7 +225,7 @@ def _parse(record, where, file, number, chat, several) -> Problem:
     Args:
       file, number: name of the file and number of the row.
       chat: whether the file is in DAPO's schema.
-      several: whether the ids of several files must differ.
+      several: whether there are several files, whose ids then begin with the file's name.
     """
     example = _DAPO_EXAMPLE if chat else _EXAMPLE
     text = _chat_prompt(record, where) if chat else _plain_prompt(record, where)
@@ -262,8 +261,8 @@ def _chat_prompt(record, where):
     roles = [m.get("role") for m in chat if isinstance(m, dict)] if isinstance(chat, list) else []
     if roles == ["system", "user"]:
         raise ValueError(
-            f"{where}: field 'prompt' has a system message, but a message for all problems belongs "
-            "to data.system; remove it here, and set data.system to it"
+            f"{where}: field 'prompt' has a system message; remove it, and set data.system to it, "
+            "which applies to all problems"
         )
     if not isinstance(chat, list) or len(chat) != 1 or not isinstance(chat[0], dict):
         raise ValueError(
@@ -346,11 +345,11 @@ def _inside(record, name):
 
 
 def _with_unique_ids(parsed, prefix, chat):
-    """Returns the problems.
+    """Returns the problems after checking that their ids are unique.
 
     Args:
       parsed: (file and line, problem) pairs.
-      prefix: left out of the place of an earlier problem in messages.
+      prefix: removed from the place of the earlier problem in messages.
       chat: whether the file is in DAPO's schema.
 
     Raises:

@@ -1,8 +1,8 @@
 """Rules that choose the training problems of a data set, and count what they drop.
 
-The papers train on "about 13K" of DAPO-Math-17k's 17.4K problems and do not publish their rule, only
-its result (`RELEASED`). This project's rule is `filter_problems`: its result depends only on the
-problems and on its arguments.
+The DRPO paper trains on "about 13K" of DAPO-Math-17k's 17.4K problems. Its rule is not published, only
+the problems that it keeps (`RELEASED`). This project's rule is `filter_problems`: its result depends
+only on the problems and on its arguments.
 """
 
 import collections
@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 from drpo_jax.data.files import read_jsonl
 from drpo_jax.data.problem import Problem
 
-# Named by the recipes of DRPO's authors and by verl's page on OTB (arXiv 2602.07078). The layout of the
-# training files is that of DAPO-Math-17k; next to them are AIME 2024 and 2025 in the same layout.
+# The paper's selection, according to the recipes of DRPO's authors and verl's page on OTB (arXiv
+# 2602.07078). Its training files and its copies of AIME 2024 and 2025 have the schema of DAPO-Math-17k.
 RELEASED = "Jiawei415/DPAO_filter"
 
 P = TypeVar("P", bound=Problem)
@@ -101,7 +101,7 @@ def filter_problems(
     Args:
       problems: the problems of a data set.
       integer_answers: keep only integer answers (see `integer`).
-      min_characters: the shortest prompt, in characters.
+      min_characters: keep only prompts with at least this many characters.
       count_tokens, max_tokens: the number of tokens of a prompt, and its maximum. Both or neither.
       chinese: keep prompts with a Chinese character. DAPO-Math-17k has about 3,300 of them.
       rollouts: a file of responses as `drpo_jax.evaluate` writes it. Keep only problems with

@@ -10,8 +10,8 @@ _DAPO_BEFORE = (
 )
 _DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" is a name only: it leaves
-# the prompt as its source has it, while the text "{problem}" is the bare problem.
+# Templates by name. "answer_line" is the instruction of DAPO-Math-17k. "none" is only a name: it leaves
+# a prompt as its source has it, while the text "{problem}" is the bare problem.
 TEMPLATES = {
     "none": "{problem}",
     "boxed": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
@@ -22,7 +22,7 @@ TEMPLATES = {
 def with_instruction(problem: Problem, template: str) -> Problem:
     r"""Returns the problem with an instruction in its prompt.
 
-    An instruction replaces the one that the source of the problem puts around it. "none" keeps that.
+    The instruction replaces the one that comes with the problem, if any; "none" keeps that one.
 
     Args:
       problem: any problem.
@@ -44,7 +44,7 @@ def with_instruction(problem: Problem, template: str) -> Problem:
 
 
 def keeps_source(template: str) -> bool:
-    """Returns whether a template of `with_instruction` leaves the prompt as its source has it."""
+    """Returns whether a template leaves every prompt as its source has it; see `with_instruction`."""
     return template == "none"
 
 

@@ -14,8 +14,7 @@ class Problem:
       kind: groups problems in tables of accuracy, for example the operation or the level; may be
         empty.
       id: unique within a data set.
-      wrapped: the prompt with the instruction that the source puts around the problem; empty if it
-        puts none.
+      wrapped: the prompt with the instruction that comes with the problem; empty if there is none.
     """
 
     prompt: str

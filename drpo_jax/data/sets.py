@@ -251,9 +251,8 @@ def _sha256(content):
 
 def _load_dapo(cache):
     """Returns DAPO-Math-17k. Its 1.8 million rows are read once; the cache keeps their problems."""
-    path = (
-        cache / "dapo_math_17k_wrapped.jsonl"
-    )  # Older versions cached the problems without wrapper.
+    # Older versions cached the prompts without their instruction, as dapo_math_17k.jsonl.
+    path = cache / "dapo_math_17k_wrapped.jsonl"
     if not path.is_file():
         lines = [
             json.dumps(

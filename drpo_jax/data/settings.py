@@ -17,7 +17,7 @@ class DataSettings:
         "arithmetic",
         "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
         "data.problems.",
-        ChainMap[str, Any]({"math": None}, TASKS),  # Live: includes tasks that are added later.
+        ChainMap[str, Any]({"math": None}, TASKS),  # A live view: tasks may be added later.
     )
     digits: int = field(
         3,
@@ -38,7 +38,7 @@ class DataSettings:
         "none",
         "Problems to drop. clean: those that repeat or contradict others, that are too long, or whose "
         "answer is never rewarded. dapo: also those without an integer answer, in Chinese, or under 10 "
-        f"characters; the set that the papers filtered is {RELEASED} on the Hugging Face hub.",
+        f"characters. The paper's own selection is {RELEASED} on the Hugging Face hub.",
         ("none", "clean", "dapo"),
     )
     rollouts: str = field(
@@ -56,8 +56,8 @@ class DataSettings:
     )
     instruction: str = field(
         "{problem}",
-        "Prompt text around a problem: a text with {problem}, or a name in TEMPLATES. It replaces the "
-        "instruction that DAPO-Math-17k puts around its problems; none keeps that.",
+        "Instruction around a problem: a text with {problem}, or a name in TEMPLATES. It replaces the "
+        "instruction that comes with DAPO-Math-17k's problems; none keeps that one.",
     )
     chat: bool = field(False, "Whether the tokenizer's chat template is applied to prompts.")
     system: str = field(

@@ -90,13 +90,13 @@ class TextTokenizer:
 
     Attributes:
       eos_id: id of the end of sequence.
-      stop_ids: the ids that end a response: `eos_id`, those of generation_config.json (without one, of
-        config.json), and with `chat` the token that closes the assistant's turn in the template.
+      stop_ids: the ids that end a response: `eos_id`; those in generation_config.json, or else in
+        config.json; and with `chat`, the token that closes the assistant's turn in the template.
       vocab_size: the largest id + 1. The embedding of a model may have more rows.
 
     Raises:
       ValueError: the directory has no tokenizer, the tokenizer has no end of sequence, or `chat` is
-        set and there is no chat template, or one that fails or takes no system message.
+        set and there is no chat template, or one that fails or ignores the system message.
     """
 
     def __init__(
@@ -157,32 +157,30 @@ class TextTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._thinking,
             )
-        except (TemplateError, TypeError) as error:  # A template raises what it likes to refuse.
+        except (TemplateError, TypeError) as error:  # A template refuses by raising either.
             raise ValueError(f"{self._path}: the chat template failed: {error}") from None
 
     def _check_system(self, system):
         """Raises ValueError if the chat template refuses or ignores the system message."""
         user = [{"role": "user", "content": "?"}]
         opening, self._opening = self._opening, []
-        self._render(user, True)  # Fails here if the template does without a system message, too.
+        self._render(user, True)  # Raises if the template also fails without a system message.
         self._opening = opening
         try:
-            reason = (
-                "" if system.strip() in self._render(user, True) else "it leaves the message out"
-            )
+            reason = "" if system.strip() in self._render(user, True) else "it ignores the message"
         except ValueError as error:
             reason = str(error)
         if reason:
             raise ValueError(
-                f"data.system = {system!r}: the chat template takes no system message ({reason}); leave "
-                "data.system empty, and put the text into data.instruction"
+                f"data.system = {system!r}: the chat template does not support a system message "
+                f"({reason}); leave data.system empty, and put the text into data.instruction"
             )
 
     def _turn_ends(self):
         """Returns the id of the token that closes the assistant's turn; [] if the template has none.
 
-        It is the first token after the response and white space, if it was added to the vocabulary.
-        Some templates close a turn only when another one follows.
+        It is the first token after the response and white space, provided that it is an added token.
+        Some templates close a turn only if another one follows.
         """
         user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
         added = {token.content: i for i, token in self._inner.added_tokens_decoder.items()}
@@ -190,7 +188,8 @@ class TextTokenizer:
         for turns in ([user, answer], [user, answer, user]):
             _, answered, closing = self._render(turns, False).rpartition("!")
             closing = closing.lstrip()
-            if not answered or closing == opening:  # The beginning of the next turn closes none.
+            # The start of the next turn does not close this one.
+            if not answered or closing == opening:
                 continue
             if found := [text for text in added if closing.startswith(text)]:
                 return [added[max(found, key=len)]]
@@ -216,7 +215,7 @@ class TextTokenizer:
 
 
 def _generation_ends(path: Path) -> list[int]:
-    """Returns the ids that end a sequence according to a model's directory."""
+    """Returns the ids of eos_token_id in generation_config.json, or else in config.json."""
     files = [path / name for name in ("generation_config.json", "config.json")]
     file = next((file for file in files if file.exists()), None)
     fields = json.loads(file.read_text()) if file else {}

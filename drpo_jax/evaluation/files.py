@@ -39,7 +39,7 @@ def evaluation_settings(run: Run, checkpoint: str, step: int) -> dict[str, Any]:
 
 
 def _precision(config: FrozenConfigDict) -> dict[str, Any]:
-    """The fields behind evaluate.precision; none for "exact", the only one of older evaluations."""
+    """Returns the section precision if evaluations use it. For "exact", older files match, too."""
     if config.evaluate.precision == "exact":
         return {}
     return {"precision": config.precision.to_dict()}

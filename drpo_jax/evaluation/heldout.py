@@ -32,7 +32,7 @@ def sample_heldout(
     done: Iterable[Response] = (),
     places: Sequence[int] | None = None,
 ) -> Iterator[list[Response]]:
-    """Samples and verifies responses with the engine that evaluate.precision names.
+    """Samples responses with the sampler that evaluate.precision selects, and verifies them.
 
     A response depends only on the weights and on the index of its problem. Part of an evaluation, or
     the rest of an interrupted one, therefore yields the same responses as the whole.
@@ -82,12 +82,12 @@ def in_order(run: Run, responses: Iterable[Response]) -> list[Response]:
 
 
 def loaded_sampler(run: Run, model: Transformer) -> Sampler:
-    """Returns the sampler of evaluations, with weights loaded."""
+    """Returns the sampler that evaluate.precision selects, with the model's weights loaded."""
     programs = run.programs
     if run.config.evaluate.precision == "exact":
         programs.exact_sampler.load(programs.sync_exact(model))
         return programs.exact_sampler
-    # The same noise in every evaluation, so that evaluations differ in the weights only.
+    # All evaluations draw the same noise, so that only the weights differ.
     programs.sampler.load(programs.sync(model, run.key(0, NOISE)))
     return programs.sampler
 

@@ -53,7 +53,7 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
 
 
 def _place(problems: str) -> str:
-    """Returns the same text for all spellings of the path of a file, and of a set's name."""
+    """Returns data.problems as an absolute path, so that different spellings of a path are equal."""
     return str(path_of(problems).absolute()) if problems else ""
 
 

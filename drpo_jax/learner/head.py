@@ -64,7 +64,7 @@ class TokenTrace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """An objective of the table in the form that the head takes, with optional penalties.
+    """An objective of the table as a function for the head, with optional penalties.
 
     Calling it returns (J, c, w), float32 arrays of the shape of logp. An array `correction`, the weights
     of `objectives.mismatch_weight`, multiplies J and c. Neither it nor a penalty changes w.
@@ -87,7 +87,7 @@ class Policy:
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether c of a token depends on other tokens of its response."""
+        """Whether a token's c depends on other tokens of its response."""
         return OBJECTIVES[self.name].needs_sequences
 
     def __call__(

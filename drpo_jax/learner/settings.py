@@ -55,7 +55,7 @@ class ObjectiveSettings:
     kl_coefficient: float = field(0.0, "Coefficient of the KL penalty.", NOT_NEGATIVE)
     kl_behavior: float = field(
         0.0,
-        "Coefficient κ of the penalty κ·(log r)² on the distance to µ. prime-rl has 1e-3.",
+        "Coefficient κ of the penalty κ·(log r)² on the distance to µ. prime-rl uses 1e-3.",
         NOT_NEGATIVE,
     )
     entropy_bonus: float = field(
@@ -79,7 +79,7 @@ class OptimizerSettings:
     weight_decay: float = field(0.01, "Decoupled weight decay.", NOT_NEGATIVE)
     decay_norms: bool = field(
         False,
-        "Whether the weight decay includes norms, biases and the A_log and dt_bias of a DeltaNet.",
+        "Whether weight decay also applies to norms, biases, and the A_log and dt_bias of DeltaNets.",
         initial=True,
     )
     mu_dtype: str = field(

@@ -112,8 +112,8 @@ def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
 def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientTransformation:
     """Returns AdamW after clipping by global norm, with the learning rate of `make_schedule`.
 
-    Weight decay leaves out the parameters that say so (`models.layers.param`), unless
-    optimizer.decay_norms includes them.
+    Weight decay exempts the parameters with decay=False (see `models.layers.param`), unless
+    optimizer.decay_norms is set.
 
     Args:
       optimizer: the config's section of this name.
@@ -134,7 +134,7 @@ def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientT
 
 
 def _decays(params):
-    """Whether weight decay applies, for every parameter of a pytree; it does to a bare array."""
+    """Returns whether weight decay applies to each parameter of a pytree; bare arrays decay."""
     return jax.tree.map(
         lambda leaf: leaf.get_metadata()["decay"] if is_param(leaf) else True,
         params,

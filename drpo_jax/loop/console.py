@@ -47,7 +47,7 @@ def introduction(run: Run) -> str:
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "
-        + "by the rollouts' sampler, " * (evaluate.precision == "sampler")
+        + "by the rollout sampler, " * (evaluate.precision == "sampler")
         + "before and after training"
         + f" and every {evaluate.every} steps" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"

@@ -41,7 +41,7 @@ def stop(run: Run, skipped: int, step: int, checkpoints: Checkpoints, confirmed:
       confirmed: whether an update after the last checkpoint was finite.
 
     Raises:
-      TrainingStopped: always; the message says where the run goes on from, and what to change.
+      TrainingStopped: always; the message says where the run continues from, and what to change.
     """
     steps, aside = checkpoints.steps(), ""
     if not confirmed and len(steps) > 1:
@@ -50,7 +50,7 @@ def stop(run: Run, skipped: int, step: int, checkpoints: Checkpoints, confirmed:
     resume = f"from step {steps[-1]}" if steps else "from the beginning"
     raise TrainingStopped(
         f"step {step}: the last {skipped} updates had a non-finite loss or gradient and were skipped "
-        f"(train.max_skipped = {run.config.train.max_skipped}).{aside} The same command goes on "
+        f"(train.max_skipped = {run.config.train.max_skipped}).{aside} The same command continues "
         f"{resume} in {run.workdir} and would repeat the same updates. Add a lower "
         "--config.optimizer.learning_rate or a higher --config.train.max_skipped; both may change on "
         "resume."

@@ -209,7 +209,7 @@ def rl_step(
 
     Args:
       state: donated.
-      step: steps completed so far, which the random keys depend on. Logs and files count this step as
+      step: number of completed steps, which the random keys depend on. Logs and files call this one
         step + 1.
       first: whether this is the first step of the process, which announces compilations and compares
         the sampler's logprobs with the learner's (sampler.parity).

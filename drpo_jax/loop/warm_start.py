@@ -52,7 +52,7 @@ def existing_model(run: Run) -> Transformer | None:
         except DamagedCheckpoint:
             if config.data.init_from:
                 raise
-            return None  # `make_warm_start` goes on from an older checkpoint.
+            return None  # `make_warm_start` continues from an older checkpoint.
 
 
 def random_model(run: Run) -> Transformer:

@@ -42,9 +42,10 @@ LINEAR = {
     "linear_conv_kernel": "linear_conv_kernel_dim",
 }
 SHARED = {"shared_expert_size": "shared_expert_intermediate_size"}
-# Values of fields that config.json may lack, as in `transformers`.
+# Defaults of fields that config.json may lack, as in `transformers`.
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-HEAD_DIM = {"qwen3": 128, "qwen3_5_moe_text": 256}  # Others divide the width among the heads.
+# Default head_dim. The other families divide the width among the heads.
+HEAD_DIM = {"qwen3": 128, "qwen3_5_moe_text": 256}
 # Settings of config.json for which only one value is supported.
 REQUIRED = {
     "hidden_act": "silu",
@@ -53,7 +54,7 @@ REQUIRED = {
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
 }
-# Keys of rope_parameters. The sections of a multimodal model are equal for text.
+# Supported keys of rope_parameters. The sections of a multimodal model have equal positions for text.
 ROPE = {"rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 
 
@@ -61,8 +62,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """Returns the architecture of a Hugging Face directory or hub id.
 
     Both dialects of config.json are supported, that of released checkpoints and that of
-    `transformers` 5. Where both spell the same setting, they must agree: engines differ in which of them
-    they read.
+    `transformers` 5. If both spell the same setting, they must agree, because engines differ in which
+    one they read.
 
     Raises:
       ValueError: if the family or a setting is not supported, if a field is missing, or if two fields
@@ -82,7 +83,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 class _Wrong(ValueError):
-    """What is wrong with a config.json, without its path."""
+    """A problem with a config.json; the message lacks its path."""
 
 
 def _architecture(whole: dict[str, Any]) -> ModelConfig:
@@ -111,7 +112,7 @@ def _architecture(whole: dict[str, Any]) -> ModelConfig:
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that are not null; `transformers` takes null for absent."""
+    """Returns the fields that are not null; `transformers` treats null as absent."""
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -156,13 +157,13 @@ def _spelled_twice(whole: dict[str, Any], text: dict[str, Any]) -> dict[str, Any
 
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the rotary settings under the names of rope_parameters, at least rope_type."""
+    """Returns the rotary settings under the names of rope_parameters; rope_type is always set."""
     blocks = {}
     names = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name)]
     for name in names or ["rope_parameters"]:
         block = _present(fields.get(name) or {})
         if nested := [key for key, value in block.items() if isinstance(value, dict)]:
-            raise _Wrong(f"not supported: {name} by type of layer ({', '.join(nested)})")
+            raise _Wrong(f"not supported: {name} for each layer type ({', '.join(nested)})")
         kinds = {f"{name}.{key}": block.pop(key, None) for key in ("rope_type", "type")}
         block["rope_type"] = _agreed(kinds) or "default"
         for key in ("rope_theta", "partial_rotary_factor"):
@@ -181,7 +182,7 @@ def _interval(fields: dict[str, Any]) -> int:
     pattern = ["linear_attention"] * (first - 1) + ["full_attention"]
     if not first or kinds != pattern * (fields["num_hidden_layers"] // first):
         raise _Wrong(
-            f"not supported: layer_types that do not repeat, or that are not as many as the "
+            "not supported: layer_types that do not repeat, or whose number differs from the "
             f"{fields['num_hidden_layers']} layers: {kinds}"
         )
     return _agreed({"full_attention_interval": every, "layer_types": first})

@@ -1,7 +1,7 @@
 """The files of a Hugging Face directory: weights, their index, tokenizer, JSON.
 
 Engines look for weights in different orders; `transformers`, for example, reads model.safetensors before
-any index. A directory that is written must therefore hold one model only.
+any index. An output directory must therefore contain one model only.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-# Names of the weights of one file and of the index of several.
+# Names of the only weights file, and of the index if there are several.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Patterns of the files from which an engine may read weights, and of their indices. An adapter redirects
 # `transformers` to its own base model.
@@ -35,7 +35,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      ValueError: if the file does not contain a JSON object; the message names it.
+      ValueError: if the file does not contain a JSON object; the message names the file.
     """
     try:
         fields = json.loads(file.read_text())
@@ -47,14 +47,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def remove(directory: Path, patterns: Iterable[str]) -> None:
-    """Removes the files of a directory that match one of the patterns."""
+    """Removes the files in a directory that match any of the patterns."""
     for pattern in patterns:
         for file in directory.glob(pattern):
             file.unlink()
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copies the tokenizer of a directory, in place of the one in the other directory."""
+    """Copies the tokenizer from `source` to `directory`, where it replaces any other tokenizer."""
     if source.resolve() == directory.resolve():
         return
     remove(directory, TOKENIZER)
@@ -74,7 +74,7 @@ class Checkpoint:
 
     Raises:
       FileNotFoundError: if there is no safetensors file, or if one that the index names is missing.
-      ValueError: if a file is not complete, or if the directory holds the tensors of several models.
+      ValueError: if a file is incomplete, or if the directory holds the tensors of several models.
     """
 
     def __init__(self, path: Path):
@@ -102,7 +102,7 @@ class Checkpoint:
                 self.shapes[plain] = tuple(file.get_slice(tensor).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Returns a part of a tensor, given a slice for every axis, or all of it."""
+        """Returns a tensor, or the part of it that `index` selects with a slice for every axis."""
         file, tensor = self._where[name]
         return file.get_slice(tensor)[index] if index else file.get_tensor(tensor)
 
@@ -111,7 +111,7 @@ class Checkpoint:
 
         Args:
           expected: shapes by name.
-          optional: names of tensors that may exist as well.
+          optional: names of further tensors that are allowed.
         """
         missing = sorted(expected.keys() - self.shapes.keys())
         unexpected = sorted(self.shapes.keys() - expected.keys() - set(optional))

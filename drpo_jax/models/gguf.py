@@ -102,11 +102,11 @@ def convert(file: str | Path, directory: str | Path) -> ModelConfig:
 
 
 class _Entries(dict[str, Any]):
-    """Fields or tensors of a GGUF file by name. The ValueError for a missing one names it.
+    """Fields or tensors of a GGUF file by name; a missing one is a ValueError that names it.
 
     Args:
       file: the GGUF file.
-      kind: what the entries are.
+      kind: "field" or "tensor", for the message.
       entries: the entries by name.
     """
 
@@ -126,7 +126,7 @@ def _config(fields: dict[str, Any], tensors, file) -> ModelConfig:
         )
     names = {tensor.name for tensor in tensors}
     factors = {fields.get(f"{family}.rope.{n}", 1) for n in ("scaling.factor", "scale_linear")}
-    # llama.cpp scales linearly if there is a factor without a type.
+    # llama.cpp scales linearly if a file has a factor but no type of scaling.
     default = "linear" if factors - {0, 1} else "none"
     kind = fields.get(f"{family}.rope.scaling.type", default)
     if "rope_freqs.weight" in names or kind != "none":

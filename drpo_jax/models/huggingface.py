@@ -27,7 +27,7 @@ from drpo_jax.models.settings import ModelConfig
 from drpo_jax.models.transformer import Transformer
 from drpo_jax.storage import path_of
 
-# Fields of config.json that `save_pretrained` copies, from the model's directory and the tokenizer's.
+# Fields that `save_pretrained` copies from the config.json of the model and that of the tokenizer.
 LENGTH = {"max_position_embeddings"}
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 SHARD_BYTES = 4 * 2**30  # Maximum size of a file that `save_pretrained` writes.
@@ -87,9 +87,9 @@ def save_pretrained(
 ) -> None:
     """Writes a directory that `transformers` loads: config.json, safetensors and their index.
 
-    All weights that the directory already contains are removed first, whatever their format, since an
-    engine could read them in place of the new ones. config.json is written last; without it, the
-    directory of an interrupted call cannot be loaded.
+    All weights that the directory already contains are removed first, whatever their format, because an
+    engine could read them instead of the new ones. config.json is written last, so that the directory
+    of an interrupted call cannot be loaded.
 
     Args:
       model: the model. Its arrays are fetched one layer at a time.
@@ -99,8 +99,8 @@ def save_pretrained(
       like: the directory that the model came from, if any. Its tokenizer is copied, and so are
         fields of its config.json that do not belong to the architecture (longest context, special
         tokens).
-      tokenizer: a directory whose tokenizer and special tokens replace those of `like`. Without either,
-        tokenizer files in the output directory are left as they are.
+      tokenizer: a directory whose tokenizer and special tokens are used instead of those of `like`. If
+        both are None, tokenizer files in the output directory are left unchanged.
     """
     path = path_of(path)
     tokenizer = like if tokenizer is None else tokenizer
@@ -117,7 +117,7 @@ def save_pretrained(
 
 
 def _copied_fields(directory: str | Path | None, names: Collection[str]) -> dict[str, Any]:
-    """Returns some fields of a directory's config.json, as far as it has them."""
+    """Returns those of the named fields that the directory's config.json has."""
     if directory is None:
         return {}
     file = local_directory(directory, TEXT_FILES) / "config.json"
@@ -127,7 +127,7 @@ def _copied_fields(directory: str | Path | None, names: Collection[str]) -> dict
 
 
 def _write_weights(model: Transformer, rules: dict[str, "Rule"], path: Path, dtype: Any) -> None:
-    """Writes safetensors files of at most SHARD_BYTES (or one tensor), and their index."""
+    """Writes safetensors files of at most SHARD_BYTES (or with a single tensor), and their index."""
     size = total = files = 0
     shard: dict[str, np.ndarray] = {}
     index: dict[str, str] = {}

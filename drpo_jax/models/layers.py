@@ -35,8 +35,8 @@ def param(
         float8 under the precision recipe, or casts it if the recipe quantizes no weights. "cast"
         casts it to the compute dtype. "keep" leaves it float32.
       noise: whether `precision.noise` perturbs the parameter.
-      decay: whether weight decay applies: true for matrices, false for scales and biases, which
-        optimizer.decay_norms may include.
+      decay: whether weight decay applies: true for matrices, false for scales and biases.
+        optimizer.decay_norms overrides it.
     """
     return nnx.Param(value, axes=axes, sync=sync, noise=noise, decay=decay)
 

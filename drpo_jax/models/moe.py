@@ -145,8 +145,8 @@ def route(
       x_NxD: the tokens.
       router_DxE: weights of the router.
       k: experts per token.
-      save: keep the experts for the backward pass under remat, named "routes". Probabilities that are
-        computed again may differ in the last bit and select other experts than the forward pass.
+      save: name the experts "routes", so that remat can keep them for the backward pass. Recomputed
+        probabilities may differ in the last bit and select other experts than the forward pass.
 
     Returns:
       Gates [N, k], which sum to 1 for each token; experts, int32 [N, k]; probabilities [N, E].
@@ -163,7 +163,7 @@ def route(
 
 
 def _gates(probs_NxE, experts_Nxk):
-    """Returns the renormalized probabilities of given experts, [N, k]."""
+    """Returns the renormalized probabilities of the given experts, [N, k]."""
     gates_Nxk = jnp.take_along_axis(probs_NxE, experts_Nxk, axis=-1)
     return gates_Nxk / jnp.sum(gates_Nxk, axis=-1, keepdims=True)
 

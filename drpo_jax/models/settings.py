@@ -98,7 +98,7 @@ class Compute:
     remat: str = field(
         "none",
         "Activations kept for the backward pass: none: all of them; dots: outputs of the matmuls; "
-        "full: only the layers' inputs. Both keep the experts that tokens visit.",
+        "full: only the layers' inputs. dots and full also keep the experts that tokens visit.",
         ("none", "dots", "full"),
     )
     unroll: int = field(

@@ -225,7 +225,7 @@ class Transformer(nnx.Module):
 
         if compute.remat == "none":
             return layer
-        # By name, because the policies that look for dots do not see into a custom_vjp.
+        # Saves by name, because the policies that save dots do not see into a custom_vjp.
         saved = ("routes", "matmul") if compute.remat == "dots" else ("routes",)
         return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*saved))
 

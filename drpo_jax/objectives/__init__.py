@@ -3,8 +3,8 @@
 The modules:
 
     table        the equations: (logp, behavior_logp, advantage) -> objective, score coefficient
-    rows         what the project needs to know about an objective and its hyperparameters
-    budget       CPPO's boundary, which depends on what the prefix has spent
+    rows         the row types: what the project knows about an objective and a hyperparameter
+    budget       CPPO's boundary, which depends on the earlier tokens of a response
     tokens       the form of a token that the equations take
     policy       the same objective under a custom_vjp that emits the coefficient
     advantages   rewards of grouped samples -> advantages

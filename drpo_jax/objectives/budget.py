@@ -1,4 +1,4 @@
-"""CPPO's boundary: a bound on |π − µ| for each token that depends on what its prefix has spent.
+"""CPPO's boundary: a bound on |π − µ| for each token, which depends on the earlier tokens.
 
 For the token at position t = 1 … T of a response, with D_t = |π_t − µ_t|:
 
@@ -7,8 +7,8 @@ For the token at position t = 1 … T of a response, with D_t = |π_t − µ_t|:
     w_t·D_t ≤ min(δ, δ + Σ_{s<t} w_s·(b − D_s))
 
 The sum runs over all earlier tokens, converging ones included. Source: CPPO (arXiv 2606.10968) and its
-released code in Tencent-Hunyuan/UniRL, which agree on these constants. (A port to verl by others caps b
-at 5δ_b.)
+released code in Tencent-Hunyuan/UniRL, which agree on these constants. (A third-party port to verl caps
+b at 5δ_b.)
 """
 
 import jax
@@ -18,14 +18,14 @@ from jax.typing import ArrayLike
 from drpo_jax.objectives.sequences import prefix_sum, sequence_quantile, sequence_sum
 from drpo_jax.objectives.tokens import Token
 
-QUANTILE = 0.9  # The quantile of D that calibrates the budget per token.
-LARGEST = 2.0  # The largest budget per token, in units of δ_b.
+QUANTILE = 0.9  # The quantile of D that sets the budget per token.
+LARGEST = 2.0  # Upper limit of the budget per token, in units of δ_b.
 
 
 def prefix_bound(
     t: Token, mask: ArrayLike, delta: ArrayLike, w_min: ArrayLike, delta_b: ArrayLike
 ) -> jax.Array:
-    """Returns the bound δ_t on |π − µ| of each token, without gradient.
+    """Returns the boundary δ_t of |π − µ| for each token, without gradient.
 
     Args:
       t: tokens [..., time].
@@ -33,8 +33,8 @@ def prefix_bound(
       delta, w_min, delta_b: δ, w_min and δ_b.
 
     Returns:
-      [..., time]: the right-hand side of the inequality over w_t. It is at most δ/w_min, and negative
-      where the prefix has spent more than its budget.
+      [..., time]: the right-hand side of the inequality, divided by w_t. It is at most δ/w_min, and
+      negative where the prefix has spent more than its budget.
     """
     divergence = jax.lax.stop_gradient(abs(t.shift))
     ones = jnp.ones_like(divergence)

@@ -1,12 +1,12 @@
 """Objectives over whole distributions: exact gradients, and where gradient ascent takes a policy.
 
-A policy is a softmax over the logits of n tokens. All n tokens are scored instead of a sample of them,
-each one weighted by its probability under the sampler. This yields the gradient that an infinitely
-large batch would have:
+A policy is a softmax over the logits of n tokens. Instead of a sample, all n tokens are scored, each
+weighted by its probability under the sampler. This yields the gradient of an infinitely large batch:
 
-    g = Σ_k p_k·c_k·∂logπ_k/∂logits        p: the distribution that tokens are drawn from, by default µ
+    g = Σ_k p_k·c_k·∂logπ_k/∂logits
 
-The gradient is that of `policy_objective`, which the learner trains with.
+where p is the distribution that tokens are drawn from, by default µ. c is that of `policy_objective`,
+which the learner trains with.
 """
 
 import functools
@@ -31,15 +31,15 @@ def expected_objective(
 ) -> jax.Array:
     """Returns E[J] over the sampled token. Its gradient with respect to `logits` is E[c·∂logπ/∂logits].
 
-    Every token counts as a response of its own, and the top k tokens are all n.
+    Every token is a response of its own, and the top-k tokens are all n tokens.
 
     Args:
       name: a key of `OBJECTIVES`.
       logits: [..., n], of the current policy π.
       behavior_logp: [..., n], log µ as the objective takes it, nats.
-      advantage: [..., n] or broadcastable, Â of a response that consists of the token.
+      advantage: [..., n] or broadcastable, Â of each token.
       sampled_logp: [..., n], the distribution that tokens are drawn from; µ by default.
-      old_logp: [..., n], log π_old, for objectives that take it; log µ by default.
+      old_logp: [..., n], log π_old, for the objectives that take it; log µ by default.
       **hyper: hyperparameters of the objective.
 
     Returns:
@@ -81,7 +81,7 @@ def ascend(
 ) -> jax.Array:
     """Returns the logits along gradient ascent on the expected objective with a fixed µ.
 
-    This is one rollout, updated `steps` times.
+    This corresponds to `steps` updates on one rollout.
 
     Args:
       name, behavior_logp, advantage, sampled_logp, **hyper: as for `expected_objective`.
@@ -89,7 +89,7 @@ def ascend(
       steps: number of updates.
       rate: learning rate, in logits per unit of gradient.
       noise: [steps, ..., n], added to the logits after each update; none by default.
-      old_logp: [..., n], log π_old; that of the start by default.
+      old_logp: [..., n], log π_old; that of the initial logits by default.
 
     Returns:
       [steps + 1, ..., n], beginning with `logits`.
@@ -110,19 +110,19 @@ def learn(
     rescored: bool = False,
     **hyper: Any,
 ) -> jax.Array:
-    """Returns the logits along several rollouts, each drawn from the policy of its time.
+    """Returns the logits along several rollouts, each drawn from the policy at that point.
 
-    Â is the reward of a token less the mean reward of the sampler.
+    Â is the reward of a token minus the mean reward under the sampler.
 
     Args:
       name, **hyper: as for `expected_objective`.
       logits: [..., n], of the first policy.
       reward: [..., n] or broadcastable, the reward of each token.
       rollouts: number of rollouts.
-      updates: number of updates per rollout, during which µ stays as it is.
+      updates: number of updates per rollout, during which µ stays fixed.
       rate: learning rate, in logits per unit of gradient.
-      mismatch: [rollouts, ..., n] or broadcastable: what the sampler's numerics add to the logits.
-      rescored: µ is the learner's own score of the rollout; by default it is the sampler's.
+      mismatch: [rollouts, ..., n] or broadcastable, added to the logits by the sampler's numerics.
+      rescored: whether µ is the learner's own score of the rollout instead of the sampler's.
 
     Returns:
       [rollouts·updates + 1, ..., n], beginning with `logits`.
@@ -141,7 +141,7 @@ def learn(
 
 @functools.cache
 def _ascent(name, steps, hyper):
-    """Returns the compiled ascent, which all rollouts share."""
+    """Returns the jitted ascent, which all rollouts share."""
 
     def ascent(logits, behavior_logp, advantage, rate, noise, sampled_logp, old_logp):
         dtype = jnp.promote_types(jnp.result_type(logits, behavior_logp, advantage), jnp.float32)

@@ -1,6 +1,6 @@
-"""Penalties on the distance to the reference policy, and to the behavior policy.
+"""Penalties on the distance to the reference policy and to the behavior policy.
 
-The KL penalty to a reference policy is a loss on the sampled tokens or a part of the reward.
+The KL penalty to the reference policy is a loss on the sampled tokens or a part of the reward.
 
 For a token sampled from µ, let d = log π_ref − log π. The ratio r = π/µ is constant in the penalty,
 sg[r], because the penalty estimates an expectation under π:
@@ -13,7 +13,7 @@ sg[r], because the penalty estimates an expectation under π:
 k1 = −d is an unbiased estimate, but as a loss its expected gradient is zero. It belongs in the reward,
 see `reward_penalty`. The estimators and their names are from J. Schulman, "Approximating KL Divergence".
 
-The penalty on the distance to µ itself is that of prime-rl's losses:
+The penalty on the distance to µ comes from prime-rl's losses:
 
     J −= κ·(log r)²        c −= 2κ·log r
 """
@@ -61,7 +61,7 @@ def kl_penalty(
 
 
 def behavior_penalty(logp: ArrayLike, behavior_logp: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Returns the penalty (log r)² of each token and its derivative, both to be multiplied by κ.
+    """Returns the penalty (log r)² of each token and its derivative; the caller multiplies both by κ.
 
     Args:
       logp, behavior_logp: log π and log µ of the sampled tokens, nats, which broadcast.

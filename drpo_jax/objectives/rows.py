@@ -13,7 +13,7 @@ THRESHOLDS: dict[str, dict[str, float]] = {
     "delta": {
         "boundary": 0.15,  # DPPO's boundary, a probability, which DRPO shares.
         "released": 12.5,  # DRPO's released code. |π − µ| ≤ 1 never reaches it.
-        "scaled": 1 / 12.5,  # Our conjecture: 12.5 multiplies the penalty. No source does it.
+        "scaled": 1 / 12.5,  # Our conjecture; in no source does 12.5 multiply the penalty.
     },
     "epsilon": {
         "released": 12.5,  # SPO as the DRPO paper runs it: the boundary lies at r = 13.5.
@@ -33,17 +33,17 @@ class Objective:
 
     Attributes:
       equation: (Token, arrays, **hyperparameters) -> (J, c, w).
-      boundary: quantity that its boundary or clip bounds: "probability" (|π − µ|, or a total
+      boundary: the quantity that its boundary or clip limits: "probability" (|π − µ|, or a total
         variation), "nats" (a KL divergence), "ratio" (π/µ, or π/π_old); None: it has no boundary.
-      aggregation: the aggregation that its source publishes it with; None: its source has none, or
-        does not say.
-      fixed_aggregation: J of a token depends on other tokens, so that c is its derivative only where
-        the tokens of a response share one weight; and it is that of the published objective under
-        that aggregation only.
-      released: the released code of DRPO runs it at the threshold 12.5 (see `THRESHOLDS`).
-      corrects_mismatch: its ratio π/µ corrects the sampler's numerics, so µ must be the sampler's.
-      unbounded: the objective that has the same J, c and w where the boundary is a probability of
-        1 or more, which no token reaches, and the ratio is not capped; None: there is none.
+      aggregation: the aggregation that its source publishes it with; None if the source states none.
+      fixed_aggregation: whether `aggregation` is part of the objective. J of a token then depends on
+        other tokens, so that c is its derivative only if the tokens of a response share one weight,
+        and is that of the published objective only under this aggregation.
+      released: whether DRPO's released code runs it at the threshold 12.5 (see `THRESHOLDS`).
+      corrects_mismatch: whether its ratio π/µ corrects for the sampler's numerics; µ must then be the
+        sampler's.
+      unbounded: the objective with the same J, c and w if the boundary is a probability of 1 or more,
+        which no token reaches, and the ratio is not capped; None if there is none.
     """
 
     equation: Callable[..., Terms]
@@ -66,12 +66,12 @@ class Objective:
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether c of a token depends on other tokens of its response."""
+        """Whether a token's c depends on other tokens of its response."""
         return "mask" in self.arrays
 
     @property
     def threshold(self) -> str | None:
-        """The hyperparameter that the readings in `THRESHOLDS` apply to, None for none.
+        """The hyperparameter that the readings in `THRESHOLDS` apply to, or None.
 
         Its default is one of the readings. Objectives with a boundary in nats, or with a published
         boundary of their own, take none.
@@ -82,7 +82,7 @@ class Objective:
         return None
 
     def bounds(self, hyper: Mapping[str, Any]) -> tuple[float, ...]:
-        """Returns its boundary below and above µ if that is the probability delta, else ().
+        """Returns the boundaries below and above µ if they are probabilities set by delta, else ().
 
         Args:
           hyper: all hyperparameters by name, see `resolve_hyper`.
@@ -93,7 +93,7 @@ class Objective:
         return tuple(first(hyper.get(side), delta) for side in ("delta_low", "delta_high"))
 
     def equals(self, hyper: Mapping[str, Any]) -> str | None:
-        """Returns the objective that this one is under `hyper`, None if it is one of its own."""
+        """Returns the other objective that this one amounts to under `hyper`, or None."""
         reachable = min(self.bounds(hyper), default=0.0) < 1  # |π − µ| ≤ 1
         return None if reachable or hyper.get("ratio_cap") is not None else self.unbounded
 

@@ -26,12 +26,12 @@ def sequence_sum(x: ArrayLike, mask: ArrayLike) -> jax.Array:
 
 
 def sequence_mean(x: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns the mean of x over each token's response, as `sequence_sum`."""
+    """Returns the mean of x over each token's response; arguments as for `sequence_sum`."""
     return sequence_sum(x, mask) / jnp.maximum(sequence_sum(1.0, mask), 1)
 
 
 def sequence_max(x: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns the largest x of each token's response, as `sequence_sum`."""
+    """Returns the maximum of x over each token's response; arguments as for `sequence_sum`."""
     ids = jnp.asarray(mask, jnp.int32)
     largest = _by_response(jax.ops.segment_max, jnp.broadcast_to(x, ids.shape), ids)
     return jnp.where(ids > 0, jnp.take_along_axis(largest, ids, axis=-1), 0)
@@ -40,7 +40,7 @@ def sequence_max(x: ArrayLike, mask: ArrayLike) -> jax.Array:
 def sequence_quantile(x: ArrayLike, mask: ArrayLike, q: float) -> jax.Array:
     """Returns the q-quantile of x over each token's response, interpolated linearly.
 
-    Arguments and result are those of `sequence_sum`.
+    Other arguments and the result are as for `sequence_sum`.
     """
     ids = jnp.asarray(mask, jnp.int32)
     _, ordered = jax.lax.sort((ids, jnp.broadcast_to(x, ids.shape)), num_keys=2)
@@ -59,9 +59,10 @@ def sequence_quantile(x: ArrayLike, mask: ArrayLike, q: float) -> jax.Array:
 
 
 def prefix_sum(x: ArrayLike, mask: ArrayLike) -> jax.Array:
-    """Returns the sum of x over the earlier tokens of each token's response, as `sequence_sum`.
+    """Returns the sum of x over the earlier tokens of each token's response.
 
-    The sum restarts with every response; none is the difference of two sums over the row.
+    Arguments and result are as for `sequence_sum`. The sum restarts with every response. It is not a
+    difference of two sums over the row, which would lose precision.
     """
     ids = jnp.asarray(mask, jnp.int32)
     order = jnp.argsort(ids, axis=-1, stable=True)  # Brings the tokens of a response together.
@@ -98,5 +99,5 @@ def _by_response(reduce, x, ids):
 
 
 def _shifted(x, fill):
-    """x one place later along the last axis, which then begins with `fill`."""
+    """Shifts x by one place along the last axis, which then begins with `fill`."""
     return jnp.concatenate([jnp.full_like(x[..., :1], fill), x[..., :-1]], axis=-1)

@@ -32,9 +32,9 @@ To derive c from J, use ∂r/∂logp = r and ∂π/∂logp = π = µ·r.
 Numerics: log-probabilities are clamped to at least −1e4, so that the difference of two −inf is not
 NaN. log r is clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ
 is the difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is
-1, except for objectives that truncate, gate or mask whatever the advantage: `cispo`, `minirl`, `sapo`,
-`gspo`, `ipo`, `trm`, and `dppo_*` with a `ratio_cap`. A token at a boundary, up to rounding, is inside
-(`exceeds`).
+1, except for objectives that truncate, gate or mask regardless of the advantage: `cispo`, `minirl`,
+`sapo`, `gspo`, `ipo`, `trm`, and `dppo_*` with a `ratio_cap`. A token at a boundary, up to rounding, is
+inside (`exceeds`).
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
@@ -101,7 +101,7 @@ def minirl(t: Token, old_logp, epsilon_low=0.2, epsilon_high=0.27, ratio_cap=5.0
     corrects for the sampler's numerics and for staleness. The clip concerns staleness alone, so it
     needs `old_logp`: log π_old, the learner's own score of the token before the first update.
 
-    Others quote 0.2 and 0.27 from the paper, which divides by no length. We have not seen a source for
+    The paper does not divide by lengths. Its values 0.2 and 0.27 are second-hand. We know no source for
     the cap of 5.
     """
     moved = jnp.exp(jnp.clip(t.logp - clamped(old_logp), -LOG_RATIO_CLIP, LOG_RATIO_CLIP))
@@ -179,7 +179,7 @@ def dppo_tv(t: Token, delta=0.15, delta_low=None, delta_high=None, ratio_cap=Non
     """J = M·r·Â, M = [sign(Â)·(π−µ) ≤ δ]: no gradient once a diverging token has moved by δ.
 
     `delta_high` replaces δ for tokens above µ, `delta_low` for those below. prime-rl's default loss
-    has 0.2 for both, with `objective.kl_behavior` = 1e-3.
+    uses 0.2 for both, with `objective.kl_behavior` = 1e-3.
 
     `ratio_cap` (off by default; 1e4 in the paper's script) truncates the ratio: c = M·min(r, cap)·Â.
     Above the cap, r continues in J as cap·(1 + log(r/cap)), so that c stays the derivative of J.
@@ -190,7 +190,7 @@ def dppo_tv(t: Token, delta=0.15, delta_low=None, delta_high=None, ratio_cap=Non
 def dppo_kl(t: Token, delta=0.05, delta_low=None, delta_high=None, ratio_cap=None) -> Terms:
     """J = M·r·Â, M = [KL ≤ δ or converging], KL between Bernoulli(µ) and Bernoulli(π), nats.
 
-    KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). The others as in `dppo_tv`.
+    KL = µ·log(µ/π) + (1−µ)·log((1−µ+1e-8)/(1−π+1e-8)). The other arguments are as in `dppo_tv`.
     """
     rest = (1 - t.mu) * jnp.log((1 - t.mu + 1e-8) / (1 - t.pi + 1e-8))
     far = exceeds(rest - t.mu * t.log_r, _sided(t, delta, delta_low, delta_high))
@@ -211,7 +211,7 @@ def dppo_topk_tv(
     TV = ½·Σ|π_k − µ_k| over K tokens and one bin for all others. `topk_logp` and
     `behavior_topk_logp` [..., K] are log π and log µ of the K most likely tokens under µ. The sampled
     token is always among them: as in the released code, it replaces the last one if necessary. The
-    others as in `dppo_tv`.
+    other arguments are as in `dppo_tv`.
     """
     pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
     far = exceeds(abs(pi - mu).sum(-1) / 2, _sided(t, delta, delta_low, delta_high))
@@ -240,13 +240,13 @@ def pdm(t: Token, topk_logp, behavior_topk_logp, delta=0.15) -> Terms:
     """J = M·r·Â, M = [KL ≤ δ or Â·(π − µ + Σ_k π_k·(µ_k − π_k)) ≤ 0]: predictive divergence mask.
 
     KL(µ‖π) is that of `dppo_topk_kl`. A step along the gradient of the token moves the logits by a
-    multiple of Â·(onehot − π), and KL(µ‖π) to first order by the bracket. DPPO's direction test has its
-    first term only. The sum runs over the top-k and one bin for the rest. Unlike DRPO, an outside token
-    whose step increases the KL has no gradient at all.
+    multiple of Â·(onehot − π), which changes KL(µ‖π) to first order by Â times the bracket. DPPO's
+    direction test uses only the bracket's first term, π − µ. The sum runs over the top-k and one bin for
+    the rest. Unlike under DRPO, a token outside whose step increases the KL has no gradient at all.
 
-    The bracket follows from the softmax (the tests check it). The paper (arXiv 2607.10848) was not at
-    hand: δ = 0.15 is what a reader quotes from it, and it also has an estimator of the rest by tokens of
-    equal probability.
+    We derived the bracket from the softmax, and the tests check it. We have not read the paper (arXiv
+    2607.10848). δ = 0.15 is second-hand. The paper reportedly also estimates the rest by tokens of equal
+    probability, which is not implemented.
     """
     pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
     increase = t.A * jax.lax.stop_gradient(t.shift + (pi * (mu - pi)).sum(-1))
@@ -255,19 +255,19 @@ def pdm(t: Token, topk_logp, behavior_topk_logp, delta=0.15) -> Terms:
 
 
 def ipo(t: Token, delta=0.1) -> Terms:
-    """J = M·r·Â, M = [|π−µ| ≤ δ]: prime-rl's mask without regard to the direction.
+    """J = M·r·Â, M = [|π−µ| ≤ δ]: prime-rl's mask, which ignores the direction.
 
-    It drops a converging token outside, which DPPO keeps and DRPO amplifies. prime-rl adds
-    `objective.kl_behavior` = 1e-3; its versions have δ = 0.1 or 0.3.
+    It drops converging tokens outside, which DPPO keeps and DRPO amplifies. prime-rl adds
+    `objective.kl_behavior` = 1e-3; δ is 0.1 or 0.3 depending on its version.
     """
     return _masked(t, ~exceeds(abs(t.shift), delta), None)
 
 
 def cppo(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
-    """J = M·r·Â, M = [|π−µ| ≤ δ_t or converging]: δ_t shrinks with what the prefix has spent.
+    """J = M·r·Â, M = [|π−µ| ≤ δ_t or converging]: δ_t shrinks as the prefix drifts.
 
     See `budget` for δ_t, which is at most δ/w_t. `mask` [..., time] marks the responses, as in `gspo`.
-    The paper has δ = 0.2 for Qwen3-30B-A3B and 0.15 for dense models. Unlike DRPO, it is a hard mask:
+    The paper uses δ = 0.2 for Qwen3-30B-A3B and 0.15 for dense models. Unlike DRPO, this is a hard mask:
     it neither attenuates inside the boundary nor corrects outside.
     """
     bound = prefix_bound(t, mask, delta, w_min, delta_b)
@@ -277,9 +277,10 @@ def cppo(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
 def trm(t: Token, mask, delta=0.15) -> Terms:
     """J = M·r·Â, M = [max |π−µ| over the response ≤ δ]: trust region masking of whole responses.
 
-    Unlike DRPO, one token outside drops its whole response, converging tokens included. `mask` as in
-    `gspo`. The paper (arXiv 2512.23075) bounds the KL, or the total variation, of whole distributions;
-    |π−µ| bounds the latter from below. δ is DPPO's: a published value for |π−µ| was not found.
+    Unlike under DRPO, one token outside drops its whole response, converging tokens included. `mask` is
+    as in `gspo`. The paper (arXiv 2512.23075) bounds the KL or the total variation of whole
+    distributions; |π−µ| is a lower bound of the latter. δ is DPPO's, because we found no published value
+    for |π−µ|.
     """
     return _masked(t, ~exceeds(sequence_max(abs(t.shift), mask), delta), None)
 
@@ -287,12 +288,12 @@ def trm(t: Token, mask, delta=0.15) -> Terms:
 def vaco(t: Token, mask, delta=0.05) -> Terms:
     """J = M·r·Â, M = [mean |π−µ| over the response ≤ δ or converging].
 
-    Unlike DRPO, a response that has moved too far on average loses all its diverging tokens, however
-    little each of them moved. `mask` as in `gspo`.
+    Unlike under DRPO, a response that has moved too far on average loses all its diverging tokens,
+    however little each of them moved. `mask` is as in `gspo`.
 
-    The filter of VACO (arXiv 2603.01365) for language models follows allenai/open-instruct, which
-    averages the Binary TV. The paper estimates the total variation by ½·|r−1|, unbounded in the tail.
-    δ is ours: a published value for |π−µ| was not found.
+    This is VACO's filter (arXiv 2603.01365) for language models as in allenai/open-instruct, which
+    averages |π−µ|. The paper estimates the total variation by ½·|r−1|, which is unbounded in the tail.
+    δ is ours, because we found no published value for |π−µ|.
     """
     far = exceeds(sequence_mean(abs(t.shift), mask), delta)
     return _masked(t, ~far | (t.drift <= 0), None)
@@ -307,7 +308,7 @@ def drpo(t: Token, delta=0.15, delta_low=None, delta_high=None) -> Terms:
     w = 1 − sign(Â)·(π−µ)/δ lies in [1 − 1/δ, 1 + 1/δ] for every µ. It attenuates a diverging
     update, is 0 at DPPO's boundary, negative beyond it, and above 1 for a converging update. δ is
     the boundary in probability. With δ ≥ 1 (the released code uses δ = 12.5) no token reaches it.
-    `delta_high` replaces δ for tokens above µ, `delta_low` for those below (ours).
+    `delta_high` replaces δ for tokens above µ, `delta_low` for those below; both are ours.
     """
     delta = _sided(t, delta, delta_low, delta_high)
     J = t.r * t.A - abs(t.A) * t.mu * (t.r - 1) ** 2 / (2 * delta)
@@ -316,23 +317,23 @@ def drpo(t: Token, delta=0.15, delta_low=None, delta_high=None) -> Terms:
 
 
 def drpo_prefix(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
-    """J = r·Â − |Â|·µ·(r−1)²/(2δ_t): DRPO whose boundary δ_t is CPPO's. Ours, without a publication.
+    """J = r·Â − |Â|·µ·(r−1)²/(2δ_t): DRPO with CPPO's boundary δ_t. Ours, unpublished.
 
     δ_t comes from `budget` and carries no gradient. Where the prefix leaves less than δ_b, δ_t is δ_b,
-    so that w lies in [1 − 1/δ_b, 1 + 1/δ_b]. Unlike DRPO, a token's weight depends on the tokens before
-    it. `mask` as in `gspo`; constants as in `cppo`.
+    so that w lies in [1 − 1/δ_b, 1 + 1/δ_b]. Unlike under DRPO, a token's weight depends on the tokens
+    before it. `mask` is as in `gspo`, and the hyperparameters are as in `cppo`.
     """
     return drpo(t, jnp.maximum(prefix_bound(t, mask, delta, w_min, delta_b), delta_b))
 
 
 def drpo_decoupled(t: Token, old_logp, delta=0.15) -> Terms:
-    """J = r·Â − |Â|·(π−π_old)²/(2δµ): r knows the sampler's mismatch, the penalty only the drift.
+    """J = r·Â − |Â|·(π−π_old)²/(2δµ): the sampler's mismatch enters r, but not the penalty.
 
-    w = 1 − sign(Â)·(π−π_old)/δ. Unlike DRPO, the sampler's mismatch π_old − µ counts neither towards
-    the boundary nor in its direction. `old_logp` is log π_old, the learner's own score before the first
-    update. With ρ = π_old/µ this is ρ times DRPO with π_old as the behavior policy, that is
-    `objective.behavior` = rescored with an uncapped token correction. Ours; the separation is that of
-    decoupled PPO (arXiv 2110.00641) and MiniRL.
+    w = 1 − sign(Â)·(π−π_old)/δ. Unlike under DRPO, the sampler's mismatch π_old − µ affects neither how
+    far a token is from the boundary nor its direction. `old_logp` is log π_old, the learner's own score
+    before the first update. With ρ = π_old/µ, this is ρ times DRPO with π_old as the behavior policy,
+    that is, `objective.behavior` = rescored with an uncapped token correction. Ours; the separation is
+    that of decoupled PPO (arXiv 2110.00641) and MiniRL.
     """
     old_logp = clamped(old_logp)
     # (π−π_old)/µ = r − ρ. The clip only keeps J finite where π_old is e⁴⁰ times µ.
@@ -368,12 +369,12 @@ def drpo_no_correction(t: Token, delta=0.15) -> Terms:
 def mask_drpo(t: Token, delta=0.15, mask_delta=None, directional=False) -> Terms:
     """J = r·Â − [outside]·|Â|·((π−µ)² − δ_m²)/(2δµ): w = 1 inside the boundary, DRPO's outside.
 
-    Outside means |π−µ| > δ_m, where δ_m is `mask_delta` (δ by default). δ alone scales the penalty
-    outside: w = 1 − sign(Â)·(π−µ)/δ. With `directional`, outside means sign(Â)·(π−µ) > δ_m.
+    Outside means |π−µ| > δ_m, where δ_m is `mask_delta` (δ by default). With `directional`, it means
+    sign(Â)·(π−µ) > δ_m. There, w = 1 − sign(Â)·(π−µ)/δ, whose scale is δ, not δ_m.
 
     At δ_m = δ, converging tokens outside jump to w > 2, and `directional` keeps w = 1 wherever DPPO
-    keeps the gradient. With δ_m ≥ 1 nothing is outside: this is the surrogate. With δ = 12.5 (the
-    released threshold), w outside lies in [0.92, 1.08] for every δ_m: nothing is corrected.
+    keeps the gradient. With δ_m ≥ 1, nothing is outside: this is the surrogate. With δ = 12.5 (the
+    released threshold), w outside lies in [0.92, 1.08] for every δ_m, so that nothing is corrected.
     """
     mask_delta = first(mask_delta, delta)
     outside = exceeds(t.drift if directional else abs(t.shift), mask_delta)
@@ -384,7 +385,7 @@ def mask_drpo(t: Token, delta=0.15, mask_delta=None, directional=False) -> Terms
 
 
 def _outside(t: Token, ratio: jax.Array, low, high) -> jax.Array:
-    """Returns where a diverging update has moved a ratio out of [low, high]: PPO's clip."""
+    """Returns the tokens whose ratio a diverging update has moved out of [low, high]: PPO's clip."""
     return ((t.A > 0) & exceeds(ratio, high)) | ((t.A < 0) & exceeds(-ratio, -low))
 
 
@@ -407,13 +408,13 @@ def _sided(t: Token, delta, delta_low, delta_high):
 
 
 def _topk(logp) -> jax.Array:
-    """Returns the probabilities of the top-k tokens, and of the bin for all others, without gradient."""
+    """Returns the probabilities of the top-k tokens and of one bin for the rest, without gradient."""
     p = jnp.exp(jax.lax.stop_gradient(logp))
     return jnp.concatenate([p, jnp.maximum(1 - p.sum(-1, keepdims=True), 0)], axis=-1)
 
 
 def _topk_kl(topk_logp, behavior_topk_logp) -> jax.Array:
-    """Returns KL(µ‖π) over µ's top-k tokens and the bin for all others, nats, without gradient."""
+    """Returns KL(µ‖π) over µ's top-k tokens and one bin for the rest, nats, without gradient."""
     pi, mu = _topk(topk_logp), _topk(behavior_topk_logp)
     log_ratio = jax.lax.stop_gradient(clamped(topk_logp) - clamped(behavior_topk_logp))
     rest = mu[..., -1] * jnp.log((mu[..., -1] + 1e-8) / (pi[..., -1] + 1e-8))
@@ -489,7 +490,7 @@ OBJECTIVES: dict[str, Objective] = {
 # hyperparameter without a row here is a positive number, or a bool where its default is one.
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "delta": Hyperparameter(
-        "δ", "Boundary of |π − µ|, a probability; of the KL, nats, in dppo_*kl and pdm."
+        "δ", "Boundary of |π − µ|, a probability; in dppo_*kl and pdm, of the KL, nats."
     ),
     "delta_low": Hyperparameter("δ_low", "Boundary of tokens with π ≤ µ; unset: delta."),
     "delta_high": Hyperparameter("δ_high", "Boundary of tokens with π > µ; unset: delta."),
@@ -497,10 +498,10 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
         "δ_m", "Boundary of |π − µ| beyond which mask_drpo penalizes a token; unset: delta."
     ),
     "w_min": Hyperparameter(
-        "w_min", "Weight of the last token of a response against 1 for the first one.", most=1.0
+        "w_min", "Weight of the last position of a response; the first has weight 1.", most=1.0
     ),
     "delta_b": Hyperparameter(
-        "δ_b", "Smallest budget per token of the prefix, a probability; the largest is 2 δ_b."
+        "δ_b", "Minimum of the budget per token, a probability; its maximum is 2 δ_b."
     ),
     "epsilon": Hyperparameter("ε", "Boundary of |r − 1|."),
     "epsilon_low": Hyperparameter("ε_low", "Clips the ratio from below at 1 − ε_low."),

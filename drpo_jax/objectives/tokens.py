@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 LOGP_FLOOR = -1e4
 # Bound of |log r|, nats; c is 0 beyond it.
 LOG_RATIO_CLIP = 20.0
-# Machine epsilons by which a value may pass a boundary and still count as on it, see `exceeds`.
+# Slack at a boundary, in machine epsilons, see `exceeds`.
 ROUNDING = 8
 
 Terms = tuple[jax.Array, jax.Array, jax.Array]  # (J, c, w)
@@ -65,12 +65,12 @@ def beyond_clip(logp: ArrayLike, behavior_logp: ArrayLike) -> jax.Array:
 
 
 def exceeds(value: jax.Array, bound: ArrayLike) -> jax.Array:
-    """Returns whether `value` lies above `bound` by more than rounding.
+    """Returns whether `value` exceeds `bound` by more than rounding error.
 
-    The last bits of an exponential depend on how XLA fuses it, and a fusion may compute it again. A
-    plain comparison of a token exactly at a boundary would therefore differ between programs, and
-    between J, c and w of one program. Here such a token is always inside: the slack is 1e-6 for
-    probabilities in float32.
+    The last bits of an exponential depend on how XLA fuses it, and a fusion may recompute it. For a
+    token exactly at a boundary, a plain comparison would therefore differ between programs, and between
+    J, c and w of one program. Here such a token is always inside: the slack is 1e-6 for probabilities in
+    float32.
     """
     slack = ROUNDING * jnp.finfo(value.dtype).eps
     return value - bound > slack * jnp.maximum(abs(jnp.asarray(bound, value.dtype)), 1)

@@ -1,7 +1,7 @@
-r"""Where the answer of a response is: in its last box, on its last answer line, or anywhere.
+r"""Finds the answer of a response: in its last box, on its last answer line, or anywhere.
 
-One row of `EXTRACTORS` is one place. All of them read at most the last `READ_CHARACTERS` characters of
-a response, in time linear in that length, so they run in the trainer's process.
+A row of `EXTRACTORS` describes one of these. All of them read at most the last `READ_CHARACTERS`
+characters of a response, in linear time, so that they can run in the trainer's process.
 """
 
 import bisect
@@ -26,8 +26,8 @@ class Extractor:
     Attributes:
       find: response -> the text of its answer as the model wrote it, or None if there is none.
       summary: where the answer is, in one line.
-      template: the shortest response with an answer, with "{answer}" in its place.
-      mark: what an instruction that asks for this form contains; empty for every form.
+      template: the shortest response with an answer, which "{answer}" stands for.
+      mark: a text that every instruction for this form contains; empty if any form is accepted.
     """
 
     find: Callable[[str], str | None]
@@ -64,7 +64,7 @@ def _last(matches: Iterator[re.Match]) -> re.Match | None:
 
 
 def only_box(text: str) -> Span | None:
-    """Returns the box of a text that has exactly one, None if it is not closed."""
+    """Returns the only box of a text; None if there are none or several, or if it is not closed."""
     openings = list(itertools.islice(_BOX.finditer(text), 2))
     return _closed_box(text, openings[0]) if len(openings) == 1 else None
 
@@ -114,9 +114,8 @@ def _bare(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------- anywhere
-# The order of preference is that of math-verify's `parse`, which reads the whole response in the
-# released training and evaluation: a stated final answer or a box, whichever comes last; else what
-# follows the word "answer"; else the last formula or number. Its regular expressions take cubic time.
+# Reimplements math-verify's `parse`, whose regular expressions take up to cubic time. The released
+# training and evaluation apply it to the whole response.
 
 _CURRENCY = r"(?:\\?\$|[€£¥₹₽₩₺₫฿])"
 _NUMBER = re.compile(
@@ -141,9 +140,9 @@ NEAR_EQUALS = 100  # The same if "=" stands before the answer.
 
 
 def anywhere(response: str) -> str | None:
-    """Returns the answer as math-verify's `parse` chooses it from the whole response, or None.
+    """Returns the answer that math-verify's `parse` selects from the whole response, or None.
 
-    The first of these that exists, the last one of its kind:
+    It is the last occurrence of the first kind that occurs:
 
     1. X in "final answer is X. I hope", the form of Minerva's prompt;
     2. a closed box (with the boxes directly before it), or X in "final answer … is X";
@@ -194,16 +193,16 @@ def _before(line_end: int, limit: int) -> int:
 
 
 def _next(spans, starts, first: int, last: int) -> Span | None:
-    """Returns the first span that starts from `first` to `last`."""
+    """Returns the first span that starts between `first` and `last`, inclusive, or None."""
     i = bisect.bisect_left(starts, first)
     return spans[i] if i < len(spans) and spans[i].start <= last else None
 
 
 def _last_boxes(text: str) -> Span | None:
-    r"""Returns the last closed box, joined by commas with those directly before it.
+    r"""Returns the last closed box, joined by commas with the boxes directly before it.
 
-    As in math-verify, a box belongs to the next one if fewer than 10 characters stand between them, or
-    fewer than 70 with a comma or a conjunction.
+    As in math-verify, two boxes belong together if fewer than 10 characters separate them, or fewer than
+    70 that include a comma, a semicolon or a conjunction.
     """
     openings = list(_BOX.finditer(text))[-MAX_BOXES:]
     joined = None
@@ -230,7 +229,7 @@ def _last_boxes(text: str) -> Span | None:
 
 
 def _formulas(text: str) -> Iterator[Span]:
-    """Yields the formulas in order; those that a conjunction or comma joins also as one list."""
+    """Yields the formulas in order; formulas joined by a comma or conjunction form one list."""
     previous: Span | None = None
     for span in _single_formulas(text):
         if percent := _PERCENT.match(text, span.end):
@@ -245,13 +244,13 @@ def _formulas(text: str) -> Iterator[Span]:
 
 
 def _single_formulas(text: str) -> Iterator[Span]:
-    r"""Yields what stands between $$, $, \( \), or \[ \], and other fractions of two numbers.
+    r"""Yields the contents of $$ $$, $ $, \( \) and \[ \], and fractions of two numbers elsewhere.
 
-    $ and \( close on the same line.
+    $ and \( must be closed on the same line.
     """
     opening, start = "", 0
     line_end = -1
-    last: dict[str, int] = {}  # The last place of each closing delimiter, on this line if inline.
+    last: dict[str, int] = {}  # Last position of each closing delimiter; if inline, on this line.
     for match in _DELIMITER.finditer(text):
         token = match.group()
         if opening:
@@ -281,7 +280,7 @@ def _single_formulas(text: str) -> Iterator[Span]:
 
 
 def _numbers(text: str) -> list[Span]:
-    """Returns the numbers of the text in order, an arithmetic expression in place of its numbers."""
+    """Returns the numbers in a text in order, with arithmetic expressions in place of their numbers."""
     spans: list[Span] = []
     expressions = _expressions(text)
     expression = next(expressions, None)
@@ -300,7 +299,7 @@ def _expressions(text: str) -> Iterator[Span]:
         if not (first := _EXPRESSION_START.search(text, run.start(), run.end())):
             continue
         start, end = first.end(), run.end()
-        if end < len(text) and text[end] not in ",:$":  # The expression ends at a space inside.
+        if end < len(text) and text[end] not in ",:$":  # The expression ends at its last space.
             while end > start and not (text[end - 1].isspace() or text[end - 1] in ".)"):
                 end -= 1
         expression = text[start:end].rstrip(" \t\r\n.+-*×/^(÷")
@@ -323,7 +322,7 @@ EXTRACTORS: dict[str, Extractor] = {
     ),
     "anywhere": Extractor(
         anywhere,
-        summary="where math-verify finds it: last box, stated answer, or else last formula or number",
+        summary="where math-verify finds it: last box, stated answer, else last formula or number",
         template=r"\boxed{{answer}}",
     ),
 }

@@ -1,9 +1,9 @@
-"""Rule-based verification of mathematical answers: that of a response against the known one.
+"""Rule-based verification of mathematical answers: compares that of a response with the known answer.
 
-Verification has two stages. `quick` compares strings and exact numbers, in the calling process and
-in time linear in the length. It decides integer answers. All other pairs go to math-verify in
-worker processes (see `symbolic` and `pool`), with one second of CPU time per check. A check that
-takes longer counts as wrong.
+Verification has two stages. `quick` runs in the calling process and compares texts, exact numbers, units
+and words. It decides integer answers, for example. The pairs that it leaves open go to math-verify in
+worker processes (see `symbolic` and `pool`), with one second of CPU time per check. A check that takes
+longer counts as wrong.
 """
 
 import functools
@@ -50,7 +50,7 @@ def vote(find: Callable[[str], str | None], response: str) -> str | None:
 
 
 def last_side(text: str) -> str:
-    """Returns what follows the last sign of equality or congruence; several answers as they are."""
+    """Returns the text after the last sign of equality or congruence; keeps several answers."""
     if len(text) > MAX_LENGTH or not _EQUALS.search(text):
         return text
     if len(split_list(plain(text))) > 1 or _OR.search(text):
@@ -59,19 +59,19 @@ def last_side(text: str) -> str:
 
 
 def is_answer(text: str) -> bool:
-    """Returns whether a text can be the known answer of a problem, not a solution that contains it.
+    """Returns whether a text can be the known answer of a problem.
 
-    "Answer: 34", "#### 34", a box, and a sentence around a number are none: a response with the bare
-    answer would not equal them.
+    "Answer: 34", "#### 34", a box, and a sentence around a number cannot, because a response with the
+    bare answer would not equal them.
     """
     return plain(text) != "" and not _AROUND.search(text) and not _SENTENCE.search(text)
 
 
 def quick(candidate: str, answer: str) -> float | None:
-    """Returns 1.0 if two answers are certainly equal, 0.0 if certainly not, None if algebra must decide.
+    """Returns 1.0 if two answers are surely equal, 0.0 if surely not, None if algebra must decide.
 
-    Besides what `decide` finds, a candidate is certainly wrong that is empty, not printable, or longer
-    than `MAX_LENGTH` without being the same text.
+    Uses `decide`. In addition, a candidate is wrong if it is empty, not printable, or a different text
+    longer than `MAX_LENGTH`.
 
     Args:
       candidate: the answer of a response.
@@ -92,10 +92,11 @@ def quick(candidate: str, answer: str) -> float | None:
 
 
 def decide(x: str, y: str) -> bool | None:
-    """Returns whether two plain answers are equal, None if algebra must decide.
+    """Returns whether two plain answers are equal, or None if algebra must decide.
 
-    Two numbers are compared exactly; a decimal also equals a number that it approximates to 1e-6. Units
-    must agree if both have one. Percent may be missing, or be divided out. Words are compared as texts.
+    Numbers are compared exactly; a decimal also equals a number that it approximates to 1e-6. Units must
+    agree if both answers have one. A percent sign may be missing, or divided out. Words are compared as
+    text.
     """
     if x == y or joined(x) == joined(y):
         return True
@@ -123,7 +124,12 @@ def decide(x: str, y: str) -> bool | None:
 
 
 def _same(x: str, a: Fraction, y: str, b: Fraction) -> bool:
-    """Returns whether two numbers, as text and value, are equal or one is a decimal of the other."""
+    """Returns whether two numbers are equal, or one is a decimal that approximates the other.
+
+    Args:
+      x, y: the numbers as plain text.
+      a, b: their values.
+    """
     if a == b or is_decimal(x) == is_decimal(y):
         return a == b
     return close(a, b) if is_decimal(x) else close(b, a)
@@ -181,8 +187,8 @@ def _compare(prompt: str, x: str, y: str) -> float | tuple[str, str]:
     return (x, y) if verdict is None else verdict
 
 
-# Checks that a worker makes before its first real one. Parser and algebra build their tables on
-# demand: the first check of a kind takes twenty times as long as the next.
+# Checks that a worker makes before its first real one. The parser and SymPy build their tables on
+# demand, so the first check of a kind takes twenty times as long as the next.
 WARM = [
     (r"x^2-1", r"(x-1)(x+1)"),
     (r"\sqrt{8}", r"2\sqrt{2}"),
@@ -202,7 +208,7 @@ WARM = [
 
 _WORKERS = Isolated(check, warm=WARM)
 EQUAL = _WORKERS.after(_compare)  # ("", answer, answer) -> 1.0 if they are equal
-# By `reward.extract`; all of them share the workers.
+# The verifier for each value of `reward.extract`; all of them share the workers.
 VERIFIERS = {
     name: _WORKERS.after(functools.partial(first_stage, extractor.find))
     for name, extractor in EXTRACTORS.items()
@@ -212,10 +218,10 @@ VERIFIERS = {
 def math_reward(
     responses: Sequence[str], answers: Sequence[str], extract: str = "boxed"
 ) -> np.ndarray:
-    """Returns 1.0 for each response whose answer equals the known one, else 0.0.
+    """Returns 1.0 for each response whose answer equals the known answer, else 0.0.
 
-    A response is wrong if it has no answer in the place that `extract` names, or if its answer takes
-    more than a second of CPU time to compare. No text is evaluated as code, and no text raises an error.
+    A response is wrong if `extract` finds no answer in it, or if the comparison takes more than a second
+    of CPU time. No text is evaluated as code, and no text raises an error.
 
     Args:
       responses: N texts, whatever a model wrote.

@@ -1,14 +1,14 @@
-r"""Notation of mathematical answers: spelling, exact numbers, units, words, lists.
+r"""Notation of mathematical answers: spelling, exact numbers, units, words and lists.
 
-Everything here reads short texts with regular expressions and imports nothing heavy, so that the
-trainer's process can use it.
+This module reads short texts with regular expressions and has no heavy imports, so that the trainer's
+process can use it.
 """
 
 import functools
 import re
 from fractions import Fraction
 
-MAX_EXPONENT = 100  # Of scientific notation; larger ones are left to algebra.
+MAX_EXPONENT = 100  # Largest exponent in scientific notation; larger ones are left to algebra.
 
 # ---------------------------------------------------------------------------------------- spelling
 
@@ -33,8 +33,9 @@ _TEXTS = "mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|textnormal|emph"
 _SIMPLE = re.compile(r"-?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?")
 _STYLES = r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|textcolor\{[^{}]*\}|boxed|fbox|underline"
 _STYLES += r"|displaystyle|mathop"
-# (part of every match, pattern, replacement): removes notation that does not change a value, in this
-# order, and twice, because of nested styles. The first entry spares most texts most patterns.
+# (part of every match, pattern, replacement): removes notation that does not change a value. The
+# patterns apply in this order, and twice, because styles may be nested. A pattern is skipped if the text
+# does not contain that part.
 _SPELLINGS = [
     (part, re.compile(pattern), replacement)
     for part, pattern, replacement in [
@@ -75,12 +76,12 @@ _SPELLINGS = [
 ]
 
 
-@functools.lru_cache(maxsize=4096)  # The samples of a problem have the same known answer.
+@functools.lru_cache(maxsize=4096)  # All samples of a problem share the known answer.
 def plain(text: str) -> str:
     """Returns an answer in one spelling, without notation that does not change its value.
 
-    Removes styles, colors, spacing and sizing commands, formula delimiters and final punctuation;
-    replaces Unicode symbols by LaTeX commands.
+    Removes styles, colors, spacing and sizing commands, formula delimiters and final punctuation.
+    Replaces Unicode symbols with LaTeX commands.
     """
     text = " ".join(text.translate(_CHARACTERS).split())
     if _SIMPLE.fullmatch(text):
@@ -143,7 +144,7 @@ def number(text: str) -> Fraction | None:
 
     Reads integers and decimals, with digits in groups of three ("1,234", "1 234"); fractions and
     mixed numbers; repeating decimals ("0.\overline{3}", "0.333\ldots"); scientific notation; integers
-    with a base ("101_2"). A word such as million scales the value.
+    with a base ("101_2"). A word such as "million" scales the value.
     """
     if match := _SCALE.search(text, max(0, len(text) - MAX_UNIT)):
         value = number(text[: match.start()]) if match.start() else None
@@ -191,7 +192,7 @@ def _repeating(sign, whole, first, period):
 
 
 def grouped(text: str) -> bool:
-    """Returns whether a number's commas may separate thousands as well as members of a list."""
+    """Returns whether the commas of a text may separate thousands as well as members of a list."""
     return "," in text and bool(_GROUPED.fullmatch(text))
 
 
@@ -201,7 +202,7 @@ def is_decimal(text: str) -> bool:
 
 
 def close(x: Fraction, y: Fraction) -> bool:
-    """Returns whether a decimal x is y as far as it goes: 0.333333 is 1/3, and 0.3333 is not."""
+    """Returns whether a decimal x approximates y to 1e-6: 0.333333 is 1/3, and 0.3333 is not."""
     return abs(x - y) <= Fraction(1, 10**6) * min(Fraction(1), abs(y))
 
 
@@ -249,13 +250,13 @@ _MATH_WORDS = set(
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""Splits a plain answer into its value and its unit, "" if it has none.
+    r"""Splits a plain answer into its value and its unit, which is "" if there is none.
 
-    Units are what stands in \text{} behind any value; degrees, percent, moduli and currencies; known
-    units behind a value without variables ("5 cm", "5cm", "60 km/h"); and words behind a number ("5
-    apples"). A single letter behind a number is a variable ("2m"). Words that change the number or add
-    another answer are no unit ("34 squared", "34 or 35"), and those that scale it belong to the value
-    ("34 thousand dollars").
+    Units are: any \text{} after a value; degrees, percent, moduli and currencies; known units after a
+    value without variables ("5 cm", "5cm", "60 km/h"); and words after a number ("5 apples"). A single
+    letter after a number is a variable ("2m"). Words that change the number or add another answer are
+    not units ("34 squared", "34 or 35"); those that scale it belong to the value ("34 thousand
+    dollars").
     """
     value, unit = _split_unit(text)
     if (match := _SCALE_OF_UNIT.match(unit)) and number(value) is not None:
@@ -318,7 +319,7 @@ def _constant(value):
 
 
 def _known(unit, spaced):
-    """Returns whether a text without \\text{} consists of known units, and could be no variable."""
+    """Returns whether a text without \\text{} consists of known units and cannot be a variable."""
     names = re.findall("[a-zA-Z]+", unit)
     if not all(_NAMES.get(n.lower()) or _NAMES.get(n.lower().removesuffix("s")) for n in names):
         return False
@@ -328,7 +329,7 @@ def _known(unit, spaced):
 
 
 def units_agree(unit: str, other: str) -> bool:
-    """Returns whether two units do not contradict: one is missing, or has no word that differs."""
+    """Returns whether two units agree: one is missing, or its words are among the other's."""
     if not unit or not other:
         return True
     words, others = _unit_words(unit), _unit_words(other)
@@ -336,7 +337,7 @@ def units_agree(unit: str, other: str) -> bool:
 
 
 def _unit_words(unit):
-    """Returns the words of a unit, with one name for each: "miles per hour" is {"mi/h"}."""
+    """Returns the words of a unit, each under one name: "miles per hour" is {"mi/h"}."""
     text = re.sub(r"\\text|[{}()]|\\(?=[ $])", " ", unit).replace(r"\cdot", "*").lower()
     text = re.sub(r"\b([ap])\. ?m\b\.?", r"\1m", text).replace(".", " ")
     text = re.sub(r" *\^ *", "^", re.sub(r" *(?:/|\bper\b) *", "/", text))
@@ -376,9 +377,9 @@ def joined(text: str) -> str:
 def words(text: str) -> str | None:
     r"""Returns a plain answer that consists of words, in lower case and without \text{}, or None.
 
-    Words have at least three letters ("Monday", "infinitely many"), or two capitals ("AB"), or stand in
-    \text{}. Three or more small letters that follow each other in the alphabet, such as xyz, are a
-    product of variables.
+    Words have at least three letters ("Monday", "infinitely many"), or two capitals ("AB"), or are in
+    \text{}. Three or more consecutive lower-case letters of the alphabet, such as xyz, are a product of
+    variables.
     """
     inside = bare(text)
     if not _WORDLIKE.fullmatch(inside) or number(split_unit(text)[0]) is not None:
@@ -414,7 +415,7 @@ def split_list(text: str, spaced: bool = False) -> list[str]:
 
     Args:
       text: a plain answer.
-      spaced: split only at commas that a space follows, so that "1,234, 5" has two members.
+      spaced: split only at commas before a space, so that "1,234, 5" has two members.
     """
     text = re.sub(r" *,? *(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) *", ", ", text)
     parts, depth, start = [], 0, 0
@@ -428,7 +429,7 @@ def split_list(text: str, spaced: bool = False) -> list[str]:
 
 
 def brackets(text: str) -> str:
-    r"""Returns the brackets that enclose a whole text, such as "()", "[)" or "\{\}"; "" if none do."""
+    r"""Returns the brackets around a whole text, such as "()", "[)" or "\{\}"; "" if there are none."""
     opening, closing = (r"\{", r"\}") if text.startswith(r"\{") else (text[:1], text[-1:])
     if opening not in ("(", "[", r"\{") or closing not in (")", "]", r"\}") or len(text) < 3:
         return ""

@@ -17,7 +17,7 @@ class RewardSettings:
     )
     extract: str = field(
         "boxed",
-        "Where the reward math looks for the answer of a response; anywhere is as released.",
+        "Where the reward math looks for the answer of a response; the released runs use anywhere.",
         EXTRACTORS,
     )
     format: float = field(

@@ -6,8 +6,8 @@ This module changes two things about math-verify:
   turns some sums and roots into Python functions that contain the model's symbols. Here
   `_Reader` reads numbers, and an audit hook refuses to compile anything but fixed templates while
   answers are compared.
-- math-verify drops units, compares words as products of letters, and compares numbers to six
-  decimals. Here it compares what remains after `notation` has read numbers, units, words and lists.
+- math-verify drops units, reads words as products of letters, and compares numbers to six decimals.
+  Here it compares only what `notation` does not recognize as numbers, units, words or lists.
 """
 
 import functools
@@ -41,14 +41,14 @@ _IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 _DEGREES = re.compile(r"([0-9.]+|[a-zA-Z])\^(?:\{\\circ\}|\\circ)")
 _FACTOR = re.compile(r"([0-9])\((?=\\frac)")  # math-verify reads 3(\frac12) as 3\frac12.
 _THOUSANDS = re.compile(r"[0-9],[0-9]{3}(?![0-9])")
-_LEADING_ZERO = re.compile("0[0-9]+")  # no member of a list
-SMALL = 1e-9  # Relative difference of numbers that are equal up to rounding.
+_LEADING_ZERO = re.compile("0[0-9]+")  # cannot be a member of a list
+SMALL = 1e-9  # Largest relative difference of numbers that are equal up to rounding.
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
 def equal(candidate: str, answer: str) -> bool:
-    """Returns whether two answers, LaTeX or plain, are equal. Symmetric.
+    """Returns whether two answers, LaTeX or plain text, are equal. The order makes no difference.
 
     Both may be any text. The time and memory of a comparison are not limited here.
     """
@@ -80,10 +80,10 @@ def _equal(x, y):
 
 
 def _equal_lists(x, y):
-    """Returns whether two lists, sets, tuples or intervals are equal, None if one is something else.
+    """Returns whether two lists, sets, tuples or intervals are equal; None if either is something else.
 
-    A list without brackets has no order, except beside a tuple, or beside the values of several
-    variables (x=1, y=2). A comma that may separate thousands is read both ways.
+    A list without brackets is unordered unless it is compared with a tuple or holds the values of
+    several variables (x=1, y=2). A comma that may separate thousands is read both ways.
     """
     kinds = {_kind(x), _kind(y)}
     if len(kinds) == 2:
@@ -180,8 +180,8 @@ def _is_number(x):
 def _differ(x, y, tolerance):
     """Returns whether two numbers differ by more than a share of the larger one.
 
-    math-verify compares numbers to a fixed number of decimals: it takes all numbers below 1e-6 for
-    equal, and 5^2024/C(4048,2024) for 4^2024/C(4048,2024).
+    math-verify compares a fixed number of decimals. To it, all numbers below 1e-6 are equal, and so are
+    5^2024/C(4048,2024) and 4^2024/C(4048,2024).
     """
     if not (_is_number(x) and _is_number(y)):
         return False

@@ -34,9 +34,9 @@ class Reward:
         answers as votes. By default the whole response is the answer.
       tasks: the values of `data.task` whose problems this reward verifies unless `reward.name` is
         set.
-      equal: ("", answer, answer) -> whether two extracted answers are one vote. None: equal texts are.
-      is_answer: whether a text can be the known answer of a problem. By default any text can.
-      by_extract: this reward by `reward.extract`; empty if its answers always stand in one place.
+      equal: ("", answer, answer) -> 1.0 if two extracted answers are one vote. None: equal texts are.
+      is_answer: whether a text can be the known answer of a problem. By default any non-empty text can.
+      by_extract: this reward for each value of `reward.extract`; empty if it does not depend on it.
     """
 
     function: Function | Isolated
@@ -55,7 +55,7 @@ class Reward:
 _MATH = {
     name: Reward(
         VERIFIERS[name],
-        summary=f"the answer {extractor.summary}, equals the known one, according to math-verify",
+        summary=f"the answer {extractor.summary}, equals the known answer, by math-verify",
         template=extractor.template,
         equal=EQUAL,
         is_answer=is_answer,
@@ -87,7 +87,7 @@ REWARDS: dict[str, Reward | Function] = {
     ),
     "math": dataclasses.replace(
         _MATH["boxed"],
-        summary="the answer where reward.extract looks for it equals the known one, by math-verify",
+        summary="the answer that reward.extract finds equals the known answer, by math-verify",
         tasks=("math",),
         by_extract=_MATH,
     ),
@@ -108,8 +108,8 @@ def get_reward(name: str, extract: str = "") -> Reward:
 
     Args:
       name: a name in `REWARDS`.
-      extract: a name in `EXTRACTORS`, where the reward looks for the answer if it has the choice; "":
-        the row that describes all choices, and reads boxes.
+      extract: a name in `EXTRACTORS`, for rewards that depend on `reward.extract`; "": the row that
+        describes all choices and reads boxes.
     """
     row = REWARDS[name]
     return row.by_extract.get(extract, row) if isinstance(row, Reward) else Reward(row)

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from drpo_jax.rewards.pool import Isolated
 
 Vote = tuple[str | None, float]  # An answer, None without one, and its reward.
-ROUNDS = 16  # Comparisons of one answer; a problem with more distinct answers keeps the rest apart.
+ROUNDS = 16  # Rounds of comparisons; further distinct answers to a problem are not merged.
 
 
 def merge_votes(ballots: Sequence[Sequence[Vote]], equal: Isolated | None) -> list[list[Vote]]:
     """Returns the votes with one spelling for equal answers.
 
-    All right answers to a problem are equal. Among the others, each round compares the most frequent
-    answer of every problem with its remaining ones, in worker processes, which limit the time of each
-    comparison. The answers that are left after `ROUNDS` rounds count by spelling.
+    All correct answers to a problem are equal. Among the others, each round compares the most frequent
+    remaining answer of every problem with the rest, in worker processes, which limit the time of each
+    comparison. The answers that are left after `ROUNDS` rounds are merged only if their texts are equal.
 
     Args:
       ballots: one list of votes per problem.
-      equal: ("", answer, answer) -> 1.0 if they are equal. None: the texts decide.
+      equal: ("", answer, answer) -> 1.0 if they are equal. None: only equal texts are.
 
     Returns:
-      The same lists, with the first spelling of each answer.
+      The same lists, with one spelling for each answer.
     """
     if equal is None:
         return [list(votes) for votes in ballots]

@@ -73,7 +73,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-# Relative difference below which two logits are equal: eight units in the last place of a float32.
+# Relative difference below which two logits count as equal: 8 units in the last place of a float32.
 TIE = 2.0**-20
 
 
@@ -83,8 +83,8 @@ def filter_logits(
     """Returns the logits with those outside the top-k and top-p sets set to −inf.
 
     Top-p applies to the tokens that top-k keeps. Ties at a threshold are kept, and so are logits within
-    TIE of it: XLA may compute the same logit in two fusions with different last bits, and the token at
-    the border of the nucleus would be lost.
+    TIE of it. XLA may compute the same logit in two fusions with different last bits, and would then
+    drop the token at the border of the nucleus.
 
     Args:
       logits_BxV: float32.
@@ -183,7 +183,7 @@ def sample_token(logits_BxV: jax.Array, uniform_B: jax.Array, params: SamplingPa
 
 
 BLOCK = 256  # Tokens per block in the two-level search of `draw`.
-PARTS = 2.0**30  # Integers that the masses of a search add up to, except for rounding.
+PARTS = 2.0**30  # Sum of the integers that the masses of a search are rounded to, up to rounding.
 
 
 def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -192,10 +192,10 @@ def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     The search first finds a block of tokens and then the token in it, so that each row is read
     once. On a mesh it starts with the shard of the vocabulary.
 
-    Masses are rounded to integers, because sums of integers are exact in any order. Partial sums of
-    floats are not: where the target lies between two results for the same sum, the search would return a
-    token that has next to no mass. Tokens with less than 2**-31 of their block, or in a block with less
-    than 2**-31 of the row, are never drawn.
+    Masses are rounded to integers, because sums of integers are exact in any order. Sums of floats are
+    not: if the target lay between two results for the same sum, the search would return a token with
+    almost no mass. Tokens with less than 2**-31 of their block's mass, or in a block with less than
+    2**-31 of the row's mass, are never drawn.
 
     Args:
       mass_BxV: float32, unnormalized probabilities.
@@ -203,7 +203,7 @@ def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """
 
     def search(mass_BxN, uniform_B):
-        """Returns the index that `uniform` selects, and how far into its mass, as a share of it."""
+        """Returns the index that `uniform` selects, and its position in that index's mass, in [0, 1)."""
         share = mass_BxN / jnp.sum(mass_BxN, axis=-1, keepdims=True)
         parts = jnp.round(share * PARTS).astype(jnp.int32)
         end = jnp.cumsum(parts, axis=-1)

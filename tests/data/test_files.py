@@ -174,7 +174,7 @@ def test_dapo_schema(tmp_path):
         ),
         (
             {"prompt": [{"role": "system", "content": "x"}, *DAPO_ROWS[0]["prompt"]]},
-            "field 'prompt' has a system message, .*set data.system to it",
+            "field 'prompt' has a system message; .*set data.system to it",
         ),
         (
             {"extra_info": {"index": [1]}},
@@ -273,7 +273,7 @@ def test_the_answer_has_several_forms(fields, answer, kind, tmp_path):
 
 
 @KINDS
-def test_a_chat_takes_the_same_answers(kind, tmp_path):
+def test_a_chat_has_the_same_forms_of_answers(kind, tmp_path):
     chat = {"prompt": [{"role": "user", "content": "What is 1+1?"}]}
     rows = [
         chat | {"reward_model": {"ground_truth": 2}},
@@ -285,7 +285,7 @@ def test_a_chat_takes_the_same_answers(kind, tmp_path):
 
 
 @KINDS
-def test_a_missing_id_among_others_is_the_place(kind, tmp_path):
+def test_a_missing_id_defaults_to_file_and_line(kind, tmp_path):
     rows = [{"prompt": "1", "answer": "1", "id": "a"}, {"prompt": "2", "answer": "2", "id": None}]
     path = write_as(kind, rows, tmp_path)
     assert [p.id for p in load_problems(path)] == ["a", f"problems.{kind}:2"]
@@ -302,7 +302,7 @@ def test_repeated_rows_with_an_index_are_merged_in_both_schemas(tmp_path):
 
 
 def test_several_files(tmp_path):
-    """Shards may use the same index for different problems, and a bracket is no pattern."""
+    """Shards may use the same index for different problems. Brackets in a path are literal."""
     folder = tmp_path / "set [1]"
     folder.mkdir()
     for name, text in (("b.jsonl", "Second"), ("a.jsonl", "First"), ("c.txt", "Else")):
@@ -314,7 +314,7 @@ def test_several_files(tmp_path):
     ]
     (folder / "a*.jsonl").write_text(json.dumps(dapo("Star")))
     assert [p.id for p in load_problems(folder / "a*.jsonl")] == ["u1"]
-    with pytest.raises(FileNotFoundError, match="no file has such a name"):
+    with pytest.raises(FileNotFoundError, match="no file matches"):
         load_problems(folder / "d*.jsonl")
 
 

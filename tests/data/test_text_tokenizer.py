@@ -78,7 +78,7 @@ def test_generation_config_adds_ends(base):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END_OF_TEXT]}))
     tokenizer = TextTokenizer(base)
     assert tokenizer.stop_ids == (7, END_OF_TEXT)
-    assert tokenizer.decode([16, 7]) == "1"  # A stop token is no part of the response.
+    assert tokenizer.decode([16, 7]) == "1"  # The stop token is removed.
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
@@ -95,7 +95,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% e
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_the_end_of_a_turn_is_a_stop(base, end, named):
-    """It is found whether tokenizer_config.json names it or only tokenizer.json does."""
+    """The token may be named in tokenizer_config.json, or only in tokenizer.json."""
     config = json.loads((base / "tokenizer_config.json").read_text())
     config["chat_template"] = TURNS.replace("END", end)
     if not named:
@@ -118,16 +118,19 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system ro
 @pytest.mark.parametrize(
     "template, message",
     [
-        (REFUSES + TURNS, r"data.system = 'Add\.': .*takes no system message \(.*No system role\)"),
+        (
+            REFUSES + TURNS,
+            r"data.system = 'Add\.': .*does not support a system message \(.*No system role\)",
+        ),
         (
             "{% set messages = messages[1:] %}" + TURNS,
-            r"takes no system message \(it leaves the mess",
+            r"does not support a system message \(it ignores the mess",
         ),
         ("{% for m in messages %}", "the chat template failed: "),
         ("{{ messages[0].content + 1 }}", "the chat template failed: "),
     ],
 )
-def test_a_template_that_fails_or_takes_no_system_message(base, template, message):
+def test_a_template_that_fails_or_does_not_support_a_system_message(base, template, message):
     config = json.loads((base / "tokenizer_config.json").read_text())
     template = template.replace("END", "<|im_end|>")
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))

@@ -28,8 +28,8 @@ MESHES = {
     "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "tensor": {"tensor": 8},
 }
-# Every objective of the table, penalties, supervised learning, and precomputed terms, here those of
-# gspo, for objectives that need whole responses.
+# Every objective of the table, penalties, supervised learning, and precomputed terms. gspo stands for
+# the objectives that need whole responses.
 HEADS = {name: policy(name) for name in OBJECTIVES if not OBJECTIVES[name].needs_sequences} | {
     "drpo + k2": policy("drpo", kl="k2", kl_coefficient=BETA),
     "drpo + k3": policy("drpo", kl="k3", kl_coefficient=BETA),

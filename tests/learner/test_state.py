@@ -82,7 +82,7 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_weights_decay():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_matrices_decay_unless_norms_are_included(family):
-    """Without gradients, an update is the weight decay alone."""
+    """With zero gradients, an update consists of weight decay alone."""
     model = Transformer(
         model_config(small_config(FAMILIES[family] | {"model.attention_bias": family == "dense"})),
         jax.random.key(0),
@@ -101,7 +101,7 @@ def test_only_matrices_decay_unless_norms_are_included(family):
 
 
 def test_the_state_of_the_optimizer_is_the_same_with_and_without_decayed_norms():
-    """So a checkpoint from before the field loads."""
+    """Checkpoints that were saved before optimizer.decay_norms existed therefore still load."""
     params = {"w": jnp.ones(2)}
     states = [
         make_optimizer(optimizer_config(decay_norms=decay_norms), 10).init(params)

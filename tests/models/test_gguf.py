@@ -26,7 +26,7 @@ def write_gguf(path, fields, tensors, family, kinds={}, split="smollm", change=N
 
     Args:
       kinds: quantization types by name, for tensors that are quantized codes.
-      change: changes the fields, gguf's dictionary of them, before they are written.
+      change: function that edits gguf's dictionary of fields before they are written.
     """
     names = {theirs: ours for ours, theirs in (LAYER | OUTSIDE).items()}
     writer = gguf.GGUFWriter(path, family)
@@ -104,7 +104,7 @@ def test_quantized_tensors_are_dequantized(tmp_path):
 
 
 def test_old_files_in_the_directory_are_replaced(tmp_path):
-    """An index from another model would be read before model.safetensors."""
+    """Some engines read an index, here of another model, before model.safetensors."""
     (tmp_path / "hf").mkdir()
     fields, tensors, config = released("llama_tied", tmp_path / "hf")
     write_gguf(tmp_path / "a.gguf", fields, tensors, "llama")
@@ -161,7 +161,7 @@ def test_errors(tmp_path):
     ],
 )
 def test_fields_that_are_missing_or_scale_silently(change, message, tmp_path):
-    """llama.cpp scales linearly where a file has a factor and no type of scaling."""
+    """llama.cpp scales linearly if a file has a factor but no type of scaling."""
     (tmp_path / "hf").mkdir()
     fields, tensors, _ = released("llama_tied", tmp_path / "hf")
     write_gguf(tmp_path / "b.gguf", fields, tensors, "llama", change=change)

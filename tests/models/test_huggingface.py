@@ -142,7 +142,7 @@ def test_wrong_tensors_raise(tmp_path):
         (
             "qwen3_dense",
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            r"not supported: rope_parameters by type of layer \(full_attention\)",
+            r"not supported: rope_parameters for each layer type \(full_attention\)",
         ),
         ("qwen3_dense", {"rope_parameters": {"factor": 4.0}}, "rope_parameters = .*'factor': 4.0"),
         ("llama_tied", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),
@@ -175,7 +175,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
 )
 def test_spellings_that_contradict_each_other_raise(name, change, message, tmp_path):
-    """transformers lets one of them win without a word, and engines differ in which one."""
+    """transformers silently prefers one of them, and engines differ in which one."""
     fields = json.loads(str(stored(name)["config"]))
     (tmp_path / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(ValueError, match=f"config.json: the settings {message}.* contradict"):
@@ -196,7 +196,7 @@ def test_spellings_of_a_multimodal_model_have_to_agree(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3_dense", "qwen3_moe", "qwen3_5_moe"])
 def test_absent_fields(name, tmp_path):
-    """Fields that transformers requires or would guess are named; the others have its defaults."""
+    """The error names fields that transformers requires or guesses; others get its defaults."""
     fields = json.loads(str(stored(name)["config"]))
     rope = fields["rope_parameters"]
     doubled = fields | {"rope_scaling": rope, "rope_theta": rope["rope_theta"]}
@@ -227,7 +227,7 @@ def test_absent_fields(name, tmp_path):
 
 
 def test_absent_head_width(tmp_path):
-    """In transformers it is 128 for Qwen3, and otherwise the width divided among the heads."""
+    """As in transformers, it is 128 for Qwen3; in other families, the heads share the width."""
     for name, width in (("qwen3_dense", 128), ("llama_tied", 8), ("qwen2", 4), ("qwen3_moe", 4)):
         fields = json.loads(str(stored(name)["config"]))
         del fields["head_dim"]
@@ -248,7 +248,7 @@ def test_reading_the_dialect_of_released_checkpoints(tmp_path):
 
 
 def old_weights(directory):
-    """Writes what other tools leave in a directory: weights in all formats, and an adapter."""
+    """Writes files that other tools leave in a directory: weights in all formats, and an adapter."""
     names = (
         "model.safetensors", "model-00001-of-00002.safetensors", "model-00002.safetensors",
         "consolidated.safetensors", "other.safetensors.index.json", "pytorch_model.bin",
@@ -261,7 +261,7 @@ def old_weights(directory):
 
 
 def test_saving_replaces_the_weights_in_the_directory(tmp_path):
-    """Engines would read the old ones: transformers prefers model.safetensors to an index."""
+    """Engines could read the old weights: transformers prefers model.safetensors to an index."""
     write(stored("qwen3_dense"), tmp_path)
     model, config = from_pretrained(tmp_path)
     old_weights(tmp_path)
@@ -309,7 +309,7 @@ def test_an_interrupted_save_is_not_readable(tmp_path, monkeypatch):
 
 
 def test_the_tokenizer_in_the_directory_is_replaced(tmp_path):
-    """A chat template in a file takes precedence over that of tokenizer_config.json, for example."""
+    """An old chat_template.jinja, for example, would override the new tokenizer_config.json."""
     write(stored("qwen3_dense"), tmp_path)
     model, config = from_pretrained(tmp_path)
     for name, files in (
@@ -352,7 +352,7 @@ def test_directories_with_two_models_raise(tmp_path):
     from_pretrained(tmp_path)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
     index.unlink()
-    from_pretrained(tmp_path)  # Like transformers, without the other file.
+    from_pretrained(tmp_path)  # transformers, too, ignores the other file.
     write_index(a="part-1.safetensors")
     with pytest.raises(ValueError, match="two models: model.safetensors, .*remove the one"):
         from_pretrained(tmp_path)

@@ -162,7 +162,7 @@ def test_remat_recomputes_as_documented(tokens):
 
 
 def test_remat_selects_experts_once(tokens):
-    """Probabilities that are computed again may select other experts than the forward pass."""
+    """Recomputed probabilities could select other experts than the forward pass."""
     model = new_model("moe")
     for remat in ("dots", "full"):
 

@@ -86,7 +86,7 @@ JUMPS = ("dppo_tv", "mask_drpo", "ipo", "trm", "vaco", "cppo")
 
 
 def programs(function):
-    """The same function, fused in different ways."""
+    """The same function under different fusions."""
     yield function
     yield jax.jit(function)
     yield jax.jit(lambda *args: jax.lax.map(lambda row: function(*row), args))
@@ -94,7 +94,7 @@ def programs(function):
 
 @pytest.mark.parametrize("name", JUMPS)
 def test_a_token_exactly_at_the_boundary_is_inside_in_every_program(name):
-    """A plain comparison keeps about half of these, and not the same ones in every program."""
+    """A plain comparison would keep about half of them, and different ones in each program."""
     mu = np.linspace(0.01, 0.6, 600).reshape(6, 100)
     for delta in (0.05, 0.15, 0.2, 0.35):
         up, down = np.minimum(mu + delta, 1), np.maximum(mu - delta, 1e-3)
@@ -143,7 +143,7 @@ def test_a_ratio_exactly_at_the_clip_is_inside_in_every_program(name, hyper):
 
 
 def test_cppo_restarts_with_every_response_of_a_packed_row(batch, in_float64):
-    """Packed or one per row, in whatever order: J, c and w of a response are the same."""
+    """J, c and w of a response do not depend on packing or on the order of the responses."""
     mask = batch.arrays["mask"]
     for name in ("cppo", "drpo_prefix", "trm", "vaco"):
         packed = in_float64(gradient_weight, name, *batch[:3], mask=mask)
@@ -160,7 +160,7 @@ def test_cppo_restarts_with_every_response_of_a_packed_row(batch, in_float64):
 
 
 def test_cppo_by_hand():
-    """Four diverging tokens with D = .1: the budget is 2δ_b = .04 a token, so each leaves .06 less."""
+    """Four diverging tokens with D = .1: with a budget of 2δ_b = .04 per token, each leaves .06 less."""
     mu = np.array([[0.3, 0.3, 0.3, 0.3]])
     w = functools.partial(
         gradient_weight, "cppo", np.log(mu + 0.1), np.log(mu), 1.0, mask=np.ones((1, 4), bool)
@@ -169,7 +169,7 @@ def test_cppo_by_hand():
     np.testing.assert_array_equal(w(w_min=1.0), [[1, 1, 0, 0]])
     # Weights 1, .9, .8, .7 (w_min = .7); sums before: 0, .06, .114, .162; bounds .2, .156, .107, .054.
     np.testing.assert_array_equal(w(w_min=0.7), [[1, 1, 1, 0]])
-    # Converging tokens spend as well, but are kept.
+    # Converging tokens also draw on the budget, but are kept.
     np.testing.assert_array_equal(gradient_weight(
         "cppo", np.log(mu + 0.1), np.log(mu), np.array([[-1.0, -1, 1, -1]]),
         mask=np.ones((1, 4), bool), w_min=1.0,
@@ -182,7 +182,7 @@ def test_cppo_by_hand():
 
 
 def test_the_predictive_mask_knows_whether_a_step_raises_the_divergence(in_float64):
-    """Against KL(µ‖π) after a small step on the logits, for whole distributions."""
+    """Compares the bracket with the change of KL(µ‖π) after a small step on the logits."""
     rng = np.random.default_rng(0)
     logits, behavior = rng.normal(0, 1.5, (2, 400, 6))
     sampled, advantage = rng.integers(0, 6, 400), rng.choice([-1.0, 1.0], 400)
@@ -204,11 +204,11 @@ def test_the_predictive_mask_knows_whether_a_step_raises_the_divergence(in_float
     )
     np.testing.assert_array_equal(kept == 0, raises & (kl(logits) > 1e-3))
     diverging = advantage * (pi[at] - mu[at]) > 0
-    assert (raises != diverging).any()  # where DPPO's direction test errs
+    assert (raises != diverging).any()  # DPPO's direction test errs here
 
 
 def test_decoupled_drpo_is_the_corrected_drpo_with_another_anchor(batch, in_float64):
-    """ρ = π_old/µ times DRPO whose behavior policy is π_old."""
+    """drpo_decoupled is ρ = π_old/µ times DRPO with π_old as the behavior policy."""
     logp, behavior_logp, advantage = batch[:3]
     old_logp = batch.arrays["old_logp"]
     near = abs(old_logp - behavior_logp) < 10
@@ -233,7 +233,7 @@ def test_bounds_above_and_below(weight_at):
 
 
 def test_objectives_that_no_token_can_get_outside_of_are_what_their_row_says(batch, in_float64):
-    """The paper reports Mask-DRPO near DRPO and the surrogate below both: not at one δ of 12.5."""
+    """The paper ranks Mask-DRPO near DRPO, and above the surrogate; one δ of 12.5 cannot explain it."""
     for name, equal in (
         ("mask_drpo", "surrogate"),
         ("dppo_tv", "surrogate"),
@@ -260,7 +260,7 @@ def test_objectives_that_no_token_can_get_outside_of_are_what_their_row_says(bat
     assert OBJECTIVES["dppo_tv"].equals({"delta": 12.5, "delta_low": 0.1}) is None
 
     def other(t, bound=2.0):
-        """An objective with a boundary in probability under another name."""
+        """An objective whose boundary in probability has another name."""
 
     assert Objective(other, boundary="probability").bounds({"bound": 2.0}) == ()
 
@@ -416,10 +416,10 @@ def moved(mu, promoted):
 
 @pytest.mark.parametrize("promoted", [0, 5])
 def test_the_gradient_of_drpo_in_the_tail_is_that_of_the_surrogate(zipf, promoted):
-    """In every bin of µ, with t the largest |π−µ| there: E|c| is π's share, to a factor of 1 ± t/δ.
+    """In every bin of µ, E|c| is the probability under π, up to a factor of 1 ± max|π−µ|/δ.
 
-    Neither does the tail dominate Σ|c|, nor does DRPO restrain it: E[c²] is the surrogate's as well,
-    and a few promoted tokens make most of it.
+    The tail does not dominate Σ|c|, but DRPO does not restrain it either: E[c²] is also close to the
+    surrogate's, and a few promoted tokens account for most of it.
     """
     mu, bins, terms = zipf
     pi = moved(mu, promoted)
@@ -439,7 +439,7 @@ def test_the_gradient_of_drpo_in_the_tail_is_that_of_the_surrogate(zipf, promote
 
 
 def test_spo_restrains_a_tail_that_moved_a_little_and_is_dominated_by_one_that_moved_far(zipf):
-    """Only large ratios make the tail dominate SPO. Where it grew fivefold, SPO restrains the tail."""
+    """The tail dominates SPO only at large ratios; SPO restrains a tail that grew fivefold."""
     mu, bins, terms = zipf
     tail = bins == 0
 

@@ -81,7 +81,7 @@ def test_spo_rests_at_a_ratio_and_the_form_without_the_absolute_advantage_at_hal
 
 
 def test_a_boundary_in_probability_lets_no_policy_leave_it(rest):
-    """Every row with such a boundary, at its defaults. All of them are below 0.3."""
+    """Covers every row with such a boundary at its default, which is below 0.3."""
     rows = [name for name, row in OBJECTIVES.items() if row.boundary == "probability"]
     assert len(rows) >= 6
     for name in rows:
@@ -94,7 +94,7 @@ def test_a_boundary_in_probability_lets_no_policy_leave_it(rest):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_first_update_of_a_rollout_is_the_policy_gradient(name, in_float64):
-    """π_k·(Â_k − Σ_j π_j·Â_j), whatever the objective."""
+    """The gradient is π_k·(Â_k − Σ_j π_j·Â_j) for every objective."""
     rng = np.random.default_rng(0)
     logits, advantage = rng.normal(0, 1, (2, 5))
     pi = np.exp(logits) / np.exp(logits).sum()
@@ -107,9 +107,9 @@ def test_the_first_update_of_a_rollout_is_the_policy_gradient(name, in_float64):
 
 
 def balance(mu, advantage, metric, bound):
-    """The maximum of Σπ·Â − Σ|Â|·(π−µ)²/(2·bound·metric) over Σπ = 1, where it has all π > 0.
+    """The π that maximizes Σπ·Â − Σ|Â|·(π−µ)²/(2·bound·metric) over Σπ = 1, if all π > 0 there.
 
-    π − µ = bound·metric·(sign(Â) − λ/|Â|), with λ such that the sum is 0.
+    π − µ = bound·metric·(sign(Â) − λ/|Â|), and λ makes the sum 0.
     """
     pull = bound * metric * np.sign(advantage)
     give = bound * metric / abs(advantage)
@@ -119,9 +119,9 @@ def balance(mu, advantage, metric, bound):
 
 
 def test_drpo_rests_where_shares_are_added_and_spo_where_they_are_scaled(rest):
-    """The rest is the balance of all tokens, in closed form: DRPO's in π − µ, SPO's in π/µ − 1.
+    """The policy rests where all tokens balance: under DRPO in π − µ, under SPO in π/µ − 1.
 
-    For |Â| = 1 DRPO's is the Euclidean projection of µ + δ·sign(Â) onto the distributions.
+    For |Â| = 1, DRPO's resting point is the Euclidean projection of µ + δ·sign(Â) onto the simplex.
     """
     rng = np.random.default_rng(0)
     mu = rng.dirichlet(np.full(4, 20.0), 20)
@@ -169,12 +169,12 @@ def learned(in_float64):
 
 
 def test_a_mismatch_beyond_the_boundary_stops_drpo_and_dppo(learned):
-    """The shift of two policies a logit apart is largest at π − µ = 0.245, above δ: learning that
-    starts from below stops where the sampler alone is δ away, and DRPO goes back there from above."""
+    """Policies whose logits differ by 1 differ by up to 0.245, more than δ. Learning from below stops
+    where the mismatch alone is δ, and DRPO returns there from above."""
     stop = shifted_by_delta(gap=1.0)
     assert stop == pytest.approx(0.27, abs=0.005)
     assert learned("drpo", 1.0, 0.05, delta=DELTA) == pytest.approx(stop, abs=0.01)
-    # The last update before the mask may lead beyond the boundary.
+    # The last update before the mask takes effect may cross the boundary.
     assert stop <= learned("dppo_tv", 1.0, 0.05, delta=DELTA) < stop + 0.05
     assert learned("drpo", 1.0, 0.6, delta=DELTA) == pytest.approx(stop, abs=0.01)
     assert learned("dppo_tv", 1.0, 0.6, delta=DELTA) == pytest.approx(0.6, abs=1e-6)
@@ -190,14 +190,14 @@ def test_a_mismatch_beyond_the_boundary_stops_drpo_and_dppo(learned):
     ],
     ids=["surrogate", "wide", "rescored", "small-mismatch"],
 )
-def test_a_mismatch_within_the_boundary_or_outside_of_the_penalty_stops_nothing(
+def test_a_mismatch_within_the_boundary_or_outside_of_the_penalty_does_not_stop_learning(
     learned, name, gap, options
 ):
     assert learned(name, gap, 0.05, **options) > 0.97
 
 
 def shifted_by_delta(gap):
-    """The smaller π of which the sampler, whose logit is lower by `gap`, is δ away.
+    """The smaller π from which a sampler with a logit that is lower by `gap` is δ away.
 
     With x the odds of π and q = exp(−gap), π − µ = x·(1−q)/((1+x)·(1+q·x)): a quadratic in x.
     """
@@ -207,8 +207,8 @@ def shifted_by_delta(gap):
 
 
 def test_noise_drifts_without_correction_and_is_bounded_with_it(in_float64):
-    """Random changes of the logits, as from the updates of other tokens: DRPO keeps an
-    Ornstein-Uhlenbeck process around its boundary, DPPO a random walk beyond it."""
+    """The logits change randomly, as through updates on other tokens. Under DRPO, this is an
+    Ornstein-Uhlenbeck process around the boundary; under DPPO, a random walk beyond it."""
     steps, chains, size = 2000, 400, 0.02
     noise = np.random.default_rng(0).normal(0, size, (steps, chains, 2)) * np.array([1, 0])
     start, mu = (np.log(np.tile(two(x), (chains, 1))) for x in (MU + DELTA, MU))

@@ -1,6 +1,6 @@
-"""What the penalties measure, over whole distributions and from the table's own J, in float64.
+"""The distances that the penalties measure, from the table's J on whole distributions, in float64.
 
-The penalty of a token is what the objective takes off the surrogate: r·Â − J. E_µ is the exact
+The penalty of a token is the surrogate minus the objective, r·Â − J. E_µ is the exact
 expectation over the sampled token, Σ_k µ_k·(…), and TV = ½·Σ|π − µ|.
 """
 
@@ -114,7 +114,7 @@ def test_a_total_variation_bounds_the_penalty_of_drpo_from_above_and_of_spo_from
 
 
 def test_drpo_hardly_charges_for_a_distance_that_is_spread_over_many_tokens(penalty):
-    """What the squared distance gives up: at one TV, 2n equally likely tokens cost 1/n of two."""
+    """At a fixed TV, DRPO's penalty on 2n equally likely tokens falls as 1/n; SPO's is constant."""
     moved = 0.3
     for n in (1, 10, 100):
         mu = np.full((1, 2 * n), 1 / (2 * n))
@@ -128,8 +128,8 @@ def test_drpo_hardly_charges_for_a_distance_that_is_spread_over_many_tokens(pena
 def test_the_variance_of_the_weights_follows_the_distance(pairs, weight):
     """For Â = 1, Var_µ(w) is Var_µ(π−µ)/δ² under DRPO and χ²(π‖µ)/ε² under SPO.
 
-    Since |π − µ| ≤ TV, DRPO's is at most (TV/δ)². SPO's has no such bound: at one TV it grows without
-    limit as µ of the promoted token goes to 0.
+    Since |π − µ| ≤ TV, DRPO's is at most (TV/δ)². SPO's has no such bound: at a fixed TV, it grows
+    without limit as µ of the promoted token goes to 0.
     """
     pi, mu = pairs
     drpo = variance(weight("drpo", pi, mu, delta=DELTA), mu)

@@ -131,7 +131,7 @@ def ipo(t, delta=0.1):
 
 
 def _responses(t):
-    """The index of every response: its row, and the columns of its tokens."""
+    """Yields the row of every response, and the columns of its tokens."""
     for row, numbers in enumerate(t.sequence):
         for number in set(numbers) - {0}:
             yield row, np.flatnonzero(numbers == number)

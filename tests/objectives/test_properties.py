@@ -151,7 +151,7 @@ def test_the_others_are_bounded_where_their_papers_bound_them(tokens, needed):
             "cispo": (abs(c) >= 0.8 * abs(A) * less) & (abs(c) <= 1.2 * abs(A) * more),
             "minirl": abs(c) <= 5 * abs(A) * more,
             "gspo": c <= 1.0004 * np.maximum(A, 0) * more,
-        }.get(name, (w == 0) | (w == 1))  # grpo and the masks: all or nothing
+        }.get(name, (w == 0) | (w == 1))  # grpo and the masks: 0 or 1
         everywhere(~inside | holds, name, *tokens, J, c, w)
     everywhere(results["grpo"][0] <= results["surrogate"][0], *tokens)  # a pessimistic bound
     capped = evaluate(("dppo_tv", "dppo_topk_kl"), *tokens, needed, ratio_cap=2.0)

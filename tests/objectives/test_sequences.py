@@ -1,4 +1,4 @@
-"""Sums, maxima and quantiles over responses: one per row, or several packed into a row."""
+"""Sums, maxima and quantiles over responses, one per row or several packed into a row."""
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def test_every_reduction_is_that_of_numpy_on_each_response():
 
 
 def test_a_prefix_does_not_lose_digits_to_the_responses_before_it():
-    """A difference of two sums over the row would be off by 4 here."""
+    """A difference of two sums over the row would be wrong by 4 here."""
     x, mask = np.full((1, 60), 1e8, np.float32), np.repeat([[1, 2]], 30, axis=1)
     x[0, 30:] = 0.1
     np.testing.assert_allclose(prefix_sum(x, mask)[0, 30:], 0.1 * np.arange(30), rtol=1e-5)

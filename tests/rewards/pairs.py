@@ -1,4 +1,4 @@
-"""The table of answer pairs, `pairs.txt`."""
+"""Reads the pairs of answers in `pairs.txt`."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-r"""Where the answer of a response is, and agreement of `anywhere` with math-verify's own `parse`."""
+r"""Extraction of the answer, and agreement of `anywhere` with math-verify's own `parse`."""
 
 import functools
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ STATED = [
 ]  # fmt: skip
 
 
-# Right answers that math-verify misses.
+# Correct answers that math-verify misses.
 READ_ONLY_HERE = {
     r"\boxed {34}", "(-7)", r"\boxed{12} no, the final answer is \frac{3}{4}", "**1/2**",
 }  # fmt: skip

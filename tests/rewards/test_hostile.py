@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from drpo_jax.rewards import EXTRACTORS, REWARDS, format_reward, last_box, math_reward, submit
 
-SLOWER = 5  # A busy machine, also in CPU time.
+SLOWER = 5  # Factor for a busy machine, where CPU time grows, too.
 INJECTION = "__import__('os').system('touch {}')"
 
 # Inside a box, for the answer 7.
@@ -151,7 +151,7 @@ LONG = [
     "text", TEXTS + LONG + [rf"\boxed{{{box}}}" for box in BOXES], ids=lambda text: ascii(text[:20])
 )
 def test_the_training_process_spends_little_time(text):
-    """Whatever a response contains, the trainer's part takes 50 ms; the limit here is generous."""
+    """The trainer's part takes at most 50 ms for any response; the limit here is generous."""
     start = time.thread_time()
     for name in ("arithmetic", "integer", "countdown"):
         REWARDS[name]("", text, "7")

@@ -89,7 +89,7 @@ def test_right_and_wrong():
 
 
 def test_the_quick_stage_agrees_with_the_workers():
-    """Where the quick stage decides, algebra alone returns the same verdict."""
+    """If the quick stage decides, algebra alone returns the same verdict."""
     from drpo_jax.rewards import symbolic
 
     settled = 0
@@ -120,7 +120,7 @@ def test_a_stated_equation_counts_by_its_last_side_and_several_answers_do_not(te
 
 @pytest.mark.slow
 def test_every_pair_of_the_table():
-    """Equal answers are equal and others are not, whichever of the two is the known one."""
+    """The verdict is the same whichever of the two answers is the known answer."""
     rows = list(pairs())
     verdicts = math_reward([rf"\boxed{{{x}}}" for x, _, _ in rows], [y for _, y, _ in rows])
     assert [row for row, verdict in zip(rows, verdicts) if verdict != row[2]] == []

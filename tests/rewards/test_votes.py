@@ -1,4 +1,4 @@
-"""Votes: one answer counts once, however it is spelled."""
+"""Votes: equal answers are one vote, regardless of spelling."""
 
 from drpo_jax.evaluation.statistics import majority
 from drpo_jax.rewards import REWARDS, merge_votes
@@ -27,7 +27,7 @@ def test_spellings_of_an_answer_are_one_vote():
     assert merged[3] == []
 
 
-def test_the_majority_changes_with_them():
+def test_the_majority_is_that_of_merged_votes():
     votes = [("1/2", 1.0), ("7", 0.0), ("0.5", 1.0), ("7", 0.0), (r"\frac12", 1.0)]
     assert majority(*zip(*votes)) == 0
     (merged,) = merge_votes([votes], REWARDS["math"].equal)

@@ -82,8 +82,8 @@ def test_the_compiled_nucleus_keeps_its_border(temperature, top_p):
 
 
 @pytest.mark.parametrize("scaled", [lambda x: 0.37 * x, lambda x: 30 * jnp.tanh(x / 30)])
-def test_filters_keep_their_borders_behind_any_computation(scaled):
-    """Where XLA computes the logits themselves in several fusions."""
+def test_filters_keep_the_token_at_the_threshold_after_any_computation(scaled):
+    """XLA may compute the logits in several fusions, with different last bits."""
     rng = np.random.default_rng(0)
     hidden, head = (rng.normal(size=shape).astype(np.float32) for shape in ((256, 32), (32, 512)))
 
@@ -183,7 +183,7 @@ def test_draws_from_a_large_vocabulary():
 
 @pytest.mark.parametrize("vocabulary", [100, 40_000])
 def test_the_tail_is_not_drawn_where_partial_sums_are_rounded(vocabulary):
-    """The largest random number selects the last token that has a probability worth the name."""
+    """The largest random number selects the last token with a non-negligible probability."""
     rng, rows = np.random.default_rng(0), 64
     mass = np.exp(2 * rng.normal(size=(rows, vocabulary))).astype(np.float32)
     mass[:, -vocabulary // 8 :] = 1e-30

@@ -117,7 +117,7 @@ def test_lists_have_an_entry_for_everything(name, capsys):
 
 def test_the_reward_math_is_listed_with_its_choice_of_place(capsys):
     listing.main(["rewards", "math"])
-    assert "where reward.extract looks" in " ".join(capsys.readouterr().out.split())
+    assert "that reward.extract finds" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_readings_of_the_threshold_are_listed_with_their_values(capsys):

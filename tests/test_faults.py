@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_survives_faults(tmp_path):
-    only = "SIGKILL at a random|verifier processes|bit flipped in the last|two starts"
+    only = "SIGKILL at a random|verifier processes"
     counts = faults.run(faults.Faults(tmp_path), 1, only)
-    assert len(counts) == 4
+    assert len(counts) == 2
     assert {outcome for outcomes in counts.values() for outcome in outcomes} == {faults.SAME}

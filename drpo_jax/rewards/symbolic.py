@@ -22,7 +22,7 @@ from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 from math_verify.parser import get_last_eq
 
-from drpo_jax.rewards.math import decide
+from drpo_jax.rewards.exact import decide
 from drpo_jax.rewards.notation import (
     TRIGONOMETRY,
     brackets,

@@ -34,6 +34,7 @@ CONFIG = "benchmarks/faults_config.py"
 RUN = [sys.executable, "-m", "drpo_jax", "train", f"--config={CONFIG}"]
 CLOCKS = ("time/", "compile/", "tokens_per_second", "reward/retries")
 SAME = "as uninterrupted"
+PATIENCE = 400  # Seconds; a process waits 330 s for a coordinator that does not answer.
 STARTS = 6  # A trial that needs more starts than this has failed.
 KILLS = flags.DEFINE_integer(
     "kills", 50, "Trials of SIGKILL at a random time; others in proportion."
@@ -185,7 +186,8 @@ class Faults:
         time.sleep(8)  # Python and JAX are imported, and the handler is installed.
         if self.wait(process):
             process.send_signal(signal.SIGTERM)
-        if (status := process.wait()) not in (0, 75):
+        # Without a handler yet, there is nothing to save.
+        if (status := process.wait()) not in (0, 75, -signal.SIGTERM):
             raise Failed(f"exit status {status} after SIGTERM")
         finish(workdir)
 
@@ -267,7 +269,11 @@ class Faults:
             if self.wait(processes[number]):
                 os.killpg(processes[number].pid, signal.SIGKILL)
             for process in processes:
-                process.wait(300)
+                try:
+                    process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    raise Failed(f"the other process still runs after {PATIENCE} s") from None
             finish(workdir, processes=2)
 
         return inject

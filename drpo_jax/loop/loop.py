@@ -134,9 +134,11 @@ def _unevaluated(config: FrozenConfigDict, workdir: Path, step: int) -> Record |
     if step != config.train.steps and not _due(step, config.evaluate.every):
         return None
     records = [record for record in read_metrics(workdir) if record["step"] == step]
-    if not records or "eval/avg" in records[-1]:
+    due = bool(records) and "eval/avg" not in records[-1]
+    # The first process decides for all, and rewrites the file only after all have read it.
+    if not multihost.gather("evaluation that is due", due=due)[0]["due"]:
         return None
-    return {name: value for name, value in records[-1].items() if name != "step"}
+    return {name: value for name, value in records[-1].items() if name != "step"} if due else {}
 
 
 def _evaluate(run: Run, model: Transformer) -> dict[str, float]:

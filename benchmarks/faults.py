@@ -168,6 +168,10 @@ class Faults:
         shutil.copytree(self.half, workdir)
         return workdir / "checkpoints" / "5"
 
+    def files(self, workdir: Path) -> list[Path]:
+        """Copies the half-finished run into `workdir`; returns the files of its last checkpoint."""
+        return sorted(path for path in self.copy(workdir).rglob("*") if path.is_file())
+
     def wait(self, process: subprocess.Popen) -> bool:
         """Waits for a random part of the run's duration; False if it ended meanwhile."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -213,17 +217,15 @@ class Faults:
 
     def flip(self, workdir: Path) -> None:
         """Flips one bit in a random file of the last checkpoint, larger files more often."""
-        checkpoint = self.copy(workdir)
-        files = [path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size]
-        file = self.random.choices(files, [path.stat().st_size for path in files])[0]
-        self._flip(file)
+        files = self.files(workdir)
+        self._flip(self.random.choices(files, [file.stat().st_size for file in files])[0])
         finish(workdir)
 
     def flip_any(self, workdir: Path) -> None:
         """Flips one bit in a random file of the last checkpoint, all files equally often."""
-        checkpoint = self.copy(workdir)
-        files = [path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size]
-        self._flip(self.random.choice(sorted(files)))
+        self._flip(
+            self.random.choice([file for file in self.files(workdir) if file.stat().st_size])
+        )
         finish(workdir)
 
     def _flip(self, file: Path) -> None:
@@ -232,13 +234,12 @@ class Faults:
         file.write_bytes(content)
 
     def truncate(self, workdir: Path) -> None:
-        files = sorted(path for path in self.copy(workdir).rglob("*") if path.is_file())
-        file = self.random.choice(files)
+        file = self.random.choice(self.files(workdir))
         os.truncate(file, self.random.randrange(file.stat().st_size + 1) // 2)
         finish(workdir)
 
     def remove(self, workdir: Path) -> None:
-        self.random.choice(sorted(p for p in self.copy(workdir).rglob("*") if p.is_file())).unlink()
+        self.random.choice(self.files(workdir)).unlink()
         finish(workdir)
 
     def empty(self, workdir: Path) -> None:
@@ -327,24 +328,23 @@ def tmpfs(directory: Path, size: str) -> Iterator[None]:
 def trials(faults: Faults, kills: int) -> dict[str, tuple[int, Callable[[Path], None], str]]:
     """Returns {fault: (trials, function, reference to compare with)}; "": the function compares."""
     tenth = max(kills // 10, 1)
-    one, two = "one", "two"
     rows: dict[str, tuple[int, Callable[[Path], None], str]] = {
-        "SIGKILL at a random time": (kills, faults.kill, one),
-        "SIGTERM at a random time": (2 * tenth, faults.terminate, one),
+        "SIGKILL at a random time": (kills, faults.kill, "one"),
+        "SIGTERM at a random time": (2 * tenth, faults.terminate, "one"),
     }
     for phase in PHASES:
-        rows[f"SIGKILL in {phase}"] = (1, faults.kill_in(phase), one)
+        rows[f"SIGKILL in {phase}"] = (1, faults.kill_in(phase), "one")
     return rows | {
-        "SIGKILL of process 0 of two": (tenth, faults.kill_process(0), two),
-        "SIGKILL of process 1 of two": (tenth, faults.kill_process(1), two),
-        "verifier processes killed at random": (tenth, faults.kill_workers, one),
-        "a bit flipped in the last checkpoint": (2 * tenth, faults.flip, one),
-        "a bit flipped in one of its small files": (3 * tenth, faults.flip_any, one),
-        "a file of the last checkpoint truncated": (tenth, faults.truncate, one),
-        "a file of the last checkpoint missing": (tenth, faults.remove, one),
-        "the last checkpoint empty": (1, faults.empty, one),
-        "two starts at once": (tenth, faults.two_starts, one),
-        "clock set back by a day": (1, faults.clock_set_back, one),
+        "SIGKILL of process 0 of two": (tenth, faults.kill_process(0), "two"),
+        "SIGKILL of process 1 of two": (tenth, faults.kill_process(1), "two"),
+        "verifier processes killed at random": (tenth, faults.kill_workers, "one"),
+        "a bit flipped in the last checkpoint": (2 * tenth, faults.flip, "one"),
+        "a bit flipped in one of its small files": (3 * tenth, faults.flip_any, "one"),
+        "a file of the last checkpoint truncated": (tenth, faults.truncate, "one"),
+        "a file of the last checkpoint missing": (tenth, faults.remove, "one"),
+        "the last checkpoint empty": (1, faults.empty, "one"),
+        "two starts at once": (tenth, faults.two_starts, "one"),
+        "clock set back by a day": (1, faults.clock_set_back, "one"),
         "full disk": (1, faults.full_disk, ""),
         "read-only disk": (1, faults.read_only, ""),
     }

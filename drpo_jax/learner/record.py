@@ -7,7 +7,7 @@ T tokens of prompt and response, and R response tokens:
     tokens            int32 [N, T]    prompt and response without a gap, then zeros
     prompt_lengths    int32 [N]
     response_lengths  int32 [N]       including the stop token
-    response_mask     bool [N, R]     where the arrays below belong to a sampled token
+    response_mask     bool [N, R]     where the arrays below belong to a token that the model sampled
     behavior_logp     float32 [N, R]  log µ as the objective took it
     sampled_logp      float32 [N, R]  logprob under the distribution it was drawn from (top-k, top-p)
     old_logp          float32 [N, R]  log π_old, the learner's score before the first update
@@ -18,7 +18,8 @@ T tokens of prompt and response, and R response tokens:
     advantage         float32 [N]     Â, from the reward and what is added to it
     reward            float32 [N]     the verdict of the verifier
     finished          bool [N]        the response ended with a stop token
-    version           int32 [N]       version of the weights that sampled it, in steps of the run
+    version           int32 [N, R]    version of the weights that sampled each token, in steps of the
+                                      run; −1 where the model sampled nothing. Earlier files: int32 [N]
     piece_ids         int32 [U]       the distinct response tokens, ascending
     piece_texts       unicode [U]     the text of each of them (see `pieces`)
     id, prompt, answer, kind          unicode [N], of the problem

@@ -141,6 +141,7 @@ class Flight:
         self.counts[slot] = 1
         for name, value in request.first.items():
             self.record[name][slot, 0] = value
+        self.record["version"][slot, 0] = self.version
         if self._ended(slot):
             self._leave(slot, request)
             return False
@@ -255,6 +256,7 @@ class Flight:
             self.record[name][slots, places] = values[steps, slots]
         if self.params.routes:  # The experts belong to the token that the step has read.
             self.record["routes"][slots, places - 1] = experts[steps, slots]
+        self.record["version"][slots, places] = self.version
         sampled_counts = live.sum(axis=0)
         self.lengths += sampled_counts
         self.counts += sampled_counts
@@ -325,11 +327,14 @@ class Flight:
             top_ids=group["top_ids"],
             top_logp=group["top_logp"],
             routes=routes,
-            version=np.full(samples, self.version, np.int32),
+            version=group["version"],
         )
 
     def _empty_record(self, rows: int) -> Record:
-        """Returns the arrays [rows, R, …] that are recorded for responses: zeros, and −1 for experts."""
+        """Returns the arrays [rows, R, …] that are recorded for responses.
+
+        They are zeros, and −1 for experts and versions.
+        """
         params, config = self.params, self.config
         empty = np.zeros((rows, params.max_tokens), np.float32)
         top = np.zeros((*empty.shape, params.top_logprobs), np.float32)
@@ -342,6 +347,7 @@ class Flight:
             "top_ids": top.astype(np.int32),
             "top_logp": top,
             "routes": np.full((*empty.shape, config.layers, experts), -1, np.int16),
+            "version": np.full(empty.shape, -1, np.int32),
         }
 
     def _model(self):

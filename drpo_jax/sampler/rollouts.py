@@ -24,7 +24,7 @@ class Rollouts:
     Attributes:
       tokens: int32 [N, P + R], prompt and response without a gap between them, then zeros.
       prompt_lengths, response_lengths: int32 [N], in tokens. A response's length includes its stop
-        token. Masks follow from these lengths, never from token ids.
+        token. Masks follow from lengths and versions, never from token ids.
       sampled_logp: float32 [N, R], logprob of each response token under the distribution it was drawn
         from, with temperature, top-k and top-p applied. It equals full_logp for greedy tokens and
         without filters. Zero after the response. `logp` is an alias.
@@ -37,7 +37,8 @@ class Rollouts:
       routes: int16 [N, P + R, L, k], the experts that each token visited in each layer; −1 where the
         model did not read the token (the last token of a response, and padding). k = 0 unless
         SamplingParams.routes.
-      version: int32 [N], version of the weights, see `Sampler.load`.
+      version: int32 [N, R], version of the weights that sampled each token, see `Sampler.load`; −1 where
+        the model sampled nothing: after the response, and where an environment inserted a token.
     """
 
     tokens: np.ndarray
@@ -79,8 +80,8 @@ class Rollouts:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def mask(self) -> np.ndarray:
-        """Returns bool [N, R], True for response tokens."""
-        return np.arange(self.sampled_logp.shape[1]) < self.response_lengths[:, None]
+        """Returns bool [N, R], True for the response tokens that the model sampled."""
+        return self._inside() & (self.version >= 0)
 
     def finish_reasons(self) -> np.ndarray:
         """Returns str [N]: "stop" for a response that ended with a stop token, "length" for others."""
@@ -94,13 +95,17 @@ class Rollouts:
 
     def pieces(self, tokenizer: Decoder) -> tuple[np.ndarray, np.ndarray]:
         """Returns the distinct response tokens: ids, int32 [U], ascending, and texts, str [U]."""
-        rows, columns = np.nonzero(self.mask())
+        rows, columns = np.nonzero(self._inside())
         ids = np.unique(self.tokens[rows, self.prompt_lengths[rows] + columns])
         return ids, np.array([tokenizer.decode([i]) for i in ids], dtype=str)
 
     def texts(self, tokenizer: Decoder) -> list[str]:
         """Returns the N responses as text, without stop tokens."""
         return [tokenizer.decode(self.response(row)) for row in range(len(self))]
+
+    def _inside(self) -> np.ndarray:
+        """Returns bool [N, R], True for response tokens, sampled or inserted."""
+        return np.arange(self.version.shape[1]) < self.response_lengths[:, None]
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,14 +2,16 @@
 
 The latest checkpoints and the best one are kept. A checkpoint maps the path of each leaf in the state
 (`model.blocks.attention.q_proj`) to its array, so that it can be read without this code and a mismatch
-names the leaf. All randomness of a run is a function of (seed, step): a resume needs the state and the
-step, and nothing else.
+names the leaf. All randomness of a run is a function of (seed, step): a resume needs the state, the step
+and what was sampled for later steps, and nothing else.
 
 Next to the arrays, a checkpoint holds the run's `config.json`, the steps whose metrics were logged by
-then (`logged.json`), and the digests of its files (`drpo_jax.digests`), which every restore verifies.
+then (`logged.json`), what was sampled for later steps (`pending.npz`, if there is anything), and the
+digests of its files (`drpo_jax.digests`), which every restore verifies.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import logging as standard_logging
@@ -32,6 +34,7 @@ from drpo_jax.retention import SCORE, Retention
 from drpo_jax.storage import is_remote, no_space, synchronize, write_whole
 
 LOGGED = "logged.json"
+PENDING = "pending.npz"
 ARRAYS = "default"  # Orbax's directory of the arrays.
 
 
@@ -57,6 +60,7 @@ class Checkpoints:
         self.directory = directory
         self._config, self._check_owner = config, check_owner
         self._saving, self._logged = 0, ""
+        self._pending: Mapping[str, Any] = {}
         self._retention = Retention(directory, saved_steps(directory), keep, best_metric)
         asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
         if multihost.process_count() > 1:
@@ -93,6 +97,7 @@ class Checkpoints:
         state: Any,
         metrics: Mapping[str, float] | None = None,
         logged: Sequence[int] = (),
+        pending: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Starts saving `state`; returns once its arrays are copied and may be donated.
 
@@ -101,6 +106,8 @@ class Checkpoints:
           state: a pytree of arrays.
           metrics: the metrics of the step, which may contain `best_metric`.
           logged: the steps whose metrics are in `metrics.jsonl`, durably.
+          pending: arrays on the host that later steps need; equal on all processes. They are written in
+            the background and must not change.
 
         Raises:
           TrainingStopped: the disk is full, or another process owns the run; this may be noticed at the
@@ -120,9 +127,11 @@ class Checkpoints:
         leaves = flatten(state)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._make_room(step, sum(leaf.nbytes for leaf in leaves.values()))
+            arrays = [*leaves.values(), *(pending or {}).values()]
+            self._make_room(step, sum(array.nbytes for array in arrays))
             steps = multihost.gather("logged steps", steps=np.array(logged, np.int64))[0]["steps"]
             self._saving, self._logged = step, json.dumps(steps.tolist()) + "\n"
+            self._pending = pending or {}
             self._retention.add(step, best)
             self._manager.save(
                 step,
@@ -253,6 +262,17 @@ class Checkpoints:
         path = self.directory / str(step)
         return json.loads((path / LOGGED).read_text()) if digests.intact(path, LOGGED) else None
 
+    def pending(self, step: int) -> dict[str, np.ndarray]:
+        """The `pending` arrays that the checkpoint of `step` was saved with; {} if there were none.
+
+        `restore` verifies the file.
+        """
+        path = self.directory / str(step) / PENDING
+        if not path.exists():
+            return {}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
     def close(self) -> None:
         """Waits for a save in progress and closes the directory."""
         try:
@@ -291,6 +311,10 @@ class Checkpoints:
         directory = self._temporary()
         (directory / "config.json").write_text(self._config)
         (directory / LOGGED).write_text(self._logged)
+        if self._pending:
+            file, arrays, self._pending = io.BytesIO(), self._pending, {}
+            np.savez_compressed(file, **arrays)
+            (directory / PENDING).write_bytes(file.getvalue())
         digests.write(directory, processes=multihost.process_count())
         self._check_owner()
 

@@ -6,8 +6,10 @@ Object storage is a path like gs://BUCKET/RUN, which needs the package gcsfs. Su
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 # Orbax and TensorStore read these characters in the path of a checkpoint as a pattern or a separator.
@@ -90,6 +92,29 @@ def synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def pack_texts(
+    texts: Iterable[str], errors: str = "surrogatepass"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns texts as arrays. A NumPy array of strings would pad each one to the length of the longest.
+
+    Args:
+      texts: N texts.
+      errors: how to encode lone surrogates, which UTF-8 does not have, see `str.encode`.
+
+    Returns:
+      All texts in UTF-8, uint8, and the end of each of them in bytes, int64 [N].
+    """
+    encoded = [text.encode("utf-8", errors) for text in texts]
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def unpack_texts(utf8: np.ndarray, ends: np.ndarray) -> list[str]:
+    """Returns the N texts that `pack_texts` packed."""
+    content, stops = utf8.tobytes(), ends.tolist()
+    return [content[i:j].decode("utf-8", "surrogatepass") for i, j in zip([0, *stops], stops)]
 
 
 def no_space(error: BaseException | None) -> bool:

@@ -78,7 +78,8 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
         if config.objective.kl != "none":
             # The update donates the arrays of its model.
             run = dataclasses.replace(run, reference=jax.tree.map(jnp.copy, model))
-        loop.rl_step(run, run.programs.restart(model), 0, first=True)
+        collector = loop.Collector()
+        loop.rl_step(run, collector, run.programs.restart(model), 0, first=True)
         if not multihost.is_main():
             return ""
         page = explain(load_rollout(rollout_path(run.workdir, 1)), run.tokenizer, run.config)

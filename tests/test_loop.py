@@ -401,7 +401,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
     settings = config(data__init_from=str(whole), train__steps=9, train__max_skipped=3)
     original, skipped = loop.rl_step, []
 
-    def poisoned(run, state, step, first):
+    def poisoned(run, collector, state, step, first):
         """From step 2 on, one weight is NaN."""
         if step == 2:
             head = state.model.lm_head[...].at[0, 0].set(jnp.nan)
@@ -410,7 +410,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkey
             flat[place[0]] = head
             state = jax.tree.unflatten(tree, flat)
         before = int(state.updates)
-        state, *rest = original(run, state, step, first)
+        state, *rest = original(run, collector, state, step, first)
         skipped.append((int(state.skipped), int(state.updates) - before))
         return state, *rest
 

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from drpo_jax.storage import write_whole
+from drpo_jax.storage import pack_texts, unpack_texts, write_whole
 
 
 def rollout_path(workdir: Path, step: int) -> Path:
@@ -57,11 +57,9 @@ def save_rollout(workdir: Path, step: int, **arrays: Any) -> Path:
     """
     path = rollout_path(workdir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A NumPy array of strings pads each one to the length of the longest.
     if "response" in arrays:
-        texts = [text.encode("utf-8", "replace") for text in arrays.pop("response")]
-        arrays["response_utf8"] = np.frombuffer(b"".join(texts), np.uint8)
-        arrays["response_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        packed = pack_texts(arrays.pop("response"), errors="replace")
+        arrays["response_utf8"], arrays["response_ends"] = packed
     file = io.BytesIO()
     np.savez_compressed(file, step=step, **arrays)
     write_whole(path, file.getvalue())
@@ -80,7 +78,6 @@ def load_rollout(path: Path) -> dict[str, np.ndarray]:
     with np.load(path.open("rb")) as archive:
         arrays = {name: archive[name] for name in archive.files}
     if "response_ends" in arrays:
-        utf8, ends = arrays.pop("response_utf8").tobytes(), arrays.pop("response_ends").tolist()
-        texts = [utf8[i:j].decode() for i, j in zip([0, *ends], ends)]
+        texts = unpack_texts(arrays.pop("response_utf8"), arrays.pop("response_ends"))
         arrays["response"] = np.array(texts, dtype=object)
     return arrays

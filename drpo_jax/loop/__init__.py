@@ -13,11 +13,13 @@ tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees
                  advantage [N], … (`learner.Batch.inputs`)
     updates      one optimizer update per mini-batch of whole groups, all against the same µ
     metrics      one record per step -> metrics.jsonl, TensorBoard, console
-    checkpoint   model, optimizer state and step number, every checkpoint.every steps
+    checkpoint   model, optimizer state, step number and what the collector keeps, every
+                 checkpoint.every steps
 
 The modules, in reading order, after `drpo_jax.run`, which holds what the phases share:
 
     loop        `train` and `rl_step`
+    collector   which rollout a step learns from, and what it leaves for later steps
     rollout     sample and verify: `Rollout`, the record of one rollout
     learn       inputs of the objective, scoring, mini-batches, updates
     parity      how far the sampler's and the learner's logprobs of the same tokens differ
@@ -30,14 +32,17 @@ All randomness is a function of (config.seed, step, purpose), so a run that is k
 computes what it would have computed without the interruption.
 """
 
-from drpo_jax.loop import console, guard, learn, parity, rollout, warm_start
+from drpo_jax.loop import collector, console, guard, learn, parity, rollout, warm_start
+from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.loop import rl_step, train
 from drpo_jax.loop.warm_start import initial_model, make_warm_start
 from drpo_jax.run import Run, claim, keep_report
 
 __all__ = [
+    "Collector",
     "Run",
     "claim",
+    "collector",
     "console",
     "guard",
     "initial_model",

@@ -19,8 +19,9 @@ from drpo_jax.learner import TrainState
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
+from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, collect, training_reward
+from drpo_jax.loop.rollout import Example, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
@@ -81,7 +82,7 @@ def _train(run: Run) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
-        run, state, start = _start(run, checkpoints)
+        run, state, collector, start = _start(run, checkpoints)
         record_start(run.workdir, start, run.changes)
         with bad_input():
             unevaluated = {} if start == 0 else _unevaluated(config, run.workdir, start)
@@ -99,15 +100,17 @@ def _train(run: Run) -> None:
             if start:
                 checkpoints.add_metrics(start, metrics)
             else:
-                checkpoints.save(0, state, metrics, log.synchronize())
+                checkpoints.save(0, state, metrics, log.synchronize(), collector.state())
         saved, skipped, seconds, mixed = int(state.updates), int(state.skipped), math.inf, True
         for step in range(start + 1, total + 1):
             run.interrupts.expect(seconds)
             try:
-                state, metrics, example = rl_step(run, state, step - 1, first=step == start + 1)
+                first = step == start + 1
+                state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
-                    checkpoints.save(step - 1, state, logged=log.synchronize())
+                    pending = collector.state()
+                    checkpoints.save(step - 1, state, {}, log.synchronize(), pending)
                 raise _interrupted(run, checkpoints) from None
             seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
             most = int(metrics["updates/skipped_in_a_row"])
@@ -123,7 +126,7 @@ def _train(run: Run) -> None:
             if not skipped and (
                 stopping or last or evaluated or _due(step, config.checkpoint.every)
             ):
-                checkpoints.save(step, state, metrics, log.synchronize())
+                checkpoints.save(step, state, metrics, log.synchronize(), collector.state())
                 saved = int(state.updates)
             if stopping:
                 raise _interrupted(run, checkpoints)
@@ -189,27 +192,35 @@ def _show(
     return mixed
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, int]:
-    """Returns the run with its KL reference, the state to continue from, and the completed steps."""
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collector, int]:
+    """Returns what to continue from.
+
+    Returns:
+      The run with its KL reference, the policy's state, the collector, and the number of completed
+      steps.
+    """
+    collector = Collector()
     latest = checkpoints.restore_latest(run.programs.abstract_state)
     if latest is None:
         print("initializing the model …", flush=True)
         state, step = run.programs.restart(initial_model(run)), 0
     else:
         step, state = latest
+        collector = Collector.restore(checkpoints.pending(step))
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.
         run = dataclasses.replace(run, reference=initial_model(run))
-    return run, state, step
+    return run, state, collector, step
 
 
 def rl_step(
-    run: Run, state: TrainState, step: int, first: bool = False
+    run: Run, collector: Collector, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
-    """Samples one rollout and makes its updates.
+    """Collects one rollout and makes its updates.
 
     Args:
+      collector: provides the rollout, and keeps what later steps need.
       state: donated.
       step: number of completed steps, which the random keys depend on. Logs and files call this one
         step + 1.
@@ -221,7 +232,7 @@ def rl_step(
     """
     config = run.config
     timer = PhaseTimer(console.FIRST_STEP if first else {})
-    rollout, metrics = collect(run, state.model, step, timer)
+    rollout = collector.collect(run, state.model, step, timer)
     responses = rollout.responses
     with timer("update"):
         save = _due(step, config.train.save_rollout_every)
@@ -235,7 +246,7 @@ def rl_step(
         if check:
             parity.check_parity(run, responses, synced_logp)
         state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
-        metrics |= learned | penalties
+        metrics = learned | penalties
         if measure:
             metrics |= parity.mismatch(run, responses, old_logp, synced_logp, trace["logp"], inputs)
     if save and multihost.is_main():

@@ -4,7 +4,7 @@ Axis letters: N responses, R response tokens, T prompt and response tokens.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from drpo_jax.models import Transformer
 from drpo_jax.parallel import multihost
 from drpo_jax.run import NOISE, SAMPLE, SHUFFLE, Group, Run
 from drpo_jax.sampler import Rollouts
+from drpo_jax.storage import pack_texts, unpack_texts
 
 
 class Example(NamedTuple):
@@ -38,17 +39,20 @@ class Rollout:
       responses: `sampler.Rollouts`: tokens [N, T], logprobs [N, R], lengths [N].
       reward: float32 [N], the verifier's verdict.
       added: float32 [N], what `config.reward` adds to it.
+      measured: metrics of the weight sync, the sampler and the verifier.
     """
 
     problems: Sequence[Problem]
     responses: Rollouts
     reward: np.ndarray
     added: np.ndarray
+    measured: Mapping[str, float]
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics reward/… and response/… of the rollout."""
+        """Returns the metrics of the rollout: reward/…, response/…, sampler/… and sync/…."""
         lengths = self.responses.response_lengths
         return {
+            **self.measured,
             "reward/mean": self.reward.mean(),
             "reward/added": self.added.mean(),
             "response/length": lengths.mean(),
@@ -83,24 +87,59 @@ class Rollout:
         problem, text = self.problems[0], tokenizer.decode(self.responses.response(0))
         return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the rollout as arrays without objects, of which `restore` makes the same rollout."""
+        arrays = {"reward": self.reward, "added": self.added}
+        arrays |= {
+            f"responses.{f.name}": getattr(self.responses, f.name)
+            for f in dataclasses.fields(Rollouts)
+        }
+        for f in dataclasses.fields(Problem):
+            texts = pack_texts(getattr(problem, f.name) for problem in self.problems)
+            arrays[f"problems.{f.name}.utf8"], arrays[f"problems.{f.name}.ends"] = texts
+        for name, value in self.measured.items():
+            arrays[f"measured.{name}"] = np.array(value, np.float64)
+        return arrays
 
-def collect(
-    run: Run, model: Transformer, step: int, timer: PhaseTimer
-) -> tuple[Rollout, dict[str, float]]:
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Rollout":
+        """Returns the rollout whose `state` the arrays are."""
+        texts = [
+            unpack_texts(arrays[f"problems.{f.name}.utf8"], arrays[f"problems.{f.name}.ends"])
+            for f in dataclasses.fields(Problem)
+        ]
+        measured = {name: float(value) for name, value in below(arrays, "measured").items()}
+        return cls(
+            problems=[Problem(*values) for values in zip(*texts)],
+            responses=Rollouts(**below(arrays, "responses")),
+            reward=arrays["reward"],
+            added=arrays["added"],
+            measured=measured,
+        )
+
+
+def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Returns the arrays whose names are `prefix.NAME`, by NAME."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
+
+
+def sample_and_verify(
+    run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
+) -> Rollout:
     """Samples and verifies the rollout of a step.
 
     Args:
       model: the policy.
+      step: the step that learns from the rollout; it determines problems and random numbers.
+      version: number of completed steps, the version of the policy's weights.
       timer: measures the phases sync, sample and reward.
-
-    Returns:
-      The rollout, and metrics of the weight sync, the sampler and the verifier.
     """
     config, sampler = run.config, run.programs.sampler
     assert run.train_problems is not None  # None only in an evaluation
     with timer("sync"):
         noise = run.key(step, NOISE)
-        sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=step)
+        sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=version)
     synced_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler.model))
     with timer("sample"):
         problems = run.train_problems.batch(step, config.train.prompts)
@@ -110,14 +149,14 @@ def collect(
         counts = sampler.read_statistics()
         responses = Rollouts.concatenate([group.rollouts for group in groups])
     with timer("reward"):
-        reward, added, metrics = _verify(run, groups, responses.response_lengths)
-    metrics |= {
+        reward, added, measured = _verify(run, groups, responses.response_lengths)
+    measured |= {
         "sync/gigabytes": synced_bytes / 1e9,
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
     repeated = [problem for problem in problems for _ in range(config.train.samples)]
-    return Rollout(repeated, responses, reward, added), metrics
+    return Rollout(repeated, responses, reward, added, measured)
 
 
 def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):

@@ -53,7 +53,7 @@ def step(tmp_path_factory):
     run = loop.Run.create(settings(directory / "problems.jsonl"), directory)
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
-        loop.rl_step(run, run.programs.restart(model), 0)
+        loop.rl_step(run, loop.Collector(), run.programs.restart(model), 0)
     return run, model, load_rollout(rollout_path(directory, 1))
 
 

@@ -205,6 +205,15 @@ def claim(run: Run) -> Iterator[Run]:
         )
 
 
+def due(step: int, every: int) -> bool:
+    """Returns whether something happens at a step, counted from 1, that happens every `every` steps.
+
+    Args:
+      every: 0: never.
+    """
+    return bool(every) and step % every == 0
+
+
 def keep_report(report: str, path: Path) -> None:
     """Writes the report of `problems.load` into the workdir, unless it is already there.
 

@@ -36,6 +36,7 @@ cli.launch(COMMAND.main)
 FIELDS = """
     precision.recipe=none optimizer.learning_rate=1e-4 sft.steps=0 mesh.data=2 mesh.fsdp=2 mesh.expert=2
     evaluate.greedy=False evaluate.problems=3 evaluate.every=1 train.save_rollout_every=1
+    train.staleness=1
 """.split()
 # Shares of tokens by weight, because a weight of 1 ± 1e-7 may fall on either side of 1; and times.
 NOT_COMPARED = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
@@ -91,9 +92,9 @@ def runs(tmp_path_factory):
     """The workdir of a run of one process; the workdir of a run of two processes, which SIGTERM for
     one of them stopped and which was resumed; the outputs of the latter."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    launch(one, processes=1, steps=2)
-    launch(two, processes=2, steps=2, stop_after=0)
-    return one, two, launch(two, processes=2, steps=2)
+    launch(one, processes=1, steps=3)
+    launch(two, processes=2, steps=3, stop_after=1)
+    return one, two, launch(two, processes=2, steps=3)
 
 
 def test_the_metrics_equal_those_of_one_process(runs):

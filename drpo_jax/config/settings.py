@@ -47,6 +47,12 @@ class TrainSettings:
         NOT_NEGATIVE,
         **OPERATIONAL,
     )
+    staleness: int = field(
+        0,
+        "Steps k by which rollouts are older than the policy: step t learns from responses of the "
+        "weights after step t - k, and the first k steps from those of the initial weights.",
+        NOT_NEGATIVE,
+    )
     shuffle_rewards: bool = field(
         False, "Control experiment: rewards are randomly permuted within the rollout."
     )

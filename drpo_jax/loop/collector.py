@@ -1,9 +1,16 @@
-"""Which rollout a step learns from, and what a step leaves for later steps."""
+"""Which rollout a step learns from, and what a step leaves for later steps.
 
+With train.staleness = k, step s samples the rollout of step s + k with its own weights, before its
+updates, and learns from the rollout that step s - k sampled. No copy of older weights is needed: what
+depends on the weights that sampled a rollout is computed when it is sampled.
+"""
+
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
+from drpo_jax.loop import parity
 from drpo_jax.loop.rollout import Rollout, sample_and_verify
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
@@ -22,6 +29,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.ready: dict[int, Rollout] = {}
+        self._compared = False  # Whether this process has compared sampler and learner.
 
     def collect(self, run: Run, model: Transformer, step: int, timer: PhaseTimer) -> Rollout:
         """Returns the rollout that a step learns from.
@@ -34,9 +42,29 @@ class Collector:
         Raises:
           AbandonStep: a signal stops the run. The collector holds what `state` can save.
         """
-        if step not in self.ready:
-            self.ready[step] = sample_and_verify(run, model, step, step, timer)
+        train = run.config.train
+        # More than one is missing before the first step, and after train.steps was raised.
+        for later in range(step, min(step + train.staleness + 1, train.steps)):
+            if later not in self.ready:
+                rollout = sample_and_verify(run, model, later, step, timer)
+                if train.staleness:
+                    rollout = self._scored(run, model, later, rollout, timer)
+                self.ready[later] = rollout
         return self.ready.pop(step)
+
+    def _scored(
+        self, run: Run, model: Transformer, step: int, rollout: Rollout, timer: PhaseTimer
+    ) -> Rollout:
+        """Adds the scores by the weights that sampled a rollout, if anything is measured with them."""
+        compare = not self._compared and run.config.sampler.parity != "off"
+        if not compare and not parity.is_measured(run.config, step):
+            return rollout
+        with timer("score"):
+            scores = parity.score_at_sampling(run, model, rollout.responses, step)
+        if compare:
+            parity.check_parity(run, rollout.responses, scores.synced_logp)
+            self._compared = True
+        return dataclasses.replace(rollout, scores=scores)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what later steps need as arrays without objects; {} if nothing is pending.

@@ -28,7 +28,7 @@ from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, r
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import informative
 from drpo_jax.parallel import multihost
-from drpo_jax.run import Run, claim
+from drpo_jax.run import Run, claim, due
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
@@ -115,16 +115,16 @@ def _train(run: Run) -> None:
             seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
             most = int(metrics["updates/skipped_in_a_row"])
             stuck = guard.too_many_skipped(run, most, step) or (skipped > 0 and last)
-            if not stuck and (last or _due(step, config.evaluate.every)):
+            if not stuck and (last or due(step, config.evaluate.every)):
                 metrics |= _evaluate(run, state.model)
             evaluated, stopping = "eval/avg" in metrics, run.interrupts.requested()
-            if stuck or stopping or last or evaluated or _due(step, config.log.every):
+            if stuck or stopping or last or evaluated or due(step, config.log.every):
                 log.log(step, metrics | clock.read())
             mixed = _show(run, log, step, example, metrics, mixed)
             if stuck:
                 guard.stop(run, most, step, checkpoints, confirmed=int(state.updates) > saved)
             if not skipped and (
-                stopping or last or evaluated or _due(step, config.checkpoint.every)
+                stopping or last or evaluated or due(step, config.checkpoint.every)
             ):
                 checkpoints.save(step, state, metrics, log.synchronize(), collector.state())
                 saved = int(state.updates)
@@ -134,14 +134,14 @@ def _train(run: Run) -> None:
 
 def _unevaluated(config: FrozenConfigDict, workdir: Path, step: int) -> Record | None:
     """Returns the metrics of a step whose evaluation is due but was prevented by a signal, or None."""
-    if step != config.train.steps and not _due(step, config.evaluate.every):
+    if step != config.train.steps and not due(step, config.evaluate.every):
         return None
     records = [record for record in read_metrics(workdir) if record["step"] == step]
-    due = bool(records) and "eval/avg" not in records[-1]
+    overdue = bool(records) and "eval/avg" not in records[-1]
     # The first process decides for all, and rewrites the file only after all have read it.
-    if not multihost.gather("evaluation that is due", due=due)[0]["due"]:
+    if not multihost.gather("evaluation that is due", overdue=overdue)[0]["overdue"]:
         return None
-    return {name: value for name, value in records[-1].items() if name != "step"} if due else {}
+    return {name: value for name, value in records[-1].items() if name != "step"} if overdue else {}
 
 
 def _evaluate(run: Run, model: Transformer) -> dict[str, float]:
@@ -186,7 +186,7 @@ def _show(
     was_mixed, mixed = mixed, metrics["reward/informative_groups"] > 0
     if was_mixed and not mixed:
         print(console.no_gradient(step, example), flush=True)
-    if _due(step, run.config.log.samples_every):
+    if due(step, run.config.log.samples_every):
         print(text := console.show_example(step, example), flush=True)
         log.log_text("sample", text, step)
     return mixed
@@ -235,30 +235,28 @@ def rl_step(
     rollout = collector.collect(run, state.model, step, timer)
     responses = rollout.responses
     with timer("update"):
-        save = _due(step, config.train.save_rollout_every)
-        measure = save or _due(step, config.log.mismatch_every)
-        check = first and config.sampler.parity != "off"
+        measure = parity.is_measured(config, step)
+        # Older rollouts are compared when they are sampled, by the weights of that time.
+        check = first and config.sampler.parity != "off" and not config.train.staleness
         reward = training_reward(config, rollout, step)
         inputs, old_logp, penalties = objective_inputs(
             run, state.model, responses, reward, step, rescore=measure or check
         )
-        synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
-        if check:
-            parity.check_parity(run, responses, synced_logp)
+        scores = rollout.scores
+        if (measure or check) and not config.train.staleness:
+            scores = parity.score_at_sampling(run, state.model, responses, step, old_logp)
+        if check and scores:
+            parity.check_parity(run, responses, scores.synced_logp)
         state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
         metrics = learned | penalties
         if measure:
-            metrics |= parity.mismatch(run, responses, old_logp, synced_logp, trace["logp"], inputs)
-    if save and multihost.is_main():
+            metrics |= parity.mismatch(run, responses, scores, old_logp, trace["logp"], inputs)
+    if due(step + 1, config.train.save_rollout_every) and multihost.is_main():
         anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
         arrays = rollout.arrays(run.tokenizer) | trace | anchors
         save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
-    metrics |= rollout.metrics() | timer.metrics()
+    metrics |= rollout.metrics() | rollout.staleness(step) | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
     mixed = informative(inputs["advantage"], config.train.samples)
     metrics["reward/informative_groups"] = float(np.mean(mixed))
     return state, metrics, rollout.example(run.tokenizer)
-
-
-def _due(step, every):
-    return every and step % every == 0

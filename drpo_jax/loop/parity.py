@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import FrozenConfigDict
 
 from drpo_jax.errors import TrainingStopped
 from drpo_jax.loop.learn import score
+from drpo_jax.loop.rollout import SamplingScores
 from drpo_jax.metrics import reduce_pairs
 from drpo_jax.models import Transformer
-from drpo_jax.run import NOISE, Run
+from drpo_jax.run import NOISE, Run, due
 from drpo_jax.sampler import Rollouts
 
 # Bounds on mean |Δ log p|, in nats, within which sampler and learner count as one model: the values
@@ -52,42 +54,80 @@ def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
     logging.warning(message)
 
 
-def score_synced(run: Run, model: Transformer, rollouts: Rollouts, old_logp: Any, step: int) -> Any:
-    """Returns the learner's score with the weights that the sampler had, float32 [N, R].
+def is_measured(config: FrozenConfigDict, step: int) -> bool:
+    """Returns whether the rollout of a step is compared with the learner's scores, or saved.
 
-    These weights differ from the learner's only under precision.noise. Without noise this is `old_logp`
-    itself, which is None if the rollout was not scored.
+    Args:
+      step: number of steps completed before.
     """
-    if not run.config.precision.noise or old_logp is None:
-        return old_logp
-    noisy = run.programs.perturbed(model, run.key(step, NOISE))
-    return score(run, noisy, rollouts, step, {}).logp
+    return due(step + 1, config.train.save_rollout_every) or due(
+        step + 1, config.log.mismatch_every
+    )
+
+
+def score_at_sampling(
+    run: Run,
+    model: Transformer,
+    rollouts: Rollouts,
+    step: int,
+    old_logp: Any = None,
+) -> SamplingScores:
+    """Scores a rollout by the weights that sampled it.
+
+    Args:
+      model: the policy that sampled the rollout, before later updates.
+      step: the step that learns from the rollout.
+      old_logp: float32 [N, R], its score by `model`, if it is known already.
+    """
+    if old_logp is None:
+        old_logp = score(run, model, rollouts, step, {}).logp
+    synced_logp = old_logp
+    if run.config.precision.noise:
+        noisy = run.programs.perturbed(model, run.key(step, NOISE))
+        synced_logp = score(run, noisy, rollouts, step, {}).logp
+    return SamplingScores(old_logp, synced_logp)
 
 
 def mismatch(
     run: Run,
     rollouts: Rollouts,
+    scores: SamplingScores | None,
     old_logp: np.ndarray,
-    synced_logp: np.ndarray,
     logp: np.ndarray,
     inputs: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-    """Measures how far the sampler's logprobs are from the learner's own.
+    """Measures how far the sampler's logprobs are from the learner's own, and where this comes from.
 
-    With precision.noise, the real part (between sampler and learner with the same weights) and the
-    injected part (the effect of the noise) are logged as well.
+    From µ to π, a token's logprob changes in up to four parts. They add up:
+
+        real      sampler -> learner, at the weights of the sampler
+        injected  the noise of precision.noise -> the weights without it
+        age       the weights that sampled -> those before the updates (train.staleness)
+        drift     the weights before the updates -> those at the update that used the token
+
+    Parts that are 0 by construction are neither computed nor logged, and "real" is logged only where
+    it differs from the whole distance between µ and `old_logp`.
 
     Args:
-      old_logp, synced_logp, logp: float32 [N, R].
+      scores: by the weights that sampled the rollout. None: not known, because the comparison of an
+        older rollout became due only after it was sampled; then only the whole and the drift are
+        measured.
+      old_logp, logp: float32 [N, R], by the learner before the updates and at the update.
       inputs: `Inputs.arrays`.
     """
-    advantage, mask = inputs["advantage"][:, None], rollouts.mask()
+    advantage, mask = inputs["advantage"], rollouts.mask()
+    if advantage.ndim == 1:
+        advantage = advantage[:, None]
     compare = run.programs.mismatch
     pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)
-    if synced_logp is old_logp:
-        return metrics
-    parts = {"real": (rollouts.full_logp, synced_logp), "injected": (synced_logp, old_logp)}
+    parts = {"drift": (old_logp, logp)}
+    if scores and scores.synced_logp is not scores.logp:
+        parts["injected"] = scores.synced_logp, scores.logp
+    if scores and scores.logp is not old_logp:
+        parts["age"] = scores.logp, old_logp
+    if scores and len(parts) > 1:
+        parts["real"] = rollouts.full_logp, scores.synced_logp
     for part, gap in parts.items():
         means = reduce_pairs(compare(*gap, logp, advantage, mask)[0])
         for name in ("shift", "kl", "logp"):

@@ -30,6 +30,19 @@ class Example(NamedTuple):
     reward: float
 
 
+class SamplingScores(NamedTuple):
+    """The learner's scores of a rollout by its weights at the time of sampling.
+
+    Attributes:
+      logp: float32 [N, R], by the learner's own weights.
+      synced_logp: float32 [N, R], by the weights that the sampler had. They differ from the learner's
+        only under precision.noise; otherwise this is `logp` itself.
+    """
+
+    logp: Any
+    synced_logp: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """One rollout on the host: N = prompts · samples responses, the samples of a prompt adjacent.
@@ -40,6 +53,8 @@ class Rollout:
       reward: float32 [N], the verifier's verdict.
       added: float32 [N], what `config.reward` adds to it.
       measured: metrics of the weight sync, the sampler and the verifier.
+      scores: the scores by the weights that sampled it, if these may no longer be the learner's
+        (train.staleness) and something is measured with them; else None.
     """
 
     problems: Sequence[Problem]
@@ -47,6 +62,7 @@ class Rollout:
     reward: np.ndarray
     added: np.ndarray
     measured: Mapping[str, float]
+    scores: SamplingScores | None = None
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of the rollout: reward/…, response/…, sampler/… and sync/…."""
@@ -59,6 +75,15 @@ class Rollout:
             "response/length_max": lengths.max(),
             "response/truncated": 1 - self.responses.finished.mean(),
         }
+
+    def staleness(self, step: int) -> dict[str, float]:
+        """Returns the metrics staleness/… of the tokens that the model sampled.
+
+        Args:
+          step: number of completed steps, the version of the learner's weights.
+        """
+        age = step - self.responses.version[self.responses.mask()]
+        return {"staleness/mean": age.mean(), "staleness/max": age.max()}
 
     def arrays(self, tokenizer: Any) -> dict[str, Any]:
         """Returns the arrays of `learner.record` except for the learner's view of the rollout."""
@@ -99,6 +124,10 @@ class Rollout:
             arrays[f"problems.{f.name}.utf8"], arrays[f"problems.{f.name}.ends"] = texts
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)
+        if self.scores:
+            arrays["scores.logp"] = self.scores.logp
+            if self.scores.synced_logp is not self.scores.logp:
+                arrays["scores.synced_logp"] = self.scores.synced_logp
         return arrays
 
     @classmethod
@@ -109,12 +138,14 @@ class Rollout:
             for f in dataclasses.fields(Problem)
         ]
         measured = {name: float(value) for name, value in below(arrays, "measured").items()}
+        scores = below(arrays, "scores")
         return cls(
             problems=[Problem(*values) for values in zip(*texts)],
             responses=Rollouts(**below(arrays, "responses")),
             reward=arrays["reward"],
             added=arrays["added"],
             measured=measured,
+            scores=SamplingScores(**{"synced_logp": scores["logp"]} | scores) if scores else None,
         )
 
 

@@ -140,6 +140,16 @@ SECTIONS: tuple[Section, ...] = (
                 "tokens with |log r| > 20, whose c and w are 0", "%",
             ),
             Metric(
+                "staleness/mean", "Mean age of the tokens",
+                "completed steps minus the version of the weights that sampled a token, mean over "
+                "tokens", "steps",
+            ),
+            Metric(
+                "staleness/max", "Largest age of a token",
+                "completed steps minus the version of the weights that sampled a token", "steps",
+                reduce="max",
+            ),
+            Metric(
                 "policy/kl_reference", "KL to the reference policy",
                 "k3 estimate of the KL penalty", "nats",
             ),
@@ -204,8 +214,11 @@ SECTIONS: tuple[Section, ...] = (
         "Mismatch of sampler and learner",
         "The logprobs that the sampler recorded (`full_logp`) against the learner's own score of the "
         "same tokens with the same weights (`old_logp`), compared every `log.mismatch_every` steps. "
-        "With `precision.noise`, the real part lies between sampler and learner with equal weights "
-        "(`synced_logp`), and the injected part is the effect of the noise.",
+        "The parts of the distance between π and µ: *real*, between sampler and learner at the weights "
+        "of the sampler; *injected*, the effect of `precision.noise`; *age*, between the weights that "
+        "sampled and those before the updates (`train.staleness`); *drift*, during the updates of the "
+        "rollout, in the first epoch. Without noise and staleness, the real part is the metric without "
+        "a suffix; with them, that metric covers real, injected and age together.",
         (
             Metric("mismatch/shift", "Mean |Δp|", "mean difference of the probabilities"),
             Metric("mismatch/logp", "Mean |Δ log p|", "mean difference of the logprobs", "nats"),
@@ -229,14 +242,32 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric("mismatch/shift_real", "Mean |Δp|, real", "at equal weights"),
             Metric("mismatch/shift_injected", "Mean |Δp|, injected", "effect of the weight noise"),
+            Metric("mismatch/shift_age", "Mean |Δp|, age", "effect of updates since the sampling"),
+            Metric("mismatch/shift_drift", "Mean |Δp|, drift", "effect of updates on the rollout"),
             Metric("mismatch/logp_real", "Mean |Δ log p|, real", "at equal weights", "nats"),
             Metric(
                 "mismatch/logp_injected", "Mean |Δ log p|, injected", "effect of the weight noise",
                 "nats",
             ),
+            Metric(
+                "mismatch/logp_age", "Mean |Δ log p|, age", "effect of updates since the sampling",
+                "nats",
+            ),
+            Metric(
+                "mismatch/logp_drift", "Mean |Δ log p|, drift", "effect of updates on the rollout",
+                "nats",
+            ),
             Metric("mismatch/kl_real", "KL, real", "at equal weights", "nats", log_axis=True),
             Metric(
                 "mismatch/kl_injected", "KL, injected", "effect of the weight noise", "nats",
+                log_axis=True,
+            ),
+            Metric(
+                "mismatch/kl_age", "KL, age", "effect of updates since the sampling", "nats",
+                log_axis=True,
+            ),
+            Metric(
+                "mismatch/kl_drift", "KL, drift", "effect of updates on the rollout", "nats",
                 log_axis=True,
             ),
             Metric(

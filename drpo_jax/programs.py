@@ -38,6 +38,7 @@ from drpo_jax.learner import (
 from drpo_jax.models import Compute, ModelConfig, Transformer
 from drpo_jax.parallel import (
     SAMPLER_RULES,
+    DeviceClock,
     batch_shards,
     named_sharding,
     shardings,
@@ -47,6 +48,11 @@ from drpo_jax.precision import MatmulRecipe, Recipe, get_recipe, multiplies_floa
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.sampler.checks import check_split
 from drpo_jax.weights import perturb, sampler_weights
+
+# The programs of a rollout step besides the samplers'.
+STEP_PROGRAMS = (
+    "sync", "sync_exact", "perturbed", "rescore", "policy_update", "summarize", "mismatch",
+)  # fmt: skip
 
 
 class Programs:
@@ -80,6 +86,7 @@ class Programs:
       exact_sampler: the Sampler of exact evaluation, which follows none.
 
     Attributes:
+      clock: the `DeviceClock` of the programs of a rollout step and of the samplers.
       config, mesh, model_config: what the programs are built from.
       objective: the `Policy` that the updates maximize.
       policy_settings: the `UpdateSettings` of the policy's updates.
@@ -123,6 +130,15 @@ class Programs:
         self._build_states()
         self._build_updates(recipe.learner, compute)
         self._build_sampling(recipe.sampler, compute)
+        self._watch()
+
+    def _watch(self):
+        """Lets the clock follow the programs of a rollout step."""
+        self.clock = DeviceClock()
+        for name in STEP_PROGRAMS:
+            setattr(self, name, self.clock.watch(getattr(self, name)))
+        for sampler in (self.sampler, self.exact_sampler):
+            sampler.programs = {n: self.clock.watch(p) for n, p in sampler.programs.items()}
 
     def _build_states(self):
         """The model, its optimizers, and the programs that make a TrainState."""

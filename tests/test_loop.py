@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -562,6 +563,9 @@ def test_the_timer_measures_phases(capsys):
         with timer(phase):
             pass
     seconds = timer.metrics()
-    assert list(seconds) == ["time/step", "time/a", "time/b"]
+    assert list(seconds) == ["time/step", "time/idle", "time/a", "time/b"]
     assert seconds["time/step"] >= seconds["time/a"] + seconds["time/b"] >= 0
+    with timer("a"):
+        time.sleep(0.01)
+    assert timer.metrics()["time/a"] >= seconds["time/a"] + 0.01
     assert capsys.readouterr().out == "compiling a\n"

@@ -231,7 +231,7 @@ def rl_step(
       The new state, the metrics (host scalars), and one of the responses.
     """
     config = run.config
-    timer = PhaseTimer(console.FIRST_STEP if first else {})
+    timer = PhaseTimer(console.FIRST_STEP if first else {}, run.programs.clock.idle_seconds)
     rollout = collector.collect(run, state.model, step, timer)
     responses = rollout.responses
     with timer("update"):

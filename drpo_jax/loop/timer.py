@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 
 class PhaseTimer:
@@ -15,12 +15,18 @@ class PhaseTimer:
 
     Args:
       notices: texts by phase; each is printed when its phase begins for the first time.
+      idle_seconds: returns the seconds without a device program in flight, see `DeviceClock`.
     """
 
-    def __init__(self, notices: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        notices: Mapping[str, str] | None = None,
+        idle_seconds: Callable[[], float] = lambda: 0.0,
+    ):
         self._notices = dict(notices or {})
         self._seconds: dict[str, float] = {}
-        self._started = time.monotonic()
+        self._started, self._idle_seconds = time.monotonic(), idle_seconds
+        self._idle_before = idle_seconds()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -32,7 +38,11 @@ class PhaseTimer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """Returns time/step, the seconds since construction, and time/PHASE for every phase,
-        the sum over all its occurrences."""
+        """Returns the seconds since construction and in every phase, and the idle share of the devices.
+
+        By name: time/step; time/PHASE, the sum over all occurrences of the phase; time/idle.
+        """
         phases = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        return {"time/step": time.monotonic() - self._started} | phases
+        seconds = time.monotonic() - self._started
+        idle = (self._idle_seconds() - self._idle_before) / seconds
+        return {"time/step": seconds, "time/idle": idle} | phases

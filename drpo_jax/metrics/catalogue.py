@@ -348,7 +348,8 @@ SECTIONS: tuple[Section, ...] = (
         "Wall time of a rollout step and its parts.",
         (
             Metric(
-                "tokens_per_second", "Throughput", "sampled tokens / wall time of the step",
+                "tokens_per_second", "Throughput",
+                "tokens of the step's rollout / wall time of the step",
                 "tokens/s", column=Column("tokens/s", "11,.0f"),
             ),
             Metric(
@@ -368,6 +369,12 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "time/update", "Time of updates", "scoring and optimizer updates", "s", log_axis=True,
+            ),
+            Metric(
+                "time/idle", "Idle devices",
+                "share of the step's wall time in which no device program is in flight: none whose "
+                "dispatch has begun and whose result the host does not know to be ready. On a CPU, a "
+                "program is in flight while it waits for cores, too", "%",
             ),
             Metric("time/{phase}", "Time of {phase}", "wall time of this phase of the step", "s"),
             Metric(

@@ -20,6 +20,7 @@ from drpo_jax.parallel.axes import (
     named_sharding,
     partition_spec,
 )
+from drpo_jax.parallel.device_clock import DeviceClock
 from drpo_jax.parallel.mesh import check_mesh, make_mesh
 from drpo_jax.parallel.placement import is_param, shardings, with_shardings
 
@@ -28,6 +29,7 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "SAMPLER_RULES",
+    "DeviceClock",
     "batch_shards",
     "check_mesh",
     "constrain",

@@ -1,0 +1,89 @@
+"""How long no device program is in flight, measured on the host.
+
+A program is in flight from its dispatch until the host learns that its result is ready. A thread waits
+for the results, so that the host may do other work meanwhile. Programs that only copy or index arrays
+outside of the watched functions are not seen.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class DeviceClock:
+    """Sums up the time in which none of the watched functions is in flight. Starts idle."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_flight, self._idle, self._idle_since = 0, 0.0, time.monotonic()
+        self._results: queue.SimpleQueue[jax.Array] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, function: Callable[..., Any]) -> "Watched":
+        """Returns a jitted function whose calls count as device programs."""
+        return Watched(function, self)
+
+    def idle_seconds(self) -> float:
+        """Returns the seconds without a program in flight since the clock was made."""
+        with self._lock:
+            now = 0.0 if self._in_flight else time.monotonic() - self._idle_since
+            return self._idle + now
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls a jitted function and follows its result until it is ready."""
+        self._begin()
+        try:
+            result = function(*args, **kwargs)
+        except BaseException:
+            self._end()
+            raise
+        leaf = jax.tree.leaves(result)[-1]
+        if isinstance(leaf, jax.core.Tracer):  # Another function is being traced.
+            self._end()
+            return result
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._wait, daemon=True)
+            self._thread.start()
+        self._results.put(leaf)
+        return result
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._in_flight:
+                self._idle += time.monotonic() - self._idle_since
+            self._in_flight += 1
+
+    def _end(self) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            self._idle_since = time.monotonic()
+
+    def _wait(self) -> None:
+        """The body of the thread."""
+        while True:
+            leaf = self._results.get()
+            try:
+                leaf.block_until_ready()
+            except Exception:  # noqa: S110
+                # The array was donated to a later program, which is in flight; or the program failed,
+                # which the caller notices.
+                pass
+            del leaf
+            self._end()
+
+
+class Watched:
+    """A jitted function whose calls a `DeviceClock` follows; has all attributes of the function."""
+
+    def __init__(self, function: Callable[..., Any], clock: DeviceClock):
+        self._function, self._clock = function, clock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.call(self._function, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)

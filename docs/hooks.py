@@ -54,7 +54,19 @@ def fields_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"metrics": metrics_table, "fields": fields_table}
+def dials_table() -> str:
+    """The results of `benchmarks.dials`, a row per run."""
+    import json
+
+    from benchmarks.dials import markdown
+
+    path = ROOT / "benchmarks/results/dials.json"
+    if not path.exists():
+        return "There are no results yet."
+    return markdown(json.loads(path.read_text(encoding="utf-8"))["figures"])
+
+
+TABLES = {"metrics": metrics_table, "fields": fields_table, "dials": dials_table}
 
 
 def on_files(files, config):

@@ -46,7 +46,8 @@ class Checkpoints:
       keep: number of latest checkpoints that are kept, besides the best one; 1 counts as 2.
       best_metric: name of a metric; the checkpoint with its highest value is the best one.
       config: the run's config as JSON, of which every checkpoint gets a copy; "": none.
-      check_owner: called before every commit; raises if another process owns the run.
+      before_commit: called before every commit; raises if another process owns the run, or if files
+        that the checkpoint implies could not be written.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Checkpoints:
         keep: int = 2,
         best_metric: str = "eval/avg",
         config: str = "",
-        check_owner: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
     ):
         self.directory = directory
-        self._config, self._check_owner = config, check_owner
+        self._config, self._before_commit = config, before_commit
         self._saving, self._logged = 0, ""
         self._pending: Mapping[str, Any] = {}
         self._retention = Retention(directory, saved_steps(directory), keep, best_metric)
@@ -316,13 +317,13 @@ class Checkpoints:
             np.savez_compressed(file, **arrays)
             (directory / PENDING).write_bytes(file.getvalue())
         digests.write(directory, processes=multihost.process_count())
-        self._check_owner()
+        self._before_commit()
 
     def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier; all processes digest what they wrote before Orbax's process 0 commits."""
         process = ocp.multihost.process_index()
         if "async_write_complete" in key:
-            self._check_owner()
+            self._before_commit()
             if process:
                 digests.write(self._temporary(), process, multihost.process_count())
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -20,7 +20,7 @@ from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
-from drpo_jax.storage import path_of
+from drpo_jax.storage import BackgroundWriter, path_of
 
 # Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
@@ -58,6 +58,7 @@ class Run:
       mesh: the device mesh.
       programs: the functions that the run compiles.
       reference: the model that a KL penalty refers to; None without a penalty.
+      writer: writes saved rollouts; they are complete before the next commit of a checkpoint.
       check_owner: raises if another process owns the workdir; see `claim`.
       interrupts: the signals that ask the run to stop; see `claim`.
       changes: the config fields that changed since the last start, {path: [old, new]}; on the first
@@ -74,6 +75,7 @@ class Run:
     mesh: jax.sharding.Mesh
     programs: Programs
     reference: Transformer | None = None
+    writer: BackgroundWriter = dataclasses.field(default_factory=BackgroundWriter)
     check_owner: Callable[[], None] = lambda: None
     interrupts: Interrupts = Interrupts()
     changes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
@@ -124,7 +126,12 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of RL."""
-        return _open_checkpoints(self.config, self.workdir, to_json(self.config), self.check_owner)
+
+        def before_commit():
+            self.writer.wait()
+            self.check_owner()
+
+        return _open_checkpoints(self.config, self.workdir, to_json(self.config), before_commit)
 
     def warm_start_checkpoints(self) -> Checkpoints:
         """The checkpoints of the warm start: this run's own, or those of data.init_from."""

@@ -6,8 +6,10 @@ Object storage is a path like gs://BUCKET/RUN, which needs the package gcsfs. Su
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -128,6 +130,37 @@ def no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class BackgroundWriter:
+    """Does work for files in a thread, one piece after the other."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._submitted: list[Future[Any]] = []
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Starts a piece of work.
+
+        Raises:
+          Exception: that of earlier work, if it failed.
+        """
+        running = []
+        for future in self._submitted:
+            if not future.done():
+                running.append(future)
+            elif error := future.exception():
+                raise error
+        self._submitted = [*running, self._pool.submit(work)]
+
+    def wait(self) -> None:
+        """Returns once all work is done; may be called from several threads.
+
+        Raises:
+          Exception: that of the first work that failed.
+        """
+        for future in self._submitted:
+            future.result()
 
 
 class Lines:

@@ -80,6 +80,7 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
             run = dataclasses.replace(run, reference=jax.tree.map(jnp.copy, model))
         collector = loop.Collector()
         loop.rl_step(run, collector, run.programs.restart(model), 0, first=True)
+        run.writer.wait()
         if not multihost.is_main():
             return ""
         page = explain(load_rollout(rollout_path(run.workdir, 1)), run.tokenizer, run.config)

@@ -285,7 +285,7 @@ def test_nothing_is_committed_for_a_run_that_lost_its_workdir(copy):
         raise TrainingStopped("another run")
 
     with pytest.raises(TrainingStopped, match="another run"):
-        with Checkpoints(copy, check_owner=lost) as checkpoints:
+        with Checkpoints(copy, before_commit=lost) as checkpoints:
             checkpoints.save(3, numbered(3))
     assert resumed(copy) == (2, 2)
 

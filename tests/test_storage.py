@@ -4,6 +4,8 @@ import errno
 import logging
 import os
 import re
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,15 @@ from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.config import claim_workdir, default_config, resolve, run_config
 from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
 from drpo_jax.metrics import MetricLogger, read_metrics
-from drpo_jax.storage import Lines, check_workdir, is_remote, no_space, path_of, write_whole
+from drpo_jax.storage import (
+    BackgroundWriter,
+    Lines,
+    check_workdir,
+    is_remote,
+    no_space,
+    path_of,
+    write_whole,
+)
 
 
 class Bucket(MemoryFileSystem):
@@ -38,6 +48,25 @@ def bucket(monkeypatch):
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     monkeypatch.setattr(Bucket, "store", {})
     return path_of("gs://bucket/run")
+
+
+def test_background_work_is_done_in_order_and_its_error_is_raised():
+    writer, done, ready = BackgroundWriter(), [], threading.Event()
+    writer.submit(ready.wait)
+    writer.submit(lambda: done.append(1))
+    assert done == []
+    ready.set()
+    writer.wait()
+    writer.wait()
+    assert done == [1]
+
+    def fail():
+        raise OSError(errno.ENOSPC, "no space")
+
+    writer.submit(fail)
+    for again in (writer.wait, partial(writer.submit, list)):
+        with pytest.raises(OSError, match="no space"):
+            again()
 
 
 def test_paths(tmp_path):

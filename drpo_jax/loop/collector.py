@@ -2,7 +2,8 @@
 
 With train.staleness = k, step s samples the rollout of step s + k with its own weights, before its
 updates, and learns from the rollout that step s - k sampled. No copy of older weights is needed: what
-depends on the weights that sampled a rollout is computed when it is sampled.
+depends on the weights that sampled a rollout is computed when it is sampled. Its verdicts are awaited
+only when a step or a checkpoint needs them, so the verifier works while the devices learn.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from drpo_jax.loop import parity
-from drpo_jax.loop.rollout import Rollout, sample_and_verify
+from drpo_jax.loop.rollout import Rollout, Sampled, sample
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
 from drpo_jax.run import Run
@@ -24,10 +25,12 @@ class Collector:
     processes of a run have equal collectors.
 
     Attributes:
-      ready: verified rollouts of steps to come, by step, counted from 0.
+      sampled: rollouts of steps to come whose verdicts may be in flight, by step, counted from 0.
+      ready: verified rollouts of steps to come.
     """
 
     def __init__(self) -> None:
+        self.sampled: dict[int, Sampled] = {}
         self.ready: dict[int, Rollout] = {}
         self._compared = False  # Whether this process has compared sampler and learner.
 
@@ -45,32 +48,38 @@ class Collector:
         train = run.config.train
         # More than one is missing before the first step, and after train.steps was raised.
         for later in range(step, min(step + train.staleness + 1, train.steps)):
-            if later not in self.ready:
-                rollout = sample_and_verify(run, model, later, step, timer)
+            if later not in self.ready and later not in self.sampled:
+                sampled = sample(run, model, later, step, timer)
                 if train.staleness:
-                    rollout = self._scored(run, model, later, rollout, timer)
-                self.ready[later] = rollout
+                    sampled = self._scored(run, model, later, sampled, timer)
+                self.sampled[later] = sampled
+        if step in self.sampled:
+            with timer("reward"):
+                self.ready[step] = self.sampled.pop(step).verify()
         return self.ready.pop(step)
 
     def _scored(
-        self, run: Run, model: Transformer, step: int, rollout: Rollout, timer: PhaseTimer
-    ) -> Rollout:
+        self, run: Run, model: Transformer, step: int, sampled: Sampled, timer: PhaseTimer
+    ) -> Sampled:
         """Adds the scores by the weights that sampled a rollout, if anything is measured with them."""
         compare = not self._compared and run.config.sampler.parity != "off"
         if not compare and not parity.is_measured(run.config, step):
-            return rollout
+            return sampled
         with timer("score"):
-            scores = parity.score_at_sampling(run, model, rollout.responses, step)
+            scores = parity.score_at_sampling(run, model, sampled.responses, step)
         if compare:
-            parity.check_parity(run, rollout.responses, scores.synced_logp)
+            parity.check_parity(run, sampled.responses, scores.synced_logp)
             self._compared = True
-        return dataclasses.replace(rollout, scores=scores)
+        return dataclasses.replace(sampled, scores=scores)
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what later steps need as arrays without objects; {} if nothing is pending.
 
-        The arrays must not be changed, and the collector does not change them either.
+        Waits for the verdicts of all processes; every process calls it. The arrays must not be changed,
+        and the collector does not change them either.
         """
+        for step in sorted(self.sampled):
+            self.ready[step] = self.sampled.pop(step).verify()
         return {
             f"ready.{step}.{name}": array
             for step, rollout in self.ready.items()

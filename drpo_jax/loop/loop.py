@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, training_reward
+from drpo_jax.loop.rollout import Example, Rollout, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
@@ -81,6 +82,7 @@ def _train(run: Run) -> None:
     config, total = run.config, run.config.train.steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
+        stack.callback(run.writer.wait)
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, collector, start = _start(run, checkpoints)
         record_start(run.workdir, start, run.changes)
@@ -214,6 +216,11 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
     return run, state, collector, step
 
 
+def _save(run: Run, step: int, rollout: Rollout, view: Mapping[str, np.ndarray]) -> None:
+    """Saves a rollout with the learner's view of it, see `learner.record`."""
+    save_rollout(run.workdir, step, **rollout.arrays(run.tokenizer), **view)
+
+
 def rl_step(
     run: Run, collector: Collector, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
@@ -252,9 +259,9 @@ def rl_step(
         if measure:
             metrics |= parity.mismatch(run, responses, scores, old_logp, trace["logp"], inputs)
     if due(step + 1, config.train.save_rollout_every) and multihost.is_main():
-        anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
-        arrays = rollout.arrays(run.tokenizer) | trace | anchors
-        save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
+        view = trace | {name: inputs[name] for name in ("behavior_logp", "advantage")}
+        view["old_logp"] = old_logp
+        run.writer.submit(partial(_save, run, step + 1, rollout, view))
     metrics |= rollout.metrics() | rollout.staleness(step) | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
     mixed = informative(inputs["advantage"], config.train.samples)

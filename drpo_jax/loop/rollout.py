@@ -155,16 +155,38 @@ def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
     return {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
 
 
-def sample_and_verify(
-    run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
-) -> Rollout:
-    """Samples and verifies the rollout of a step.
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A rollout whose verdicts may still be in flight.
+
+    Attributes:
+      run: the run.
+      groups: the groups in the order of the rollout.
+      problems, responses, measured, scores: as in `Rollout`.
+    """
+
+    run: Run
+    groups: Sequence[Group]
+    problems: Sequence[Problem]
+    responses: Rollouts
+    measured: Mapping[str, float]
+    scores: SamplingScores | None = None
+
+    def verify(self) -> Rollout:
+        """Waits for the verdicts of all processes; every process calls it."""
+        reward, added, metrics = _verify(self.run, self.groups, self.responses.response_lengths)
+        measured = {**self.measured, **metrics}
+        return Rollout(self.problems, self.responses, reward, added, measured, self.scores)
+
+
+def sample(run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer) -> Sampled:
+    """Samples the rollout of a step and starts its verification.
 
     Args:
       model: the policy.
       step: the step that learns from the rollout; it determines problems and random numbers.
       version: number of completed steps, the version of the policy's weights.
-      timer: measures the phases sync, sample and reward.
+      timer: measures the phases sync and sample.
     """
     config, sampler = run.config, run.programs.sampler
     assert run.train_problems is not None  # None only in an evaluation
@@ -179,15 +201,13 @@ def sample_and_verify(
         sampler.load(None)  # The updates need the memory of its weights.
         counts = sampler.read_statistics()
         responses = Rollouts.concatenate([group.rollouts for group in groups])
-    with timer("reward"):
-        reward, added, measured = _verify(run, groups, responses.response_lengths)
-    measured |= {
+    measured = {
         "sync/gigabytes": synced_bytes / 1e9,
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
     repeated = [problem for problem in problems for _ in range(config.train.samples)]
-    return Rollout(repeated, responses, reward, added, measured)
+    return Sampled(run, groups, repeated, responses, measured)
 
 
 def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):

@@ -54,6 +54,7 @@ def step(tmp_path_factory):
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
         loop.rl_step(run, loop.Collector(), run.programs.restart(model), 0)
+        run.writer.wait()
     return run, model, load_rollout(rollout_path(directory, 1))
 
 

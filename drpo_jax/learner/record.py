@@ -2,7 +2,8 @@
 
 `rollouts/step_000021.npz` is the rollout of step 21, sampled with the weights of checkpoint 20 (with
 train.staleness = k, of checkpoint 20 − k). It is a NumPy archive, which `np.load(path)` opens. It has N
-sequences, with the samples of a prompt contiguous, T tokens of prompt and response, and R response tokens:
+sequences, with the samples of a prompt contiguous, T tokens of prompt and response, and R response
+tokens:
 
     tokens            int32 [N, T]    prompt and response without a gap, then zeros
     prompt_lengths    int32 [N]

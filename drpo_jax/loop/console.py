@@ -43,7 +43,9 @@ def introduction(run: Run) -> str:
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
-        f"each, learning rate {config.optimizer.learning_rate:g}",
+        f"each, learning rate {config.optimizer.learning_rate:g}"
+        + f", rollouts {train.staleness} steps old"
+        * bool(train.staleness),
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "

@@ -5,10 +5,11 @@ for the results, so that the host may do other work meanwhile. Programs that onl
 outside of the watched functions are not seen.
 """
 
-import queue
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ class DeviceClock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_flight, self._idle, self._idle_since = 0, 0.0, time.monotonic()
-        self._results: queue.SimpleQueue[jax.Array] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        # Unlike a daemon thread, a pool is not torn down inside XLA when the process exits.
+        self._pool = ThreadPoolExecutor(1)
 
     def watch(self, function: Callable[..., Any]) -> "Watched":
         """Returns a jitted function whose calls count as device programs."""
@@ -45,10 +46,7 @@ class DeviceClock:
         if isinstance(leaf, jax.core.Tracer):  # Another function is being traced.
             self._end()
             return result
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._wait, daemon=True)
-            self._thread.start()
-        self._results.put(leaf)
+        self._pool.submit(self._follow, leaf)
         return result
 
     def _begin(self) -> None:
@@ -62,18 +60,13 @@ class DeviceClock:
             self._in_flight -= 1
             self._idle_since = time.monotonic()
 
-    def _wait(self) -> None:
-        """The body of the thread."""
-        while True:
-            leaf = self._results.get()
-            try:
-                leaf.block_until_ready()
-            except Exception:  # noqa: S110
-                # The array was donated to a later program, which is in flight; or the program failed,
-                # which the caller notices.
-                pass
-            del leaf
-            self._end()
+    def _follow(self, leaf: jax.Array) -> None:
+        """Waits until an array is ready."""
+        # The array may have been donated to a later program, which is in flight as well. If its own
+        # program failed, the caller notices.
+        with contextlib.suppress(Exception):
+            leaf.block_until_ready()
+        self._end()
 
 
 class Watched:

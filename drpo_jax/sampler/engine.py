@@ -162,7 +162,7 @@ class Sampler:
         if self.prompt_length is None:
             raise ValueError("most_compilations: only a Sampler with a prompt_length has a bound")
         shape = self.shape(params, self.prompt_length)
-        sizes, kinds = len(shape.sizes), [shape.prompts, shape.begun][: 1 + begun]
+        sizes, kinds = len(shape.sizes), [shape.prompts, shape.continued][: 1 + begun]
         # Per kind of row: first_tokens. Per width: empty_prompts, prefill, and one admit per size. Per
         # size: empty_slots, decode, and resize to the neighboring sizes.
         rows = sum(1 + len(kind.widths) * (2 + sizes) for kind in kinds)
@@ -193,8 +193,8 @@ class Sampler:
           model: ShapeDtypeStructs of the weights, with their shardings.
           params: how to sample.
           mesh: the mesh to compile for.
-          begun: whether prefill, first_tokens and admit are those that continue responses, whose rows
-            hold prompt and response.
+          begun: whether calls continue responses. The largest rows to prefill then hold prompt and
+            response.
 
         Returns:
           For prefill, first_tokens, admit and decode, by name: the jitted function; its arguments in
@@ -208,7 +208,7 @@ class Sampler:
         dtype = self.compute.dtype
         with jax.set_mesh(mesh):
             shape = self.shape(params, self.prompt_length)
-            row = shape.begun if begun else shape.prompts
+            row = shape.continued if begun else shape.prompts
             slots = jax.eval_shape(
                 lambda m: self.programs["empty_slots"](m, self.slots, shape.sizes[-1]), model
             )
@@ -228,12 +228,12 @@ class Sampler:
         slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
         rows = placed(rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        numbers = ints(row.together, 1 if begun else params.samples)
+        numbers = ints(shape.prompts.together, params.samples)
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
         chunk = {"tokens": ints(row.together, row.chunk), "start": ints()}
         chunk["lengths"] = ints(row.together)
-        hidden = jax.ShapeDtypeStruct((row.together, model.config.hidden_size), dtype)
+        hidden = jax.ShapeDtypeStruct((shape.prompts.together, model.config.hidden_size), dtype)
         prefill = {"sampler weights": model, "prompts": rows, **chunk}
         first = {"sampler weights": model, "hidden": place(hidden), "key": key}
         first |= dict.fromkeys(("prompt numbers", "sample numbers", "token numbers"), numbers)

@@ -70,7 +70,7 @@ class Flight:
     Attributes:
       device: `Slots`; None before the first sequence.
       rows: caches of the latest prefilled rows; None when no request waits.
-      begun: rows of responses that are continued, the longest first; they are prefilled before `fresh`.
+      continued: rows of responses to continue, the longest first; they are prefilled before `fresh`.
       fresh: rows of prompts.
       waiting: requests whose row is prefilled.
       requests: the request of each slot; None for free slots.
@@ -106,14 +106,14 @@ class Flight:
         self.sampled: Round | None = None
         self.groups: dict[int, Group] = {}
         self.complete: deque[tuple[int, Rollouts]] = deque()
-        self.begun: deque[_Row] = deque()
+        self.continued: deque[_Row] = deque()
         self.fresh: deque[_Row] = deque()
         for index, prompt in enumerate(prompts):
             if index in begun:
                 self._take_up(index, begun[index])
             else:
                 self.fresh.append(_Row(index, list(range(params.samples)), prompt))
-        self.begun = deque(sorted(self.begun, key=lambda row: -len(row.tokens)))
+        self.continued = deque(sorted(self.continued, key=lambda row: -len(row.tokens)))
         self._iterator = self._run()
 
     def __iter__(self) -> Iterator[tuple[int, Rollouts]]:
@@ -157,7 +157,7 @@ class Flight:
     # ------------------------------------------------------------------------------- admission
 
     def _requests_wait(self) -> bool:
-        return bool(self.waiting or self.begun or self.fresh)
+        return bool(self.waiting or self.continued or self.fresh)
 
     def _fill(self) -> None:
         """Assigns free slots to requests until either runs out."""
@@ -208,8 +208,8 @@ class Flight:
 
     def _prefill(self) -> None:
         """Prefills the next rows, and samples and queues one token of each of their samples."""
-        if self.begun:
-            queue, shape, each = self.begun, self.shape.begun, 1
+        if self.continued:
+            queue, shape, each = self.continued, self.shape.continued, 1
             width = shape.width(len(queue[0].tokens))  # the longest
         else:
             queue, shape, each = self.fresh, self.shape.prompts, self.params.samples
@@ -369,7 +369,7 @@ class Flight:
         ends = len(self.prompts[index]) + rollouts.response_lengths
         for sample in np.flatnonzero(open_ & started).tolist():
             tokens = rollouts.tokens[sample, : ends[sample]].tolist()
-            self.begun.append(_Row(index, [sample], tokens))
+            self.continued.append(_Row(index, [sample], tokens))
         if samples := np.flatnonzero(open_ & ~started).tolist():
             self.fresh.append(_Row(index, samples, self.prompts[index]))
 

@@ -79,7 +79,7 @@ class Shape:
 
     Attributes:
       prompts: the rows of prompts, each of which serves all samples of its group.
-      begun: the rows of responses that are continued: prompt and earlier tokens of one sample each.
+      continued: the rows of responses that are continued: prompt and earlier tokens of one sample each.
       sizes: numbers of columns that the rings may have.
     """
 
@@ -97,5 +97,5 @@ class Shape:
 
         self.prompts = rows(-(-slots // params.samples), limit)
         # Prefill samples at least one more token.
-        self.begun = rows(slots, longest - 1)
+        self.continued = rows(slots, longest - 1)
         self.sizes = ring_sizes(longest, decode_steps)

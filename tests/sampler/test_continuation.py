@@ -36,7 +36,7 @@ def new_model(name, seed=1):
 
 
 def new_sampler(model, **sizes):
-    sizes = dict(slots=8, decode_steps=5, prompt_length=8, prefill_chunk=5) | sizes
+    sizes = dict(slots=8, decode_steps=14, prompt_length=8, prefill_chunk=9) | sizes
     return Sampler(model, **sizes)
 
 
@@ -95,12 +95,15 @@ def assert_same(ours, whole, logp=ROUNDING):
 
 def learner_logp(model, rollouts):
     """Returns the learner's logprobs of the response tokens, [N, R]."""
-    settings = UpdateSettings(likelihood, "token-mean", 1, temperature=PARAMS.temperature)
     lengths = rollouts.prompt_lengths, rollouts.response_lengths
     layout = lay_out(*lengths, width=rollouts.tokens.shape[1])
     batch = make_batch(layout, rollouts.tokens, {"topk_ids": rollouts.top_ids})
-    trace = jax.jit(lambda m, b: response_trace(m, b, settings))(model, batch)
-    return np.asarray(layout.take(trace.logp, rollouts.version.shape[1]))
+    return np.asarray(layout.take(score(model, batch), rollouts.version.shape[1]))
+
+
+SETTINGS = UpdateSettings(likelihood, "token-mean", 1, temperature=PARAMS.temperature)
+score = jax.jit(lambda model, batch: response_trace(model, batch, SETTINGS).logp)
+visit = jax.jit(lambda m, tokens, s: m.hidden(tokens, segment_ids=s, record=True).experts)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -176,7 +179,6 @@ def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
         assert gap.max() <= ROUNDING
         if name == "mixture":
             segments = (columns < lengths[:, None]).astype(np.int32)
-            visit = jax.jit(lambda m, t, s: m.hidden(t, segment_ids=s, record=True).experts)
             experts = np.moveaxis(np.asarray(visit(model, ours.tokens, segments)), 0, 2)
             same = np.all(np.sort(experts) == np.sort(ours.routes), axis=(2, 3))
             assert np.all(same[read & (drawn == version)])

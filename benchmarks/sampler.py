@@ -9,6 +9,10 @@ transformers (if torch is installed): its `generate` with the same weights, alte
 Recording: the same without logprobs and entropy, with the token alone.
 Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256. Static batches
 come from the same sampler, called with one batch of its slots at a time.
+Partial rollouts: responses of lognormal lengths, 32 tokens at the median and 256 at most. Without a
+budget, a step samples as many whole responses as there are slots. With a budget, it samples at most 32
+tokens of each response, continues what the step before has left unfinished, and begins new groups in
+the slots that this leaves free.
 Bandwidth (on GPU): decode steps of a 1.7B-shaped and a 4B-shaped model in bfloat16, relative to the time
 in which the memory delivers weights and caches once.
 """
@@ -187,6 +191,63 @@ def long_tail(model, compute, count=4):
     return figures, lines
 
 
+def partial_rollouts(model, compute, steps=8, budget=32):
+    """Returns figures, and lines to print, of steps that leave long responses to the next step."""
+    rng, samples = np.random.default_rng(0), SEQUENCES // 16
+    prompts = rng.integers(1, 128, size=(steps * 16, PROMPT)).tolist()
+    lengths = np.exp(rng.normal(np.log(32), 1, size=(len(prompts), samples)))
+    lengths = np.clip(lengths, 1, 256).astype(int)
+    params, key = SamplingParams(max_tokens=256, samples=samples), jax.random.key(2)
+    sampler = Sampler(model, SEQUENCES, 16, PROMPT, compute=compute)
+    calls = {"whole": 0, "budget": 0}
+
+    def whole():
+        for i in range(0, len(prompts), 16):
+            sampler.generate(prompts[i : i + 16], params, key, lengths[i : i + 16])
+        calls["whole"] = steps
+        return ()
+
+    def with_a_budget():
+        begun, drawn, calls["budget"] = {}, 0, 0
+        while begun or drawn < len(prompts):
+            rows = sum(np.sum(begun[i].response_lengths < lengths[i]) for i in begun)
+            new = min((SEQUENCES - rows) // samples, len(prompts) - drawn)
+            groups = [*begun, *range(drawn, drawn + new)]
+            drawn += new
+            sampled = [begun[i].response_lengths if i in begun else 0 * lengths[i] for i in groups]
+            limits = np.minimum(lengths[groups], np.array(sampled) + budget)
+            earlier = {k: begun[i] for k, i in enumerate(groups) if i in begun}
+            now = [prompts[i] for i in groups]
+            stream = sampler.stream(now, params, key, groups, limits, earlier)
+            ended = {groups[k]: rollouts for k, rollouts in stream}
+            begun = {i: r for i, r in ended.items() if np.any(r.response_lengths < lengths[i])}
+            calls["budget"] += 1
+        return ()
+
+    counted = {}
+    for name, run in (("whole", whole), ("budget", with_a_budget)):
+        sampler.read_statistics()
+        run()
+        counted[name] = sampler.read_statistics()
+    times = in_turn({"whole": whole, "budget": with_a_budget}, rounds=2)
+    gain = times["whole"] / times["budget"]
+    decode = {name: counts["steps"] for name, counts in counted.items()}
+    again = counted["budget"]["prompt_tokens"] - counted["whole"]["prompt_tokens"]
+    lines = [
+        f"partial rollouts: {lengths.sum():,} tokens in {calls['whole']} steps with {decode['whole']} "
+        f"decode steps, {times['whole']:.1f} s",
+        f"  with a budget of {budget} tokens: {calls['budget']} steps with {decode['budget']} decode "
+        f"steps, {times['budget']:.1f} s: {gain:.2f} times as fast; {again:,} tokens prefilled again",
+    ]
+    figures = {
+        "decode steps, whole responses": decode["whole"],
+        "decode steps, partial rollouts": decode["budget"],
+        "tokens prefilled again": again,
+        "speed-up of partial rollouts": round(gain, 2),
+    }
+    return figures, lines
+
+
 def bandwidth(peak, context=1024, steps=64):
     """Returns figures, and lines to print, of decoding relative to the bandwidth bound."""
     figures, lines = {}, [f"{'':<6}{'batch':>6}{'tokens/s':>11}{'of the bandwidth bound':>25}"]
@@ -233,6 +294,7 @@ def main(_):
         parts = [
             partial(against_the_floor, model, floors(learner, 8)["sample"], compute),
             partial(long_tail, model, compute),
+            partial(partial_rollouts, model, compute),
         ]
         if peer.INSTALLED:
             parts.insert(1, partial(against_transformers, learner, model, compute))

@@ -1,6 +1,6 @@
 """Checks of the sampler's arguments, made before sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from drpo_jax.models import Compute, ModelConfig
 from drpo_jax.parallel import batch_shards, check_mesh
+from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.token import SamplingParams, is_integer
 
 
@@ -167,3 +168,48 @@ def check_requests(
             f"and max_tokens = {params.max_tokens}, got {limits.tolist()}"
         )
     return places.astype(np.int32), limits.astype(np.int32)
+
+
+def check_begun(
+    begun: Mapping[int, Rollouts],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    config: ModelConfig,
+) -> None:
+    """Checks the optional argument `begun` of `Sampler.stream`.
+
+    Args:
+      begun: the samples so far of some prompts, by index.
+      prompts: lists of token ids.
+      params: how the call samples.
+      config: the model's config.
+
+    Raises:
+      ValueError: if an index is not that of a prompt, or if the Rollouts have another prompt, another
+        number of samples, or arrays of other sizes than this call returns.
+    """
+    for index, rollouts in begun.items():
+        if not is_integer(index) or not 0 <= index < len(prompts):
+            raise ValueError(
+                f"begun: keys must be positions of prompts, 0 to {len(prompts) - 1}, got {index!r}"
+            )
+        if not isinstance(rollouts, Rollouts):
+            raise ValueError(
+                f"begun[{index}] must be the Rollouts of prompt {index}, got {type(rollouts).__name__}"
+            )
+        experts = config.experts_per_token if params.routes else 0
+        for name, got, right in (
+            ("samples", len(rollouts), params.samples),
+            ("max_tokens", rollouts.version.shape[1], params.max_tokens),
+            ("top_logprobs", rollouts.top_ids.shape[2], params.top_logprobs),
+            ("routes", rollouts.routes.shape[2:], (config.layers, experts)),
+        ):
+            if got != right:
+                raise ValueError(
+                    f"begun[{index}] was sampled with other SamplingParams.{name}: its arrays have the "
+                    f"size {got}, this call's have {right}"
+                )
+        prompt = np.asarray(prompts[index])
+        same = np.all(rollouts.tokens[:, : len(prompt)] == prompt)
+        if not same or np.any(rollouts.prompt_lengths != len(prompt)):
+            raise ValueError(f"begun[{index}] has another prompt than prompts[{index}]")

@@ -7,14 +7,22 @@ an eighth of the slots is free again. The ring buffers of keys and values have a
 longest sequence in flight needs, rounded up to one of a few sizes.
 
 What a request samples depends only on the weights, on its prompt, and on a key derived from the
-call, the prompt and the sample. It does not depend on the slots, on other requests, or on when it
-started, except through rounding: the order of a sum over a ring depends on the ring's size and on the
-sequence's position in it. Logprobs then differ in the last bits. A token differs in the rare case
-that the draw falls on the border between two tokens, within that error.
+call, the prompt, the sample and the number of the token. It does not depend on the slots, on other
+requests, or on when it started, except through rounding: the order of a sum over a ring depends on the
+ring's size and on the sequence's position in it. Logprobs then differ in the last bits. A token differs
+in the rare case that the draw falls on the border between two tokens, within that error.
+
+A response may be broken off at any token and continued by a later call, with other weights. The caches
+of the earlier call are gone; prefill computes keys, values and states of the prompt and the earlier
+tokens with the current weights. Under unchanged weights the response equals the unbroken one up to the
+same rounding. Prefill rounds to `compute.dtype` in other places than decoding does, and it reads its own
+keys and values before they are rounded to float8. With bfloat16 or a float8 cache, a continued response
+therefore deviates from the unbroken one as much as the sampler deviates from the learner. What is
+recorded for a token always describes the distribution that the token was drawn from.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +33,7 @@ import numpy as np
 from drpo_jax.models import Compute, Transformer
 from drpo_jax.parallel import named_sharding
 from drpo_jax.sampler.checks import (
+    check_begun,
     check_model,
     check_params,
     check_prompts,
@@ -33,7 +42,7 @@ from drpo_jax.sampler.checks import (
 )
 from drpo_jax.sampler.flight import Flight
 from drpo_jax.sampler.rollouts import Rollouts
-from drpo_jax.sampler.sizes import Shape, ring_sizes, row_widths
+from drpo_jax.sampler.sizes import Shape
 from drpo_jax.sampler.slots import (
     Arrivals,
     admit,
@@ -65,7 +74,7 @@ class Sampler:
       float8_cache: whether to keep keys and values in float8_e4m3fn, with a scale per token and head.
 
     Attributes:
-      version: version of the weights, recorded with every response.
+      version: version of the weights, recorded with every token.
       loads: number of calls of `load`.
       programs: the compiled programs by name, see `sampler.slots`.
 
@@ -140,19 +149,24 @@ class Sampler:
         """
         return sum(program._cache_size() for program in self.programs.values())
 
-    def most_compilations(self, params: SamplingParams) -> int:
+    def most_compilations(self, params: SamplingParams, begun: bool = False) -> int:
         """Returns an upper bound on `compilations`.
+
+        Args:
+          params: how to sample.
+          begun: whether calls continue responses.
 
         Raises:
           ValueError: if the sampler has no prompt_length, and therefore no bound.
         """
         if self.prompt_length is None:
             raise ValueError("most_compilations: only a Sampler with a prompt_length has a bound")
-        sizes = len(ring_sizes(self.prompt_length + params.max_tokens, self.decode_steps))
-        widths = len(row_widths(self.prompt_length, self.prefill_chunk))
-        # Per width: empty_prompts, prefill, and one admit per size. Per size: empty_slots, decode, and
-        # resize to the neighboring sizes. Once: first_tokens.
-        return widths * (2 + sizes) + 2 * sizes + 2 * (sizes - 1) + 1
+        shape = self.shape(params, self.prompt_length)
+        sizes, kinds = len(shape.sizes), [shape.prompts, shape.continued][: 1 + begun]
+        # Per kind of row: first_tokens. Per width: empty_prompts, prefill, and one admit per size. Per
+        # size: empty_slots, decode, and resize to the neighboring sizes.
+        rows = sum(1 + len(kind.widths) * (2 + sizes) for kind in kinds)
+        return rows + 2 * sizes + 2 * (sizes - 1)
 
     def read_statistics(self) -> dict[str, int]:
         """Returns the counts since the last call, and resets them.
@@ -160,19 +174,18 @@ class Sampler:
         Returns:
           By name: steps, the decode steps; live_rows, the live slots summed over the steps; busy_steps
           and busy_live_rows, the same while requests were waiting; rounds, the device calls of decode;
-          prompt_tokens, prefilled; response_tokens.
+          prompt_tokens, prefilled, among them the earlier tokens of responses that were continued;
+          response_tokens, sampled.
         """
         counts, self.statistics = self.statistics, dict.fromkeys(COUNTERS, 0)
         return counts
 
-    def shape(self, params: SamplingParams, limit: int, longest: int) -> Shape:
-        """Returns the shapes of the programs for prompts of up to `longest` tokens, at most `limit`."""
-        return Shape(
-            self.slots, self.decode_steps, self.prefill_chunk, params, limit=limit, longest=longest
-        )
+    def shape(self, params: SamplingParams, limit: int) -> Shape:
+        """Returns the shapes of the programs for prompts of at most `limit` tokens."""
+        return Shape(self.slots, self.decode_steps, self.prefill_chunk, params, limit)
 
     def largest(
-        self, model: Any, params: SamplingParams, mesh: jax.sharding.Mesh
+        self, model: Any, params: SamplingParams, mesh: jax.sharding.Mesh, begun: bool = False
     ) -> dict[str, tuple[jax.stages.Wrapped, dict[str, Any], dict[str, Any]]]:
         """Returns the programs at their largest shapes, to be compiled without weights.
 
@@ -180,6 +193,8 @@ class Sampler:
           model: ShapeDtypeStructs of the weights, with their shardings.
           params: how to sample.
           mesh: the mesh to compile for.
+          begun: whether calls continue responses. The largest rows to prefill then hold prompt and
+            response.
 
         Returns:
           For prefill, first_tokens, admit and decode, by name: the jitted function; its arguments in
@@ -192,12 +207,13 @@ class Sampler:
             raise ValueError("largest: only a Sampler with a prompt_length has largest programs")
         dtype = self.compute.dtype
         with jax.set_mesh(mesh):
-            shape = self.shape(params, self.prompt_length, self.prompt_length)
+            shape = self.shape(params, self.prompt_length)
+            row = shape.continued if begun else shape.prompts
             slots = jax.eval_shape(
                 lambda m: self.programs["empty_slots"](m, self.slots, shape.sizes[-1]), model
             )
             rows = jax.eval_shape(
-                lambda m: empty_prompts(m, shape.together, shape.width, dtype), model
+                lambda m: empty_prompts(m, row.together, row.widths[-1], dtype), model
             )
 
         place = partial(_abstract, mesh)
@@ -212,13 +228,15 @@ class Sampler:
         slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
         rows = placed(rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        prompts = ints(shape.together)
+        numbers = ints(shape.prompts.together, params.samples)
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
-        chunk = {"tokens": ints(shape.together, shape.chunk), "start": ints(), "lengths": prompts}
-        hidden = jax.ShapeDtypeStruct((shape.together, model.config.hidden_size), dtype)
+        chunk = {"tokens": ints(row.together, row.chunk), "start": ints()}
+        chunk["lengths"] = ints(row.together)
+        hidden = jax.ShapeDtypeStruct((shape.prompts.together, model.config.hidden_size), dtype)
         prefill = {"sampler weights": model, "prompts": rows, **chunk}
-        first = {"sampler weights": model, "hidden": place(hidden), "key": key, "ids": prompts}
+        first = {"sampler weights": model, "hidden": place(hidden), "key": key}
+        first |= dict.fromkeys(("prompt numbers", "sample numbers", "token numbers"), numbers)
         admit = {"caches": slots, "prompts": rows, "arrivals": arrivals}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
         calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -235,6 +253,7 @@ class Sampler:
         params: SamplingParams,
         key: jax.Array,
         limits: np.ndarray | None = None,
+        begun: Mapping[int, Rollouts] | None = None,
     ) -> Rollouts:
         """Samples `params.samples` responses to each prompt.
 
@@ -244,20 +263,26 @@ class Sampler:
           key: PRNG key. A response depends on the key, on the prompt's position in the list, and on the
             number of the sample.
           limits: int [prompts, samples], maximum tokens of each response, 1 to params.max_tokens;
-            default: params.max_tokens.
+            default: params.max_tokens. Tokens that `begun` holds count.
+          begun: the samples of some prompts so far, by the prompt's position in the list, as an earlier
+            call or `Flight.stop` returned them, with any weights. A response that is neither finished
+            nor at its limit goes on after its last token; the others are returned as they are. Random
+            numbers depend on a token's place in the response: under the key and the weights of the
+            earlier call, a response equals the unbroken one, see the module's docstring.
 
         Returns:
           Rollouts, ordered by prompt, then by sample.
 
         Raises:
           ValueError: if there are no prompts; if a prompt is empty, longer than `prompt_length`, or
-            contains ids outside the vocabulary; if `limits` has another shape or range; if `params` does
-            not fit the model; if the model does not fit the mesh. Nothing has been sampled yet.
+            contains ids outside the vocabulary; if `limits` has another shape or range; if `begun` does
+            not fit the prompts and `params`; if `params` does not fit the model; if the model does not
+            fit the mesh. Nothing has been sampled yet.
           RuntimeError: if no weights are loaded.
         """
         if not len(prompts):
             raise ValueError("no prompts to sample from")
-        groups = dict(self.stream(prompts, params, key, limits=limits))
+        groups = dict(self.stream(prompts, params, key, limits=limits, begun=begun))
         return Rollouts.concatenate([groups[i] for i in range(len(prompts))])
 
     def stream(
@@ -267,18 +292,21 @@ class Sampler:
         key: jax.Array,
         places: Sequence[int] | None = None,
         limits: np.ndarray | None = None,
-    ) -> Iterator[tuple[int, Rollouts]]:
+        begun: Mapping[int, Rollouts] | None = None,
+    ) -> Flight:
         """Samples like `generate` and yields each prompt's responses as soon as the last one has ended.
 
-        The iterator may be abandoned at any time; what it has yielded stays valid.
+        The iterator may be abandoned at any time; what it has yielded stays valid. `Flight.stop` ends
+        the call and returns what is begun.
 
         Args:
-          prompts, params, key, limits: as for `generate`. `prompts` may be empty.
+          prompts, params, key, limits, begun: as for `generate`. `prompts` may be empty.
           places: an integer per prompt that takes the role of its position in the list, for prompts that
             are part of a longer list; default: 0, 1, 2, …
 
         Returns:
-          An iterator over (position of the prompt in `prompts`, Rollouts of its samples).
+          An iterator over (position of the prompt in `prompts`, Rollouts of its samples). Responses to
+          begun prompts are prefilled first, then the other prompts in their order.
 
         Raises:
           ValueError: as for `generate`.
@@ -291,7 +319,8 @@ class Sampler:
         check_params(params, self.model.config)
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
         requests = check_requests(places, limits, len(prompts), params)
-        return Flight(self, prompts, params, key, *requests, limit).run()
+        check_begun(begun or {}, prompts, params, self.model.config)
+        return Flight(self, prompts, params, key, *requests, limit, begun or {})
 
 
 def _abstract(mesh, x, axes=()):

@@ -1,48 +1,61 @@
 """The host side of one call of the sampler: moves requests from the queue through the slots.
 
-`Flight.run` repeats four steps: assign free slots to waiting requests (`_fill`), start a device call of
+A `Flight` repeats four steps: assign free slots to waiting requests (`_fill`), start a device call of
 decode steps (`_decode`), yield the groups of samples that are complete while the device works, and read
 the tokens that it has sampled (`_read`).
 
-Axis letters: S decode steps per device call, B slots, R response tokens (max_tokens), L layers, k
-experts per token.
+Axis letters: S decode steps per device call, B slots, R response tokens (max_tokens), G samples of a
+prompt.
 """
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drpo_jax.sampler.groups import Group, copy_rollouts, empty_record, empty_rollouts
 from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.slots import Arrivals, Round
 from drpo_jax.sampler.token import Sampled, SamplingParams
 
-Record = dict[str, np.ndarray]
+
+class _Row(NamedTuple):
+    """A row of tokens to prefill.
+
+    Attributes:
+      prompt: index into the prompts of the call.
+      samples: the samples that begin after these tokens.
+      tokens: the prompt, followed by the earlier tokens of a sample that is continued.
+    """
+
+    prompt: int
+    samples: list[int]
+    tokens: Sequence[int]
 
 
-@dataclasses.dataclass
-class _Request:
-    """A sample whose prompt is prefilled and whose first token is known.
+class _Request(NamedTuple):
+    """A sample whose row is prefilled and whose next token is known.
 
     Attributes:
       prompt: index into the prompts of the call.
       sample: number of the sample.
-      row: row of the prefilled prompts.
-      first: what was recorded for the first token, by name.
+      row: the prefilled row.
     """
 
     prompt: int
     sample: int
     row: int
-    first: dict[str, Any]
 
 
 class Flight:
-    """The host side of one call of `Sampler.stream`.
+    """The host side of one call of `Sampler.stream`: an iterator over the groups that it completes.
+
+    It yields (index of a prompt, Rollouts of its samples) in the order of completion. A group is
+    complete when each of its responses has ended with a stop token or is at its limit.
 
     Args:
       sampler: the `Sampler`; provides the compiled programs, the weights and the sizes.
@@ -52,17 +65,19 @@ class Flight:
       places: int32 [prompts], numbers of the prompts, which determine the random numbers.
       limits: int32 [prompts, samples], maximum tokens of each response.
       limit: maximum tokens of a prompt; determines the width of the returned arrays.
+      begun: samples so far, by the index of their prompt.
 
     Attributes:
       device: `Slots`; None before the first sequence.
-      rows: caches of the latest prefilled prompts; None when no request waits.
-      waiting: requests whose prompt is prefilled.
-      next_prompt: index of the next prompt to prefill.
+      rows: caches of the latest prefilled rows; None when no request waits.
+      continued: rows of responses to continue, the longest first; they are prefilled before `fresh`.
+      fresh: rows of prompts.
+      waiting: requests whose row is prefilled.
       requests: the request of each slot; None for free slots.
       lengths, counts, limits: int32 [B], the host's copy of the fields of `Slots`.
       record: what was recorded for the sequences in the slots, arrays [B, R, …] by name.
-      groups: from the index of a prompt to the records [samples, R, …] of its ended samples.
-      prompt_routes: from the index of a prompt to the experts that its tokens visited, [tokens, L, k].
+      sampled: what the device call in progress will have sampled; None between calls.
+      groups: the groups that are begun and not complete, by the index of their prompt.
       complete: (index of the prompt, Rollouts) of complete groups that are still to be yielded.
     """
 
@@ -75,41 +90,74 @@ class Flight:
         places: np.ndarray,
         limits: np.ndarray,
         limit: int,
+        begun: Mapping[int, Rollouts],
     ):
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.key, self.places, self.all_limits, self.loads = key, places, limits, sampler.loads
         self.config, self.version, self.limit = sampler.model.config, sampler.version, limit
-        shape = sampler.shape(params, limit, max(map(len, prompts), default=1))
-        self.chunk, self.width, self.together = shape.chunk, shape.width, shape.together
-        self.sizes = shape.sizes
+        self.shape = sampler.shape(params, limit)
         slots = sampler.slots
         self.device: Any = None
         self.rows: list[Any] | None = None
         self.waiting: deque[_Request] = deque()
-        self.next_prompt = 0
         self.requests: list[_Request | None] = [None] * slots
         self.lengths, self.counts, self.limits = np.zeros((3, slots), np.int32)
-        self.record = self._empty_record(slots)
-        self.groups: dict[int, Record] = {}
-        self.prompt_routes: dict[int, np.ndarray] = {}
-        self.complete: list[tuple[int, Rollouts]] = []
+        self.record = empty_record(slots, params, self.config)
+        self.sampled: Round | None = None
+        self.groups: dict[int, Group] = {}
+        self.complete: deque[tuple[int, Rollouts]] = deque()
+        self.continued: deque[_Row] = deque()
+        self.fresh: deque[_Row] = deque()
+        for index, prompt in enumerate(prompts):
+            if index in begun:
+                self._take_up(index, begun[index])
+            else:
+                self.fresh.append(_Row(index, list(range(params.samples)), prompt))
+        self.continued = deque(sorted(self.continued, key=lambda row: -len(row.tokens)))
+        self._iterator = self._run()
 
-    def run(self) -> Iterator[tuple[int, Rollouts]]:
-        """Yields (index of a prompt, Rollouts of its samples) in the order of completion."""
+    def __iter__(self) -> Iterator[tuple[int, Rollouts]]:
+        return self
+
+    def __next__(self) -> tuple[int, Rollouts]:
+        return next(self._iterator)
+
+    def stop(self) -> list[tuple[int, Rollouts]]:
+        """Ends the call.
+
+        Returns:
+          (index of the prompt, Rollouts) of the groups that are begun and were not yielded, in the order
+          of their prompts. Every token that was sampled is part of them, and `Sampler.stream` continues
+          them. Prompts that are missing here and among what was yielded are not begun.
+        """
+        if self.sampled is not None:
+            self._read()
+        self._iterator.close()
+        for slot, request in enumerate(self.requests):
+            if request:
+                self._leave(slot, request)
+        self.waiting.clear()
+        begun = [*self.complete, *((i, group.rollouts) for i, group in self.groups.items())]
+        self.device = self.rows = None
+        self.complete.clear()
+        self.groups.clear()
+        return sorted(begun, key=lambda group: group[0])
+
+    def _run(self) -> Generator[tuple[int, Rollouts]]:
         while True:
             self._fill()
-            busy = self._requests_wait()
-            sampled = self._decode(busy) if any(self.requests) else None
-            complete, self.complete = self.complete, []
-            yield from complete  # The caller works on these while the device decodes.
-            if sampled is None:
+            if any(self.requests):
+                self._decode()
+            while self.complete:  # The caller works on these while the device decodes.
+                yield self.complete.popleft()
+            if self.sampled is None:
                 return
-            self._read(sampled, busy)
+            self._read()
 
     # ------------------------------------------------------------------------------- admission
 
     def _requests_wait(self) -> bool:
-        return bool(self.waiting) or self.next_prompt < len(self.prompts)
+        return bool(self.waiting or self.continued or self.fresh)
 
     def _fill(self) -> None:
         """Assigns free slots to requests until either runs out."""
@@ -117,7 +165,7 @@ class Flight:
         while free and self._requests_wait():
             if not self.waiting:
                 self._prefill()
-            arrivals = Arrivals(*np.zeros((6, len(self.requests)), np.int32))
+            arrivals = Arrivals(*np.zeros((7, len(self.requests)), np.int32))
             arrivals.source[:] = -1
             while free and self.waiting:
                 slot = free.pop()
@@ -133,22 +181,24 @@ class Flight:
         """Puts a request into a slot and fills in its row of `arrivals`.
 
         Returns:
-          False if the response has already ended with its first token, so that the slot stays free.
+          False if the response has already ended with its latest token, so that the slot stays free.
         """
+        rollouts = self.groups[request.prompt].rollouts
+        count = rollouts.response_lengths[request.sample]
+        length = len(self.prompts[request.prompt]) + count - 1
+        token = rollouts.tokens[request.sample, length]
         self.requests[slot] = request
-        self.lengths[slot] = len(self.prompts[request.prompt])
+        self.lengths[slot], self.counts[slot] = length, count
         self.limits[slot] = self.all_limits[request.prompt, request.sample]
-        self.counts[slot] = 1
-        for name, value in request.first.items():
-            self.record[name][slot, 0] = value
-        self.record["version"][slot, 0] = self.version
+        self.record["tokens"][slot, count - 1] = token
         if self._ended(slot):
             self._leave(slot, request)
             return False
         for name, value in (
             ("source", request.row),
-            ("last", request.first["tokens"]),
-            ("lengths", self.lengths[slot]),
+            ("last", token),
+            ("lengths", length),
+            ("counts", count),
             ("limits", self.limits[slot]),
             ("prompt", self.places[request.prompt]),
             ("sample", request.sample),
@@ -157,46 +207,71 @@ class Flight:
         return True
 
     def _prefill(self) -> None:
-        """Prefills the next prompts and queues their samples."""
-        params, start = self.params, self.next_prompt
-        prompts = self.prompts[start : start + self.together]
-        self.next_prompt += len(prompts)
-        tokens = np.zeros((self.together, self.width), np.int32)
-        lengths = np.zeros(self.together, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, self.width - len(prompt) :] = prompt
-            lengths[row] = len(prompt)
-        ids = np.resize(self.places[start : start + len(prompts)], self.together)
+        """Prefills the next rows, and samples and queues one token of each of their samples."""
+        if self.continued:
+            queue, shape, each = self.continued, self.shape.continued, 1
+            width = shape.width(len(queue[0].tokens))  # the longest
+        else:
+            queue, shape, each = self.fresh, self.shape.prompts, self.params.samples
+            width = shape.width(max(map(len, self.prompts)))
+        rows = [queue.popleft() for _ in range(min(len(queue), shape.together))]
+        tokens = np.zeros((shape.together, width), np.int32)
+        lengths = np.zeros(shape.together, np.int32)
+        numbers = np.zeros((3, shape.together, each), np.int32)
+        for i, row in enumerate(rows):
+            lengths[i] = len(row.tokens)
+            tokens[i, width - lengths[i] :] = row.tokens
+            earlier = lengths[i] - len(self.prompts[row.prompt])
+            samples = row.samples if each == 1 else range(each)
+            for number, value in zip(numbers, (self.places[row.prompt], samples, earlier)):
+                number[i] = value
         self.rows = None
         self.rows = self._call(
-            "empty_prompts", self._model(), self.together, self.width, self.sampler.compute.dtype
+            "empty_prompts", self._model(), shape.together, width, self.sampler.compute.dtype
         )
-        begin = (self.width - lengths.max()) // self.chunk * self.chunk
+        begin = (width - lengths.max()) // shape.chunk * shape.chunk
         chunks = []
-        for at in range(begin, self.width, self.chunk):
+        for at in range(begin, width, shape.chunk):
             self.rows, hidden, visited = self._call(
                 "prefill",
                 self._model(),
                 self.rows,
-                tokens[:, at : at + self.chunk],
+                tokens[:, at : at + shape.chunk],
                 np.int32(at),
                 lengths,
-                record=params.routes,
+                record=self.params.routes,
             )
             chunks.append(visited)
-        first = self._call("first_tokens", self._model(), hidden, self.key, ids, params=params)
+        first = self._call(
+            "first_tokens", self._model(), hidden, self.key, *numbers, params=self.params
+        )
         first, chunks = jax.device_get((first, chunks))
-        if params.routes:
-            experts = np.concatenate(chunks, axis=1)
-            for row, prompt in enumerate(prompts):
-                self.prompt_routes[start + row] = experts[row, experts.shape[1] - len(prompt) :]
-        first = _by_name(first)
-        for row in range(len(prompts)):
-            for sample in range(params.samples):
-                at = row * params.samples + sample
-                one = {name: values[at] for name, values in first.items()}
-                self.waiting.append(_Request(start + row, sample, row, one))
+        experts = np.concatenate(chunks, axis=1) if self.params.routes else None
+        for i, row in enumerate(rows):
+            mine = {name: v[i * each :][:each] for name, v in _by_name(first).items()}
+            self._begin(row, i, mine)
+            if experts is not None:
+                for sample in row.samples:
+                    read = experts[i, experts.shape[1] - lengths[i] :]
+                    self.groups[row.prompt].add_routes(sample, read)
         self.sampler.statistics["prompt_tokens"] += int(lengths.sum())
+
+    def _begin(self, row: _Row, i: int, first: dict[str, np.ndarray]) -> None:
+        """Records the tokens that prefill sampled, and queues the samples.
+
+        Args:
+          row: the row, and `i` its number among the prefilled ones.
+          first: arrays by name, [1, …] for a response that is continued, else [G, …].
+        """
+        if row.prompt not in self.groups:
+            self.groups[row.prompt] = Group(
+                self._empty_rollouts(row.prompt), np.ones(self.params.samples, bool)
+            )
+        for sample in row.samples:
+            record = {name: values[sample % len(values)][None] for name, values in first.items()}
+            self._store(row.prompt, sample, record)
+            self.waiting.append(_Request(row.prompt, sample, i))
+        self.sampler.statistics["response_tokens"] += len(row.samples)
 
     def _fit(self) -> None:
         """Resizes the rings for the next device call.
@@ -207,16 +282,15 @@ class Flight:
         live = [slot for slot, request in enumerate(self.requests) if request]
         left = (self.limits - self.counts)[live]
         need = np.max(self.lengths[live] + np.minimum(self.sampler.decode_steps, left))
-        size = next(i for i, size in enumerate(self.sizes) if size >= need)
+        sizes = self.shape.sizes
+        size = next(i for i, columns in enumerate(sizes) if columns >= need)
         if self.device is None:
-            self.device = self._call(
-                "empty_slots", self._model(), len(self.requests), self.sizes[size]
-            )
+            self.device = self._call("empty_slots", self._model(), len(self.requests), sizes[size])
             return
-        now = self.sizes.index(self.device.columns())
-        while now < size or (now > size and 2 * self.sizes[size] <= self.sizes[now]):
+        now = sizes.index(self.device.columns())
+        while now < size or (now > size and 2 * sizes[size] <= sizes[now]):
             now += 1 if now < size else -1
-            self._resize(self.sizes[now])
+            self._resize(sizes[now])
 
     def _resize(self, columns: int) -> None:
         """Resizes the rings layer by layer, so that only one layer is in memory twice."""
@@ -230,49 +304,48 @@ class Flight:
 
     # ------------------------------------------------------------------------------- decoding
 
-    def _decode(self, busy: bool) -> Round:
-        """Starts a device call of decode steps and returns what it will have sampled.
+    def _decode(self) -> None:
+        """Starts a device call of decode steps.
 
-        Args:
-          busy: whether requests wait. The call then ends early, once an eighth of the slots is free.
+        While requests wait, it ends early, once an eighth of the slots is free.
         """
         slots = len(self.requests)
         self._fit()
         live = np.array([request is not None for request in self.requests])
         left = (self.limits - self.counts)[live].max()
         steps = np.int32(min(self.sampler.decode_steps, left))
-        floor = np.int32(slots - max(1, slots // 8) if busy else 0)
-        self.device, sampled = self._call(
+        floor = np.int32(slots - max(1, slots // 8) if self._requests_wait() else 0)
+        self.device, self.sampled = self._call(
             "decode", self._model(), self.device, self.key, steps, floor, params=self.params
         )
-        return sampled
 
-    def _read(self, sampled: Round, busy: bool) -> None:
-        """Records what a device call sampled and frees the slots of sequences that have ended."""
-        live, tokens, experts = jax.device_get(sampled)
+    def _read(self) -> None:
+        """Records what the device call sampled and frees the slots of sequences that have ended."""
+        live, tokens, experts = jax.device_get(self.sampled)
+        self.sampled = None
         steps, slots = np.nonzero(live)
         places = self.counts[slots] + steps
         for name, values in _by_name(tokens).items():
             self.record[name][slots, places] = values[steps, slots]
         if self.params.routes:  # The experts belong to the token that the step has read.
             self.record["routes"][slots, places - 1] = experts[steps, slots]
-        self.record["version"][slots, places] = self.version
         sampled_counts = live.sum(axis=0)
         self.lengths += sampled_counts
         self.counts += sampled_counts
-        self._count(live, busy)
+        self._count(live)
         for slot, request in enumerate(self.requests):
             if request and self._ended(slot):
                 self._leave(slot, request)
 
-    def _count(self, live: np.ndarray, busy: bool) -> None:
+    def _count(self, live: np.ndarray) -> None:
         """Adds one device call to the statistics; `live` is bool [S, B]."""
         steps, rows = int(live.any(axis=1).sum()), int(live.sum())
         statistics = self.sampler.statistics
         statistics["rounds"] += 1
         statistics["steps"] += steps
         statistics["live_rows"] += rows
-        if busy:
+        statistics["response_tokens"] += rows
+        if self._requests_wait():
             statistics["busy_steps"] += steps
             statistics["busy_live_rows"] += rows
 
@@ -284,71 +357,41 @@ class Flight:
 
     # ------------------------------------------------------------------------------- responses
 
+    def _take_up(self, index: int, begun: Rollouts) -> None:
+        """Queues the samples of a prompt that are to be continued, or the prompt as complete."""
+        rollouts = copy_rollouts(begun, self._empty_rollouts(index))
+        open_ = ~rollouts.finished & (rollouts.response_lengths < self.all_limits[index])
+        if not np.any(open_):
+            self.complete.append((index, rollouts))
+            return
+        self.groups[index] = Group(rollouts, open_)
+        started = rollouts.response_lengths > 0
+        ends = len(self.prompts[index]) + rollouts.response_lengths
+        for sample in np.flatnonzero(open_ & started).tolist():
+            tokens = rollouts.tokens[sample, : ends[sample]].tolist()
+            self.continued.append(_Row(index, [sample], tokens))
+        if samples := np.flatnonzero(open_ & ~started).tolist():
+            self.fresh.append(_Row(index, samples, self.prompts[index]))
+
     def _leave(self, slot: int, request: _Request) -> None:
-        """Moves an ended sequence from its slot to the group of its prompt."""
-        count = self.counts[slot]
+        """Moves a sequence from its slot to the group of its prompt."""
         self.requests[slot] = None
-        if request.prompt not in self.groups:
-            samples = self.params.samples
-            lengths = {"response_lengths": np.zeros(samples, np.int32)}
-            self.groups[request.prompt] = self._empty_record(samples) | lengths
         group = self.groups[request.prompt]
-        for name, values in self.record.items():
-            group[name][request.sample, :count] = values[slot, :count]
-        group["routes"][request.sample, count - 1] = -1  # The model has not read the last token.
-        group["response_lengths"][request.sample] = count
-        self.sampler.statistics["response_tokens"] += int(count)
-        if np.all(group["response_lengths"]):
-            rollouts = self._rollouts(request.prompt, self.groups.pop(request.prompt))
-            self.complete.append((request.prompt, rollouts))
+        stored, count = group.rollouts.response_lengths[request.sample], self.counts[slot]
+        record = {name: values[slot, stored:count] for name, values in self.record.items()}
+        # A step records the experts of the token that it reads, the one before the token it samples.
+        record["routes"] = self.record["routes"][slot, stored - 1 : count - 1]
+        self._store(request.prompt, request.sample, record)
+        group.open[request.sample] = False
+        if not np.any(group.open):
+            self.complete.append((request.prompt, self.groups.pop(request.prompt).rollouts))
 
-    def _rollouts(self, prompt: int, group: Record) -> Rollouts:
-        """Returns the samples of a prompt as Rollouts."""
-        tokens, params = self.prompts[prompt], self.params
-        samples, start = params.samples, len(tokens)
-        longest = self.limit + params.max_tokens
-        rows = np.zeros((samples, longest), np.int32)
-        rows[:, :start] = tokens
-        rows[:, start : start + params.max_tokens] = group["tokens"]
-        routes = np.full((samples, longest, *group["routes"].shape[2:]), -1, np.int16)
-        if params.routes:
-            routes[:, :start] = self.prompt_routes.pop(prompt)
-            routes[:, start : start + params.max_tokens] = group["routes"]
-        lengths = group["response_lengths"]
-        ends = group["tokens"][np.arange(samples), lengths - 1]
-        return Rollouts(
-            tokens=rows,
-            prompt_lengths=np.full(samples, start, np.int32),
-            response_lengths=lengths,
-            sampled_logp=group["sampled_logp"],
-            full_logp=group["full_logp"],
-            entropy=group["entropy"],
-            finished=np.isin(ends, params.stop),
-            top_ids=group["top_ids"],
-            top_logp=group["top_logp"],
-            routes=routes,
-            version=group["version"],
-        )
+    def _store(self, prompt: int, sample: int, record: dict[str, np.ndarray]) -> None:
+        self.groups[prompt].store(sample, record, self.version, self.params.stop)
 
-    def _empty_record(self, rows: int) -> Record:
-        """Returns the arrays [rows, R, …] that are recorded for responses.
-
-        They are zeros, and −1 for experts and versions.
-        """
-        params, config = self.params, self.config
-        empty = np.zeros((rows, params.max_tokens), np.float32)
-        top = np.zeros((*empty.shape, params.top_logprobs), np.float32)
-        experts = config.experts_per_token if params.routes else 0
-        return {
-            "tokens": empty.astype(np.int32),
-            "sampled_logp": empty,
-            "full_logp": empty.copy(),
-            "entropy": empty.copy(),
-            "top_ids": top.astype(np.int32),
-            "top_logp": top,
-            "routes": np.full((*empty.shape, config.layers, experts), -1, np.int16),
-            "version": np.full(empty.shape, -1, np.int32),
-        }
+    def _empty_rollouts(self, prompt: int) -> Rollouts:
+        longest = self.limit + self.params.max_tokens
+        return empty_rollouts(self.prompts[prompt], longest, self.params, self.config)
 
     def _model(self):
         if self.sampler.loads != self.loads:

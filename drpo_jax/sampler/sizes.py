@@ -1,11 +1,13 @@
 """The shapes of the sampler's programs, few in number because each one is compiled separately."""
 
+from typing import NamedTuple
+
 import jax
 
 from drpo_jax.parallel import batch_shards
 from drpo_jax.sampler.token import SamplingParams
 
-# Prompts prefilled together; on larger meshes one per device that shares the batch.
+# Rows prefilled together; on larger meshes one per device that shares the batch.
 MOST_PROMPTS = 16
 
 
@@ -32,19 +34,37 @@ def ring_sizes(longest: int, decode_steps: int) -> list[int]:
 
 
 def row_widths(limit: int, chunk: int) -> list[int]:
-    """Returns the numbers of columns that the row of a prompt may have, in ascending order.
+    """Returns the numbers of columns that a row to prefill may have, in ascending order.
 
     Widths are 1, 2, 4, … chunks, up to the number of chunks that holds `limit` tokens.
 
     Args:
-      limit: maximum tokens of a prompt.
-      chunk: tokens of a prompt that are prefilled at once.
+      limit: maximum tokens of a row.
+      chunk: tokens of a row that are prefilled at once.
     """
     chunk = min(chunk, limit)
     widths: list[int] = []
     while not widths or widths[-1] < limit:
         widths.append(min(2 * widths[-1], -(-limit // chunk) * chunk) if widths else chunk)
     return widths
+
+
+class Rows(NamedTuple):
+    """The shapes of the programs that prefill several rows of tokens together.
+
+    Attributes:
+      together: number of rows.
+      chunk: tokens of a row that are prefilled at once.
+      widths: the numbers of columns that a row may have, multiples of `chunk`, in ascending order.
+    """
+
+    together: int
+    chunk: int
+    widths: list[int]
+
+    def width(self, longest: int) -> int:
+        """Returns the smallest width that holds `longest` tokens."""
+        return next(width for width in self.widths if width >= longest)
 
 
 class Shape:
@@ -56,28 +76,26 @@ class Shape:
       prefill_chunk: tokens of a prompt that are prefilled at once.
       params: how the call samples.
       limit: maximum tokens of a prompt.
-      longest: tokens of the longest prompt of the call, at most `limit`.
 
     Attributes:
-      chunk: tokens of a prompt that are prefilled at once.
-      width: columns of the row of a prompt, a multiple of `chunk`.
-      together: prompts that are prefilled together.
+      prompts: the rows of prompts, each of which serves all samples of its group.
+      continued: the rows of responses that are continued: prompt and earlier tokens of one sample each.
       sizes: numbers of columns that the rings may have.
     """
 
     def __init__(
-        self,
-        slots: int,
-        decode_steps: int,
-        prefill_chunk: int,
-        params: SamplingParams,
-        limit: int,
-        longest: int,
+        self, slots: int, decode_steps: int, prefill_chunk: int, params: SamplingParams, limit: int
     ):
-        self.chunk = min(prefill_chunk, limit)
-        self.width = next(w for w in row_widths(limit, self.chunk) if w >= longest)
         mesh = jax.sharding.get_abstract_mesh()
         shards = 1 if mesh.empty else batch_shards(mesh)
-        fill = min(-(-slots // params.samples), max(MOST_PROMPTS, shards))
-        self.together = -(-fill // shards) * shards
-        self.sizes = ring_sizes(limit + params.max_tokens, decode_steps)
+        longest = limit + params.max_tokens
+
+        def rows(sequences: int, tokens: int) -> Rows:
+            fill = min(sequences, max(MOST_PROMPTS, shards))
+            chunk = min(prefill_chunk, tokens)
+            return Rows(-(-fill // shards) * shards, chunk, row_widths(tokens, chunk))
+
+        self.prompts = rows(-(-slots // params.samples), limit)
+        # Prefill samples at least one more token.
+        self.continued = rows(slots, longest - 1)
+        self.sizes = ring_sizes(longest, decode_steps)

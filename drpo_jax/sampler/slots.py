@@ -2,12 +2,13 @@
 
 A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into caches of
 their own. A free slot receives a copy of a prompt's caches (all samples of a prompt receive the
-same ones) and continues from there. `models.cache` explains how rows of different lengths share a clock.
+same ones) and continues from there. A response that is continued is prefilled together with its prompt,
+in a row of its own. `models.cache` explains how rows of different lengths share a clock.
 
 Every function here is compiled by `Sampler`; arguments after the `*` are static.
 
-Axis letters: B slots, P prompts prefilled together, T tokens of a chunk, S decode steps per device call,
-C columns of a ring, D model width, L layers, k experts per token.
+Axis letters: B slots, P rows prefilled together, G samples of a row, T tokens of a chunk, S decode steps
+per device call, C columns of a ring, D model width, L layers, k experts per token.
 """
 
 import dataclasses
@@ -58,13 +59,14 @@ class Arrivals(NamedTuple):
     """Sequences to start, int32 [B] each.
 
     Attributes:
-      source: the row of the prefilled prompts that the slot receives; −1 for slots without an arrival.
-      last, lengths, limits, prompt, sample: the slot's new state, as in `Slots`.
+      source: the prefilled row that the slot receives; −1 for slots without an arrival.
+      last, lengths, counts, limits, prompt, sample: the slot's new state, as in `Slots`.
     """
 
     source: jax.Array
     last: jax.Array
     lengths: jax.Array
+    counts: jax.Array
     limits: jax.Array
     prompt: jax.Array
     sample: jax.Array
@@ -141,28 +143,30 @@ def first_tokens(
     model: Transformer,
     hidden_PxD: jax.Array,
     key: jax.Array,
-    ids_P: jax.Array,
+    prompts_PxG: jax.Array,
+    samples_PxG: jax.Array,
+    counts_PxG: jax.Array,
     *,
     params: SamplingParams,
     compute: Compute,
 ) -> Sampled:
-    """Samples the first token of every sample of the prompts.
+    """Samples the next token of G samples of every prefilled row.
 
     Args:
       model: the model.
       hidden_PxD: hidden states from the last chunk of `prefill`.
       key: PRNG key of the call.
-      ids_P: int32, numbers of the prompts, which determine the random numbers.
+      prompts_PxG, samples_PxG, counts_PxG: int32, the number of the prompt, of the sample, and of
+        the token in its response, which determine the random numbers.
       params: how to sample.
       compute: how to compute.
 
     Returns:
-      `Sampled` with arrays [P · samples, …], ordered by prompt, then by sample.
+      `Sampled` with arrays [P · G, …], ordered by row, then by sample.
     """
-    logits = model.logits(hidden_PxD, compute)
-    samples = jnp.tile(jnp.arange(params.samples), len(ids_P))
-    uniform = _uniform(key, jnp.repeat(ids_P, params.samples), samples, jnp.zeros_like(samples))
-    return _replicated(sample_token(jnp.repeat(logits, params.samples, axis=0), uniform, params))
+    logits = jnp.repeat(model.logits(hidden_PxD, compute), prompts_PxG.shape[1], axis=0)
+    numbers = (x.reshape(-1) for x in (prompts_PxG, samples_PxG, counts_PxG))
+    return _replicated(sample_token(logits, _uniform(key, *numbers), params))
 
 
 def admit(slots: Slots, prompts: list[Any], arrivals: Arrivals) -> Slots:
@@ -207,9 +211,9 @@ def admit(slots: Slots, prompts: list[Any], arrivals: Arrivals) -> Slots:
     caches = local(slots.caches, prompts, arrivals.source, slots.clock)
     fields = {
         name: jnp.where(new, getattr(arrivals, name), getattr(slots, name))
-        for name in ("last", "lengths", "limits", "prompt", "sample")
+        for name in arrivals._fields[1:]
     }
-    fields |= {"counts": jnp.where(new, 1, slots.counts), "live": slots.live | new}
+    fields["live"] = slots.live | new
     return dataclasses.replace(slots, caches=caches, **_replicated(fields))
 
 

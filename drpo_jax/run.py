@@ -23,7 +23,7 @@ from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import BackgroundWriter, path_of
 
 # Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
-INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
+INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE, DRAW = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +174,25 @@ class Run:
         for count, (index, rollouts) in enumerate(stream):
             if count % check_every == 0:
                 self.interrupts.check()
-            if index not in own:
-                yield Group(index, rollouts, [], None)
-                continue
-            texts, problem = rollouts.texts(self.tokenizer), problems[index]
-            questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)
-            pending = rewards.submit(self.reward, questions, texts, answers)
-            yield Group(index, rollouts, texts, pending)
+            yield self.verification(index, problems[index], rollouts, index in own)
+
+    def verification(
+        self, index: int, problem: data.Problem, rollouts: Rollouts, own: bool
+    ) -> Group:
+        """Starts verifying the responses to a problem, if that is this process's task.
+
+        Args:
+          index: identifies the group among others.
+          problem: the problem.
+          rollouts: all responses to it.
+          own: whether this process verifies them; False if another one does.
+        """
+        if not own:
+            return Group(index, rollouts, [], None)
+        texts = rollouts.texts(self.tokenizer)
+        questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)
+        pending = rewards.submit(self.reward, questions, texts, answers)
+        return Group(index, rollouts, texts, pending)
 
 
 @contextlib.contextmanager

@@ -183,7 +183,8 @@ def test_the_published_aggregations_are_those_of_the_rows():
 @each
 def test_metrics_exist(page):
     families = (
-        "reward|response|weight|policy|mismatch|eval|by_mu|time|compile|updates|router|sampler|sync"
+        "reward|response|weight|policy|mismatch|eval|by_mu|time|compile|updates|router|sampler|sync|"
+        "sampling"
     )
     for name in re.findall(rf"`((?:{families})/[a-z_/]+)`", page.read_text("utf-8")):
         assert describe(name).definition, f"{name}: there is no such metric"

@@ -21,7 +21,13 @@ be right.
 """
 
 from drpo_jax.config.checks import validate
-from drpo_jax.config.objective import boundary, objective_hyper, objective_summary, with_hyper
+from drpo_jax.config.objective import (
+    boundary,
+    learns_from_equal_rewards,
+    objective_hyper,
+    objective_summary,
+    with_hyper,
+)
 from drpo_jax.config.resolve import resolve
 from drpo_jax.config.sections import (
     default_config,
@@ -52,6 +58,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "from_json",
+    "learns_from_equal_rewards",
     "objective_hyper",
     "objective_summary",
     "resolve",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from drpo_jax import data
-from drpo_jax.config.objective import objective_hyper
+from drpo_jax.config.objective import learns_from_equal_rewards, objective_hyper
 from drpo_jax.config.sections import field_table, flatten, suggest
 from drpo_jax.errors import BadInput
 from drpo_jax.models.attention import attention_kernel
@@ -152,6 +152,26 @@ def _batches(check: Check) -> None:
     check.divides("train.mini_batch_prompts", "train.prompts")
     check.divides("train.micro_batch", "train.mini_batch_prompts", factor=check["train.samples"])
     check.divides("sft.micro_batch", "sft.batch")
+
+
+def _groups(check: Check) -> None:
+    """Dynamic sampling compares the rewards of a group; a budget of tokens ends before the limit."""
+    dynamic = check["train.dynamic_sampling"]
+    check.require(
+        not dynamic or check["train.samples"] >= 2,
+        "train.dynamic_sampling train.samples",
+        "the rewards of a group are compared; set samples to at least 2",
+    )
+    check.require(
+        not (dynamic and check["train.shuffle_rewards"]),
+        "train.dynamic_sampling train.shuffle_rewards",
+        "groups would be chosen by the rewards that the control experiment hides; set one of them",
+    )
+    check.require(
+        check["train.partial_tokens"] < check["sampler.max_response_length"],
+        "train.partial_tokens sampler.max_response_length",
+        "a budget at or above the limit of a response has no effect; set 0, or a lower one",
+    )
 
 
 def _objective(check: Check) -> None:
@@ -368,6 +388,7 @@ RULES = (
     _experts,
     _mesh,
     _batches,
+    _groups,
     _objective,
     _prefix,
     _around_the_objective,
@@ -385,6 +406,14 @@ def _warn(values: Mapping[str, Any]) -> None:
     """Warns about settings that run but defeat the purpose of the objective."""
     name, aggregation = values["objective.name"], values["objective.aggregation"]
     objective = OBJECTIVES[name]
+    field = learns_from_equal_rewards(values)
+    if field and values["train.dynamic_sampling"]:
+        logging.warning(
+            "train.dynamic_sampling drops no group: under %s = %r, responses with equal rewards have a "
+            "gradient as well.",
+            field,
+            values[field],
+        )
     if objective.fixed_aggregation and objective.aggregation != aggregation:
         logging.warning(
             "objective.aggregation = %r: %s divides the objective of a response by its length only "

@@ -54,6 +54,18 @@ def boundary(config: Mapping[str, Any]) -> float:
     return min((b for b in bounds if b < 1), default=THRESHOLDS["delta"]["boundary"])
 
 
+def learns_from_equal_rewards(config: Mapping[str, Any]) -> str:
+    """Returns the field because of which groups with equal rewards have a gradient, or ""."""
+    values = flatten(config)
+    reasons = {
+        "objective.name": OBJECTIVES[values["objective.name"]].always_penalizes,
+        "objective.kl": values["objective.kl"] != "none",
+        "objective.kl_behavior": values["objective.kl_behavior"] > 0,
+        "objective.entropy_bonus": values["objective.entropy_bonus"] > 0,
+    }
+    return next((field for field, holds in reasons.items() if holds), "")
+
+
 def objective_summary(config: Mapping[str, Any]) -> str:
     """Returns the objective with its hyperparameters, their quantity, and the threshold's reading.
 

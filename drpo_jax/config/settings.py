@@ -35,6 +35,27 @@ class TrainSettings:
         False, "The learner routes tokens to the experts that the sampler chose (R3)."
     )
     epochs: int = field(1, "Passes over each rollout.", POSITIVE)
+    dynamic_sampling: bool = field(
+        False,
+        "Replace groups whose rewards are all equal, until the rollout holds train.prompts others.",
+    )
+    max_draws: int = field(
+        4,
+        "Most problems of a step with dynamic_sampling or partial_tokens, in multiples of "
+        "train.prompts; those that earlier steps left count as well.",
+        POSITIVE,
+    )
+    keep_surplus: bool = field(
+        True,
+        "Complete groups that do not fit into the rollout stay for the next one, instead of being "
+        "dropped.",
+    )
+    partial_tokens: int = field(
+        0,
+        "Tokens that a response gets per step; the next steps continue it with their weights. 0: "
+        "every response ends in the step that begins it.",
+        NOT_NEGATIVE,
+    )
     max_skipped: int = field(
         5,
         "Number of consecutive non-finite updates after which the run stops.",

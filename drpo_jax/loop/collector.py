@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from drpo_jax.loop import parity
-from drpo_jax.loop.rollout import Rollout, Sampled, sample
+from drpo_jax.loop.draws import Draws, chooses_groups
+from drpo_jax.loop.rollout import Rollout, Sampled, below, sample
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
 from drpo_jax.run import Run
@@ -27,11 +28,13 @@ class Collector:
     Attributes:
       sampled: rollouts of steps to come whose verdicts may be in flight, by step, counted from 0.
       ready: verified rollouts of steps to come.
+      draws: the groups that dynamic sampling and partial rollouts leave for steps to come.
     """
 
     def __init__(self) -> None:
         self.sampled: dict[int, Sampled] = {}
         self.ready: dict[int, Rollout] = {}
+        self.draws = Draws()
         self._compared = False  # Whether this process has compared sampler and learner.
 
     def collect(self, run: Run, model: Transformer, step: int, timer: PhaseTimer) -> Rollout:
@@ -48,20 +51,26 @@ class Collector:
         train = run.config.train
         # More than one is missing before the first step, and after train.steps was raised.
         for later in range(step, min(step + train.staleness + 1, train.steps)):
-            if later not in self.ready and later not in self.sampled:
+            if later in self.ready or later in self.sampled:
+                continue
+            if chooses_groups(run.config):
+                rollout = self.draws.sample_and_verify(run, model, later, step, timer)
+                self.ready[later] = self._scored(run, model, later, rollout, timer)
+            else:
                 sampled = sample(run, model, later, step, timer)
-                if train.staleness:
-                    sampled = self._scored(run, model, later, sampled, timer)
-                self.sampled[later] = sampled
+                self.sampled[later] = self._scored(run, model, later, sampled, timer)
         if step in self.sampled:
             with timer("reward"):
                 self.ready[step] = self.sampled.pop(step).verify()
         return self.ready.pop(step)
 
-    def _scored(
-        self, run: Run, model: Transformer, step: int, sampled: Sampled, timer: PhaseTimer
-    ) -> Sampled:
-        """Adds the scores by the weights that sampled a rollout, if anything is measured with them."""
+    def _scored(self, run, model, step, sampled, timer):
+        """Adds the scores of a Sampled or a Rollout that only a later step will learn from.
+
+        They are those by the weights that sampled it, if anything is measured with them.
+        """
+        if not run.config.train.staleness:
+            return sampled
         compare = not self._compared and run.config.sampler.parity != "off"
         if not compare and not parity.is_measured(run.config, step):
             return sampled
@@ -80,20 +89,21 @@ class Collector:
         """
         for step in sorted(self.sampled):
             self.ready[step] = self.sampled.pop(step).verify()
-        return {
+        ready = {
             f"ready.{step}.{name}": array
             for step, rollout in self.ready.items()
             for name, array in rollout.state().items()
         }
+        return ready | {f"draws.{name}": array for name, array in self.draws.state().items()}
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Collector":
         """Returns the collector whose `state` the arrays are."""
         collector = cls()
         parts: dict[int, dict[str, np.ndarray]] = {}
-        for name, array in arrays.items():
-            kind, step, field = name.split(".", 2)
-            assert kind == "ready"
+        for name, array in below(arrays, "ready").items():
+            step, field = name.split(".", 1)
             parts.setdefault(int(step), {})[field] = array
+        collector.draws = Draws.restore(below(arrays, "draws"))
         collector.ready = {step: Rollout.restore(part) for step, part in parts.items()}
         return collector

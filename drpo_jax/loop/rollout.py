@@ -115,13 +115,8 @@ class Rollout:
     def state(self) -> dict[str, np.ndarray]:
         """Returns the rollout as arrays without objects, of which `restore` makes the same rollout."""
         arrays = {"reward": self.reward, "added": self.added}
-        arrays |= {
-            f"responses.{f.name}": getattr(self.responses, f.name)
-            for f in dataclasses.fields(Rollouts)
-        }
-        for f in dataclasses.fields(Problem):
-            texts = pack_texts(getattr(problem, f.name) for problem in self.problems)
-            arrays[f"problems.{f.name}.utf8"], arrays[f"problems.{f.name}.ends"] = texts
+        arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
+        arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)
         if self.scores:
@@ -133,20 +128,37 @@ class Rollout:
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Rollout":
         """Returns the rollout whose `state` the arrays are."""
-        texts = [
-            unpack_texts(arrays[f"problems.{f.name}.utf8"], arrays[f"problems.{f.name}.ends"])
-            for f in dataclasses.fields(Problem)
-        ]
         measured = {name: float(value) for name, value in below(arrays, "measured").items()}
         scores = below(arrays, "scores")
         return cls(
-            problems=[Problem(*values) for values in zip(*texts)],
+            problems=unpack_problems(below(arrays, "problems")),
             responses=Rollouts(**below(arrays, "responses")),
             reward=arrays["reward"],
             added=arrays["added"],
             measured=measured,
             scores=SamplingScores(**{"synced_logp": scores["logp"]} | scores) if scores else None,
         )
+
+
+def pack_problems(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
+    """Returns problems as arrays without objects, of which `unpack_problems` makes equal problems.
+
+    The token ids of encoded problems are left out, because they follow from the texts.
+    """
+    arrays = {}
+    for f in dataclasses.fields(Problem):
+        texts = pack_texts(getattr(problem, f.name) for problem in problems)
+        arrays[f"{f.name}.utf8"], arrays[f"{f.name}.ends"] = texts
+    return arrays
+
+
+def unpack_problems(arrays: Mapping[str, np.ndarray]) -> list[Problem]:
+    """Returns the problems that `pack_problems` packed."""
+    texts = [
+        unpack_texts(arrays[f"{f.name}.utf8"], arrays[f"{f.name}.ends"])
+        for f in dataclasses.fields(Problem)
+    ]
+    return [Problem(*values) for values in zip(*texts)]
 
 
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -174,8 +186,9 @@ class Sampled:
 
     def verify(self) -> Rollout:
         """Waits for the verdicts of all processes; every process calls it."""
-        reward, added, metrics = _verify(self.run, self.groups, self.responses.response_lengths)
-        measured = {**self.measured, **metrics}
+        verdicts = verify(self.run, self.groups)
+        measured = {**self.measured, **verifier_metrics(verdicts)}
+        reward, added = verdicts["reward"], verdicts["added"]
         return Rollout(self.problems, self.responses, reward, added, measured, self.scores)
 
 
@@ -190,55 +203,80 @@ def sample(run: Run, model: Transformer, step: int, version: int, timer: PhaseTi
     """
     config, sampler = run.config, run.programs.sampler
     assert run.train_problems is not None  # None only in an evaluation
-    with timer("sync"):
-        noise = run.key(step, NOISE)
-        sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=version)
-    synced_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler.model))
+    measured = synchronize(run, model, step, version, timer)
     with timer("sample"):
         problems = run.train_problems.batch(step, config.train.prompts)
         params, key = run.programs.sampling_params, run.key(step, SAMPLE)
         groups = sorted(run.sample(sampler, problems, params, key), key=lambda group: group.index)
-        sampler.load(None)  # The updates need the memory of its weights.
-        counts = sampler.read_statistics()
+        measured |= unload(run)
         responses = Rollouts.concatenate([group.rollouts for group in groups])
-    measured = {
-        "sync/gigabytes": synced_bytes / 1e9,
-        "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
-        "sampler/decode_steps": counts["steps"],
-    }
     repeated = [problem for problem in problems for _ in range(config.train.samples)]
     return Sampled(run, groups, repeated, responses, measured)
 
 
-def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
+def synchronize(
+    run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
+) -> dict[str, float]:
+    """Loads the policy's weights into the sampler; returns metrics.
+
+    Args: as for `sample`.
+    """
+    sampler = run.programs.sampler
+    with timer("sync"):
+        noise = run.key(step, NOISE)
+        sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=version)
+    return {"sync/gigabytes": sum(leaf.nbytes for leaf in jax.tree.leaves(sampler.model)) / 1e9}
+
+
+def unload(run: Run) -> dict[str, float]:
+    """Frees the memory of the sampler's weights, which the updates need; returns its metrics."""
+    sampler = run.programs.sampler
+    sampler.load(None)
+    counts = sampler.read_statistics()
+    return {
+        "sampler/live_rows": counts["live_rows"]
+        / max(counts["steps"], 1)
+        / run.config.sampler.slots,
+        "sampler/decode_steps": counts["steps"],
+    }
+
+
+def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
     """Waits for the rewards of this process's groups and gathers those of the other processes.
 
     Args:
-      groups: in the order of the rollout.
-      lengths: int32 [N], tokens of each response.
+      groups: in the order of their indices; each has `rewards` on one process.
 
     Returns:
-      float32 [N] verdicts, float32 [N] what is added to them, and the metrics of the verifier.
+      Arrays over all N responses: reward, the verdicts, float32; added, what is added to them, float32;
+      limited, lost and retries of each verdict.
     """
-    pending = [group.rewards for group in groups if group.rewards is not None]
-    verdicts = [verdict for rewards in pending for verdict in rewards.verdicts()]
-    texts = [text for group in groups for text in group.texts]
-    own_lengths = multihost.share(lengths.reshape(-1, run.config.train.samples)).reshape(-1)
+    own = [group for group in groups if group.rewards is not None]
+    verdicts = [verdict for group in own for verdict in group.rewards.verdicts()]
+    texts = [text for group in own for text in group.texts]
+    lengths = [group.rollouts.response_lengths for group in own]
+    samples = run.config.train.samples
     parts = multihost.gather(
         "rewards",
+        index=np.repeat(np.array([group.index for group in own], np.int64), samples),
         reward=np.array([verdict.value for verdict in verdicts], np.float32),
         limited=np.array([verdict.limited for verdict in verdicts], np.float32),
         lost=np.array([verdict.lost for verdict in verdicts], np.float32),
         retries=np.array([verdict.retries for verdict in verdicts], np.int32),
-        added=shaping(run.config, texts, own_lengths),
+        added=shaping(run.config, texts, np.concatenate([np.zeros(0, np.int32), *lengths])),
     )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    metrics = {
-        "reward/limited": arrays["limited"].mean(),
-        "reward/lost": arrays["lost"].mean(),
-        "reward/retries": arrays["retries"].sum(),
+    order = np.argsort(arrays.pop("index"), kind="stable")
+    return {name: values[order] for name, values in arrays.items()}
+
+
+def verifier_metrics(verdicts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns metrics of verdicts, see `verify`."""
+    return {
+        "reward/limited": verdicts["limited"].mean(),
+        "reward/lost": verdicts["lost"].mean(),
+        "reward/retries": verdicts["retries"].sum(),
     }
-    return arrays["reward"], arrays["added"], metrics
 
 
 def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:

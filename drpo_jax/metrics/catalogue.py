@@ -111,6 +111,38 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "Choice of groups",
+        "What dynamic sampling and partial rollouts make of the drawn problems: "
+        "carried before + drawn = train.prompts + dropped + carried + returned.",
+        (
+            Metric(
+                "sampling/drawn", "Drawn problems",
+                "problems to which the step has begun to sample responses", "groups",
+            ),
+            Metric(
+                "sampling/dropped", "Dropped groups",
+                "complete groups that no step learns from: all rewards are equal, or they are surplus "
+                "that is not kept", "groups",
+            ),
+            Metric(
+                "sampling/carried", "Carried groups", "groups that stay for later steps", "groups"
+            ),
+            Metric(
+                "sampling/unfinished", "Unfinished groups",
+                "carried groups with responses that later steps continue", "groups",
+            ),
+            Metric(
+                "sampling/returned", "Returned problems",
+                "problems whose unfinished groups are discarded and sampled anew by the next step",
+                "groups",
+            ),
+            Metric(
+                "sampling/reward", "Reward before the choice",
+                "mean over all responses that the step has verified, dropped groups included",
+            ),
+        ),
+    ),
+    Section(
         "Policy shift",
         "How far π has moved from µ by the time of an update.",
         (

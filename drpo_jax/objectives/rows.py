@@ -42,6 +42,8 @@ class Objective:
       released: whether DRPO's released code runs it at the threshold 12.5 (see `THRESHOLDS`).
       corrects_mismatch: whether its ratio π/µ corrects for the sampler's numerics; µ must then be the
         sampler's.
+      always_penalizes: whether its penalty lacks the factor |Â|, so that tokens with Â = 0 have a
+        gradient.
       unbounded: the objective with the same J, c and w if the boundary is a probability of 1 or more,
         which no token reaches, and the ratio is not capped; None if there is none.
     """
@@ -52,6 +54,7 @@ class Objective:
     fixed_aggregation: bool = False
     released: bool = False
     corrects_mismatch: bool = False
+    always_penalizes: bool = False
     unbounded: str | None = None
 
     @property

@@ -455,7 +455,7 @@ OBJECTIVES: dict[str, Objective] = {
             gspo, boundary="ratio", aggregation="seq-mean-token-mean", fixed_aggregation=True
         ),
         Objective(spo, boundary="ratio", released=True),
-        Objective(spo_no_advantage, boundary="ratio", released=True),
+        Objective(spo_no_advantage, boundary="ratio", released=True, always_penalizes=True),
         Objective(dppo_tv, boundary="probability", aggregation=_DRPO, unbounded="surrogate"),
         Objective(dppo_kl, boundary="nats", aggregation=_DRPO),
         Objective(dppo_topk_tv, boundary="probability", unbounded="surrogate"),
@@ -468,7 +468,13 @@ OBJECTIVES: dict[str, Objective] = {
         Objective(drpo, boundary="probability", aggregation=_DRPO, released=True),
         Objective(drpo_prefix, boundary="probability"),
         Objective(drpo_decoupled, boundary="probability", corrects_mismatch=True),
-        Objective(drpo_no_advantage, boundary="probability", aggregation=_DRPO, released=True),
+        Objective(
+            drpo_no_advantage,
+            boundary="probability",
+            aggregation=_DRPO,
+            released=True,
+            always_penalizes=True,
+        ),
         Objective(
             drpo_no_correction,
             boundary="probability",

@@ -137,13 +137,7 @@ class Draws:
             print(_too_few(step, work), flush=True)
         self.batches = max([self.batches, *(n // size + 1 for n in work.begun)])
         self.pending = [d for d in kept + rest if d.number < self.batches * size]
-        return Rollout(
-            problems=[draw.problem for draw in learned for _ in range(samples)],
-            responses=Rollouts.concatenate([draw.rollouts for draw in learned]),
-            reward=np.concatenate([draw.verdicts["reward"] for draw in learned]),
-            added=np.concatenate([draw.verdicts["added"] for draw in learned]),
-            measured=measured | work.metrics,
-        )
+        return _rollout(learned, samples, measured | work.metrics)
 
     def _draw(self, run: Run) -> tuple[list[Draw], list[Draw]]:
         """Returns the draws of a step, and the rest of the last batch of the stream."""
@@ -300,8 +294,8 @@ class Step:
         if complete:
             self._unverified.append([self._verification(place) for place in complete])
 
-    def _verification(self, place: int) -> Group:
-        """Starts verifying a group on one of the processes."""
+    def _verification(self, place):
+        """Starts verifying a group on one of the processes; returns a Group."""
         draw = self.draws[place]
         own = draw.number % multihost.process_count() == multihost.process_id()
         return self.run.verification(place, draw.problem, draw.rollouts, own)
@@ -353,6 +347,17 @@ class Step:
             self.metrics |= verifier_metrics(verdicts)
             self.metrics["sampling/reward"] = verdicts["reward"].mean()
         return [draws[place] for place in learn], [kept[place] for place in sorted(kept)]
+
+
+def _rollout(draws, samples, measured):
+    """Returns complete draws as a Rollout."""
+    return Rollout(
+        problems=[draw.problem for draw in draws for _ in range(samples)],
+        responses=Rollouts.concatenate([draw.rollouts for draw in draws]),
+        reward=np.concatenate([draw.verdicts["reward"] for draw in draws]),
+        added=np.concatenate([draw.verdicts["added"] for draw in draws]),
+        measured=measured,
+    )
 
 
 def _too_few(step: int, work: Step) -> str:

@@ -252,7 +252,7 @@ def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
       limited, lost and retries of each verdict.
     """
     own = [group for group in groups if group.rewards is not None]
-    verdicts = [verdict for group in own for verdict in group.rewards.verdicts()]
+    verdicts = [v for group in own if group.rewards for v in group.rewards.verdicts()]
     texts = [text for group in own for text in group.texts]
     lengths = [group.rollouts.response_lengths for group in own]
     samples = run.config.train.samples

@@ -3,7 +3,8 @@
 A step of `loop` makes these calls, in this order:
 
     sync                                   once
-    prefill, first_tokens, admit, decode   until every response is sampled
+    prefill, first_tokens, admit, decode   until every response is sampled; the first three also for
+                                           responses that are continued (train.partial_tokens)
     rescore                                per mini-batch, once for log π_old if the updates need it,
                                            and once for the reference of a KL penalty
     update                                 per mini-batch, in every epoch
@@ -21,6 +22,8 @@ from drpo_jax.costs import Program
 from drpo_jax.learner import Batch
 from drpo_jax.parallel import named_sharding
 from drpo_jax.programs import Programs
+
+CONTINUED = "(continued)"  # Marks the programs that continue responses.
 
 
 def needs_old_logp(programs: Programs) -> bool:
@@ -98,9 +101,8 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
     """
     sampler, train = programs.config.sampler, programs.config.train
     prompt, response = sampler.max_prompt_length, sampler.max_response_length
-    largest = programs.sampler.largest(
-        programs.abstract_weights, programs.sampling_params, programs.mesh
-    )
+    new = programs.abstract_weights, programs.sampling_params, programs.mesh
+    largest = programs.sampler.largest(*new)
     prompts_at_once, chunk = largest["prefill"][1]["tokens"].shape
     prefills = -(-train.prompts // prompts_at_once)
     waves = -(-train.prompts * train.samples // sampler.slots)
@@ -110,6 +112,14 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
         "admit": prefills,
         "decode": waves * response / sampler.decode_steps,
     }
+    if train.partial_tokens:
+        continued = programs.sampler.largest(*new, begun=True)
+        del continued["decode"]
+        rows, chunk = continued["prefill"][1]["tokens"].shape
+        prefills = -(-train.prompts * train.samples // rows)  # As if each response were continued.
+        largest |= {f"{name} {CONTINUED}": call for name, call in continued.items()}
+        calls |= {f"{name} {CONTINUED}": prefills for name in continued}
+        calls[f"prefill {CONTINUED}"] *= -(-(prompt + response // 2) // chunk)
     # The buffers of each program stay in device memory while the others run.
     buffers = {
         name: array

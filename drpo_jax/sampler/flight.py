@@ -122,6 +122,17 @@ class Flight:
     def __next__(self) -> tuple[int, Rollouts]:
         return next(self._iterator)
 
+    def rounds(self) -> Iterator[list[tuple[int, Rollouts]]]:
+        """Yields what the iterator yields, in one list per device call; a list may be empty.
+
+        A list is yielded while the next device call is in progress. The first one precedes the device
+        calls: it holds the groups that need none.
+        """
+        for _ in self._calls():
+            complete = list(self.complete)
+            self.complete.clear()
+            yield complete
+
     def stop(self) -> list[tuple[int, Rollouts]]:
         """Ends the call.
 
@@ -144,12 +155,17 @@ class Flight:
         return sorted(begun, key=lambda group: group[0])
 
     def _run(self) -> Generator[tuple[int, Rollouts]]:
+        for _ in self._calls():
+            while self.complete:
+                yield self.complete.popleft()
+
+    def _calls(self) -> Iterator[None]:
+        """Yields once before the first device call has ended, and once after each."""
         while True:
             self._fill()
             if any(self.requests):
                 self._decode()
-            while self.complete:  # The caller works on these while the device decodes.
-                yield self.complete.popleft()
+            yield  # The caller works on complete groups while the device decodes.
             if self.sampled is None:
                 return
             self._read()

@@ -1,0 +1,113 @@
+"""Runs with dynamic sampling, partial rollouts and staleness together, on a real sampler."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from drpo_jax import config as C
+from drpo_jax import loop, rewards
+from drpo_jax.cli import load_config
+from drpo_jax.learner.record import load_rollout, saved_rollouts
+from drpo_jax.loop.draws import Draws
+from drpo_jax.loop.timer import PhaseTimer
+from drpo_jax.metrics import read_metrics
+from drpo_jax.parallel import make_mesh
+
+pytestmark = pytest.mark.slow  # Compiles a model.
+
+FIELDS = {
+    "train.dynamic_sampling": True, "train.partial_tokens": 6, "train.staleness": 1,
+    "train.save_rollout_every": 1, "train.steps": 3, "checkpoint.every": 1, "sampler.decode_steps": 4,
+    "sft.steps": 0, "evaluate.greedy": False, "evaluate.problems": 2, "evaluate.samples": 1,
+    "model.layers": 1, "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
+    "model.mlp_size": 32, "model.load_balance": 0.0, "precision.recipe": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_and_rewarding(compile_quickly):
+    """One device, and a reward that an untrained model receives for about half of its responses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        patch.setitem(rewards.REWARDS, "arithmetic", lambda p, text, a: float(len(text) % 2))
+        yield
+
+
+def config(**fields):
+    flat = C.flatten(load_config(str(Path(__file__).parent / "smallest.py")))
+    return C.resolve(C.from_dict(flat | FIELDS | fields))
+
+
+def results(workdir):
+    """Metrics but times and compilations, and the saved rollouts."""
+    clocks = ("time/", "compile/", "tokens_per_second")
+    records = [
+        {k: v for k, v in record.items() if not k.startswith(clocks)}
+        for record in read_metrics(workdir)
+    ]
+    return records, [load_rollout(path) for path in saved_rollouts(workdir).values()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    loop.train(config(), workdir)
+    return workdir
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, monkeypatch):
+    """The checkpoint holds rollouts that are ready, surplus and unfinished groups."""
+    original = loop.rl_step
+
+    def killed(run, collector, state, step, first):
+        if step == 2:
+            raise Killed
+        return original(run, collector, state, step, first)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.loop, "rl_step", killed)
+        loop.train(config(), tmp_path)
+    loop.train(config(), tmp_path)
+    (ours, rollouts), (theirs, others) = results(tmp_path), results(whole)
+    assert ours == theirs and len(rollouts) == 3
+    for one, two in zip(rollouts, others, strict=True):
+        assert one.keys() == two.keys()
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, two[name], err_msg=name)
+
+
+def test_the_run_drops_carries_and_continues(whole):
+    records, rollouts = results(whole)
+    for name in ("dropped", "carried", "unfinished"):
+        assert sum(r.get(f"sampling/{name}", 0) for r in records) > 0, name
+    assert not any(r.get("sampling/returned") for r in records)
+    assert all(r["reward/informative_groups"] == 1 for r in records[1:])
+    versions = [set(row) - {-1} for r in rollouts for row in r["version"].tolist()]
+    assert max(map(len, versions)) > 1  # Responses that two versions of the weights have sampled.
+
+
+def test_without_updates_the_groups_are_those_of_an_unbroken_sampler(tmp_path):
+    """Broken off every few tokens, or never: each draw has the same responses."""
+    run = loop.Run.create(config(), tmp_path)
+    responses = {}
+    with jax.set_mesh(run.mesh):
+        model = loop.initial_model(run)
+        for tokens in (5, 0):
+            one = dataclasses.replace(run, config=config(**{"train.partial_tokens": tokens}))
+            draws, responses[tokens] = Draws(), {}
+            for step in range(3):
+                rollout = draws.sample_and_verify(one, model, step, step, PhaseTimer())
+                for row, problem in enumerate(rollout.problems):
+                    key = problem.id, row % run.config.train.samples
+                    responses[tokens][key] = rollout.responses.response(row)
+    common = responses[5].keys() & responses[0].keys()
+    assert len(common) >= 16
+    assert all(responses[5][key] == responses[0][key] for key in common)

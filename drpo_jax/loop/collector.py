@@ -55,19 +55,22 @@ class Collector:
                 continue
             if chooses_groups(run.config):
                 rollout = self.draws.sample_and_verify(run, model, later, step, timer)
-                self.ready[later] = self._scored(run, model, later, rollout, timer)
+                self.ready[later] = self._scored(run, model, later, step, rollout, timer)
             else:
                 sampled = sample(run, model, later, step, timer)
-                self.sampled[later] = self._scored(run, model, later, sampled, timer)
+                self.sampled[later] = self._scored(run, model, later, step, sampled, timer)
         if step in self.sampled:
             with timer("reward"):
                 self.ready[step] = self.sampled.pop(step).verify()
         return self.ready.pop(step)
 
-    def _scored(self, run, model, step, sampled, timer):
-        """Adds the scores of a Sampled or a Rollout that only a later step will learn from.
+    def _scored(self, run, model, step, version, sampled, timer):
+        """Adds scores by the weights that sampled a rollout, if anything is measured with them later.
 
-        They are those by the weights that sampled it, if anything is measured with them.
+        Args:
+          step: the step that learns from the rollout.
+          version: version of the weights.
+          sampled: a Sampled or a Rollout.
         """
         if not run.config.train.staleness:
             return sampled
@@ -75,9 +78,9 @@ class Collector:
         if not compare and not parity.is_measured(run.config, step):
             return sampled
         with timer("score"):
-            scores = parity.score_at_sampling(run, model, sampled.responses, step)
+            scores = parity.score_at_sampling(run, model, sampled.responses, step, version)
         if compare:
-            parity.check_parity(run, sampled.responses, scores.synced_logp)
+            parity.check_parity(run, sampled.responses, scores)
             self._compared = True
         return dataclasses.replace(sampled, scores=scores)
 

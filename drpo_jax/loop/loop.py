@@ -251,9 +251,9 @@ def rl_step(
         )
         scores = rollout.scores
         if (measure or check) and not config.train.staleness:
-            scores = parity.score_at_sampling(run, state.model, responses, step, old_logp)
+            scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
         if check and scores:
-            parity.check_parity(run, responses, scores.synced_logp)
+            parity.check_parity(run, responses, scores)
         state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
         metrics = learned | penalties
         if measure:

@@ -23,11 +23,13 @@ from drpo_jax.sampler import Rollouts
 PARITY_BOUND = {"float32": 1e-4, "bfloat16": 0.05, "fp8": 0.3}
 
 
-def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
+def check_parity(run: Run, rollouts: Rollouts, scores: SamplingScores) -> None:
     """Compares the sampler's logprobs of a rollout with the learner's, and warns about a difference.
 
+    Tokens that earlier weights sampled are left out.
+
     Args:
-      synced_logp: float32 [N, R], the learner's score with the weights that the sampler had.
+      scores: by the weights that sampled the rollout.
 
     Raises:
       TrainingStopped: the mean difference exceeds the bound and sampler.parity is "stop".
@@ -36,7 +38,9 @@ def check_parity(run: Run, rollouts: Rollouts, synced_logp: np.ndarray) -> None:
     rounded = config.precision.recipe != "none" or config.precision.kv_cache != "none"
     bound = config.sampler.parity_bound
     bound = bound or PARITY_BOUND["fp8" if rounded else config.compute.dtype]
-    gap = np.abs(rollouts.full_logp - synced_logp)[rollouts.mask()]
+    gap = np.abs(rollouts.full_logp - scores.synced_logp)[scores.own(rollouts)]
+    if not len(gap):  # All groups are from earlier steps.
+        return
     message = (
         f"sampler and learner on the first rollout: mean |difference of log p| {gap.mean():.2g}, "
         f"largest {gap.max():.2g}, over {len(gap)} tokens (bound of the mean: {bound:.2g})"
@@ -70,6 +74,7 @@ def score_at_sampling(
     model: Transformer,
     rollouts: Rollouts,
     step: int,
+    version: int,
     old_logp: Any = None,
 ) -> SamplingScores:
     """Scores a rollout by the weights that sampled it.
@@ -77,6 +82,7 @@ def score_at_sampling(
     Args:
       model: the policy that sampled the rollout, before later updates.
       step: the step that learns from the rollout.
+      version: version of the policy, the number of completed steps.
       old_logp: float32 [N, R], its score by `model`, if it is known already.
     """
     if old_logp is None:
@@ -85,7 +91,7 @@ def score_at_sampling(
     if run.config.precision.noise:
         noisy = run.programs.perturbed(model, run.key(step, NOISE))
         synced_logp = score(run, noisy, rollouts, step, {}).logp
-    return SamplingScores(old_logp, synced_logp)
+    return SamplingScores(old_logp, synced_logp, version)
 
 
 def mismatch(
@@ -106,7 +112,8 @@ def mismatch(
         drift     the weights before the updates -> those at the update that used the token
 
     Parts that are 0 by construction are neither computed nor logged, and "real" is logged only where
-    it differs from the whole distance between µ and `old_logp`.
+    it differs from the whole distance between µ and `old_logp`. If the rollout holds groups from earlier
+    steps, all parts but the drift are measured over the tokens that its latest weights have sampled.
 
     Args:
       scores: by the weights that sampled the rollout. None: not known, because the comparison of an
@@ -121,15 +128,19 @@ def mismatch(
     compare = run.programs.mismatch
     pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)
+    own = scores.own(rollouts) if scores else mask
     parts = {"drift": (old_logp, logp)}
     if scores and scores.synced_logp is not scores.logp:
         parts["injected"] = scores.synced_logp, scores.logp
     if scores and scores.logp is not old_logp:
         parts["age"] = scores.logp, old_logp
-    if scores and len(parts) > 1:
+    if scores and (len(parts) > 1 or np.any(own != mask)):
         parts["real"] = rollouts.full_logp, scores.synced_logp
+    if not np.any(own):
+        parts = {"drift": parts["drift"]}
     for part, gap in parts.items():
-        means = reduce_pairs(compare(*gap, logp, advantage, mask)[0])
+        tokens = mask if part == "drift" else own
+        means = reduce_pairs(compare(*gap, logp, advantage, tokens)[0])
         for name in ("shift", "kl", "logp"):
             metrics[f"mismatch/{name}_{part}"] = means[f"mismatch/{name}"]
     return metrics

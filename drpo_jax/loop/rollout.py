@@ -37,10 +37,17 @@ class SamplingScores(NamedTuple):
       logp: float32 [N, R], by the learner's own weights.
       synced_logp: float32 [N, R], by the weights that the sampler had. They differ from the learner's
         only under precision.noise; otherwise this is `logp` itself.
+      version: version of these weights. Earlier ones have sampled other tokens of a rollout that holds
+        groups from earlier steps, see `loop.draws`.
     """
 
     logp: Any
     synced_logp: Any
+    version: int
+
+    def own(self, responses: Rollouts) -> np.ndarray:
+        """Returns bool [N, R], True for the tokens that these weights have sampled."""
+        return responses.mask() & (responses.version == self.version)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +128,7 @@ class Rollout:
             arrays[f"measured.{name}"] = np.array(value, np.float64)
         if self.scores:
             arrays["scores.logp"] = self.scores.logp
+            arrays["scores.version"] = np.array(self.scores.version)
             if self.scores.synced_logp is not self.scores.logp:
                 arrays["scores.synced_logp"] = self.scores.synced_logp
         return arrays
@@ -129,14 +137,17 @@ class Rollout:
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Rollout":
         """Returns the rollout whose `state` the arrays are."""
         measured = {name: float(value) for name, value in below(arrays, "measured").items()}
-        scores = below(arrays, "scores")
+        scores: SamplingScores | None = None
+        if parts := below(arrays, "scores"):
+            synced_logp = parts.get("synced_logp", parts["logp"])
+            scores = SamplingScores(parts["logp"], synced_logp, int(parts["version"]))
         return cls(
             problems=unpack_problems(below(arrays, "problems")),
             responses=Rollouts(**below(arrays, "responses")),
             reward=arrays["reward"],
             added=arrays["added"],
             measured=measured,
-            scores=SamplingScores(**{"synced_logp": scores["logp"]} | scores) if scores else None,
+            scores=scores,
         )
 
 

@@ -42,11 +42,12 @@ FIELDS = """
 NOT_COMPARED = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
 
 
-def launch(workdir, processes, steps, command="train", stop_after=None):
+def launch(workdir, processes, steps, command="train", stop_after=None, fields=()):
     """Runs a command in several processes with 8 devices in total. Returns the output of each.
 
     Args:
       stop_after: the step after which the last process gets SIGTERM.
+      fields: more fields of the config.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -60,7 +61,7 @@ def launch(workdir, processes, steps, command="train", stop_after=None):
         "JAX_NUM_PROCESSES": str(processes),
     }
     arguments = ["--config=tests/smallest.py", f"--workdir={workdir}"]
-    arguments += [f"--config.{field}" for field in [*FIELDS, f"train.steps={steps}"]]
+    arguments += [f"--config.{field}" for field in [*FIELDS, f"train.steps={steps}", *fields]]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ENTRY.replace("COMMAND", command), *arguments],
@@ -118,6 +119,22 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
             np.testing.assert_allclose(two[name], values, 1e-3, 1e-4, err_msg=name)
         else:
             np.testing.assert_array_equal(two[name], values, err_msg=name)
+
+
+def test_both_choose_the_same_groups(tmp_path):
+    """Each process verifies every second draw; what is dropped, carried and continued is the same."""
+    fields = "train.dynamic_sampling=True train.partial_tokens=12 sampler.decode_steps=8".split()
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for processes, workdir in enumerate(runs, 1):
+        launch(workdir, processes, steps=2, fields=fields)
+    one, two = (read_metrics(workdir) for workdir in runs)
+    counts = [{n: v for n, v in r.items() if n.startswith("sampling/")} for r in one]
+    assert counts == [{n: r[n] for n in count} for count, r in zip(counts, two)]
+    assert counts[2]["sampling/dropped"] and counts[2]["sampling/unfinished"]
+    for step in (1, 2):
+        ours, theirs = (load_rollout(rollout_path(workdir, step)) for workdir in runs)
+        for name in ("id", "tokens", "version", "reward"):
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 def test_the_evaluation_equals_that_of_one_process(runs):

@@ -250,8 +250,8 @@ SECTIONS: tuple[Section, ...] = (
         "of the sampler; *injected*, the effect of `precision.noise`; *age*, between the weights that "
         "sampled and those before the updates (`train.staleness`); *drift*, during the updates of the "
         "rollout, in the first epoch. Without noise and staleness, the real part is the metric without "
-        "a suffix; with them, that metric covers real, injected and age together. If a rollout holds "
-        "groups from earlier steps, all parts but the drift cover only the tokens of its latest weights.",
+        "a suffix; with them, that metric covers real, injected and age together. The tokens "
+        "of groups from earlier steps (dynamic sampling, partial rollouts) count in the drift only.",
         (
             Metric("mismatch/shift", "Mean |Δp|", "mean difference of the probabilities"),
             Metric("mismatch/logp", "Mean |Δ log p|", "mean difference of the logprobs", "nats"),

@@ -505,6 +505,8 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
         objective__kl_behavior=1e-3,
         evaluate__every=3,
         model__load_balance=0.0,
+        train__dynamic_sampling=True,
+        train__partial_tokens=7,
     )
     text = loop.console.introduction(loop.Run.create(settings, tmp_path))
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
@@ -517,6 +519,10 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     assert lines["objective"].endswith("; advantage dr_grpo; kl_behavior 0.001")
     assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
+    assert lines["groups"] == (
+        "groups with equal rewards are replaced; responses get 7 tokens per step; at most 16 problems per "
+        "step"
+    )
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")
     assert lines["evaluation"] == (
         "6 held-out problems, 2 sampled and 1 greedy response to each, before and after training and "

@@ -40,6 +40,7 @@ def introduction(run: Run) -> str:
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
         f"({config.data.problems or config.data.task}), reward {reward_summary(config.reward)}",
+        **_groups(train),
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
@@ -58,6 +59,19 @@ def introduction(run: Run) -> str:
         "files": f"{run.workdir}: " + ", ".join(text for text, every in files.items() if every),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _groups(train: ConfigDict) -> dict[str, str]:
+    """Returns the line on dynamic sampling and partial rollouts, {} without them."""
+    parts = []
+    if train.dynamic_sampling:
+        parts.append("groups with equal rewards are replaced")
+    if train.partial_tokens:
+        parts.append(f"responses get {train.partial_tokens:,} tokens per step")
+    if not parts:
+        return {}
+    most = train.max_draws * train.prompts
+    return {"groups": "; ".join([*parts, f"at most {most:,} problems per step"])}
 
 
 def _penalties(config: ConfigDict) -> str:

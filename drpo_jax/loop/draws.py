@@ -117,7 +117,7 @@ class Draws:
     def sample_and_verify(
         self, run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
     ) -> Rollout:
-        """Returns the rollout of a step; arguments are those of `rollout.sample_and_verify`.
+        """Returns the rollout of a step; arguments are those of `rollout.sample`.
 
         Raises:
           AbandonStep: a signal stops the run. The draws are those before the step.

@@ -520,8 +520,8 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
     assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["groups"] == (
-        "groups with equal rewards are replaced; responses get 7 tokens per step; at most 16 problems per "
-        "step"
+        "groups with equal rewards are replaced; responses get 7 tokens per step; "
+        "at most 16 problems per step"
     )
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")
     assert lines["evaluation"] == (

@@ -15,7 +15,7 @@ from drpo_jax.data import Problem
 from drpo_jax.errors import BadInput
 from drpo_jax.interrupts import AbandonStep, Interrupts
 from drpo_jax.loop import Collector
-from drpo_jax.loop.draws import Draws, Outcome, is_full
+from drpo_jax.loop.draws import Draws, Outcome, chooses_groups, is_full
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.objectives import OBJECTIVES, token_objective
 from drpo_jax.rewards import Isolated, Pending, Verdict
@@ -405,7 +405,9 @@ def test_groups_with_equal_rewards_stay_where_they_have_a_gradient(fields, becau
     settings = config(train__dynamic_sampling=True, **fields)
     assert C.learns_from_equal_rewards(settings) == because
     assert ("train.dynamic_sampling drops no group: under " in caplog.text) == bool(because)
-    taken = Steps(make_run(Script(seed=9), settings)).take(2)
+    assert chooses_groups(settings) == (not because)
+    partial = config(train__dynamic_sampling=True, train__partial_tokens=39, **fields)
+    taken = Steps(make_run(Script(seed=9), partial)).take(2)
     assert (taken.flat() == list(range(2 * SIZE))) == bool(because)
 
 

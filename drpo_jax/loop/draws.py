@@ -80,9 +80,14 @@ class Draw:
     verdicts: Mapping[str, np.ndarray] | None = None
 
 
+def drops_groups(config: Any) -> bool:
+    """Whether groups with equal rewards are dropped."""
+    return config.train.dynamic_sampling and not learns_from_equal_rewards(config)
+
+
 def chooses_groups(config: Any) -> bool:
     """Whether a rollout has other groups than those of the next problems of the stream."""
-    return config.train.dynamic_sampling or config.train.partial_tokens > 0
+    return drops_groups(config) or config.train.partial_tokens > 0
 
 
 def is_full(outcomes: Iterable[Outcome | None], size: int) -> bool:
@@ -208,9 +213,8 @@ class Step:
     """
 
     def __init__(self, run: Run, draws: Sequence[Draw]):
-        train = run.config.train
         self.run, self.draws = run, list(draws)
-        self.drops = train.dynamic_sampling and not learns_from_equal_rewards(run.config)
+        self.drops = drops_groups(run.config)
         self.outcomes: list[Outcome | None] = [
             None if draw.verdicts is None else Outcome.LEARN for draw in draws
         ]

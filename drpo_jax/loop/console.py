@@ -45,8 +45,7 @@ def introduction(run: Run) -> str:
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}"
-        + f", rollouts {train.staleness} steps old"
-        * bool(train.staleness),
+        + (f", {train.staleness} steps after the sampling" if train.staleness else ""),
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "

@@ -224,19 +224,17 @@ class Sampler:
         def ints(*sizes):
             return place(jax.ShapeDtypeStruct(sizes, jnp.int32))
 
-        caches = placed(slots.caches)
-        slots = dataclasses.replace(jax.tree.map(place, slots), caches=caches)
+        slots = dataclasses.replace(jax.tree.map(place, slots), caches=placed(slots.caches))
         rows = placed(rows)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        numbers = ints(shape.prompts.together, params.samples)
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
-        chunk = {"tokens": ints(row.together, row.chunk), "start": ints()}
-        chunk["lengths"] = ints(row.together)
         hidden = jax.ShapeDtypeStruct((shape.prompts.together, model.config.hidden_size), dtype)
-        prefill = {"sampler weights": model, "prompts": rows, **chunk}
+        prefill = {"sampler weights": model, "prompts": rows, "tokens": ints(row.together, row.chunk)}
+        prefill |= {"start": ints(), "lengths": ints(row.together)}
         first = {"sampler weights": model, "hidden": place(hidden), "key": key}
-        first |= dict.fromkeys(("prompt numbers", "sample numbers", "token numbers"), numbers)
+        numbers = ("prompt numbers", "sample numbers", "token numbers")
+        first |= dict.fromkeys(numbers, ints(shape.prompts.together, params.samples))
         admit = {"caches": slots, "prompts": rows, "arrivals": arrivals}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
         calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

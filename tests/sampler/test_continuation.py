@@ -111,7 +111,7 @@ def unbroken(request):
     """A model's name, its sampler, and responses that were sampled in one call."""
     sampler = new_sampler(new_model(request.param))
     whole = sampler.generate(PROMPTS, params_of(request.param), KEY)
-    assert whole.response_lengths.min() < 6 and whole.response_lengths.max() == 20
+    assert whole.response_lengths.min() < 8 and whole.response_lengths.max() == 20
     return request.param, sampler, whole
 
 
@@ -186,10 +186,13 @@ def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
 
 
 def test_stop_loses_nothing(unbroken):
+    """Neither the device call in progress nor the requests that wait for a slot."""
     name, sampler, whole = unbroken
     params = params_of(name)
     sampler.read_statistics()
-    flight = sampler.stream(PROMPTS, params, KEY)
+    limits = np.full((len(PROMPTS), PARAMS.samples), 20)
+    limits[0] = 1  # This group is complete before the first decode step.
+    flight = sampler.stream(PROMPTS, params, KEY, limits=limits)
     index, group = next(flight)
     begun = flight.stop()
     assert flight.stop() == [] and list(flight) == []
@@ -200,7 +203,8 @@ def test_stop_loses_nothing(unbroken):
     for i, part in parts.items():
         expected = cut(by_prompt(whole)[i], part.response_lengths)
         assert_same(part, expected)
-    assert np.any(begun[-1][1].response_lengths == 1)  # prefilled, and not in a slot yet
+    assert index == 0 and all(np.any(part.response_lengths > 1) for i, part in begun if i < 3)
+    assert np.all(begun[-1][1].response_lengths == 1)  # prefilled, and not in a slot yet
     ours = sampler.generate(PROMPTS, params, KEY, begun=parts)
     assert_same(ours, whole)
 
@@ -233,13 +237,14 @@ def test_a_float8_cache_changes_only_what_reads_it():
     model = new_model("dense")
     sampler = new_sampler(model, float8_cache=True)
     whole = sampler.generate(PROMPTS, PARAMS, KEY)
-    long = whole.response_lengths == 20
-    begun = cut(whole, np.where(long, 8, 20))
+    long = whole.response_lengths >= 6
+    begun = cut(whole, np.where(long, 4, 20))
     ours = sampler.generate(PROMPTS, PARAMS, KEY, begun=by_prompt(begun))
     assert long.sum() >= 3
     gap = np.abs(ours.full_logp - learner_logp(model, ours))
-    assert np.all(gap[long, 8] <= ROUNDING)
-    assert 1e-4 < gap[long, 9:].mean() < 0.1
+    assert np.all(gap[long, 4] <= ROUNDING)
+    decoded = ours.mask() & long[:, None] & (np.arange(20) > 4)
+    assert 1e-4 < gap[decoded].mean() < 0.1
     for field in FIELDS:
         new, old = getattr(ours, field), getattr(begun, field)
         np.testing.assert_array_equal(new[~long], old[~long])

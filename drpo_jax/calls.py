@@ -3,8 +3,7 @@
 A step of `loop` makes these calls, in this order:
 
     sync                                   once
-    prefill, first_tokens, admit, decode   until every response is sampled; the first three also for
-                                           responses that are continued (train.partial_tokens)
+    prefill, first_tokens, admit, decode   until every response is sampled
     rescore                                per mini-batch, once for log π_old if the updates need it,
                                            and once for the reference of a KL penalty
     update                                 per mini-batch, in every epoch
@@ -22,8 +21,6 @@ from drpo_jax.costs import Program
 from drpo_jax.learner import Batch
 from drpo_jax.parallel import named_sharding
 from drpo_jax.programs import Programs
-
-CONTINUED = "(continued)"  # Marks the programs that continue responses.
 
 
 def needs_old_logp(programs: Programs) -> bool:
@@ -94,15 +91,20 @@ def _warm_start(programs: Programs) -> list[Program]:
 def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
     """Returns the sampler's calls for all responses of a rollout.
 
-    A decode call runs `decode_steps` steps.
+    A decode call runs `decode_steps` steps. With train.partial_tokens, the rows to prefill have the size of
+    those that continue a response; their number is that of a step that continues none.
 
     Args:
       resident: name → the learner's arrays, which stay in device memory.
     """
     sampler, train = programs.config.sampler, programs.config.train
     prompt, response = sampler.max_prompt_length, sampler.max_response_length
-    new = programs.abstract_weights, programs.sampling_params, programs.mesh
-    largest = programs.sampler.largest(*new)
+    largest = programs.sampler.largest(
+        programs.abstract_weights,
+        programs.sampling_params,
+        programs.mesh,
+        begun=train.partial_tokens > 0,
+    )
     prompts_at_once, chunk = largest["prefill"][1]["tokens"].shape
     prefills = -(-train.prompts // prompts_at_once)
     waves = -(-train.prompts * train.samples // sampler.slots)
@@ -112,14 +114,6 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
         "admit": prefills,
         "decode": waves * response / sampler.decode_steps,
     }
-    if train.partial_tokens:
-        continued = programs.sampler.largest(*new, begun=True)
-        del continued["decode"]
-        rows, chunk = continued["prefill"][1]["tokens"].shape
-        prefills = -(-train.prompts * train.samples // rows)  # As if each response were continued.
-        largest |= {f"{name} {CONTINUED}": call for name, call in continued.items()}
-        calls |= {f"{name} {CONTINUED}": prefills for name in continued}
-        calls[f"prefill {CONTINUED}"] *= -(-(prompt + response // 2) // chunk)
     # The buffers of each program stay in device memory while the others run.
     buffers = {
         name: array

@@ -109,13 +109,12 @@ def program_list(programs: Programs) -> list[Program]:
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
-    context = {"prefill": prompt, f"prefill {calls.CONTINUED}": prompt + response / 2}
-    tokens = {name: listed[name].arguments["tokens"].size for name in context if name in listed}
+    prompt_tokens = listed["prefill"].arguments["tokens"].size
     work = {
         "warm start": costs.training(model, sft.batch, *lengths, config.compute.remat),
         "rescore": costs.scoring(model, sequences, *lengths),
         "update": costs.training(model, sequences, *lengths, config.compute.remat),
-        **{name: costs.reading(model, size, context[name]) for name, size in tokens.items()},
+        "prefill": costs.reading(model, prompt_tokens, prompt),
         "decode": costs.decoding(
             model, sampler.slots * sampler.decode_steps, prompt + response / 2
         ),
@@ -130,11 +129,8 @@ def program_list(programs: Programs) -> list[Program]:
         "warm start": smaller(programs, "sft"),
         "rescore": smaller(programs, "train", backward=False),
         "update": smaller(programs, "train"),
-        **dict.fromkeys(
-            (n for n in listed if n.startswith(("first_tokens", "admit", "decode"))),
-            "fewer sampler.slots",
-        ),
-        **dict.fromkeys(tokens, "a smaller sampler.prefill_chunk"),
+        "prefill": "a smaller sampler.prefill_chunk",
+        **dict.fromkeys(("first_tokens", "admit", "decode"), "fewer sampler.slots"),
     }
     return [
         dataclasses.replace(

@@ -80,6 +80,18 @@ def test_eight_cpu_devices(tmp_path):
         assert 0 < sum(sent.values()) < 1.2 * most, (name, sent)
 
 
+def test_partial_rollouts_prefill_prompt_and_response():
+    """The rows of prompts grow by the response, and so does the memory that they take."""
+    whole, partial = (
+        {p.name: p for p in preflight.program_list(new_programs(train__partial_tokens=tokens))}
+        for tokens in (0, 8)
+    )
+    assert list(whole) == list(partial)
+    sizes = [costs.device_bytes(p["prefill"].arguments["prompts"]) for p in (whole, partial)]
+    assert sizes[1] > 1.5 * sizes[0]
+    assert partial["decode"].resident["prompts"] is partial["prefill"].arguments["prompts"]
+
+
 def test_what_does_not_fit(monkeypatch, capsys):
     """The advice for a chip that is too small, by the largest part of memory."""
     fields = dict(sft__steps=0, precision__recipe="rollout")

@@ -230,7 +230,11 @@ class Sampler:
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
         hidden = jax.ShapeDtypeStruct((shape.prompts.together, model.config.hidden_size), dtype)
-        prefill = {"sampler weights": model, "prompts": rows, "tokens": ints(row.together, row.chunk)}
+        prefill = {
+            "sampler weights": model,
+            "prompts": rows,
+            "tokens": ints(row.together, row.chunk),
+        }
         prefill |= {"start": ints(), "lengths": ints(row.together)}
         first = {"sampler weights": model, "hidden": place(hidden), "key": key}
         numbers = ("prompt numbers", "sample numbers", "token numbers")

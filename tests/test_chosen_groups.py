@@ -20,8 +20,8 @@ from drpo_jax.parallel import make_mesh
 pytestmark = pytest.mark.slow  # Compiles a model.
 
 FIELDS = {
-    "train.dynamic_sampling": True, "train.partial_tokens": 6, "train.staleness": 1,
-    "train.save_rollout_every": 1, "train.steps": 3, "checkpoint.every": 1, "sampler.decode_steps": 4,
+    "train.dynamic_sampling": True, "train.partial_tokens": 4, "train.staleness": 1,
+    "train.max_draws": 2, "train.save_rollout_every": 1, "train.steps": 5, "checkpoint.every": 1, "sampler.decode_steps": 4,
     "sft.steps": 0, "evaluate.greedy": False, "evaluate.problems": 2, "evaluate.samples": 1,
     "model.layers": 1, "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
     "model.mlp_size": 32, "model.load_balance": 0.0, "precision.recipe": "none",
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, mon
     original = loop.rl_step
 
     def killed(run, collector, state, step, first):
-        if step == 2:
+        if step == 3:
             raise Killed
         return original(run, collector, state, step, first)
 
@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, mon
         loop.train(config(), tmp_path)
     loop.train(config(), tmp_path)
     (ours, rollouts), (theirs, others) = results(tmp_path), results(whole)
-    assert ours == theirs and len(rollouts) == 3
+    assert ours == theirs and len(rollouts) == 5
     for one, two in zip(rollouts, others, strict=True):
         assert one.keys() == two.keys()
         for name, array in one.items():
@@ -100,7 +100,7 @@ def test_without_updates_the_groups_are_those_of_an_unbroken_sampler(tmp_path):
     responses = {}
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
-        for tokens in (5, 0):
+        for tokens in (4, 0):
             one = dataclasses.replace(run, config=config(**{"train.partial_tokens": tokens}))
             draws, responses[tokens] = Draws(), {}
             for step in range(3):
@@ -108,6 +108,6 @@ def test_without_updates_the_groups_are_those_of_an_unbroken_sampler(tmp_path):
                 for row, problem in enumerate(rollout.problems):
                     key = problem.id, row % run.config.train.samples
                     responses[tokens][key] = rollout.responses.response(row)
-    common = responses[5].keys() & responses[0].keys()
+    common = responses[4].keys() & responses[0].keys()
     assert len(common) >= 16
-    assert all(responses[5][key] == responses[0][key] for key in common)
+    assert all(responses[4][key] == responses[0][key] for key in common)

@@ -230,19 +230,15 @@ class Sampler:
         arrivals = Arrivals(*[ints(self.slots)] * len(Arrivals._fields))
         static = {"params": params}
         hidden = jax.ShapeDtypeStruct((shape.prompts.together, model.config.hidden_size), dtype)
-        prefill = {
-            "sampler weights": model,
-            "prompts": rows,
-            "tokens": ints(row.together, row.chunk),
-        }
-        prefill |= {"start": ints(), "lengths": ints(row.together)}
+        chunk = {"tokens": ints(row.together, row.chunk), "start": ints()}
+        prefill = {"sampler weights": model, "prompts": rows, **chunk}
         first = {"sampler weights": model, "hidden": place(hidden), "key": key}
         numbers = ("prompt numbers", "sample numbers", "token numbers")
         first |= dict.fromkeys(numbers, ints(shape.prompts.together, params.samples))
         admit = {"caches": slots, "prompts": rows, "arrivals": arrivals}
         decode = {"sampler weights": model, "caches": slots, "key": key, "steps": ints()}
         calls: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-            "prefill": (prefill, {"record": params.routes}),
+            "prefill": (prefill | {"lengths": ints(row.together)}, {"record": params.routes}),
             "first_tokens": (first, static),
             "admit": (admit, {}),
             "decode": (decode | {"floor": ints()}, static),

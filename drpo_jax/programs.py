@@ -272,6 +272,7 @@ class Programs:
         inputs: Mapping[str, np.ndarray],
         pack: bool = False,
         routes: np.ndarray | None = None,
+        loss_mask: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
         """Returns N sequences as a Batch on the mesh, with rows split over the batch axes.
 
@@ -281,6 +282,7 @@ class Programs:
           inputs: name → [N] or [N, R, …], see `learner.Batch`.
           pack: pack several sequences into a row if `train.pack` is set, as the policy's updates do.
           routes: int16 [N, T, L, k], see `learner.Batch`.
+          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
 
         Returns:
           The Batch, and the Layout that maps its rows back to sequences.
@@ -292,7 +294,7 @@ class Programs:
             pack=pack and self.config.train.pack,
             micro_batches=self.policy_settings.micro_batches,
         )
-        batch = make_batch(layout, tokens, inputs, routes)
+        batch = make_batch(layout, tokens, inputs, routes, loss_mask)
         rows = named_sharding(self.mesh, ("batch",))
         # Every process places the rows that its own devices hold.
         return jax.tree.map(
@@ -305,6 +307,7 @@ class Programs:
         rows: np.ndarray,
         inputs: Mapping[str, np.ndarray],
         replay: bool = True,
+        loss_mask: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
         """Returns `batch` for some rows of a rollout.
 
@@ -313,7 +316,10 @@ class Programs:
           rows: int [n], the sequences to take.
           inputs: name → [N] or [N, R, …], for all sequences.
           replay: include the sampler's routes if `train.routing_replay` is set.
+          loss_mask: bool [N, R], the tokens that carry a loss, for all sequences; None: the tokens that
+            the model sampled.
         """
+        loss_mask = rollouts.mask() if loss_mask is None else loss_mask
         replay = replay and self.config.train.routing_replay
         return self.batch(
             rollouts.tokens[rows],
@@ -322,6 +328,7 @@ class Programs:
             {name: values[rows] for name, values in inputs.items()},
             pack=True,
             routes=rollouts.routes[rows] if replay else None,
+            loss_mask=loss_mask[rows],
         )
 
     def _check_batches(self):

@@ -51,6 +51,7 @@ def new_rollout(n=N):
         "prompt_lengths": np.resize([3, 5, 2, 4], n).astype(np.int32),
         "response_lengths": lengths,
         "response_mask": mask,
+        "loss_mask": mask,
         "behavior_logp": mu,
         "old_logp": mu + 0.1 * mask,
         "advantage": advantage,

@@ -49,6 +49,7 @@ def rollout():
     weight = np.array([[1, 1, 1.3], [-2, 0, 1], [0.5, 1, 99], [7, 99, 99]], np.float32)
     return dict(
         response_mask=np.arange(3) < lengths[:, None],
+        loss_mask=np.arange(3) < lengths[:, None],
         response_lengths=lengths,
         behavior_logp=math.log(0.5) * ones,
         logp=math.log(0.25) * ones,

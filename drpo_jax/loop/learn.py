@@ -35,6 +35,16 @@ class Inputs(NamedTuple):
     metrics: dict[str, float]
 
 
+def make_loss_mask(config: FrozenConfigDict, rollouts: Rollouts) -> np.ndarray:
+    """Returns which response tokens carry a loss, bool [N, R].
+
+    These are the tokens that the model sampled. Under train.overlong_filtering, the responses that ended
+    at the length limit have none.
+    """
+    mask = rollouts.mask()
+    return mask & rollouts.finished[:, None] if config.train.overlong_filtering else mask
+
+
 def objective_inputs(
     run: Run,
     model: Transformer,
@@ -146,6 +156,7 @@ def make_updates(
     state: TrainState,
     rollouts: Rollouts,
     inputs: Mapping[str, np.ndarray],
+    loss_mask: np.ndarray,
     step: int,
     keep: bool,
 ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, float]]:
@@ -154,17 +165,19 @@ def make_updates(
     Args:
       state: donated.
       inputs: `Inputs.arrays`.
+      loss_mask: bool [N, R], see `make_loss_mask`.
       keep: fetch the learner's view of the rollout.
 
     Returns:
       The new state; the learner's view of the rollout in the first epoch (logp, coefficient, entropy
-      and weight, float32 [N, R] by name), or {} unless `keep`; the metrics over all updates.
+      and weight, float32 [N, R] by name, 0 for tokens without a loss), or {} unless `keep`; the metrics
+      over all updates.
     """
     programs = run.programs
     reports, traces, order = [], [], []
     for epoch in range(run.config.train.epochs):
         for rows in mini_batches(run.config, step, epoch):
-            batch, layout = programs.rollout_batch(rollouts, rows, inputs)
+            batch, layout = programs.rollout_batch(rollouts, rows, inputs, loss_mask=loss_mask)
             state, report = programs.policy_update(state, batch)
             pairs, extremes = programs.summarize(report.trace, batch)
             reports.append((pairs, extremes, report.metrics, report.skipped))

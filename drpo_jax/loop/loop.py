@@ -19,14 +19,13 @@ from drpo_jax.learner import TrainState
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
-from drpo_jax.loop.collector import Collector
-from drpo_jax.loop.learn import make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, training_reward
+from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
+from drpo_jax.loop.rollout import Example, collect, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import informative
+from drpo_jax.objectives import by_token, informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim
 
@@ -245,17 +244,24 @@ def rl_step(
         synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
         if check:
             parity.check_parity(run, responses, synced_logp)
-        state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
+        loss_mask = make_loss_mask(config, responses)
+        state, trace, learned = make_updates(
+            run, state, responses, inputs, loss_mask, step, keep=measure
+        )
         metrics = learned | penalties
         if measure:
-            metrics |= parity.mismatch(run, responses, old_logp, synced_logp, trace["logp"], inputs)
+            metrics |= parity.mismatch(
+                run, responses, old_logp, synced_logp, trace["logp"], inputs, loss_mask
+            )
     if save and multihost.is_main():
         anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
-        arrays = rollout.arrays(run.tokenizer) | trace | anchors
+        arrays = rollout.arrays(run.tokenizer) | trace | anchors | {"loss_mask": loss_mask}
         save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
     metrics |= rollout.metrics() | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
-    mixed = informative(inputs["advantage"], config.train.samples)
+    if config.train.overlong_filtering:
+        metrics["response/filtered"] = 1 - loss_mask.any(axis=1).mean()
+    mixed = informative(by_token(inputs["advantage"]) * loss_mask, config.train.samples)
     metrics["reward/informative_groups"] = float(np.mean(mixed))
     return state, metrics, rollout.example(run.tokenizer)
 

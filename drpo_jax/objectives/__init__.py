@@ -16,7 +16,7 @@ The modules:
     dynamics     exact gradients over whole distributions, and where ascent takes a policy
 """
 
-from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative
+from drpo_jax.objectives.advantages import ADVANTAGES, advantages, by_token, informative
 from drpo_jax.objectives.aggregation import AGGREGATIONS, token_weights
 from drpo_jax.objectives.correction import CORRECTIONS, LEVELS, mismatch_weight
 from drpo_jax.objectives.diagnostics import mismatch_summary, weight_summary, with_spread
@@ -51,6 +51,7 @@ __all__ = [
     "advantages",
     "behavior_penalty",
     "beyond_clip",
+    "by_token",
     "gradient_weight",
     "hyperparameters",
     "informative",

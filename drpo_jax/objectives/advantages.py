@@ -1,4 +1,4 @@
-"""Advantages: one Â per sample from the rewards of grouped samples.
+"""Advantages: Â of each sample, or of each of its tokens, from the rewards of grouped samples.
 
 Rewards are [batch] arrays in which the samples of a prompt are contiguous (batch = groups · group_size).
 A group with equal rewards carries no signal. Its advantages are exactly 0, not a rounding error that
@@ -72,10 +72,10 @@ def advantages(name: str, reward: ArrayLike, group_size: int) -> jax.Array:
 
 
 def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
-    """Returns which groups have a sample with Â ≠ 0.
+    """Returns which groups have a sample, or a token of one, with Â ≠ 0.
 
     Args:
-      advantage: [batch], groups contiguous.
+      advantage: [batch] or [batch, time], groups contiguous.
       group_size: samples per prompt.
 
     Returns:
@@ -84,7 +84,14 @@ def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
     Raises:
       ValueError: the advantage does not split into groups.
     """
-    return _grouped(advantage, group_size).any(axis=1)
+    carries = by_token(advantage).any(axis=1)
+    return _grouped(carries, group_size).any(axis=1)
+
+
+def by_token(advantage: ArrayLike) -> ArrayLike:
+    """Returns Â so that it broadcasts to tokens: [batch, 1] for [batch], and [batch, time] as it is."""
+    advantage = advantage if hasattr(advantage, "ndim") else jnp.asarray(advantage)
+    return advantage[:, None] if advantage.ndim == 1 else advantage
 
 
 def _grouped(reward: ArrayLike, group_size: int) -> jax.Array:

@@ -24,6 +24,7 @@ def rollout(**arrays):
         "piece_ids": np.array([2, 3, 9]),
         "piece_texts": np.array(["1", "<", ""]),
         "response_mask": np.ones((4, 3), bool),
+        "loss_mask": np.ones((4, 3), bool),
         "behavior_logp": logp,
         "logp": logp + 0.1,
         "weight": np.array([[1, 0.9, 1], [1, -2, 1], [1, 1.2, 1], [1, 1.3, 1]], np.float32),

@@ -61,7 +61,7 @@ class Programs:
       supervised_update(state, batch), policy_update(state, batch): one optimizer update of a
         mini-batch [P, T]. Both donate `state`. Returns: (TrainState, `learner.Report`).
       rescore(model, batch): the TokenTrace [P, T] of the response tokens, without an objective and
-        without gradients.
+        without gradients; with Σπ² under objective.baseline = "otb".
       gradients(model, batch): the gradient of one micro-batch whose `inputs` are the score
         coefficients c of its tokens. It is the gradient of any objective and of nothing else (no
         entropy bonus, no load balancing). Returns: (pytree like `model`, TokenTrace [P, T], metrics).
@@ -211,7 +211,10 @@ class Programs:
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )
-        self.rescore = jax.jit(partial(response_trace, settings=self.policy_settings))
+        scored = dataclasses.replace(
+            self.policy_settings, sum_squares=config.objective.baseline == "otb"
+        )
+        self.rescore = jax.jit(partial(response_trace, settings=scored))
         self.gradients = jax.jit(
             partial(gradients, settings=gradient_settings),
             out_shardings=(self.state_shardings.model, None, None),

@@ -206,6 +206,23 @@ def _around_the_objective(check: Check) -> None:
     )
 
 
+def _baseline(check: Check) -> None:
+    if check["objective.baseline"] != "otb":
+        return
+    check.require(
+        check["objective.advantage"] == "dr_grpo",
+        "objective.baseline objective.advantage",
+        "the token baseline replaces the group mean of dr_grpo; set objective.advantage = 'dr_grpo'",
+    )
+    name = check["objective.name"]
+    whole = "objective.name" not in check.invalid and OBJECTIVES[name].fixed_aggregation
+    check.require(
+        not whole,
+        "objective.baseline objective.name",
+        f"{name} needs one advantage for all tokens of a response; set objective.baseline = 'group'",
+    )
+
+
 def _correction(check: Check) -> None:
     corrected = check["objective.correction"] != "none"
     check.require(
@@ -371,6 +388,7 @@ RULES = (
     _objective,
     _prefix,
     _around_the_objective,
+    _baseline,
     _correction,
     _precision,
     _problems,

@@ -49,8 +49,8 @@ class TrainSettings:
     )
     overlong_filtering: bool = field(
         False,
-        "Responses that end at the length limit carry no loss. Their rewards still count in the baseline of "
-        "their group.",
+        "Responses that end at the length limit carry no loss. Their rewards still count in the "
+        "baseline of their group.",
     )
     shuffle_rewards: bool = field(
         False, "Control experiment: rewards are randomly permuted within the rollout."

@@ -14,7 +14,13 @@ from drpo_jax.calls import needs_old_logp
 from drpo_jax.learner import TokenTrace, TrainState
 from drpo_jax.metrics import reduce_pairs, reduce_values
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import advantages, mismatch_weight, reward_penalty, with_spread
+from drpo_jax.objectives import (
+    advantages,
+    mismatch_weight,
+    optimal_token_baseline,
+    reward_penalty,
+    with_spread,
+)
 from drpo_jax.parallel import multihost
 from drpo_jax.run import SHUFFLE, Run
 from drpo_jax.sampler import Rollouts
@@ -90,7 +96,17 @@ def objective_inputs(
     if objective.correction != "none":
         inputs["correction"] = _correction(objective, old.logp, rollouts)
     samples = run.config.train.samples
-    inputs["advantage"] = np.asarray(advantages(objective.advantage, reward, samples))
+    if objective.baseline == "otb":
+        inputs["advantage"] = optimal_token_baseline(
+            reward,
+            old.logp,
+            old.sum_squares[..., 0],
+            rollouts.mask(),
+            samples,
+            inputs.get("correction", 1.0),
+        )
+    else:
+        inputs["advantage"] = np.asarray(advantages(objective.advantage, reward, samples))
     return Inputs(inputs, old.logp if old else None, metrics)
 
 
@@ -183,7 +199,7 @@ def make_updates(
             reports.append((pairs, extremes, report.metrics, report.skipped))
             if keep and epoch == 0:
                 trace = report.trace._asdict()
-                del trace["topk_logp"]
+                del trace["topk_logp"], trace["sum_squares"]
                 traces.append((trace, layout))
                 order.append(rows)
     metrics = _reduced(jax.device_get(reports))

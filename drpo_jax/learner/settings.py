@@ -26,7 +26,7 @@ class ObjectiveSettings:
     baseline: str = field(
         "group",
         "Baseline of the advantages. group: that of objective.advantage. otb: the optimal token "
-        "baseline, a mean over the group for every token, weighted by the squared gradients of log π so far.",
+        "baseline, one mean over the group per token, weighted by squared gradients of log π.",
         ("group", "otb"),
     )
     aggregation: str = field(

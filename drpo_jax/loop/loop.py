@@ -19,8 +19,9 @@ from drpo_jax.learner import TrainState
 from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
+from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, collect, training_reward
+from drpo_jax.loop.rollout import Example, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start

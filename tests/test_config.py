@@ -120,6 +120,14 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"objective__kl_behavior": -1.0}, "0 or more"),
         ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: set both, or neither"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
+        (
+            {"objective__baseline": "otb", "objective__advantage": "grpo"},
+            "set objective.advantage = 'dr_grpo'",
+        ),
+        (
+            {"objective__baseline": "otb", "objective__name": "gspo"},
+            "gspo needs one advantage for all tokens of a response",
+        ),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
         ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),
         ({"objective__correction_floor": 2.0}, "the floor must be below the cap"),

@@ -255,7 +255,7 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
             inputs_C["topk_logp"] = topk_logp
         J, c, w = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
         loss -= jnp.sum(weight * (J + entropy_bonus * softmax.entropy))
-        squares = softmax.sum_squares(vocabulary)[:, :with_squares]
+        squares = softmax.sum_squares(vocabulary) if with_squares else jnp.zeros((chunk, 0))
         seen = TokenTrace(softmax.logp, c, w, softmax.entropy, topk_logp, squares)
         trace = jax.tree.map(put, trace, seen)
         if gradient:

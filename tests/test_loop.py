@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from drpo_jax import config as C
-from drpo_jax import loop, rewards, train
+from drpo_jax import data, loop, problems, rewards, train
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
@@ -206,7 +206,9 @@ def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, t
 def test_a_saved_rollout_matches_its_documentation(whole):
     saved = load_rollout(rollout_path(whole, 1))
     settings = config()
-    documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
+    documented = re.findall(
+        r"^    ([a-z_][a-z_, ]*?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE
+    )
     saved_pieces = len(load_rollout(rollout_path(whole, 1))["piece_ids"])
     sizes = {"N": 16, "R": 23, "T": 23 + 6, "U": saved_pieces}
     names = [(name, shape) for group, shape in documented for name in group.split(", ")]
@@ -332,6 +334,43 @@ def test_overlong_filtering_and_the_token_baseline(tmp_path, monkeypatch):
     assert "ended with a stop token" in page
     filtered = explain(saved, run.tokenizer, run.config, int(np.argmin(finished)))
     assert "This response carries no loss." in filtered
+
+
+def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
+    """Problems of two files, chosen by pass rates: a run in two parts equals one in one part."""
+    for name, sign in ("a", "+"), ("b", "-"):
+        lines = [
+            {"prompt": f"{i}{sign}1=", "answer": f"{eval(f'{i}{sign}1')}"} for i in range(1, 8)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    batches = []
+    original = data.Curriculum.batch
+
+    def recorded(self, step, count):
+        batches.append([p.id for p in original(self, step, count)])
+        return original(self, step, count)
+
+    monkeypatch.setattr(data.Curriculum, "batch", recorded)
+
+    def settings(steps):
+        return config(
+            data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
+            data__window_high=0.7, data__window_rest=2, evaluate__problems=4, sft__steps=0,
+            train__steps=steps, evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1,
+        )  # fmt: skip
+
+    def run(directory, steps):
+        del batches[:]
+        loop.train(settings(steps), tmp_path / directory)
+        return [*batches]
+
+    whole = run("whole", 5)
+    parts = run("parts", 3) + run("parts", 5)
+    assert parts == whole
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    mixture = problems.load(settings(5), CharTokenizer()).train
+    plain = data.ProblemStream(mixture, settings(5).seed)
+    assert whole != [[p.id for p in plain.batch(step, 4)] for step in range(5)]
 
 
 def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypatch):

@@ -279,6 +279,17 @@ def _problems(check: Check) -> None:
         "data.pass_low data.pass_high",
         "pass_low must not exceed pass_high",
     )
+    window = "data.window_low data.window_high"
+    check.require(
+        check["data.window_low"] <= check["data.window_high"],
+        window,
+        "window_low must not exceed window_high",
+    )
+    check.require(
+        problems or (check["data.window_low"], check["data.window_high"]) == (0, 1),
+        f"{window} data.problems",
+        "problems made from the seed never return; set data.problems, or the window from 0 to 1",
+    )
     check.require(
         check["reward.overlong_buffer"] <= check["sampler.max_response_length"],
         "reward.overlong_buffer sampler.max_response_length",

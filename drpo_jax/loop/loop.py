@@ -21,7 +21,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, training_reward
+from drpo_jax.loop.rollout import Example, below, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
@@ -29,6 +29,8 @@ from drpo_jax.models import Transformer
 from drpo_jax.objectives import by_token, informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim
+
+PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
@@ -100,7 +102,7 @@ def _train(run: Run) -> None:
             if start:
                 checkpoints.add_metrics(start, metrics)
             else:
-                checkpoints.save(0, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(0, state, metrics, log.synchronize(), _pending(run, collector))
         saved, skipped, seconds, mixed = int(state.updates), int(state.skipped), math.inf, True
         for step in range(start + 1, total + 1):
             run.interrupts.expect(seconds)
@@ -109,7 +111,7 @@ def _train(run: Run) -> None:
                 state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
-                    pending = collector.state()
+                    pending = _pending(run, collector)
                     checkpoints.save(step - 1, state, {}, log.synchronize(), pending)
                 raise _interrupted(run, checkpoints) from None
             seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
@@ -126,7 +128,7 @@ def _train(run: Run) -> None:
             if not skipped and (
                 stopping or last or evaluated or _due(step, config.checkpoint.every)
             ):
-                checkpoints.save(step, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(step, state, metrics, log.synchronize(), _pending(run, collector))
                 saved = int(state.updates)
             if stopping:
                 raise _interrupted(run, checkpoints)
@@ -206,12 +208,22 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
         state, step = run.programs.restart(initial_model(run)), 0
     else:
         step, state = latest
-        collector = Collector.restore(checkpoints.pending(step))
+        pending = checkpoints.pending(step)
+        stream = {name: pending.pop(name) for name in [*pending] if name.startswith(PROBLEMS)}
+        collector = Collector.restore(pending)
+        if stream:
+            run.train_problems.restore(below(stream, PROBLEMS))
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.
         run = dataclasses.replace(run, reference=initial_model(run))
     return run, state, collector, step
+
+
+def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds besides the policy: the collector, and the stream of problems."""
+    stream = run.train_problems.state()
+    return collector.state() | {f"{PROBLEMS}.{name}": array for name, array in stream.items()}
 
 
 def rl_step(

@@ -207,7 +207,9 @@ def test_the_mismatch_by_hand():
         for A in per_token
     ]
     for name, (total, count) in split.items():
-        assert count == 8 and total == pytest.approx(sum(a[name][0] for a in alone), rel=1e-5), name
+        assert count == 8 and total == pytest.approx(
+            float(sum(a[name][0] for a in alone)), rel=1e-5
+        ), name
 
 
 def test_without_a_mismatch_nothing_changes():

@@ -56,7 +56,7 @@ def test_a_token_shows_its_numbers():
     assert shade(-2) in spans.split("</span>")[1]
     per_token = np.array([[0.0, 0, 0], [1, -2, 3], [0, 0, 0], [0, 0, 0]], np.float32)
     page = responses_html(rollout(advantage=per_token), [1])
-    assert re.findall(r"Â ([^&]*)&", page) == ["1", "-2", "3"] and "Â = 0.667" in page
+    assert re.findall(r"Â ([^&=]*)&", page) == ["1", "-2", "3"] and "Â = 0.667" in page
 
 
 def test_a_long_response_is_cut_around_its_farthest_weight():

@@ -138,16 +138,17 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
     text = repr([(p.id, (kept and p.wrapped) or p.prompt, p.answer) for p in [*train, *heldout]])
     report += f"\n{_HASH}{hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
     report += f"{len(train):,} of {total:,} problems to train on, {len(heldout):,} held out\n"
-    if len(weights) == 1 or None in weights.values():
+    lists = {name: [p for p in train if sources[p.id] == name] for name, w in weights.items() if w}
+    if len(lists) < 2:
         return Problems(train, heldout, report)
-    lists = tuple([p for p in train if sources[p.id] == source] for source in weights)
-    for source, remaining in zip(weights, lists):
+    for name, remaining in lists.items():
         if not remaining:
             raise ValueError(
-                f"{source}: no problem remains to train on; leave it out of data.problems"
+                f"{name}: no problem remains to train on; leave it out of data.problems"
             )
-        report += f"{len(remaining):,} of them from {source}, weight {float(weights[source]):g}\n"
-    return Problems(Mixture(lists, tuple(weights.values())), heldout, report)
+        report += f"{len(remaining):,} of them from {name}, weight {weights[name]}\n"
+    mixture = Mixture(tuple(lists.values()), tuple(w for w in weights.values() if w))
+    return Problems(mixture, heldout, report)
 
 
 def _sources(text: str) -> dict[str, Fraction | None]:

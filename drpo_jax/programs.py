@@ -211,9 +211,8 @@ class Programs:
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )
-        scored = dataclasses.replace(
-            self.policy_settings, sum_squares=config.objective.baseline == "otb"
-        )
+        squares = config.objective.baseline == "otb"
+        scored = dataclasses.replace(self.policy_settings, sum_squares=squares)
         self.rescore = jax.jit(partial(response_trace, settings=scored))
         self.gradients = jax.jit(
             partial(gradients, settings=gradient_settings),

@@ -94,8 +94,11 @@ class Curriculum:
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what the next batches depend on besides the seed, for a checkpoint."""
-        arrays = {"rates": self._rates, "tried": self._tried, "read": self._read}
-        return {name: array.copy() for name, array in arrays.items()}
+        return {
+            "rates": self._rates.copy(),
+            "tried": self._tried.copy(),
+            "read": self._read.copy(),
+        }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Continues from what `state` returned.

@@ -29,14 +29,14 @@ class ProblemStream:
     """
 
     def __init__(self, source: ProceduralTask | Sequence[Problem] | Mixture, seed: int):
-        mixture = source
-        if isinstance(source, Sequence):
-            mixture = Mixture((source,), (Fraction(1),))
-        if isinstance(mixture, Mixture) and not all(mixture.sources):
+        self.source: ProceduralTask | Mixture = (
+            Mixture((source,), (Fraction(1),)) if isinstance(source, Sequence) else source
+        )
+        if isinstance(self.source, Mixture) and not all(self.source.sources):
             raise ValueError("there are no problems to train on: the list is empty")
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative")
-        self.source, self._seed = mixture, seed
+        self._seed = seed
 
     def batch(self, step: int, count: int) -> list[Problem]:
         """Returns the `count` problems of rollout step `step` = 0, 1, 2, …

@@ -255,7 +255,7 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
             inputs_C["topk_logp"] = topk_logp
         J, c, w = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
         loss -= jnp.sum(weight * (J + entropy_bonus * softmax.entropy))
-        squares = softmax.sum_squares(vocabulary) if with_squares else jnp.zeros((chunk, 0))
+        squares = softmax.sum_squares(vocabulary) if with_squares else zeros((chunk, 0))
         seen = TokenTrace(softmax.logp, c, w, softmax.entropy, topk_logp, squares)
         trace = jax.tree.map(put, trace, seen)
         if gradient:
@@ -275,10 +275,9 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     if mesh is not None:  # the loop contains collectives, so all devices need the same trip count
         chunks = jax.lax.pmax(chunks, BATCH_AXES)
     loss, trace, gradients = jax.lax.fori_loop(0, chunks, one_chunk, (zeros(()), trace, gradients))
-    trace = jax.tree.map(expand, trace)
     if gradient:
         gradients = expand(gradients[0]), gradients[1]
-    return _reduced(mesh, loss, trace, gradients)
+    return _reduced(mesh, loss, jax.tree.map(expand, trace), gradients)
 
 
 def _compaction(counted, chunk):

@@ -95,19 +95,18 @@ def objective_inputs(
             inputs["ref_logp"] = ref_logp
     if objective.correction != "none":
         inputs["correction"] = _correction(objective, old.logp, rollouts)
-    samples = run.config.train.samples
-    if objective.baseline == "otb":
-        inputs["advantage"] = optimal_token_baseline(
-            reward,
-            old.logp,
-            old.sum_squares[..., 0],
-            rollouts.mask(),
-            samples,
-            inputs.get("correction", 1.0),
-        )
-    else:
-        inputs["advantage"] = np.asarray(advantages(objective.advantage, reward, samples))
+    correction = inputs.get("correction", 1.0)
+    inputs["advantage"] = _advantage(run.config, reward, old, rollouts.mask(), correction)
     return Inputs(inputs, old.logp if old else None, metrics)
+
+
+def _advantage(config, reward, old, mask, correction):
+    """Returns Â, float32 [N], or [N, R] with a baseline per token."""
+    objective, samples = config.objective, config.train.samples
+    if objective.baseline == "otb":
+        squares = old.sum_squares[..., 0]
+        return optimal_token_baseline(reward, old.logp, squares, mask, samples, correction)
+    return np.asarray(advantages(objective.advantage, reward, samples))
 
 
 def _correction(objective, old_logp, rollouts):

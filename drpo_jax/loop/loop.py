@@ -211,7 +211,7 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
         pending = checkpoints.pending(step)
         stream = {name: pending.pop(name) for name in [*pending] if name.startswith(PROBLEMS)}
         collector = Collector.restore(pending)
-        if stream:
+        if stream and run.train_problems is not None:
             run.train_problems.restore(below(stream, PROBLEMS))
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
@@ -222,6 +222,7 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
 
 def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
     """Returns what a checkpoint holds besides the policy: the collector, and the stream of problems."""
+    assert run.train_problems is not None  # None only in an evaluation
     stream = run.train_problems.state()
     return collector.state() | {f"{PROBLEMS}.{name}": array for name, array in stream.items()}
 

@@ -6,6 +6,8 @@ the division by a standard deviation would amplify; `informative` marks the othe
 deviations divide by n − 1, as in other RL trainers.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,13 +140,15 @@ def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
     Raises:
       ValueError: the advantage does not split into groups.
     """
-    carries = by_token(advantage).any(axis=1)
+    carries = by_token(jnp.asarray(advantage)).any(axis=1)
     return _grouped(carries, group_size).any(axis=1)
 
 
-def by_token(advantage: ArrayLike) -> ArrayLike:
-    """Returns Â so that it broadcasts to tokens: [batch, 1] for [batch], and [batch, time] as it is."""
-    advantage = advantage if hasattr(advantage, "ndim") else jnp.asarray(advantage)
+def by_token(advantage: Any) -> Any:
+    """Returns Â so that it broadcasts to tokens: [batch, 1] for [batch], and [batch, time] as it is.
+
+    NumPy arrays remain NumPy arrays.
+    """
     return advantage[:, None] if advantage.ndim == 1 else advantage
 
 

@@ -37,7 +37,7 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
       loss and Â ≠ 0 are left out, unless none has one.
     """
     mask = rollout["loss_mask"]
-    informative = (mask & (by_token(rollout["advantage"]) != 0)).any(1)
+    informative = np.any(mask & (by_token(rollout["advantage"]) != 0), axis=1)
     moved = (abs(rollout["weight"] - 1) * mask).sum(1) / np.maximum(mask.sum(1), 1)
     rows: list[int] = []
     for right in (True, False):

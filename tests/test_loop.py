@@ -337,40 +337,31 @@ def test_overlong_filtering_and_the_token_baseline(tmp_path, monkeypatch):
 
 
 def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
-    """Problems of two files, chosen by pass rates: a run in two parts equals one in one part."""
+    """Problems of two files, chosen by pass rates: a run killed after step 2 equals one that was not."""
     for name, sign in ("a", "+"), ("b", "-"):
-        lines = [
-            {"prompt": f"{i}{sign}1=", "answer": f"{eval(f'{i}{sign}1')}"} for i in range(1, 8)
-        ]
+        lines = [{"prompt": f"{i}{sign}1=", "answer": f"{i}", "id": f"p{i}"} for i in range(1, 6)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    batches = []
-    original = data.Curriculum.batch
+    settings = config(
+        data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
+        data__window_high=0.7, data__window_rest=2, evaluate__problems=2, sft__steps=0,
+        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1,
+    )  # fmt: skip
+    batches, original = [], data.Curriculum.batch
 
     def recorded(self, step, count):
         batches.append([p.id for p in original(self, step, count)])
         return original(self, step, count)
 
     monkeypatch.setattr(data.Curriculum, "batch", recorded)
-
-    def settings(steps):
-        return config(
-            data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
-            data__window_high=0.7, data__window_rest=2, evaluate__problems=4, sft__steps=0,
-            train__steps=steps, evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1,
-        )  # fmt: skip
-
-    def run(directory, steps):
-        del batches[:]
-        loop.train(settings(steps), tmp_path / directory)
-        return [*batches]
-
-    whole = run("whole", 5)
-    parts = run("parts", 3) + run("parts", 5)
-    assert parts == whole
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
-    mixture = problems.load(settings(5), CharTokenizer()).train
-    plain = data.ProblemStream(mixture, settings(5).seed)
-    assert whole != [[p.id for p in plain.batch(step, 4)] for step in range(5)]
+    loop.train(settings, tmp_path / "run")
+    before, whole = [*batches], metrics(tmp_path / "run")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    del batches[:]
+    loop.train(settings, tmp_path / "run")
+    assert batches == before[2:] and metrics(tmp_path / "run") == whole
+    plain = data.ProblemStream(problems.load(settings, CharTokenizer()).train, settings.seed)
+    assert before != [[p.id for p in plain.batch(step, 4)] for step in range(4)]
 
 
 def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypatch):

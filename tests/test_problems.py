@@ -219,9 +219,9 @@ def test_several_sources(checkpoint, tmp_path):
     mixed, _ = sources(checkpoint, tmp_path, "{a}:3,{b}:1")
     assert mixed.train.weights == (3, 1)
     assert [p for part in mixed.train.sources for p in part] == loaded.train
-    for part, name in zip(mixed.train.sources, names.values()):
+    for part, name, weight in zip(mixed.train.sources, names.values(), (3, 1)):
         assert all(p.id.startswith(f"{name}: ") and p.token_ids for p in part)
-    assert f"6 of them from {names['b']}, weight 1" in mixed.report or "5 of them" in mixed.report
+        assert f"{len(part)} of them from {name}, weight {weight}\n" in mixed.report
     ids = tmp_path / "ids.txt"
     ids.write_text("p3\np4\np5\n" + f"{names['a']}: p1\n")
     listed, _ = sources(checkpoint, tmp_path, "{a},{b}", data__ids=str(ids))

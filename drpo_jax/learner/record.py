@@ -17,8 +17,8 @@ T tokens of prompt and response, and R response tokens:
     coefficient       float32 [N, R]  c = ∂J/∂logp, including penalties and correction
     weight            float32 [N, R]  w = c / (r·Â) of the objective alone
     entropy           float32 [N, R]  entropy of π at the token, nats
-    advantage         float32 [N]     Â, from the reward and what is added to it; [N, R] if it differs
-                                      between the tokens of a response
+    advantage         float32 [N]     Â, from the reward and what is added to it
+                                      (with a baseline per token: float32 [N, R])
     reward            float32 [N]     the verdict of the verifier
     finished          bool [N]        the response ended with a stop token
     version           int32 [N, R]    version of the weights that sampled each token, in steps of the

@@ -51,7 +51,7 @@ def explain(
         f"ANSWER {rollout['answer'][row]}   (reward {reward_summary(config.reward)})",
         f"PROMPT, {start} tokens: inputs of the model, without a loss",
         _prompt_table(rollout["tokens"][row, :start], tokenizer),
-        f"RESPONSES, {samples}: advantages {config.objective.advantage!r} from their rewards",
+        f"RESPONSES, {samples}: {_advantages(config.objective)} from their rewards",
         _group_table(rollout, group, row) + warning,
         f"RESPONSE {row - group.start}, {length} tokens ({end}): {objective_summary(config)}, "
         f"aggregation {config.objective.aggregation!r}",
@@ -61,6 +61,12 @@ def explain(
         f"above: {start - 1} to {start + length - 2} of this sequence.",
     ]
     return "\n\n".join(sections)
+
+
+def _advantages(objective: Any) -> str:
+    if objective.baseline == "group":
+        return f"advantages {objective.advantage!r}"
+    return f"mean advantages of the tokens, baseline {objective.baseline!r},"
 
 
 def _prompt_table(ids: np.ndarray, tokenizer: Any) -> str:

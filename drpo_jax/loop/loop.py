@@ -209,10 +209,10 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
     else:
         step, state = latest
         pending = checkpoints.pending(step)
-        stream = {name: pending.pop(name) for name in [*pending] if name.startswith(PROBLEMS)}
-        collector = Collector.restore(pending)
-        if stream and run.train_problems is not None:
-            run.train_problems.restore(below(stream, PROBLEMS))
+        if (stream := below(pending, PROBLEMS)) and run.train_problems is not None:
+            run.train_problems.restore(stream)
+        own = {n: a for n, a in pending.items() if not n.startswith(f"{PROBLEMS}.")}
+        collector = Collector.restore(own)
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.

@@ -110,7 +110,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "reward/informative_groups", "Informative groups",
-                "prompts with at least one response whose Â is not 0", "%",
+                "prompts with a response that has a loss and an Â other than 0", "%",
             ),
         ),
     ),

@@ -59,6 +59,11 @@ TOKENS = RNG.integers(V, size=(N, PROMPT + R)).astype(np.int32)
 MU = RNG.normal(-2.5, 0.4, size=(N, R)).astype(np.float32)
 PER_RESPONSE = RNG.normal(size=N).astype(np.float32)
 PER_TOKEN = RNG.normal(size=(N, R)).astype(np.float32)
+EXTRA = {
+    "old_logp": (MU + 0.1).astype(np.float32),
+    "ref_logp": (MU - 0.3).astype(np.float32),
+    "correction": RNG.choice([0.0, 0.5, 1.5], size=(N, R)).astype(np.float32),
+}
 SETTINGS = UpdateSettings(policy("drpo", delta=DELTA), "token-mean", horizon=HORIZON, head_chunk=16)
 
 
@@ -68,11 +73,12 @@ def learn(model, batch, settings):
     return grads, trace, metrics["loss"], summarize(trace, batch)
 
 
-def run(rows, mask, advantage, pack=False, micro_batches=1, **settings):
+def run(rows, mask, advantage, pack=False, micro_batches=1, extra=(), **settings):
     """(gradient, trace [n, R], loss, summary) of some of the eight sequences."""
     settings = dataclasses.replace(SETTINGS, pack=pack, micro_batches=micro_batches, **settings)
     layout = lay_out(PROMPTS[rows], RESPONSES[rows], PROMPT + R, pack, micro_batches)
     inputs = {"behavior_logp": MU[rows], "advantage": advantage[rows]}
+    inputs |= {name: EXTRA[name][rows] for name in extra}
     batch = make_batch(layout, TOKENS[rows], inputs, loss_mask=mask[rows])
     grads, trace, loss, summary = learn(MODEL, batch, settings)
     return grads, jax.tree.map(lambda a: layout.take(a, R), trace), loss, summary
@@ -134,6 +140,25 @@ def test_masked_tokens_leave_numerator_and_denominator(aggregation):
             np.testing.assert_allclose(ours, mean, rtol=1e-4, atol=1e-6, err_msg=name)
         for name, value in other_extremes.items():
             np.testing.assert_allclose(extremes[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_penalties_and_corrections_leave_masked_tokens_out():
+    """KL to the reference, distance to µ, entropy bonus and correction, with their metrics."""
+    settings = dict(
+        objective=policy("minirl", kl="k3", kl_coefficient=0.3, kl_behavior=0.1),
+        aggregation="seq-mean-token-mean",
+        entropy_bonus=0.2,
+        extra=tuple(EXTRA),
+    )
+    kept = np.flatnonzero(KEPT)
+    alone = run(kept, MASK, PER_RESPONSE, **settings)
+    masked = run(np.arange(N), MASK, PER_RESPONSE, True, 2, **settings)
+    np.testing.assert_allclose(masked[2], alone[2], rtol=2e-5)
+    assert_same_gradients(masked[0], alone[0])
+    ours, expected = (reduce_pairs(x[3][0]) for x in (masked, alone))
+    for name in ("policy/kl_reference", "correction/mean", "correction/dropped", "entropy"):
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(ours["correction/mean"], EXTRA["correction"][MASK].mean(), rtol=1e-6)
 
 
 def test_masked_tokens_stay_context():

@@ -344,7 +344,7 @@ def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
     settings = config(
         data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
         data__window_high=0.7, data__window_rest=2, evaluate__problems=2, sft__steps=0,
-        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1,
+        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1, checkpoint__keep=4,
     )  # fmt: skip
     batches, original = [], data.Curriculum.batch
 

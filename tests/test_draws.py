@@ -156,6 +156,16 @@ class Reward(Isolated):
 
 
 class Problems:
+    def __init__(self):
+        self.observed = {}
+
+    def observe(self, problems, reward):
+        """Notes verdicts by problem; a problem is observed once."""
+        assert self.observed.keys().isdisjoint(int(problem.id) for problem in problems)
+        self.observed |= {
+            int(problem.id): row for problem, row in zip(problems, reward, strict=True)
+        }
+
     def batch(self, step, count):
         numbers = range(step * count, (step + 1) * count)
         return [Problem(f"{n}+0=", str(n), "sum", str(n)) for n in numbers]
@@ -210,6 +220,9 @@ class Steps:
             assert len(unfinished) == m["sampling/unfinished"]
             assert len(self.draws.pending) <= SIZE * self.run.config.train.max_draws
             check(rollout, self.run.programs.sampler.script)
+            judged = [d.number for d in self.draws.pending if d.verdicts]
+            observed = self.run.train_problems.observed
+            assert observed.keys() >= {*numbers, *judged}
         return self
 
     def flat(self):

@@ -74,6 +74,11 @@ class TrainSettings:
         "weights after step t - k, and the first k steps from those of the initial weights.",
         NOT_NEGATIVE,
     )
+    overlong_filtering: bool = field(
+        False,
+        "Responses that end at the length limit carry no loss. Their rewards still count in the "
+        "baseline of their group.",
+    )
     shuffle_rewards: bool = field(
         False, "Control experiment: rewards are randomly permuted within the rollout."
     )

@@ -34,6 +34,7 @@ class UpdateSettings:
       pack: rows may be empty. Micro-batches of empty rows are skipped.
       compute: how the learner computes the forward pass.
       head_chunk: tokens per chunk of the head; None: see `head.chunk_tokens`.
+      sum_squares: the trace has Σπ² of each token.
     """
 
     objective: Callable
@@ -46,6 +47,7 @@ class UpdateSettings:
     pack: bool = False
     compute: Compute = Compute()
     head_chunk: int | None = None
+    sum_squares: bool = False
 
 
 class Report(NamedTuple):
@@ -183,7 +185,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         loss, trace = head_loss(
             *operands, *jax.tree.map(flat, (targets, weight_PxT, inputs)),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
-            entropy_bonus=settings.entropy_bonus,
+            entropy_bonus=settings.entropy_bonus, sum_squares=settings.sum_squares,
         )  # fmt: skip
         return loss, jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
 

@@ -49,6 +49,7 @@ class Collector:
           AbandonStep: a signal stops the run. The collector holds what `state` can save.
         """
         train = run.config.train
+        assert run.train_problems is not None  # None only in an evaluation
         # More than one is missing before the first step, and after train.steps was raised.
         for later in range(step, min(step + train.staleness + 1, train.steps)):
             if later in self.ready or later in self.sampled:
@@ -62,7 +63,15 @@ class Collector:
         if step in self.sampled:
             with timer("reward"):
                 self.ready[step] = self.sampled.pop(step).verify()
-        return self.ready.pop(step)
+        rollout = self.ready.pop(step)
+        if not chooses_groups(
+            run.config
+        ):  # Otherwise the stream has seen all groups, also dropped ones.
+            samples = train.samples
+            run.train_problems.observe(
+                rollout.problems[::samples], rollout.reward.reshape(-1, samples)
+            )
+        return rollout
 
     def _scored(self, run, model, step, version, sampled, timer):
         """Adds scores by the weights that sampled a rollout, if anything is measured with them later.

@@ -136,6 +136,8 @@ class Draws:
             measured |= unload(run)
         with timer("reward"):
             work.settle()
+        assert run.train_problems is not None  # None only in an evaluation
+        run.train_problems.observe(*work.verified())
         learned, kept = work.split()
         if work.missing and not self._announced:
             self._announced = True
@@ -222,6 +224,7 @@ class Step:
         self._fresh = [draw.rollouts is None for draw in draws]
         self._unverified: list[list[Group]] = []
         self._verified: list[Mapping[str, np.ndarray]] = []
+        self._settled: list[int] = []
 
     @property
     def begun(self) -> list[int]:
@@ -312,12 +315,20 @@ class Step:
             for row, group in enumerate(groups):
                 own = {name: np.split(a, len(groups))[row] for name, a in verdicts.items()}
                 place = group.index
+                self._settled.append(place)
                 self.draws[place] = dataclasses.replace(self.draws[place], verdicts=own)
                 if self.drops:
                     reward = own["reward"] + own["added"]
                     equal = np.all(reward == reward[0])
                     self.outcomes[place] = Outcome.DROP if equal else Outcome.LEARN
         self._unverified = []
+
+    def verified(self) -> tuple[list[Problem], np.ndarray]:
+        """Returns the problems that the step has verified, and the verdicts, float32 [groups, samples]."""
+        draws = [self.draws[place] for place in sorted(self._settled)]
+        verdicts = [draw.verdicts["reward"] for draw in draws if draw.verdicts is not None]
+        samples = self.run.config.train.samples
+        return [draw.problem for draw in draws], np.array(verdicts).reshape(-1, samples)
 
     def split(self) -> tuple[list[Draw], list[Draw]]:
         """Returns the draws to learn from, train.prompts of them, and those to keep; both ascending."""

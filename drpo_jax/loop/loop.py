@@ -21,15 +21,17 @@ from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
-from drpo_jax.loop.learn import make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, Rollout, training_reward
+from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
+from drpo_jax.loop.rollout import Example, Rollout, below, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import informative
+from drpo_jax.objectives import by_token, informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim, due
+
+PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
@@ -102,7 +104,7 @@ def _train(run: Run) -> None:
             if start:
                 checkpoints.add_metrics(start, metrics)
             else:
-                checkpoints.save(0, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(0, state, metrics, log.synchronize(), _pending(run, collector))
         saved, skipped, seconds, mixed = int(state.updates), int(state.skipped), math.inf, True
         for step in range(start + 1, total + 1):
             run.interrupts.expect(seconds)
@@ -111,7 +113,7 @@ def _train(run: Run) -> None:
                 state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
-                    pending = collector.state()
+                    pending = _pending(run, collector)
                     checkpoints.save(step - 1, state, {}, log.synchronize(), pending)
                 raise _interrupted(run, checkpoints) from None
             seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
@@ -128,7 +130,7 @@ def _train(run: Run) -> None:
             if not skipped and (
                 stopping or last or evaluated or due(step, config.checkpoint.every)
             ):
-                checkpoints.save(step, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(step, state, metrics, log.synchronize(), _pending(run, collector))
                 saved = int(state.updates)
             if stopping:
                 raise _interrupted(run, checkpoints)
@@ -208,7 +210,11 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
         state, step = run.programs.restart(initial_model(run)), 0
     else:
         step, state = latest
-        collector = Collector.restore(checkpoints.pending(step))
+        pending = checkpoints.pending(step)
+        if (stream := below(pending, PROBLEMS)) and run.train_problems is not None:
+            run.train_problems.restore(stream)
+        own = {n: a for n, a in pending.items() if not n.startswith(f"{PROBLEMS}.")}
+        collector = Collector.restore(own)
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.
@@ -219,6 +225,13 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
 def _save(run: Run, step: int, rollout: Rollout, view: Mapping[str, np.ndarray]) -> None:
     """Saves a rollout with the learner's view of it, see `learner.record`."""
     save_rollout(run.workdir, step, **rollout.arrays(run.tokenizer), **view)
+
+
+def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds besides the policy: the collector, and the stream of problems."""
+    assert run.train_problems is not None  # None only in an evaluation
+    stream = run.train_problems.state()
+    return collector.state() | {f"{PROBLEMS}.{name}": array for name, array in stream.items()}
 
 
 def rl_step(
@@ -254,16 +267,23 @@ def rl_step(
             scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
         if check and scores:
             parity.check_parity(run, responses, scores)
-        state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
+        loss_mask = make_loss_mask(config, responses)
+        state, trace, learned = make_updates(
+            run, state, responses, inputs, loss_mask, step, keep=measure
+        )
         metrics = learned | penalties
         if measure:
-            metrics |= parity.mismatch(run, responses, scores, old_logp, trace["logp"], inputs)
+            metrics |= parity.mismatch(
+                run, responses, scores, old_logp, trace["logp"], inputs, loss_mask
+            )
     if due(step + 1, config.train.save_rollout_every) and multihost.is_main():
         view = trace | {name: inputs[name] for name in ("behavior_logp", "advantage")}
-        view["old_logp"] = old_logp
+        view |= {"old_logp": old_logp, "loss_mask": loss_mask}
         run.writer.submit(partial(_save, run, step + 1, rollout, view))
     metrics |= rollout.metrics() | rollout.staleness(step) | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
-    mixed = informative(inputs["advantage"], config.train.samples)
+    if config.train.overlong_filtering:
+        metrics["response/filtered"] = 1 - loss_mask.any(axis=1).mean()
+    mixed = informative(by_token(inputs["advantage"]) * loss_mask, config.train.samples)
     metrics["reward/informative_groups"] = float(np.mean(mixed))
     return state, metrics, rollout.example(run.tokenizer)

@@ -13,6 +13,7 @@ from drpo_jax.loop.learn import score
 from drpo_jax.loop.rollout import SamplingScores
 from drpo_jax.metrics import reduce_pairs
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import by_token
 from drpo_jax.run import NOISE, Run, due
 from drpo_jax.sampler import Rollouts
 
@@ -101,6 +102,7 @@ def mismatch(
     old_logp: np.ndarray,
     logp: np.ndarray,
     inputs: Mapping[str, np.ndarray],
+    loss_mask: np.ndarray,
 ) -> dict[str, float]:
     """Measures how far the sampler's logprobs are from the learner's own, and where this comes from.
 
@@ -121,14 +123,13 @@ def mismatch(
         measured.
       old_logp, logp: float32 [N, R], by the learner before the updates and at the update.
       inputs: `Inputs.arrays`.
+      loss_mask: bool [N, R], the tokens that count, which have a `logp`.
     """
-    advantage, mask = inputs["advantage"], rollouts.mask()
-    if advantage.ndim == 1:
-        advantage = advantage[:, None]
+    advantage, mask = by_token(inputs["advantage"]), loss_mask
     compare = run.programs.mismatch
     pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)
-    own = scores.own(rollouts) if scores else mask
+    own = mask & scores.own(rollouts) if scores else mask
     parts = {"drift": (old_logp, logp)}
     if scores and scores.synced_logp is not scores.logp:
         parts["injected"] = scores.synced_logp, scores.logp

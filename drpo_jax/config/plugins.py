@@ -10,9 +10,6 @@ from drpo_jax.objectives.by_path import load_objective
 from drpo_jax.plugins import Plugin
 from drpo_jax.rewards.by_path import load_reward
 
-LOADERS = {"objective": load_objective, "reward": load_reward}
-
-
 def with_plugins(
     values: Mapping[str, Any], explicit: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -54,15 +51,14 @@ def load(section: str, path: str) -> Plugin:
       BadInput: it cannot be loaded; names the field.
     """
     try:
-        plugin = LOADERS[section](path)
+        return LOADERS[section](path)
     except ValueError as error:
         raise BadInput(f"{section}.path = {path!r}: {error}") from error
-    if section == "objective":
-        taken = {f.name for f in dataclasses.fields(ObjectiveSettings)}
-        both = sorted(taken & {row.name for row in hyperparameter_fields()})
-        if both:
-            raise BadInput(
-                f"objective.path = {path!r}: the section objective has fields {', '.join(both)}; "
-                "give these hyperparameters other names"
-            )
-    return plugin
+
+
+def _load_objective(path: str) -> Plugin:
+    """Loads an objective whose hyperparameters have names that the section leaves free."""
+    return load_objective(path, {field.name for field in dataclasses.fields(ObjectiveSettings)})
+
+
+LOADERS = {"objective": _load_objective, "reward": load_reward}

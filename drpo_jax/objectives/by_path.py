@@ -14,6 +14,7 @@ does; without a row, a hyperparameter must be positive.
 import dataclasses
 import functools
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -34,13 +35,14 @@ _loaded: dict[str, plugins.Plugin] = {}  # The rows of the table that came from 
 _own: set[str] = set()  # The hyperparameters that such files describe.
 
 
-def load_objective(path: str) -> plugins.Plugin:
+def load_objective(path: str, reserved: Collection[str] = ()) -> plugins.Plugin:
     """Adds the objective of a file or module to `OBJECTIVES`; a later one of that name replaces it.
 
     The equation is traced once with abstract arrays, which starts no devices.
 
     Args:
       path: FILE.py:NAME or MODULE:NAME.
+      reserved: names that no hyperparameter may have.
 
     Returns:
       The plug-in, whose `name` is the name in the table.
@@ -54,6 +56,11 @@ def load_objective(path: str) -> plugins.Plugin:
     if plugin.name in OBJECTIVES and plugin.name not in _loaded:
         raise ValueError(f"{path}: the table has an objective {plugin.name!r}; choose another name")
     row = as_row(plugin.load(), path)
+    if taken := sorted(row.hyper.keys() & set(reserved)):
+        raise ValueError(
+            f"{path}: the config section objective has fields {', '.join(taken)} already; give these "
+            "hyperparameters other names"
+        )
     described = _described(row, getattr(plugin.module(), "HYPERPARAMETERS", {}), path)
     _check_hyper(row, described, path)
     _trace(row, path)

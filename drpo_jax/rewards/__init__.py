@@ -30,6 +30,7 @@ from drpo_jax.rewards.arithmetic import (
     integer_reward,
     last_integer,
 )
+from drpo_jax.rewards.by_path import batch, check_reward, limits, load_reward
 from drpo_jax.rewards.extraction import EXTRACTORS, last_box
 from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
@@ -55,6 +56,8 @@ __all__ = [
     "Verdict",
     "after_hash",
     "arithmetic_reward",
+    "batch",
+    "check_reward",
     "countdown_reward",
     "expression_value",
     "format_reward",
@@ -62,6 +65,8 @@ __all__ = [
     "integer_reward",
     "last_box",
     "last_integer",
+    "limits",
+    "load_reward",
     "math_reward",
     "merge_votes",
     "overlong_penalty",

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from drpo_jax.errors import TrainingStopped
-from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt
+from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt, function_name
 from drpo_jax.rewards.worker import Worker
 
 CPU_SECONDS = 1.0
@@ -71,8 +71,8 @@ class Pool:
         wall_seconds: float = WALL_SECONDS,
         cache: bool = True,
     ):
-        name = f"{function.__module__}.{function.__qualname__}"
-        if function.__module__ == "__main__" or "<" in function.__qualname__:
+        name = function_name(function)
+        if name.startswith("__main__.") or "<" in name:
             raise ValueError(
                 f"{name} runs in worker processes, which must be able to import it: define it "
                 "at the top level of a module, with a name"
@@ -174,7 +174,7 @@ class Pool:
             calls, total = self._calls, self._lost
         if lost and total > MAX_LOST and total > MAX_LOST_SHARE * calls:
             raise TrainingStopped(
-                f"{total} of {calls} calls of {self.function.__name__} have no result: each attempt "
+                f"{total} of {calls} calls of {function_name(self.function)} have no result: each attempt "
                 f"reached the limit of {self.wall_seconds:g} s or ended its process. The last one was "
                 f"for {excerpt(call)}"
             )
@@ -260,9 +260,13 @@ class Isolated:
         return other
 
     def submit(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str],
+        tokens: Sequence[Sequence[str]] | None = None,
     ) -> Pending:
-        """Starts the rewards of N responses."""
+        """Starts the rewards of N responses; `tokens` is for rewards by path."""
         texts = zip(prompts, responses, answers, strict=True)
         values = [self.quick(*three) for three in texts]
         calls = [value for value in values if isinstance(value, tuple)]
@@ -280,4 +284,8 @@ def _cores():
 
 
 def _characters(call):
-    return 100 + sum(len(text) for text in call if isinstance(text, str))
+    return 100 + sum(
+        len(part) if isinstance(part, str) else _characters(part)
+        for part in call
+        if isinstance(part, str | tuple)
+    )

@@ -1,0 +1,262 @@
+"""Rewards from files: my_rewards.py:NAME becomes a row of the table, called NAME.
+
+The object is one of these, or a `Reward` row around one of them:
+
+    f(prompt, response, answer) -> number
+    f(prompt, response, answer, tokens) -> number, or a list with a number or None per token
+    async def f(prompt, response, answer[, tokens])
+    @batch f(prompts, responses, answers[, tokens]) -> list with one result per response
+
+`tokens` are the texts of the response's tokens. A batch holds the responses to one problem. The calls of
+an async function for the responses to one problem run concurrently. Every function runs in worker
+processes under the limits of `Pool`, which `limits` changes; a batch is one call.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from drpo_jax import plugins
+from drpo_jax.rewards.pool import Isolated, Pending, Pool
+from drpo_jax.rewards.table import REWARDS, Reward, submit
+from drpo_jax.rewards.verdict import Results, Verdict, as_token_rewards, excerpt
+
+TEXTS = ("prompt", "response", "answer")
+
+_loaded: dict[str, plugins.Plugin] = {}  # The rows of the table that came from files, by name.
+
+
+def batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a reward that takes lists: all responses to a problem in one call."""
+    function.takes_batch = True  # type: ignore[attr-defined]
+    return function
+
+
+def limits(**values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Changes the limits of a reward: cpu_seconds and wall_seconds of a call, workers, cache.
+
+    They are arguments of `Pool`.
+    """
+    if wrong := set(values) - {"cpu_seconds", "wall_seconds", "workers", "cache"}:
+        raise ValueError(
+            f"there is no limit {', '.join(sorted(wrong))}; there are cpu_seconds, wall_seconds, "
+            "workers and cache"
+        )
+
+    def marked(function):
+        function.limits = values
+        return function
+
+    return marked
+
+
+def load_reward(path: str) -> plugins.Plugin:
+    """Adds the reward of a file or module to `REWARDS`; a later one of that name replaces it.
+
+    Args:
+      path: FILE.py:NAME or MODULE:NAME.
+
+    Returns:
+      The plug-in, whose `name` is the name in the table.
+
+    Raises:
+      ValueError: there is no such object, or it cannot be a reward; the message says why.
+    """
+    plugin = plugins.find(path)
+    if _loaded.get(plugin.name) == plugin and plugin.name in REWARDS:
+        return plugin
+    if plugin.name in REWARDS and plugin.name not in _loaded:
+        raise ValueError(f"{path}: the table has a reward {plugin.name!r}; choose another name")
+    value, call = plugin.load(), Call(plugin)
+    function = ByPath(call)
+    if isinstance(value, Reward):
+        row = replace(value, function=function, per_token=call.takes_tokens)
+    else:
+        summary = (inspect.getdoc(value) or "").partition("\n")[0]
+        row = Reward(function, summary=summary, per_token=call.takes_tokens)
+    REWARDS[plugin.name] = row
+    _loaded[plugin.name] = plugin
+    return plugin
+
+
+def check_reward(row: Reward, prompt: str, answer: str) -> None:
+    """Computes the reward of one response, the answer, as the run will compute it.
+
+    Raises:
+      ValueError: that fails, or exceeds the limits of a call.
+    """
+    try:
+        tokens = [[answer]] if row.per_token else None
+        [verdict] = submit(row, [prompt], [answer], [answer], tokens).verdicts()
+    except RuntimeError as error:
+        raise ValueError(f"a call for the first problem fails: {error}") from error
+    if verdict.limited or verdict.lost:
+        raise ValueError(
+            "a call for the first problem has no result: it exceeds its limits of CPU time, memory or "
+            "wall time, or ends its process; drpo_jax.rewards.limits(cpu_seconds=…) raises a limit"
+        )
+
+
+class Call:
+    """The function of a plug-in as a worker calls it: texts of several responses in, `Results` out.
+
+    Attributes:
+      path: of the plug-in.
+      takes_tokens, takes_batch, is_async: the form of the function.
+      function: the function.
+    """
+
+    def __init__(self, plugin: plugins.Plugin):
+        self.plugin, self.path = plugin, plugin.path
+        value = plugin.load()
+        function = value.function if isinstance(value, Reward) else value
+        self.function = function.pool.function if isinstance(function, Isolated) else function
+        if not callable(self.function):
+            raise ValueError(
+                f"{self.path} must be a function or a Reward, not {self.function!r:.80}"
+            )
+        self.takes_batch = getattr(self.function, "takes_batch", False)
+        self.is_async = inspect.iscoroutinefunction(self.function)
+        self.takes_tokens = self._check_signature()
+
+    def __reduce__(self):
+        return Call, (self.plugin,)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str],
+        tokens: Sequence[Sequence[str]] | None = None,
+    ) -> Results:
+        columns = [prompts, responses, answers] + ([tokens or ()] if self.takes_tokens else [])
+        texts = list(zip(*columns, strict=True))
+        if self.takes_batch:
+            values = self.function(*map(list, columns))
+            values = asyncio.run(_value(values)) if self.is_async else values
+            values = self._checked_batch(values, len(texts))
+        elif self.is_async:
+            values = asyncio.run(self._concurrently(texts))
+        else:
+            values = [self._one(row) for row in texts]
+        return Results(self._checked(value, row) for value, row in zip(values, texts))
+
+    def _one(self, row):
+        try:
+            return self.function(*row[:3], **({"tokens": list(row[3])} if row[3:] else {}))
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"fails for {excerpt(row[:3])}: {error!r}") from error
+
+    async def _concurrently(self, texts):
+        async def one(row):
+            try:
+                return await self._one(row)
+            except RuntimeError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise RuntimeError(f"fails for {excerpt(row[:3])}: {error!r}") from error
+
+        return await asyncio.gather(*map(one, texts))
+
+    def _checked(self, value, row):
+        try:
+            return as_token_rewards(value, len(row[3]) if row[3:] else -1)
+        except ValueError as error:
+            raise ValueError(f"for prompt, response and answer {excerpt(row[:3])}: {error}") from None
+
+    def _checked_batch(self, values, count):
+        if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != count:
+            raise ValueError(
+                f"a batch function must return a list of {count} results for {count} responses, not "
+                f"{values!r:.80}"
+            )
+        return values
+
+    def _check_signature(self) -> bool:
+        """Returns whether the function takes tokens; raises ValueError for other arguments."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: its arguments cannot be read: {error}") from None
+        plural = "s" if self.takes_batch else ""
+        right = ", ".join(f"{text}{plural}" for text in TEXTS)
+        required = [p.name for p in parameters if p.default is p.empty]
+        takes_tokens = any(p.name == "tokens" for p in parameters)
+        texts = [name for name in required if name != "tokens"]
+        if len(texts) != len(TEXTS) or any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                f"{self.path} must take ({right}), and may take tokens; it takes "
+                f"({', '.join(required)})"
+            )
+        return takes_tokens
+
+
+class ByPath(Isolated):
+    """The reward of a plug-in. The worker processes receive its source."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.pool = Pool(call, **getattr(call.function, "limits", {}))
+
+    def submit(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str],
+        tokens: Sequence[Sequence[str]] | None = None,
+    ) -> Pending:
+        """Starts the rewards of N responses; a batch or async function gets all N in one call.
+
+        Args:
+          prompts, responses, answers: N texts each.
+          tokens: the texts of each response's tokens, if the function takes them.
+        """
+        columns = [tuple(prompts), tuple(responses), tuple(answers)]
+        if self.call.takes_tokens:
+            if tokens is None:
+                raise ValueError(f"{self.call.path} takes the tokens of the responses")
+            columns.append(tuple(map(tuple, tokens)))
+        together = self.call.takes_batch or self.call.is_async
+        size = max(len(responses), 1) if together else 1
+        parts = range(0, len(responses), size)
+        calls = [tuple(column[i : i + size] for column in columns) for i in parts]
+        futures = self.pool.submit(calls).values
+        return Pending(
+            [
+                one
+                for call, future in zip(calls, futures, strict=True)
+                for one in _by_response(future, len(call[0]))
+            ]
+        )
+
+
+async def _value(awaitable):
+    return await awaitable
+
+
+def _by_response(future: Any, count: int) -> list[Future]:
+    """Returns a future per response from that of a call for `count` responses."""
+    parts: list[Future] = [Future() for _ in range(count)]
+
+    def split(done):
+        for i, part in enumerate(parts):
+            if error := done.exception():
+                part.set_exception(error)
+            else:
+                part.set_result(_verdict(done.result(), i))
+
+    future.add_done_callback(split)
+    return parts
+
+
+def _verdict(verdict: Verdict, i: int) -> Verdict:
+    values: Any = verdict.value
+    value = values[i] if isinstance(values, list) else values  # 0.0 for a call without result
+    if not isinstance(value, list):
+        return verdict._replace(value=value)
+    total = math.fsum(reward for reward in value if reward is not None)
+    return verdict._replace(value=total, tokens=tuple(value))

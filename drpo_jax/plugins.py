@@ -95,7 +95,9 @@ def find(path: str) -> Plugin:
     """
     place, _, name = path.rpartition(":")
     if not place or not name.isidentifier():
-        raise ValueError(f"{path!r} must be FILE.py:NAME or MODULE:NAME, such as my_rewards.py:judge")
+        raise ValueError(
+            f"{path!r} must be FILE.py:NAME or MODULE:NAME, such as my_rewards.py:judge"
+        )
     if not _is_file(place):
         return Plugin(path, file := _module_file(path, place), Path(file).read_bytes())
     file = str(Path(place).expanduser().absolute())

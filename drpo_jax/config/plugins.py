@@ -10,9 +10,8 @@ from drpo_jax.objectives.by_path import load_objective
 from drpo_jax.plugins import Plugin
 from drpo_jax.rewards.by_path import load_reward
 
-def with_plugins(
-    values: Mapping[str, Any], explicit: Collection[str] = ()
-) -> dict[str, Any]:
+
+def with_plugins(values: Mapping[str, Any], explicit: Collection[str] = ()) -> dict[str, Any]:
     """Returns flat fields in which the plug-ins set the name and source of their sections.
 
     The hyperparameters of an objective by path become fields, which are None where they are missing.
@@ -32,7 +31,7 @@ def with_plugins(
             if f"{section}.source" in changed:
                 changed[f"{section}.source"] = ""
             continue
-        plugin = load(section, path)
+        plugin = load_plugin(section, path)
         if name in explicit and values[name] != plugin.name:
             raise BadInput(
                 f"{name} = {values[name]!r}, {section}.path = {path!r}: set only one of the two"
@@ -44,7 +43,7 @@ def with_plugins(
     return changed
 
 
-def load(section: str, path: str) -> Plugin:
+def load_plugin(section: str, path: str) -> Plugin:
     """Loads the plug-in that the field `path` of a section names, and enters it into the table.
 
     Raises:

@@ -152,9 +152,7 @@ def _checkpoints(workdir: Path) -> list[Path]:
 def _other_run(where: Path | str, differing: Sequence[str]) -> str:
     """The message that a directory holds another run."""
     stretched = any(line.startswith("train.steps") for line in differing)
-    sources = [
-        line.rpartition(" -> ")[2].strip("'") for line in differing if ".source: '" in line
-    ]
+    sources = [line.rpartition(" -> ")[2].strip("'") for line in differing if ".source: '" in line]
     return (
         f"{where} holds a run with another config (its value -> this run's value):\n  "
         + "\n  ".join(differing)

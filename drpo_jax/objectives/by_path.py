@@ -115,7 +115,7 @@ def _on_tokens(function, rest):
         return function(t.logp, t.logp - t.log_r, t.A, **keywords)
 
     first = inspect.Parameter("t", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    equation.__signature__ = inspect.Signature([first, *rest])  # type: ignore[attr-defined]
+    equation.__signature__ = inspect.Signature([first, *rest])
     return equation
 
 
@@ -163,7 +163,9 @@ def _trace(row, path):
         return J, c, w
 
     try:
-        returned = jax.eval_shape(terms, array, array, array, {key: arrays[key] for key in row.arrays})
+        returned = jax.eval_shape(
+            terms, array, array, array, {key: arrays[key] for key in row.arrays}
+        )
     except Exception as error:
         message = str(error).partition("\n")[0]
         raise ValueError(f"{path} fails on arrays: {type(error).__name__}: {message}") from error

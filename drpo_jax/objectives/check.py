@@ -3,8 +3,9 @@
 Prints a table per objective, and ends with status 1 if a check fails. The arguments are names of the
 table or objectives from files (see `by_path`).
 
-The tokens are random, 40 rows of 100 with several responses each: near to on-policy and far from it, with
-µ down to e⁻²¹. The hostile ones combine log-probabilities from 0 to −∞ with advantages from 0 to ±100.
+The tokens are random, 40 rows of 100 with several responses each: near to on-policy and far from it,
+with µ down to e⁻²¹. The hostile ones combine log-probabilities from 0 to −∞ with advantages from 0 to
+±100.
 """
 
 import sys
@@ -26,7 +27,9 @@ EXTREME = np.array([0.0, -1e-8, -1e-3, -1, -19.9, -20, -20.1, -50, -110, -1e4, -
 ADVANTAGES = np.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 100.0, -100.0])
 EXACT = 1e-7  # Tolerance of identities in float64, relative and absolute.
 ROUNDED = 1e-3  # Tolerance of float32, relative to r·|Â|·(1 + |w|).
-FLIPPED = 5e-3  # Share of tokens so close to a boundary that float32 may put them on its other side.
+FLIPPED = (
+    5e-3  # Share of tokens so close to a boundary that float32 may put them on its other side.
+)
 
 
 class Tokens(NamedTuple):
@@ -44,7 +47,12 @@ class Tokens(NamedTuple):
     def astype(self, dtype: Any) -> "Tokens":
         """Returns the same in another floating dtype; the mask keeps its own."""
         cast = {k: v if k == "mask" else v.astype(dtype) for k, v in self.arrays.items()}
-        return Tokens(*(x.astype(dtype) for x in self[:3]), cast)
+        return Tokens(
+            self.logp.astype(dtype),
+            self.behavior_logp.astype(dtype),
+            self.advantage.astype(dtype),
+            cast,
+        )
 
     def where(self, kept: np.ndarray, others: "Tokens") -> "Tokens":
         """Returns these tokens where `kept` [B, T], and `others` elsewhere. The mask is this one's."""
@@ -53,8 +61,12 @@ class Tokens(NamedTuple):
             return np.where(kept.reshape(kept.shape + (1,) * (mine.ndim - 2)), mine, theirs)
 
         arrays = {k: merged(v, others.arrays[k]) for k, v in self.arrays.items() if k != "mask"}
-        first = (merged(mine, theirs) for mine, theirs in zip(self[:3], others[:3]))
-        return Tokens(*first, arrays | {"mask": self.arrays["mask"]})
+        return Tokens(
+            merged(self.logp, others.logp),
+            merged(self.behavior_logp, others.behavior_logp),
+            merged(self.advantage, others.advantage),
+            arrays | {"mask": self.arrays["mask"]},
+        )
 
 
 class Outcome(NamedTuple):
@@ -269,7 +281,8 @@ def _vmapped(name, hyper, tokens, narrow) -> Outcome:
         mapped = jax.jit(jax.vmap(one))(*tokens[:3], needed)
     except Exception as error:
         return Outcome(title, 0, "", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return _near(title, tokens, Terms(*map(np.asarray, mapped), narrow.derivative), narrow)
+    J, c, w = map(np.asarray, mapped)
+    return _near(title, tokens, Terms(J, c, w, narrow.derivative), narrow)
 
 
 def _float32(tokens, exact, narrow) -> Outcome:
@@ -310,7 +323,9 @@ def _near(title, tokens, terms, expected) -> Outcome:
     problem = ""
     if far.mean() > FLIPPED:
         place = tuple(np.argwhere(far)[0])
-        problem = f"{_token(tokens, place)}{_values(terms, place)}; expected{_values(expected, place)}"
+        problem = (
+            f"{_token(tokens, place)}{_values(terms, place)}; expected{_values(expected, place)}"
+        )
     return Outcome(title, far.size, f"{100 * far.mean():.2g} % differ", problem)
 
 

@@ -133,7 +133,8 @@ class Call:
         answers: Sequence[str],
         tokens: Sequence[Sequence[str]] | None = None,
     ) -> Results:
-        columns = [prompts, responses, answers] + ([tokens or ()] if self.takes_tokens else [])
+        columns: list[Sequence[Any]] = [prompts, responses, answers]
+        columns += [tokens or ()] if self.takes_tokens else []
         texts = list(zip(*columns, strict=True))
         if self.takes_batch:
             values = self.function(*map(list, columns))
@@ -166,7 +167,9 @@ class Call:
         try:
             return as_token_rewards(value, len(row[3]) if row[3:] else -1)
         except ValueError as error:
-            raise ValueError(f"for prompt, response and answer {excerpt(row[:3])}: {error}") from None
+            raise ValueError(
+                f"for prompt, response and answer {excerpt(row[:3])}: {error}"
+            ) from None
 
     def _checked_batch(self, values, count):
         if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != count:
@@ -215,11 +218,11 @@ class ByPath(Isolated):
           prompts, responses, answers: N texts each.
           tokens: the texts of each response's tokens, if the function takes them.
         """
-        columns = [tuple(prompts), tuple(responses), tuple(answers)]
+        columns: list[tuple] = [tuple(prompts), tuple(responses), tuple(answers)]
         if self.call.takes_tokens:
             if tokens is None:
                 raise ValueError(f"{self.call.path} takes the tokens of the responses")
-            columns.append(tuple(map(tuple, tokens)))
+            columns.append(tuple(tuple(texts) for texts in tokens))
         together = self.call.takes_batch or self.call.is_async
         size = max(len(responses), 1) if together else 1
         parts = range(0, len(responses), size)

@@ -50,8 +50,9 @@ class Pool:
 
     Args:
       function: (*texts) -> float, at the top level of an importable module that does not import
-        JAX. `result` raises RuntimeError if the function raises anything but MemoryError and
-        RecursionError, which count as exceeded limits, or if it returns what is not a reward.
+        JAX; or the `Call` of a plug-in, which returns `Results`. `result` raises RuntimeError if the
+        function raises anything but MemoryError and RecursionError, which count as exceeded limits,
+        or if it returns what is not a reward.
       warm: calls that every worker makes once, without limits, before the first real call.
       workers: number of processes. None: one per core available to this process, at most
         `MAX_WORKERS`.
@@ -64,7 +65,7 @@ class Pool:
 
     def __init__(
         self,
-        function: Callable[..., float],
+        function: Callable[..., Any],
         warm: Iterable[tuple[str, ...]] = (),
         workers: int | None = None,
         cpu_seconds: float = CPU_SECONDS,
@@ -89,7 +90,7 @@ class Pool:
         self._closed = False
         self._calls = self._lost = 0
 
-    def submit(self, calls: Iterable[Sequence[str]]) -> "Pending":
+    def submit(self, calls: Iterable[Sequence[Any]]) -> "Pending":
         """Starts calls, each a sequence of arguments, and returns without waiting for them.
 
         Raises:
@@ -174,9 +175,9 @@ class Pool:
             calls, total = self._calls, self._lost
         if lost and total > MAX_LOST and total > MAX_LOST_SHARE * calls:
             raise TrainingStopped(
-                f"{total} of {calls} calls of {function_name(self.function)} have no result: each attempt "
-                f"reached the limit of {self.wall_seconds:g} s or ended its process. The last one was "
-                f"for {excerpt(call)}"
+                f"{total} of {calls} calls of {function_name(self.function)} have no result: each "
+                f"attempt reached the limit of {self.wall_seconds:g} s or ended its process. The last "
+                f"one was for {excerpt(call)}"
             )
 
     def _start(self) -> Worker:

@@ -182,19 +182,27 @@ def test_a_run_is_read_without_its_plugins(files):
 # ------------------------------------------------------------------------------ command line and run
 
 
-def test_hyperparameters_of_a_plugin_are_flags(files):
-    spec = str(ROOT / "tests/smallest.py")
-    command = ["train", f"--config={spec}", "--workdir=run", "--config.objective.delta=0.01"]
+def parsed(monkeypatch, *args):
+    """Returns the config of a command line."""
+    command = ["train", *args, "--workdir=run"]
+    monkeypatch.setattr(sys, "argv", command)  # ml_collections reads overrides there.
     values = flags.FlagValues()
     config, _, _ = cli.define_flags(values)
+    cli.parse_flags(command, values)
+    return config.value
+
+
+def test_hyperparameters_of_a_plugin_are_flags(files, monkeypatch):
+    config, gain = f"--config={ROOT / 'tests/smallest.py'}", "--config.objective.gain=2.0"
     with pytest.raises(BadInput, match="objective.gain=2.0: there is no such field"):
-        cli.parse_flags([*command, "--config.objective.gain=2.0"], values)
-    path = ["--config.objective.path=objectives.py:gained", "--config.objective.gain=2.0"]
-    cli.parse_flags([*command, *path], values)
-    assert config.value.objective.gain == 2.0
+        parsed(monkeypatch, config, gain)
+    path = "--config.objective.path=objectives.py:gained"
+    assert parsed(monkeypatch, config, path, gain).objective.gain == 2.0
+    with pytest.raises(BadInput, match="objective.path = 'objectives.py:gaines': .* mean 'gained'"):
+        parsed(monkeypatch, config, "--config.objective.path=objectives.py:gaines")
 
 
-def test_a_config_file_may_name_a_plugin(files):
+def test_a_config_file_may_name_a_plugin(files, monkeypatch):
     Path("conf.py").write_text(
         "from tests.smallest import get_config as smallest\n"
         "def get_config():\n"
@@ -202,12 +210,8 @@ def test_a_config_file_may_name_a_plugin(files):
         "    config.objective.path = 'objectives.py:gained'\n"
         "    return config\n"
     )
-    values = flags.FlagValues()
-    config, _, _ = cli.define_flags(values)
-    cli.parse_flags(
-        ["train", "--config=conf.py", "--workdir=run", "--config.objective.gain=2.0"], values
-    )
-    assert config.value.objective.gain == 2.0
+    config = parsed(monkeypatch, "--config=conf.py", "--config.objective.gain=2.0")
+    assert config.objective.gain == 2.0
 
 
 def test_lists_show_a_plugin(files, capsys):

@@ -40,7 +40,8 @@ def token_advantages(name: str, reward: ArrayLike, group_size: int) -> np.ndarra
     if rewards_NxR.ndim != 2 or group_size < 1 or len(rewards_NxR) % group_size:
         raise ValueError(
             f"rewards of shape {rewards_NxR.shape} do not split into groups of {group_size}: they "
-            "must be [batch, time], the samples of one prompt contiguous, with batch a multiple of group_size"
+            "must be [batch, time], the samples of one prompt contiguous, with batch a multiple of "
+            "group_size"
         )
     if group_size < 2 and name in NEEDS_GROUPS:
         raise ValueError(

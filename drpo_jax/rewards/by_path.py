@@ -15,6 +15,7 @@ processes under the limits of `Pool`, which `limits` changes; a batch is one cal
 import asyncio
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -23,8 +24,9 @@ from typing import Any
 from drpo_jax import plugins
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
 from drpo_jax.rewards.table import REWARDS, Reward, submit
-from drpo_jax.rewards.verdict import Results, Verdict, as_token_rewards, excerpt
+from drpo_jax.rewards.verdict import Results, RewardFailed, Verdict, as_token_rewards, excerpt
 
+_LIMITS = MemoryError, RecursionError  # The worker counts these as exceeded limits.
 TEXTS = ("prompt", "response", "answer")
 
 _loaded: dict[str, plugins.Plugin] = {}  # The rows of the table that came from files, by name.
@@ -149,32 +151,32 @@ class Call:
     def _one(self, row):
         try:
             return self.function(*row[:3], **({"tokens": list(row[3])} if row[3:] else {}))
+        except _LIMITS:
+            raise
         except (Exception, SystemExit) as error:
-            raise RuntimeError(f"fails for {excerpt(row[:3])}: {error!r}") from error
+            raise _failed(row, error) from error
 
     async def _concurrently(self, texts):
         async def one(row):
             try:
                 return await self._one(row)
-            except RuntimeError:
+            except (*_LIMITS, RewardFailed):
                 raise
             except (Exception, SystemExit) as error:
-                raise RuntimeError(f"fails for {excerpt(row[:3])}: {error!r}") from error
+                raise _failed(row, error) from error
 
         return await asyncio.gather(*map(one, texts))
 
     def _checked(self, value, row):
         try:
-            return as_token_rewards(value, len(row[3]) if row[3:] else -1)
+            return as_token_rewards(value, len(row[3]) if row[3:] else None)
         except ValueError as error:
-            raise ValueError(
-                f"for prompt, response and answer {excerpt(row[:3])}: {error}"
-            ) from None
+            raise RewardFailed(f"{_named(row)}: {error}") from None
 
     def _checked_batch(self, values, count):
         if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != count:
-            raise ValueError(
-                f"a batch function must return a list of {count} results for {count} responses, not "
+            raise RewardFailed(
+                f"a batch: it must return a list of {count} results for {count} responses, not "
                 f"{values!r:.80}"
             )
         return values
@@ -235,6 +237,17 @@ class ByPath(Isolated):
                 for one in _by_response(future, len(call[0]))
             ]
         )
+
+
+def _named(row: Sequence[Any]) -> str:
+    return f"prompt, response and answer {excerpt(tuple(row[:3]))}"
+
+
+def _failed(row: Sequence[Any], error: BaseException) -> RewardFailed:
+    """Returns the error of a call: its texts, and the traceback inside the plug-in."""
+    assert error.__traceback__ is not None
+    frames = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+    return RewardFailed(f"{_named(row)}:\n{''.join(frames).rstrip()}")
 
 
 async def _value(awaitable):

@@ -33,19 +33,23 @@ class Results(list):
     """The rewards of several responses: for each a number, or a list with one per token."""
 
 
-def as_token_rewards(value: Any, count: int) -> float | list[float | None]:
+class RewardFailed(Exception):
+    """A plug-in raised an error or returned what is not a reward; the message is complete."""
+
+
+def as_token_rewards(value: Any, count: int | None) -> float | list[float | None]:
     """Returns what a reward function returned for a response whose tokens it takes.
 
     Args:
       value: a number, or a sequence with a number or None for each token.
-      count: number of tokens of the response.
+      count: number of tokens of the response; None: the function takes no tokens.
 
     Raises:
       ValueError: it is neither; names the token.
     """
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = value.tolist()
-    if not isinstance(value, list | tuple):
+    if count is None or not isinstance(value, list | tuple):
         return as_reward(value)
     if len(value) != count:
         raise ValueError(

@@ -14,7 +14,8 @@ The protocol, in order:
     trainer -> worker   (function, warm, cpu_seconds, wall_seconds)
     worker -> trainer   ["ready", 0, null], or ["failed", 0, traceback] and the worker exits
     trainer -> child    (number of the call, its arguments)
-    child -> trainer    ["value", number, float or Results] or ["raised", number, traceback]
+    child -> trainer    ["value", number, float or Results], ["raised", number, traceback], or
+                        ["failed", number, message] from a plug-in
     worker -> trainer   ["ended", number, exit status], in place of the child's answer, if the child
                         died; the number is 0 if it died between calls
 
@@ -40,7 +41,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from drpo_jax.rewards.verdict import Results, as_reward, excerpt, function_name
+from drpo_jax.rewards.verdict import (
+    Results,
+    RewardFailed,
+    as_reward,
+    excerpt,
+    function_name,
+)
 
 START_SECONDS = 120.0  # Limit on importing the function and warming it up.
 MEMORY = 1 << 30  # Bytes that a call may allocate beyond those of the child at its start.
@@ -136,6 +143,8 @@ class Worker:
             return "hung", 0.0
         if number != self.calls:
             return "broken", 0.0
+        if kind == "failed":
+            raise RuntimeError(f"the reward {self.name} failed for {value}")
         if kind == "raised":
             raise RuntimeError(
                 f"{self.name} raised an error in its worker process for {excerpt(call)}:\n{value}"
@@ -240,6 +249,8 @@ def _serve_calls(connection, function, current, cpu_seconds, wall_seconds):
             os._exit(_OUT_OF_MEMORY)
         except RecursionError:
             answer = "limited", number, 0.0
+        except RewardFailed as error:
+            answer = "failed", number, str(error)
         except BaseException:
             answer = "raised", number, traceback.format_exc()
         signal.setitimer(signal.ITIMER_PROF, 0)

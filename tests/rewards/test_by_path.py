@@ -125,8 +125,12 @@ def test_hangs_and_crashes_do_not_end_the_run(load):
             "'p', 'none', 'a': a reward must be a finite number .* returned None",
         ),
         ("hostile", ["text"], "'p', 'text', 'a': a reward must be a finite number .* returned '1'"),
-        ("short", ["a"], r"failed for a batch: it must return a list of 1 results for 1 responses, not \[\]"),
-        ("fails", ["a", "b"], r"(?s)'p', 'b', 'a':\nTraceback .*rewards.py", line .*KeyError\('no judge'\)"),
+        (
+            "short",
+            ["a"],
+            r"for a batch: it must return a list of 1 results for 1 responses, not \[\]",
+        ),
+        ("fails", ["a", "b"], r"(?s)'p', 'b', 'a':\nTraceback .*rewards.py.*KeyError: 'no judge'"),
     ],
 )
 def test_what_is_not_a_reward_names_problem_and_response(load, name, responses, message):
@@ -172,7 +176,9 @@ def test_names_of_the_table_are_taken(tmp_path):
 def test_the_trial_call(load):
     check_reward(load("plain"), "p", "a")
     check_reward(load("tokens"), "p", "a")
-    with pytest.raises(ValueError, match="a call for the first problem fails: the reward .*:hostile failed for prompt, .* returned nan"):
+    with pytest.raises(
+        ValueError, match="first problem fails: the reward .*:hostile .* returned nan"
+    ):
         check_reward(load("hostile"), "p", "nan")
     with pytest.raises(ValueError, match="a call for the first problem has no result"):
         check_reward(load("hostile"), "p", "loop")

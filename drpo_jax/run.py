@@ -245,6 +245,11 @@ def _check_plugins(config, reward, problem):
             raise BadInput(
                 f"{section}.path = {path!r}: the source differs between hosts: {sources}"
             )
+    if reward.per_token and config.train.shuffle_rewards:
+        raise BadInput(
+            "train.shuffle_rewards permutes the rewards of responses; "
+            f"reward.path = {config.reward.path!r} rewards tokens"
+        )
     if config.reward.path:
         try:
             rewards.check_reward(reward, problem.prompt, problem.answer)

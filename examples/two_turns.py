@@ -1,8 +1,8 @@
 """Two turns with a tool: python examples/two_turns.py [STEPS]
 
 A model with random weights learns to call a calculator. It writes a few tokens, the calculator appends
-the value of the last sum or difference among them, and the model goes on. The calculator's tokens carry no
-loss.
+the value of the last sum or difference among them, and the model goes on. The tokens of the calculator
+carry no loss.
 """
 
 import re

@@ -97,7 +97,7 @@ def test_a_ratio_that_overflows_has_no_influence(file):
         ("plane", "does not define 'plane'; did you mean 'plain'"),
         ("pair", "fails on arrays: ValueError: not enough values"),
         ("scalar", r"must return \(J, c, w\), each of the shape .* they are float32\[\], float32"),
-        ("branches", "fails on arrays: TracerBoolConversionError"),
+        ("branches", "fails on arrays: ValueError: The truth value"),
         ("unknown_array", "Unknown array 'mu_logp'. .* A hyperparameter needs a default"),
         ("keywords", r"must name its arguments, without \*hyper"),
         ("arguments", "must begin with logp, behavior_logp, advantage, or be one Token t"),

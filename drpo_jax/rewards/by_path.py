@@ -14,6 +14,7 @@ processes under the limits of `Pool`, which `limits` changes; a batch is one cal
 
 import asyncio
 import inspect
+import itertools
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -140,7 +141,7 @@ class Call:
         texts = list(zip(*columns, strict=True))
         if self.takes_batch:
             values = self.function(*map(list, columns))
-            values = asyncio.run(_value(values)) if self.is_async else values
+            values = asyncio.run(values) if self.is_async else values
             values = self._checked_batch(values, len(texts))
         elif self.is_async:
             values = asyncio.run(self._concurrently(texts))
@@ -214,7 +215,9 @@ class ByPath(Isolated):
         answers: Sequence[str],
         tokens: Sequence[Sequence[str]] | None = None,
     ) -> Pending:
-        """Starts the rewards of N responses; a batch or async function gets all N in one call.
+        """Starts the rewards of N responses.
+
+        A batch or async function gets adjacent responses to the same problem in one call.
 
         Args:
           prompts, responses, answers: N texts each.
@@ -225,10 +228,13 @@ class ByPath(Isolated):
             if tokens is None:
                 raise ValueError(f"{self.call.path} takes the tokens of the responses")
             columns.append(tuple(tuple(texts) for texts in tokens))
-        together = self.call.takes_batch or self.call.is_async
-        size = max(len(responses), 1) if together else 1
-        parts = range(0, len(responses), size)
-        calls = [tuple(column[i : i + size] for column in columns) for i in parts]
+        rows = list(zip(*columns, strict=True))
+        if self.call.takes_batch or self.call.is_async:
+            by_problem = itertools.groupby(rows, key=lambda row: (row[0], row[2]))
+            groups = [list(group) for _, group in by_problem]
+        else:
+            groups = [[row] for row in rows]
+        calls = [tuple(zip(*group)) for group in groups]
         futures = self.pool.submit(calls).values
         return Pending(
             [
@@ -248,10 +254,6 @@ def _failed(row: Sequence[Any], error: BaseException) -> RewardFailed:
     assert error.__traceback__ is not None
     frames = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
     return RewardFailed(f"{_named(row)}:\n{''.join(frames).rstrip()}")
-
-
-async def _value(awaitable):
-    return await awaitable
 
 
 def _by_response(future: Any, count: int) -> list[Future]:

@@ -100,6 +100,12 @@ def test_a_batch_is_one_call(load):
     assert rewards(load("best"), ["a", "ab"], [["a"], ["a", "b"]]) == [Verdict(0.0), Verdict(1.0)]
 
 
+def test_a_batch_holds_the_responses_to_one_problem(load):
+    row, tokens = load("best"), [["a"], ["a", "b"], ["a"]]
+    verdicts = submit(row, ["p", "p", "q"], ["a", "ab", "a"], ["a"] * 3, tokens).verdicts()
+    assert verdicts == [Verdict(0.0), Verdict(1.0), Verdict(1.0)]
+
+
 def test_async_calls_run_concurrently(load):
     """Eight calls of 0.3 s in one worker whose calls may take that long once."""
     row = load("waits")

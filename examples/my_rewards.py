@@ -2,7 +2,7 @@
 
 import asyncio
 
-from drpo_jax.rewards import Reward, batch, limits
+from drpo_jax.rewards import Reward, batch, limits, math_reward
 
 
 def prefix(prompt, response, answer):
@@ -20,6 +20,12 @@ def shortest(prompts, responses, answers):
         1.0 - 0.5 * lengths.index(len(response)) / len(lengths) if ok else 0.0
         for response, ok in zip(responses, right)
     ]
+
+
+@limits(warm=[("", r"\boxed{x^2-1}", "(x-1)(x+1)")])
+def brief_math(prompt, response, answer):
+    """The answer in the box is right, and the response has at most 2,000 characters."""
+    return math_reward([response], [answer])[0] * (len(response) <= 2000)
 
 
 @limits(wall_seconds=120, workers=16)

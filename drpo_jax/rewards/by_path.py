@@ -40,14 +40,17 @@ def batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def limits(**values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Changes the limits of a reward: cpu_seconds and wall_seconds of a call, workers, cache.
+    """Changes how the workers of a reward call it.
 
-    They are arguments of `Pool`.
+    Args:
+      **values: cpu_seconds, wall_seconds, workers and cache are arguments of `Pool`. warm is a list of
+        (prompt, response, answer): calls that every worker makes once, without limits, before the first
+        real call.
     """
-    if wrong := set(values) - {"cpu_seconds", "wall_seconds", "workers", "cache"}:
+    if wrong := set(values) - {"cpu_seconds", "wall_seconds", "workers", "cache", "warm"}:
         raise ValueError(
             f"there is no limit {', '.join(sorted(wrong))}; there are cpu_seconds, wall_seconds, "
-            "workers and cache"
+            "workers, cache and warm"
         )
 
     def marked(function):
@@ -206,7 +209,9 @@ class ByPath(Isolated):
 
     def __init__(self, call: Call):
         self.call = call
-        self.pool = Pool(call, **getattr(call.function, "limits", {}))
+        limits = dict(getattr(call.function, "limits", {}))
+        warm = [self._columns(*([text] for text in texts)) for texts in limits.pop("warm", [])]
+        self.pool = Pool(call, warm, **limits)
 
     def submit(
         self,
@@ -223,12 +228,9 @@ class ByPath(Isolated):
           prompts, responses, answers: N texts each.
           tokens: the texts of each response's tokens, if the function takes them.
         """
-        columns: list[tuple] = [tuple(prompts), tuple(responses), tuple(answers)]
-        if self.call.takes_tokens:
-            if tokens is None:
-                raise ValueError(f"{self.call.path} takes the tokens of the responses")
-            columns.append(tuple(tuple(texts) for texts in tokens))
-        rows = list(zip(*columns, strict=True))
+        if self.call.takes_tokens and tokens is None:
+            raise ValueError(f"{self.call.path} takes the tokens of the responses")
+        rows = list(zip(*self._columns(prompts, responses, answers, tokens), strict=True))
         if self.call.takes_batch or self.call.is_async:
             by_problem = itertools.groupby(rows, key=lambda row: (row[0], row[2]))
             groups = [list(group) for _, group in by_problem]
@@ -243,6 +245,13 @@ class ByPath(Isolated):
                 for one in _by_response(future, len(call[0]))
             ]
         )
+
+    def _columns(self, prompts, responses, answers, tokens=None):
+        """Returns the arguments of a call for several responses; a response is one token by default."""
+        columns = tuple(prompts), tuple(responses), tuple(answers)
+        tokens = [[response] for response in responses] if tokens is None else tokens
+        by_token = (tuple(tuple(texts) for texts in tokens),) if self.call.takes_tokens else ()
+        return columns + by_token
 
 
 def _named(row: Sequence[Any]) -> str:

@@ -58,6 +58,7 @@ _COMMAND = (
 )
 MAX_MESSAGE = 1 << 24  # Bytes of a message from a worker: rewards of half a million tokens.
 MAX_TEXT = 1 << 12  # Characters of a traceback.
+inside = False  # Whether this process is a worker.
 _OUT_OF_MEMORY, _CLOSED = 99, 98  # Exit statuses of a child.
 
 
@@ -184,6 +185,8 @@ def serve(fd: int) -> None:
     Args:
       fd: file descriptor of the worker's end of the socket.
     """
+    global inside
+    inside = True
     connection = multiprocessing.connection.Connection(fd)
     try:
         function, warm, cpu_seconds, wall_seconds = connection.recv()

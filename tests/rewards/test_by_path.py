@@ -5,9 +5,9 @@ import pytest
 from drpo_jax.rewards import REWARDS, check_reward, load_reward, submit
 from drpo_jax.rewards.verdict import Verdict
 
-FILE = '''
+FILE = r'''
 import asyncio, os, time
-from drpo_jax.rewards import Reward, batch, limits
+from drpo_jax.rewards import Reward, batch, limits, math_reward
 
 def plain(prompt, response, answer):
     """The response ends with the answer."""
@@ -49,6 +49,10 @@ async def fails(prompt, response, answer):
 
 def per_token(prompt, response, answer, tokens):
     return {"few": [1.0], "bad": [1.0, float("inf")]}.get(response, [0.0] * len(tokens))
+
+@limits(workers=1, warm=[("", r"\boxed{x^2-1}", "(x-1)(x+1)")])
+def maths(prompt, response, answer):
+    return math_reward([response], [answer])[0]
 
 def two(prompt, response): return 1.0
 def four(prompt, response, answer, extra): return 1.0
@@ -104,6 +108,16 @@ def test_a_batch_holds_the_responses_to_one_problem(load):
     row, tokens = load("best"), [["a"], ["a", "b"], ["a"]]
     verdicts = submit(row, ["p", "p", "q"], ["a", "ab", "a"], ["a"] * 3, tokens).verdicts()
     assert verdicts == [Verdict(0.0), Verdict(1.0), Verdict(1.0)]
+
+
+def test_a_reward_may_call_those_of_the_project(load):
+    """In the same worker: math-verify's first call would exceed the limit of CPU time."""
+    row = load("maths")
+    responses = [r"\boxed{(x+1)(x-1)}", r"\boxed{x^2}"]
+    assert submit(row, [""] * 2, responses, ["x^2-1"] * 2).verdicts() == [
+        Verdict(1.0),
+        Verdict(0.0),
+    ]
 
 
 def test_async_calls_run_concurrently(load):

@@ -52,7 +52,9 @@ def token_advantages(name: str, reward: ArrayLike, group_size: int) -> np.ndarra
     centred_NxR = np.zeros_like(rewards_NxR)
     for start in range(0, len(rewards_NxR), rows):
         group = slice(start, start + rows)
-        centred_NxR[group] = _centred(name, rewards_NxR[group], given_NxR[group])
+        rewards, given = rewards_NxR[group], given_NxR[group]
+        if np.unique(rewards[given]).size > 1:
+            centred_NxR[group] = _BASELINES[name](rewards, given)
     if name == "batch_norm":
         centred_NxR /= _std(centred_NxR[given_NxR]) + EPSILON
     return np.cumsum(centred_NxR[:, ::-1], axis=1)[:, ::-1].astype(np.float32)
@@ -81,21 +83,31 @@ def add_to_responses(reward: ArrayLike, added: ArrayLike, lengths: ArrayLike) ->
     return total
 
 
-def _centred(name, rewards, given):
-    """Returns the rewards of a group minus their baseline, 0 where there is no reward."""
-    values = rewards[given]
-    if not len(values) or (values == values[0]).all():
-        return np.zeros_like(rewards)
-    baseline = np.full((len(rewards), 1), values.mean())
-    if name == "rloo":
-        sums = np.where(given, rewards, 0).sum(axis=1, keepdims=True)
-        others = len(values) - given.sum(axis=1, keepdims=True)
-        # Without a reward in the other responses there is nothing to compare with.
-        means = (values.sum() - sums) / np.maximum(others, 1)
-        baseline = np.where(others > 0, means, np.where(given, rewards, 0))
-    centred = np.where(given, rewards - baseline, 0)
-    return centred / (_std(values) + EPSILON) if name == "grpo" else centred
+def _centred(rewards, given):
+    """Returns the rewards of a group minus their mean, 0 where there is no reward."""
+    return np.where(given, rewards - rewards[given].mean(), 0)
+
+
+def _standardized(rewards, given):
+    return _centred(rewards, given) / (_std(rewards[given]) + EPSILON)
+
+
+def _without_own(rewards, given):
+    """Returns the rewards minus the mean of those of the other responses."""
+    sums, counts = (x.sum(axis=1, keepdims=True) for x in (np.where(given, rewards, 0), given))
+    others = counts.sum() - counts
+    baseline = (sums.sum() - sums) / np.maximum(others, 1)
+    # Without a reward in the other responses there is nothing to compare with.
+    return np.where(given & (others > 0), rewards - baseline, 0)
 
 
 def _std(values):
     return values.std(ddof=1) if len(values) > 1 else 0.0
+
+
+_BASELINES = {
+    "grpo": _standardized,
+    "dr_grpo": _centred,
+    "rloo": _without_own,
+    "batch_norm": _centred,
+}

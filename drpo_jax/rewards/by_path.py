@@ -12,7 +12,6 @@ an async function for the responses to one problem run concurrently. Every funct
 processes under the limits of `Pool`, which `limits` changes; a batch is one call.
 """
 
-import asyncio
 import inspect
 import itertools
 import math
@@ -144,10 +143,10 @@ class Call:
         texts = list(zip(*columns, strict=True))
         if self.takes_batch:
             values = self.function(*map(list, columns))
-            values = asyncio.run(values) if self.is_async else values
+            values = _run(values) if self.is_async else values
             values = self._checked_batch(values, len(texts))
         elif self.is_async:
-            values = asyncio.run(self._concurrently(texts))
+            values = _run(self._concurrently(texts))
         else:
             values = [self._one(row) for row in texts]
         return Results(self._checked(value, row) for value, row in zip(values, texts))
@@ -161,6 +160,8 @@ class Call:
             raise _failed(row, error) from error
 
     async def _concurrently(self, texts):
+        import asyncio
+
         async def one(row):
             try:
                 return await self._one(row)
@@ -252,6 +253,12 @@ class ByPath(Isolated):
         tokens = [[response] for response in responses] if tokens is None else tokens
         by_token = (tuple(tuple(texts) for texts in tokens),) if self.call.takes_tokens else ()
         return columns + by_token
+
+
+def _run(coroutine):
+    import asyncio  # Not with the module, which every worker imports: it takes longer than all else.
+
+    return asyncio.run(coroutine)
 
 
 def _named(row: Sequence[Any]) -> str:

@@ -126,4 +126,4 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 20)
+    main(int(sys.argv[1]) if sys.argv[1:] else 12)

@@ -25,10 +25,13 @@ def odd_at_the_end(prompt, response, answer, tokens):
     return [None] * (len(tokens) - 1) + [float(len(response) % 2)]
 """
 OBJECTIVE = """
+from drpo_jax.objectives import Objective
 from drpo_jax.objectives.table import drpo
 
-def same(t, delta=0.15):
+def equation(t, delta=0.15):
     return drpo(t, delta)
+
+same = Objective(equation, boundary="probability")
 """
 
 

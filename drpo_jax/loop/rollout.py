@@ -182,7 +182,7 @@ def _verify(run: Run, groups: Sequence[Group], responses: Rollouts):
     texts = [text for group in groups for text in group.texts]
     lengths = responses.response_lengths.reshape(-1, run.config.train.samples)
     own_lengths = multihost.share(lengths).reshape(-1)
-    by_token = {}
+    by_token: dict[str, Any] = {}
     if run.reward.per_token:
         time = responses.sampled_logp.shape[1]
         by_token["token_reward"] = _token_rewards(verdicts, own_lengths, time)

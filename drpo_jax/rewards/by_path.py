@@ -142,7 +142,7 @@ class Call:
         columns += [tokens or ()] if self.takes_tokens else []
         texts = list(zip(*columns, strict=True))
         if self.takes_batch:
-            values = self.function(*map(list, columns))
+            values = self.function(*[list(column) for column in columns])
             values = _run(values) if self.is_async else values
             values = self._checked_batch(values, len(texts))
         elif self.is_async:

@@ -118,8 +118,9 @@ class Call:
     def __init__(self, plugin: plugins.Plugin):
         self.plugin, self.path = plugin, plugin.path
         value = plugin.load()
-        function = value.function if isinstance(value, Reward) else value
-        self.function = function.pool.function if isinstance(function, Isolated) else function
+        self.function: Any = value.function if isinstance(value, Reward) else value
+        if isinstance(self.function, Isolated):
+            self.function = self.function.pool.function
         if not callable(self.function):
             raise ValueError(
                 f"{self.path} must be a function or a Reward, not {self.function!r:.80}"

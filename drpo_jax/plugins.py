@@ -45,6 +45,10 @@ class Plugin:
         """The first 16 hexadecimal digits of the SHA-256 of the source."""
         return hashlib.sha256(self.source).hexdigest()[:16]
 
+    def defines(self, function: Any) -> bool:
+        """Returns whether a function was defined in the source and only `load` can import it."""
+        return function.__module__ == self.module().__name__ and _is_file(self.path)
+
     def load(self) -> Any:
         """Executes the source, once per process, and returns the object.
 
@@ -122,7 +126,8 @@ def member(module: ModuleType, path: str) -> Any:
     raise ValueError(f"{path}: {module.__file__} does not define {name!r}; {hint}")
 
 
-def _is_file(place: str) -> bool:
+def _is_file(path: str) -> bool:
+    place = path.rpartition(":")[0] or path
     return place.endswith(".py") or "/" in place
 
 

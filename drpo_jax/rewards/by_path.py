@@ -79,6 +79,11 @@ def load_reward(path: str) -> plugins.Plugin:
     value, call = plugin.load(), Call(plugin)
     function = ByPath(call)
     if isinstance(value, Reward):
+        if value.equal and plugin.defines(value.equal.pool.function):
+            raise ValueError(
+                f"{path}: workers must be able to import the function of `equal`; define it in a module "
+                "instead of this file"
+            )
         row = replace(value, function=function, per_token=call.takes_tokens)
     else:
         summary = (inspect.getdoc(value) or "").partition("\n")[0]

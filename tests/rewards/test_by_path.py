@@ -7,13 +7,14 @@ from drpo_jax.rewards.verdict import Verdict
 
 FILE = r'''
 import asyncio, os, time
-from drpo_jax.rewards import Reward, batch, limits, math_reward
+from drpo_jax.rewards import Isolated, Reward, batch, limits, math_reward
 
 def plain(prompt, response, answer):
     """The response ends with the answer."""
     return response.endswith(answer)
 
 row = Reward(plain, template="{answer}")
+votes = Reward(plain, equal=Isolated(plain))
 
 def tokens(prompt, response, answer, tokens):
     return 5 if response == "whole" else [None if t == " " else len(t) for t in tokens]
@@ -176,6 +177,7 @@ def test_rewards_per_token_fit_the_tokens(load, response, message):
         ("two", r"must take \(prompt, response, answer\), and may take tokens; it takes \(prompt"),
         ("four", "it takes .prompt, response, answer, extra"),
         ("keywords", "must take"),
+        ("votes", "workers must be able to import the function of `equal`"),
         ("number", "must be a function or a Reward, not 3"),
         ("plane", "does not define 'plane'; did you mean 'plain'"),
     ],

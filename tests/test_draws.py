@@ -141,9 +141,9 @@ class Reward(Isolated):
     """Scripted rewards, which arrive after random times if `delays` is given."""
 
     def __init__(self, script, delays=None):
-        self.script, self.delays = script, delays
+        self.script, self.delays, self.per_token = script, delays, False
 
-    def submit(self, prompts, responses, answers):
+    def submit(self, prompts, responses, answers, tokens=None):
         first = [int(text.split()[0]) for text in responses]
         values = [float(self.script.rewards[n // 1000, n % 1000 // 10]) for n in first]
         if self.delays is None:

@@ -11,6 +11,7 @@ Every field is one row in the `settings.py` of the package that uses it (see `dr
     sections    all sections together; nested and flat forms
     checks      ranges, and the rules between sections
     objective   the objective's hyperparameters and boundary
+    plugins     rewards and objectives by path
     resolve     derived fields
     workdir     config.json
     variants    what follows the colon in --config=FILE:VARIANT
@@ -28,6 +29,7 @@ from drpo_jax.config.objective import (
     objective_summary,
     with_hyper,
 )
+from drpo_jax.config.plugins import load_plugin
 from drpo_jax.config.resolve import resolve
 from drpo_jax.config.sections import (
     default_config,
@@ -59,6 +61,7 @@ __all__ = [
     "from_dict",
     "from_json",
     "learns_from_equal_rewards",
+    "load_plugin",
     "objective_hyper",
     "objective_summary",
     "resolve",

@@ -49,6 +49,7 @@ from drpo_jax.loop.rollout import (
 )
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import add_to_responses, token_advantages
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
 from drpo_jax.run import DRAW, Group, Run
@@ -318,13 +319,12 @@ class Step:
                 self._settled.append(place)
                 self.draws[place] = dataclasses.replace(self.draws[place], verdicts=own)
                 if self.drops:
-                    reward = own["reward"] + own["added"]
-                    equal = np.all(reward == reward[0])
-                    self.outcomes[place] = Outcome.DROP if equal else Outcome.LEARN
+                    signal = _has_signal(self.run.config, group.rollouts, own)
+                    self.outcomes[place] = Outcome.LEARN if signal else Outcome.DROP
         self._unverified = []
 
     def verified(self) -> tuple[list[Problem], np.ndarray]:
-        """Returns the problems that the step has verified, and the verdicts, float32 [groups, samples]."""
+        """Returns the problems that the step has verified, and their verdicts [groups, samples]."""
         draws = [self.draws[place] for place in sorted(self._settled)]
         verdicts = [draw.verdicts["reward"] for draw in draws if draw.verdicts is not None]
         samples = self.run.config.train.samples
@@ -364,14 +364,28 @@ class Step:
         return [draws[place] for place in learn], [kept[place] for place in sorted(kept)]
 
 
+def _has_signal(config, responses, verdicts) -> bool:
+    """Returns whether a group has an advantage that is not 0."""
+    if "token_reward" in verdicts:
+        reward = add_to_responses(
+            verdicts["token_reward"], verdicts["added"], responses.response_lengths
+        )
+        return bool(token_advantages(config.objective.advantage, reward, len(reward)).any())
+    reward = verdicts["reward"] + verdicts["added"]
+    return bool(np.any(reward != reward[0]))
+
+
 def _rollout(draws, samples, measured):
     """Returns complete draws as a Rollout."""
+    parts = [draw.verdicts for draw in draws]
+    verdicts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Rollout(
         problems=[draw.problem for draw in draws for _ in range(samples)],
         responses=Rollouts.concatenate([draw.rollouts for draw in draws]),
-        reward=np.concatenate([draw.verdicts["reward"] for draw in draws]),
-        added=np.concatenate([draw.verdicts["added"] for draw in draws]),
+        reward=verdicts["reward"],
+        added=verdicts["added"],
         measured=measured,
+        token_reward=verdicts.get("token_reward"),
     )
 
 

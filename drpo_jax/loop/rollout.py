@@ -15,7 +15,9 @@ from drpo_jax import rewards
 from drpo_jax.data import Problem
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import add_to_responses
 from drpo_jax.parallel import multihost
+from drpo_jax.rewards import Verdict
 from drpo_jax.run import NOISE, SAMPLE, SHUFFLE, Group, Run
 from drpo_jax.sampler import Rollouts
 from drpo_jax.storage import pack_texts, unpack_texts
@@ -62,6 +64,8 @@ class Rollout:
       measured: metrics of the weight sync, the sampler and the verifier.
       scores: the scores by the weights that sampled it, if these may no longer be the learner's
         (train.staleness) and something is measured with them; else None.
+      token_reward: float32 [N, R], the verdict by token, NaN where a token has none. None if the reward
+        is one of whole responses, else `reward` is the sum.
     """
 
     problems: Sequence[Problem]
@@ -70,6 +74,7 @@ class Rollout:
     added: np.ndarray
     measured: Mapping[str, float]
     scores: SamplingScores | None = None
+    token_reward: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of the rollout: reward/…, response/…, sampler/… and sync/…."""
@@ -124,6 +129,8 @@ class Rollout:
         arrays = {"reward": self.reward, "added": self.added}
         arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
         arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
+        if self.token_reward is not None:
+            arrays["token_reward"] = self.token_reward
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)
         if self.scores:
@@ -148,6 +155,7 @@ class Rollout:
             added=arrays["added"],
             measured=measured,
             scores=scores,
+            token_reward=arrays.get("token_reward"),
         )
 
 
@@ -199,8 +207,15 @@ class Sampled:
         """Waits for the verdicts of all processes; every process calls it."""
         verdicts = verify(self.run, self.groups)
         measured = {**self.measured, **verifier_metrics(verdicts)}
-        reward, added = verdicts["reward"], verdicts["added"]
-        return Rollout(self.problems, self.responses, reward, added, measured, self.scores)
+        return Rollout(
+            self.problems,
+            self.responses,
+            verdicts["reward"],
+            verdicts["added"],
+            measured,
+            self.scores,
+            verdicts.get("token_reward"),
+        )
 
 
 def sample(run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer) -> Sampled:
@@ -260,13 +275,18 @@ def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
 
     Returns:
       Arrays over all N responses: reward, the verdicts, float32; added, what is added to them, float32;
-      limited, lost and retries of each verdict.
+      limited, lost and retries of each verdict; token_reward of the `Rollout` if the reward has any.
     """
     own = [group for group in groups if group.rewards is not None]
     verdicts = [v for group in own if group.rewards for v in group.rewards.verdicts()]
     texts = [text for group in own for text in group.texts]
     lengths = [group.rollouts.response_lengths for group in own]
+    own_lengths = np.concatenate([np.zeros(0, np.int32), *lengths])
     samples = run.config.train.samples
+    by_token: dict[str, Any] = {}
+    if run.reward.per_token:
+        time = groups[0].rollouts.sampled_logp.shape[1]
+        by_token["token_reward"] = _token_rewards(verdicts, own_lengths, time)
     parts = multihost.gather(
         "rewards",
         index=np.repeat(np.array([group.index for group in own], np.int64), samples),
@@ -274,7 +294,8 @@ def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
         limited=np.array([verdict.limited for verdict in verdicts], np.float32),
         lost=np.array([verdict.lost for verdict in verdicts], np.float32),
         retries=np.array([verdict.retries for verdict in verdicts], np.int32),
-        added=shaping(run.config, texts, np.concatenate([np.zeros(0, np.int32), *lengths])),
+        added=shaping(run.config, texts, own_lengths),
+        **by_token,
     )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(arrays.pop("index"), kind="stable")
@@ -288,6 +309,20 @@ def verifier_metrics(verdicts: Mapping[str, np.ndarray]) -> dict[str, float]:
         "reward/lost": verdicts["lost"].mean(),
         "reward/retries": verdicts["retries"].sum(),
     }
+
+
+def _token_rewards(verdicts: Sequence[Verdict], lengths: np.ndarray, time: int) -> np.ndarray:
+    """Returns the rewards of the tokens, float32 [N, R], NaN where there is none.
+
+    A verdict of the whole response counts for its last token.
+    """
+    rewards_NxR = np.full((len(verdicts), time), np.nan, np.float32)
+    for row, (verdict, length) in enumerate(zip(verdicts, lengths, strict=True)):
+        if verdict.tokens is not None:
+            rewards_NxR[row, :length] = [np.nan if r is None else r for r in verdict.tokens]
+        elif length:
+            rewards_NxR[row, length - 1] = verdict.value
+    return rewards_NxR
 
 
 def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
@@ -306,10 +341,13 @@ def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray)
 
 
 def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
-    """Returns the reward to learn from, float32 [N]: verdict plus shaping.
+    """Returns the reward to learn from, float32 [N], or [N, R] with NaN: verdict plus shaping.
 
     The control experiment train.shuffle_rewards permutes it over the rollout.
     """
+    if rollout.token_reward is not None:
+        lengths = rollout.responses.response_lengths
+        return add_to_responses(rollout.token_reward, rollout.added, lengths)
     reward = rollout.reward + rollout.added
     if config.train.shuffle_rewards:
         reward = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)

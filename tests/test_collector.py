@@ -1,6 +1,7 @@
 """The collector: what later steps need survives a checkpoint; damage to it is noticed."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.data import Problem
 from drpo_jax.loop import Collector
 from drpo_jax.loop.rollout import Rollout
+from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.sampler import Rollouts
 
 STATE = {"w": jnp.arange(4.0)}
@@ -85,3 +87,30 @@ def test_damage_to_it_sets_the_checkpoint_aside(saved, tmp_path, caplog, how):
         assert_equal(Collector.restore(checkpoints.pending(step)).state(), collector().state())
     assert "pending.npz" in caplog.text and "the run continues from step 1" in caplog.text
     assert (directory / "2.damaged-1").is_dir()
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_rollouts_are_sampled_ahead_and_verified_when_they_are_needed(monkeypatch, staleness):
+    calls = []
+
+    def sample(run, model, step, version, timer):
+        calls.append(f"sample {step} by {version}")
+        return SimpleNamespace(verify=lambda: calls.append(f"verify {step}") or rollout(step))
+
+    monkeypatch.setattr("drpo_jax.loop.collector.sample", sample)
+    train = SimpleNamespace(staleness=staleness, steps=4, save_rollout_every=0)
+    sampler, log = SimpleNamespace(parity="off"), SimpleNamespace(mismatch_every=0)
+    run = SimpleNamespace(config=SimpleNamespace(train=train, sampler=sampler, log=log))
+    collector = Collector()
+    for step in range(3):
+        assert collector.collect(run, None, step, PhaseTimer()).problems[0].id == f"id {step}"
+    if not staleness:
+        assert calls == [call for i in range(3) for call in (f"sample {i} by {i}", f"verify {i}")]
+        assert collector.state() == {}
+        return
+    first = ["sample 0 by 0", "sample 1 by 0", "sample 2 by 0", "verify 0"]
+    assert calls == [*first, "sample 3 by 1", "verify 1", "verify 2"]
+    saved = collector.state()  # A checkpoint needs the verdicts.
+    assert calls[-1] == "verify 3"
+    resumed = Collector.restore(saved).collect(run, None, 3, PhaseTimer())
+    assert calls[-1] == "verify 3" and resumed.problems == rollout(3).problems

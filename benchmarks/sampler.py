@@ -198,7 +198,7 @@ def partial_rollouts(model, compute, steps=8, budget=32):
     lengths = np.exp(rng.normal(np.log(32), 1, size=(len(prompts), samples)))
     lengths = np.clip(lengths, 1, 256).astype(int)
     params, key = SamplingParams(max_tokens=256, samples=samples), jax.random.key(2)
-    sampler = Sampler(model, SEQUENCES, 16, PROMPT, compute=compute)
+    sampler = Sampler(model, SEQUENCES, 16, PROMPT, prefill_chunk=64, compute=compute)
     calls = {"whole": 0, "budget": 0}
 
     def whole():

@@ -15,7 +15,7 @@ from drpo_jax.data import Problem
 from drpo_jax.errors import BadInput
 from drpo_jax.interrupts import AbandonStep, Interrupts
 from drpo_jax.loop import Collector
-from drpo_jax.loop.draws import Draws, Outcome, chooses_groups, is_full
+from drpo_jax.loop.draws import Draws, Outcome, chooses_groups, has_signal, is_full
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.objectives import OBJECTIVES, token_objective
 from drpo_jax.rewards import Isolated, Pending, Verdict
@@ -257,6 +257,18 @@ def test_a_rollout_is_full_once_no_earlier_group_is_open():
     assert is_full([learn, drop, wait, learn, None], 2)
     assert not is_full([learn, None, learn, learn], 2)
     assert not is_full([learn, drop], 2)
+
+
+@pytest.mark.parametrize(
+    "tokens, signal", [([[1, 0], [0, 1]], True), ([[1, np.nan], [1, np.nan]], False), (None, False)]
+)
+def test_rewards_of_tokens_are_a_signal_though_their_sums_are_equal(tokens, signal):
+    verdicts = {"reward": np.float32([1, 1]), "added": np.float32([0, 0])}
+    if tokens:
+        verdicts["token_reward"] = np.float32(tokens)
+    assert has_signal(config(), np.array([2, 2]), verdicts) == signal
+    verdicts["added"][1] = -0.5  # A penalty on the second response's length.
+    assert has_signal(config(), np.array([2, 2]), verdicts)
 
 
 @pytest.mark.parametrize("slots, steps", [(2, 1), (5, 4), (30, 16)])

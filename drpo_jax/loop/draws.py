@@ -319,7 +319,8 @@ class Step:
                 self._settled.append(place)
                 self.draws[place] = dataclasses.replace(self.draws[place], verdicts=own)
                 if self.drops:
-                    signal = _has_signal(self.run.config, group.rollouts, own)
+                    lengths = group.rollouts.response_lengths
+                    signal = has_signal(self.run.config, lengths, own)
                     self.outcomes[place] = Outcome.LEARN if signal else Outcome.DROP
         self._unverified = []
 
@@ -364,12 +365,15 @@ class Step:
         return [draws[place] for place in learn], [kept[place] for place in sorted(kept)]
 
 
-def _has_signal(config, responses, verdicts) -> bool:
-    """Returns whether a group has an advantage that is not 0."""
+def has_signal(config: Any, lengths: np.ndarray, verdicts: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether a group has an advantage that is not 0.
+
+    Args:
+      lengths: int32 [samples], tokens of each response.
+      verdicts: see `Draw`.
+    """
     if "token_reward" in verdicts:
-        reward = add_to_responses(
-            verdicts["token_reward"], verdicts["added"], responses.response_lengths
-        )
+        reward = add_to_responses(verdicts["token_reward"], verdicts["added"], lengths)
         return bool(token_advantages(config.objective.advantage, reward, len(reward)).any())
     reward = verdicts["reward"] + verdicts["added"]
     return bool(np.any(reward != reward[0]))

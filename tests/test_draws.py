@@ -15,7 +15,8 @@ from drpo_jax.data import Problem
 from drpo_jax.errors import BadInput
 from drpo_jax.interrupts import AbandonStep, Interrupts
 from drpo_jax.loop import Collector
-from drpo_jax.loop.draws import Draws, Outcome, chooses_groups, has_signal, is_full
+from drpo_jax.loop.choice import Outcome, chooses_groups, has_signal, is_full
+from drpo_jax.loop.draws import Draws
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.objectives import OBJECTIVES, token_objective
 from drpo_jax.rewards import Isolated, Pending, Verdict

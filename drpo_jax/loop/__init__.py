@@ -20,7 +20,8 @@ The modules, in reading order, after `drpo_jax.run`, which holds what the phases
 
     loop        `train` and `rl_step`
     collector   which rollout a step learns from, and what it leaves for later steps
-    draws       which groups make up a rollout: dynamic sampling, partial rollouts
+    choice      which groups make up a rollout: dynamic sampling, partial rollouts
+    draws       the groups that stay for later steps
     rollout     sample and verify: `Rollout`, the record of one rollout
     learn       inputs of the objective, scoring, mini-batches, updates
     parity      how far the sampler's and the learner's logprobs of the same tokens differ

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from drpo_jax.loop import parity
-from drpo_jax.loop.draws import Draws, chooses_groups
+from drpo_jax.loop.choice import chooses_groups
+from drpo_jax.loop.draws import Draws
 from drpo_jax.loop.rollout import Rollout, Sampled, below, sample
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer

@@ -40,7 +40,7 @@ class SamplingScores(NamedTuple):
       synced_logp: float32 [N, R], by the weights that the sampler had. They differ from the learner's
         only under precision.noise; otherwise this is `logp` itself.
       version: version of these weights. Earlier ones have sampled other tokens of a rollout that holds
-        groups from earlier steps, see `loop.draws`.
+        groups from earlier steps, see `loop.choice`.
     """
 
     logp: Any

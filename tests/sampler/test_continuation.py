@@ -26,6 +26,7 @@ PARAMS = SamplingParams(max_tokens=20, samples=3, temperature=0.7, top_k=20, sto
 ROUTED = dataclasses.replace(PARAMS, routes=True)
 # The bound of float32 rounding that the other tests of the sampler use.
 ROUNDING = 2e-5
+# Slow: compiles a sampler for each of three models, and one for eight devices.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 

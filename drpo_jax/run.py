@@ -281,11 +281,15 @@ def _check_plugins(config, reward, problem):
             raise BadInput(
                 f"{section}.path = {path!r}: the source differs between hosts: {sources}"
             )
-    if reward.per_token and config.train.shuffle_rewards:
-        raise BadInput(
-            "train.shuffle_rewards permutes the rewards of responses; "
-            f"reward.path = {config.reward.path!r} rewards tokens"
-        )
+    for field, conflicts in (
+        ("train.shuffle_rewards = True", config.train.shuffle_rewards),
+        ("objective.baseline = 'otb'", config.objective.get("baseline") == "otb"),
+    ):
+        if reward.per_token and conflicts:
+            raise BadInput(
+                f"{field} takes the rewards of whole responses, but reward.path = "
+                f"{config.reward.path!r} rewards tokens"
+            )
     if config.reward.path:
         try:
             rewards.check_reward(reward, problem.prompt, problem.answer)

@@ -40,6 +40,9 @@ def short(prompt, response, answer):
 
 def broken(prompt, response, answer):
     return None
+
+def tokens(prompt, response, answer, tokens):
+    return 1.0
 '''
 
 
@@ -228,6 +231,12 @@ def test_a_reward_is_tried_before_a_run_starts(files, tmp_path):
         BadInput, match="reward.path = 'mine.py:broken': a call for the first problem"
     ):
         Run.create(C.resolve(own(reward__path="mine.py:broken")), tmp_path / "run")
+
+
+def test_rewards_of_tokens_are_not_shuffled(files, tmp_path):
+    config = C.resolve(own(reward__path="mine.py:tokens", train__shuffle_rewards=True))
+    with pytest.raises(BadInput, match="shuffle_rewards = True .* 'mine.py:tokens' rewards tokens"):
+        Run.create(config, tmp_path / "run")
 
 
 def test_hosts_must_have_the_same_source(files, tmp_path, monkeypatch):

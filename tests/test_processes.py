@@ -99,7 +99,7 @@ def runs(tmp_path_factory):
 
 def test_the_metrics_equal_those_of_one_process(runs):
     one, two = (read_metrics(workdir) for workdir in runs[:2])
-    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2]
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2, 3]
     assert 0 < one[1]["reward/mean"] < 1
     for ours, theirs in zip(two, one):
         assert ours.keys() == theirs.keys()
@@ -109,7 +109,7 @@ def test_the_metrics_equal_those_of_one_process(runs):
         )
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_rollouts_equal_those_of_one_process(runs, step):
     one, two = (load_rollout(rollout_path(workdir, step)) for workdir in runs[:2])
     assert one.keys() == two.keys()
@@ -124,7 +124,7 @@ def test_the_evaluation_equals_that_of_one_process(runs):
     """The responses of a checkpoint do not depend on the processes that sample them."""
     workdir, results = runs[1], []
     for processes in (1, 2):
-        first, *others = launch(workdir, processes, steps=2, command="evaluate")
+        first, *others = launch(workdir, processes, steps=3, command="evaluate")
         assert "accuracy (" in first and not any("accuracy (" in other for other in others)
         (folder,) = (workdir / "evaluations").iterdir()
         responses = (folder / "responses.jsonl").read_text().splitlines()
@@ -144,7 +144,7 @@ def test_only_the_first_process_prints_and_writes(runs):
 def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     """Damage in what one process wrote sets the checkpoint aside for both."""
     workdir = shutil.copytree(runs[1], tmp_path / "run")
-    checkpoint = workdir / "checkpoints" / "2"
+    checkpoint = workdir / "checkpoints" / "3"
     assert (checkpoint / "SHA256SUMS.process_1").exists()
     data = max((checkpoint / "default/ocdbt.process_1/d").iterdir(), key=lambda f: f.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -159,6 +159,6 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
 
 
 def test_a_complete_run_ends_on_all_processes(runs):
-    first, second = launch(runs[1], processes=2, steps=2)
+    first, second = launch(runs[1], processes=2, steps=3)
     assert "this run is complete" in first and "held-out accuracy" in first
     assert "this run is complete" not in second

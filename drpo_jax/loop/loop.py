@@ -258,7 +258,7 @@ def rl_step(
         metrics = learned | penalties
         if measure:
             metrics |= parity.mismatch(run, responses, scores, old_logp, trace["logp"], inputs)
-    if due(step + 1, config.train.save_rollout_every) and multihost.is_main():
+    if due(step, config.train.save_rollout_every) and multihost.is_main():
         view = trace | {name: inputs[name] for name in ("behavior_logp", "advantage")}
         view["old_logp"] = old_logp
         run.writer.submit(partial(_save, run, step + 1, rollout, view))

@@ -152,10 +152,10 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     data.write_bytes(content)
     first, second = launch(workdir, processes=2, steps=3)
     assert f"{data.relative_to(checkpoint)} does not match its digest" in first
-    assert "it is now 2.damaged-1, and the run continues from step 1" in first
+    assert "it is now 3.damaged-1, and the run continues from step 2" in first
     assert "damaged" not in second
     assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3]
-    assert read_metrics(workdir)[2]["reward/mean"] == read_metrics(runs[1])[2]["reward/mean"]
+    assert read_metrics(workdir)[3]["reward/mean"] == read_metrics(runs[1])[3]["reward/mean"]
 
 
 def test_a_complete_run_ends_on_all_processes(runs):

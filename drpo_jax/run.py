@@ -237,7 +237,7 @@ def claim(run: Run) -> Iterator[Run]:
 
 
 def due(step: int, every: int) -> bool:
-    """Returns whether something happens at a step, counted from 1, that happens every `every` steps.
+    """Returns whether something happens at a step that happens every `every` steps.
 
     Args:
       every: 0: never.

@@ -100,7 +100,7 @@ def runs(tmp_path_factory):
 
 def test_the_metrics_equal_those_of_one_process(runs):
     one, two = (read_metrics(workdir) for workdir in runs[:2])
-    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2]
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2, 3]
     assert 0 < one[1]["reward/mean"] < 1
     for ours, theirs in zip(two, one):
         assert ours.keys() == theirs.keys()
@@ -110,7 +110,7 @@ def test_the_metrics_equal_those_of_one_process(runs):
         )
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_rollouts_equal_those_of_one_process(runs, step):
     one, two = (load_rollout(rollout_path(workdir, step)) for workdir in runs[:2])
     assert one.keys() == two.keys()
@@ -141,7 +141,7 @@ def test_the_evaluation_equals_that_of_one_process(runs):
     """The responses of a checkpoint do not depend on the processes that sample them."""
     workdir, results = runs[1], []
     for processes in (1, 2):
-        first, *others = launch(workdir, processes, steps=2, command="evaluate")
+        first, *others = launch(workdir, processes, steps=3, command="evaluate")
         assert "accuracy (" in first and not any("accuracy (" in other for other in others)
         (folder,) = (workdir / "evaluations").iterdir()
         responses = (folder / "responses.jsonl").read_text().splitlines()
@@ -161,7 +161,7 @@ def test_only_the_first_process_prints_and_writes(runs):
 def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     """Damage in what one process wrote sets the checkpoint aside for both."""
     workdir = shutil.copytree(runs[1], tmp_path / "run")
-    checkpoint = workdir / "checkpoints" / "2"
+    checkpoint = workdir / "checkpoints" / "3"
     assert (checkpoint / "SHA256SUMS.process_1").exists()
     data = max((checkpoint / "default/ocdbt.process_1/d").iterdir(), key=lambda f: f.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -169,13 +169,13 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     data.write_bytes(content)
     first, second = launch(workdir, processes=2, steps=3)
     assert f"{data.relative_to(checkpoint)} does not match its digest" in first
-    assert "it is now 2.damaged-1, and the run continues from step 1" in first
+    assert "it is now 3.damaged-1, and the run continues from step 2" in first
     assert "damaged" not in second
     assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3]
-    assert read_metrics(workdir)[2]["reward/mean"] == read_metrics(runs[1])[2]["reward/mean"]
+    assert read_metrics(workdir)[3]["reward/mean"] == read_metrics(runs[1])[3]["reward/mean"]
 
 
 def test_a_complete_run_ends_on_all_processes(runs):
-    first, second = launch(runs[1], processes=2, steps=2)
+    first, second = launch(runs[1], processes=2, steps=3)
     assert "this run is complete" in first and "held-out accuracy" in first
     assert "this run is complete" not in second

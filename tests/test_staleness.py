@@ -32,13 +32,13 @@ def quick_and_rewarding(compile_quickly):
 
 
 def config(staleness, steps=STEPS):
-    """Four steps that sample in float32, save everything and measure every second rollout."""
+    """Four steps that sample in float32, save everything and measure every rollout."""
     made = load_config(str(Path(__file__).parent / "smallest.py"))
     made.sft.steps = 0
     made.precision.recipe = "none"
     made.evaluate.update(greedy=False, problems=2)
     made.checkpoint.update(every=1, keep=STEPS + 1)
-    made.train.update(steps=steps, save_rollout_every=2, staleness=staleness)
+    made.train.update(steps=steps, save_rollout_every=1, staleness=staleness)
     made.log.mismatch_every = 0
     return C.resolve(made)
 

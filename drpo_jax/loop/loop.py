@@ -276,7 +276,7 @@ def rl_step(
             metrics |= parity.mismatch(
                 run, responses, scores, old_logp, trace["logp"], inputs, loss_mask
             )
-    if due(step + 1, config.train.save_rollout_every) and multihost.is_main():
+    if due(step, config.train.save_rollout_every) and multihost.is_main():
         view = trace | {name: inputs[name] for name in ("behavior_logp", "advantage")}
         view |= {"old_logp": old_logp, "loss_mask": loss_mask}
         run.writer.submit(partial(_save, run, step + 1, rollout, view))

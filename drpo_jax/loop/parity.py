@@ -65,9 +65,7 @@ def is_measured(config: FrozenConfigDict, step: int) -> bool:
     Args:
       step: number of steps completed before.
     """
-    return due(step + 1, config.train.save_rollout_every) or due(
-        step + 1, config.log.mismatch_every
-    )
+    return due(step, config.train.save_rollout_every) or due(step, config.log.mismatch_every)
 
 
 def score_at_sampling(

@@ -20,8 +20,8 @@ from drpo_jax.parallel import make_mesh
 pytestmark = pytest.mark.slow  # Compiles a model.
 
 FIELDS = {
-    "train.dynamic_sampling": True, "train.partial_tokens": 4, "train.staleness": 1,
-    "train.max_draws": 2, "train.save_rollout_every": 1, "train.steps": 5, "checkpoint.every": 1,
+    "train.dynamic_sampling": True, "train.partial_tokens": 6, "train.staleness": 1,
+    "train.save_rollout_every": 1, "train.steps": 5, "checkpoint.every": 1,
     "sampler.decode_steps": 4,
     "sft.steps": 0, "evaluate.greedy": False, "evaluate.problems": 2, "evaluate.samples": 1,
     "model.layers": 1, "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,

@@ -98,9 +98,11 @@ def test_rollouts_are_sampled_ahead_and_verified_when_they_are_needed(monkeypatc
         return SimpleNamespace(verify=lambda: calls.append(f"verify {step}") or rollout(step))
 
     monkeypatch.setattr("drpo_jax.loop.collector.sample", sample)
-    train = SimpleNamespace(staleness=staleness, steps=4, save_rollout_every=0)
+    train = SimpleNamespace(staleness=staleness, steps=4, save_rollout_every=0, samples=2)
+    train.dynamic_sampling, train.partial_tokens = False, 0
     sampler, log = SimpleNamespace(parity="off"), SimpleNamespace(mismatch_every=0)
     run = SimpleNamespace(config=SimpleNamespace(train=train, sampler=sampler, log=log))
+    run.train_problems = SimpleNamespace(observe=lambda problems, reward: None)
     collector = Collector()
     for step in range(3):
         assert collector.collect(run, None, step, PhaseTimer()).problems[0].id == f"id {step}"

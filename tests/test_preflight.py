@@ -232,3 +232,45 @@ def test_a_tpu(tmp_path):
         assert all("shard_map/while" in source for source in unsure), unsure
     update = figures["programs"]["update"]
     assert update["flops"]["compiled"] > 0.8 * update["flops"]["needed"]
+
+
+NO_EXPERTS = {"model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0}
+DELTA_NET = {
+    "model.full_attention_every": 2, "model.linear_key_heads": 4, "model.linear_value_heads": 8,
+    "model.linear_key_dim": 64, "model.linear_value_dim": 64, "model.linear_conv_kernel": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow  # Compiles a decode loop for each family.
+@pytest.mark.parametrize(
+    "family",
+    [
+        NO_EXPERTS | {"model.mlp_size": 2048},
+        {"model.experts": 16, "model.expert_size": 256},
+        NO_EXPERTS | {"model.mlp_size": 2048} | DELTA_NET,
+    ],
+    ids=["dense", "mixture", "hybrid"],
+)
+def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
+    """Rings that exceed a core's own memory are read whole, weights once, states are also written."""
+    if not has_libtpu():
+        pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
+    changed = {
+        "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
+        "model.load_balance": 0, "model.hidden_size": 512, "model.vocab_size": 4096,
+        "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 128, "sampler.slots": 64,
+        "sampler.max_prompt_length": 1024, "sampler.max_response_length": 8192,
+    }  # fmt: skip
+    changed |= family
+    resolved = C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
+    programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
+    weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(programs.abstract_weights))
+    moved = costs.decode_bytes(programs.model_config, weights)
+
+    file = tmp_path / "figures.json"
+    fields = [f"--config.{name}={value}" for name, value in changed.items()]
+    code, _, err = run("--topology=v5e:2x2", "--programs=decode", f"--json={file}", *fields)
+    assert code == 0, err
+    counted = json.loads(file.read_text())["programs"]["decode"]["hbm_bytes"]
+    rings = moved.step(64 / 4, 1024 + 8192)  # A device has a quarter of the slots.
+    assert counted == pytest.approx(32 * rings, rel=0.05)

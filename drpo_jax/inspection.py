@@ -129,7 +129,7 @@ class Inspection:
           A tree like `model`, float32: the direction that an optimizer descends.
         """
         total = None
-        for piece in self._gradients(model, rollout, self.config.train.micro_batch):
+        for piece in self._gradients(model, rollout, self.programs.micro_batch):
             total = piece if total is None else _add(total, piece)
         return total
 

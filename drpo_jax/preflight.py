@@ -121,8 +121,8 @@ def program_list(programs: Programs) -> list[Program]:
     }
     trips = {
         "warm start": head_chunks(programs, sft.micro_batch),
-        "rescore": head_chunks(programs, train.micro_batch),
-        "update": head_chunks(programs, train.micro_batch),
+        "rescore": head_chunks(programs, programs.micro_batch),
+        "update": head_chunks(programs, programs.micro_batch),
         "decode": sampler.decode_steps,
     }
     remedy = {
@@ -159,8 +159,11 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
       backward: whether the program computes gradients.
     """
     config, shards = programs.config, batch_shards(programs.mesh)
+    micro_tokens = config.train.micro_tokens if section == "train" else 0
     if backward and config.compute.remat != "full":
         return "compute.remat = 'full'"
+    if micro_tokens and programs.micro_batch > shards:
+        return f"train.micro_tokens below {micro_tokens}, at least {shards * programs.update_shape[1]}"
     if (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
@@ -212,7 +215,7 @@ def heading(programs: Programs, topology: str, chip: Chip, flops: Mapping[str, f
         f"\na rollout step: {train.prompts} prompts of {sampler.max_prompt_length:,} tokens, "
         f"{train.samples} responses of {sampler.max_response_length:,} tokens to each; "
         f"{programs.updates_per_epoch * train.epochs} updates on {programs.sequences_per_update} "
-        f"responses each, {train.micro_batch} at a time"
+        f"responses each, {programs.micro_batch} rows at a time"
         "\nFLOPs of a step by the equations: "
         + ", ".join(f"{name} {n:.3g}" if n else f"{name} none" for name, n in flops.items())
         + "\n"

@@ -130,6 +130,7 @@ CASES = {
     "top-k, rescored": dict(objective__name="dppo_topk_tv", objective__behavior="rescored"),
     "minirl, k3": dict(objective__name="minirl", objective__kl="k3", objective__kl_coefficient=0.1),
     "routes": dict(train__routing_replay=True),
+    "by tokens": dict(train__micro_batch=0, train__micro_tokens=300),
     "corrected": dict(
         objective__behavior="rescored", objective__correction="tis", objective__name="grpo"
     ),
@@ -170,7 +171,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, inputs)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
-    expected = calls.abstract_batch(programs, 8, names, replay)
+    expected = calls.abstract_batch(programs, programs.update_shape, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

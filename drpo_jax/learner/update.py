@@ -245,18 +245,19 @@ def _uncut(ids_PxT, parts):
 
 def _in_parts(step, parts, piece):
     """`step` on rows [P · parts, T / parts]. The trace that it returns is [P, T] again."""
-    rows = piece[1].shape[0]
-    batch, weight = jax.tree.map(lambda a: a.reshape(rows * parts, -1, *a.shape[2:]), piece)
+    rows, width = piece[1].shape
+    cut = rows * parts, width // parts
+    batch, weight = jax.tree.map(lambda a: a.reshape(*cut, *a.shape[2:]), piece)
     ids = batch.segment_ids
     # The sequences of a row are numbered from left to right. Those of a part begin with 1 again.
-    before = jnp.min(jnp.where(ids > 0, ids, ids.shape[1] * parts), axis=1, keepdims=True) - 1
+    before = jnp.min(jnp.where(ids > 0, ids, width), axis=1, keepdims=True) - 1
     batch = dataclasses.replace(
         batch,
         segment_ids=jnp.where(ids > 0, ids - before, 0),
         mask=jnp.where(batch.mask > 0, batch.mask - before, 0),
     )
     sums, trace = step((batch, weight))
-    return sums, jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[2:]), trace)
+    return sums, jax.tree.map(lambda a: a.reshape(rows, width, *a.shape[2:]), trace)
 
 
 def _zeros_of(step, piece):

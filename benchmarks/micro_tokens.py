@@ -87,8 +87,12 @@ def main(_):
         "row": LENGTH.value,
         "mean length": round(float(lengths.mean()), 1),
     }
-    print(f"{len(lengths)} sequences of {lengths.mean():.0f} tokens in the mean, {LENGTH.value} at most")
-    print(f"{'':<10}{'padding':>9}{'tokens/s':>10}{'s':>8}{'by tokens is faster by':>25}{'loss':>14}")
+    print(
+        f"{len(lengths)} sequences of {lengths.mean():.0f} tokens in the mean, {LENGTH.value} at most"
+    )
+    print(
+        f"{'':<10}{'padding':>9}{'tokens/s':>10}{'s':>8}{'by tokens is faster by':>25}{'loss':>14}"
+    )
     for name in LAYOUTS:
         empty, computed = padding[name]
         gain = median[name] / median["by tokens"]

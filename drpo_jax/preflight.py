@@ -105,7 +105,7 @@ def program_list(programs: Programs) -> list[Program]:
     if the temporaries are too large.
     """
     config, model = programs.config, programs.model_config
-    sampler, train, sft = config.sampler, config.train, config.sft
+    sampler, sft = config.sampler, config.sft
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
@@ -159,12 +159,13 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
       backward: whether the program computes gradients.
     """
     config, shards = programs.config, batch_shards(programs.mesh)
-    micro_tokens = config.train.micro_tokens if section == "train" else 0
     if backward and config.compute.remat != "full":
         return "compute.remat = 'full'"
-    if micro_tokens and programs.micro_batch > shards:
-        return f"train.micro_tokens below {micro_tokens}, at least {shards * programs.update_shape[1]}"
-    if (size := config[section].micro_batch) > shards:
+    if section == "train" and config.train.micro_tokens:
+        size, fewest = (rows * programs.update_shape[1] for rows in (programs.micro_batch, shards))
+        if size > fewest:
+            return f"train.micro_tokens below {size}, at least {fewest}"
+    elif (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
         "more mesh.tensor, because each device already computes one sequence at a time; or a smaller "

@@ -143,9 +143,9 @@ class Programs:
         if train.micro_tokens < shards * width:
             raise ValueError(
                 f"train.micro_tokens = {train.micro_tokens} is too small: each of the {shards} devices "
-                f"over which the mesh {dict(self.mesh.shape)} splits a batch (data · fsdp · expert) needs "
-                f"a row of {width} tokens (prompt and response, rounded up to a multiple of {PARTS[-1]}). "
-                f"Set at least {shards * width}, or 0 with train.micro_batch"
+                f"over which the mesh {dict(self.mesh.shape)} splits a batch (data · fsdp · expert) "
+                f"needs a row of {width} tokens (prompt and response, rounded up to a multiple of "
+                f"{PARTS[-1]}). Set at least {shards * width}, or 0 with train.micro_batch"
             )
         largest = min(train.micro_tokens // width, self.sequences_per_update + shards - 1)
         self.micro_batch = largest // shards * shards

@@ -29,7 +29,7 @@ class TrainSettings:
     mini_batch_prompts: int = field(16, "Prompts per optimizer update; divides prompts.", POSITIVE)
     micro_batch: int = field(
         8,
-        "Rows per forward and backward pass; divides the sequences of the mini-batch. 0: see micro_tokens.",
+        "Sequences per forward and backward pass; divides the mini-batch. 0: see micro_tokens.",
         NOT_NEGATIVE,
     )
     micro_tokens: int = field(

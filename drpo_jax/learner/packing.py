@@ -29,8 +29,8 @@ class Layout:
       numbers: int32 [N], the number of each sequence in its row, from 1.
       prompt_lengths, response_lengths: int32 [N], tokens. Prompts are never empty.
       shape: (P, T).
-      micro_batches: number of micro-batches n. Row r belongs to micro-batch r mod n, so that the rows of a
-        micro-batch are on all devices.
+      micro_batches: number of micro-batches n. Row r belongs to micro-batch r mod n, so that the rows
+        of a micro-batch are on all devices.
     """
 
     rows: np.ndarray

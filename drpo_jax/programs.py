@@ -213,14 +213,11 @@ class Programs:
             micro_batches=sft.batch // sft.micro_batch,
             **shared,
         )
-        gradient_settings = dataclasses.replace(
-            self.policy_settings,
+        gradient_settings = UpdateSettings(
             objective=_by_coefficient,
-            micro_batches=1,
-            entropy_bonus=0.0,
-            load_balance=0.0,
-            pack=False,
-            parts=(1,),
+            aggregation=config.objective.aggregation,
+            temperature=config.sampler.temperature,
+            **shared | {"load_balance": 0.0},
         )
         self.supervised_update = jax.jit(
             partial(

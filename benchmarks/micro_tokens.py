@@ -4,8 +4,8 @@
 
 The model is that of `benchmarks.cpu_baseline`, and the programs are those that `train` runs. Response
 lengths are lognormal (σ = 1) with a median of an eighth of the row, cut at the row. All layouts compute
-the same updates on the same sequences, in micro-batches of the same number of token positions, in turn
-on the same machine: compare ratios, not seconds. A call includes laying out the batch and placing it.
+the same updates on the same sequences, in micro-batches of two rows' positions, in turn on the same
+machine: compare ratios, not seconds. A call includes laying out the batch and placing it.
 """
 
 import time
@@ -24,7 +24,7 @@ from drpo_jax.programs import Programs
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row: the longest prompt and response.")
 SEQUENCES = flags.DEFINE_integer("sequences", 64, "Sequences of an update.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each layout.")
-PROMPT, MICRO_BATCH = 32, 8
+PROMPT, MICRO_BATCH = 32, 2
 LAYOUTS = {
     "unpacked": {"micro_batch": MICRO_BATCH},
     "packed": {"micro_batch": MICRO_BATCH, "pack": True},

@@ -107,7 +107,7 @@ class Inspection:
         traces = []
         for part in _parts(rollout, size):
             with jax.set_mesh(self.mesh):
-                batch, layout = self._batch(part, size, {})
+                batch, layout = self._batch(part, size, {}, pack=True)
                 trace = self.programs.rescore(model, batch)
             scores = jax.tree.map(partial(layout.take, length=length), (trace.logp, trace.entropy))
             traces.append([a[: len(part["tokens"])] for a in scores])
@@ -129,7 +129,7 @@ class Inspection:
           A tree like `model`, float32: the direction that an optimizer descends.
         """
         total = None
-        for piece in self._gradients(model, rollout, self.config.train.micro_batch):
+        for piece in self._gradients(model, rollout, self.programs.micro_batch):
             total = piece if total is None else _add(total, piece)
         return total
 
@@ -168,15 +168,17 @@ class Inspection:
         mask = rollout["response_mask"]
         return float(token_weights(objective.aggregation, mask, objective.horizon)[1])
 
-    def _batch(self, rollout: Rollout, rows: int, inputs: Mapping[str, np.ndarray]):
-        """`Programs.batch` of N ≤ rows sequences, padded with empty rows."""
+    def _batch(
+        self, rollout: Rollout, rows: int, inputs: Mapping[str, np.ndarray], pack: bool = False
+    ):
+        """`Programs.batch` of N ≤ rows sequences, padded with empty ones."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
         (tokens, prompt_lengths, response_lengths), inputs = jax.tree.map(
             lambda a: np.pad(a, [(0, empty)] + [(0, 0)] * (a.ndim - 1)),
             (tuple(rollout[name] for name in names), dict(inputs)),
         )
-        return self.programs.batch(tokens, prompt_lengths, response_lengths, inputs)
+        return self.programs.batch(tokens, prompt_lengths, response_lengths, inputs, pack)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,7 @@ def program_list(programs: Programs) -> list[Program]:
     if the temporaries are too large.
     """
     config, model = programs.config, programs.model_config
-    sampler, train, sft = config.sampler, config.train, config.sft
+    sampler, sft = config.sampler, config.sft
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
@@ -124,8 +124,8 @@ def program_list(programs: Programs) -> list[Program]:
     }
     trips = {
         "warm start": head_chunks(programs, sft.micro_batch),
-        "rescore": head_chunks(programs, train.micro_batch),
-        "update": head_chunks(programs, train.micro_batch),
+        "rescore": head_chunks(programs, programs.micro_batch),
+        "update": head_chunks(programs, programs.micro_batch),
         "decode": sampler.decode_steps,
     }
     remedy = {
@@ -164,7 +164,11 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
     config, shards = programs.config, batch_shards(programs.mesh)
     if backward and config.compute.remat != "full":
         return "compute.remat = 'full'"
-    if (size := config[section].micro_batch) > shards:
+    if section == "train" and config.train.micro_tokens:
+        size, fewest = (rows * programs.update_shape[1] for rows in (programs.micro_batch, shards))
+        if size > fewest:
+            return f"train.micro_tokens below {size}, at least {fewest}"
+    elif (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
         "more mesh.tensor, because each device already computes one sequence at a time; or a smaller "
@@ -215,7 +219,7 @@ def heading(programs: Programs, topology: str, chip: Chip, flops: Mapping[str, f
         f"\na rollout step: {train.prompts} prompts of {sampler.max_prompt_length:,} tokens, "
         f"{train.samples} responses of {sampler.max_response_length:,} tokens to each; "
         f"{programs.updates_per_epoch * train.epochs} updates on {programs.sequences_per_update} "
-        f"responses each, {train.micro_batch} at a time"
+        f"responses each, {programs.micro_batch} rows at a time"
         "\nFLOPs of a step by the equations: "
         + ", ".join(f"{name} {n:.3g}" if n else f"{name} none" for name, n in flops.items())
         + "\n"

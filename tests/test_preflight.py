@@ -80,6 +80,24 @@ def test_eight_cpu_devices(tmp_path):
         assert 0 < sum(sent.values()) < 1.2 * most, (name, sent)
 
 
+@pytest.mark.slow
+def test_one_of_four_widths_counts(tmp_path):
+    """The update by tokens has four widths; its FLOPs are those of the widest, rows of 32 tokens."""
+    flops = []
+    for rows, tokens in ((8, 0), (0, 8 * 32)):
+        file = tmp_path / f"{tokens}.json"
+        sizes = {"train.micro_batch": rows, "train.micro_tokens": tokens, "sft.steps": 0}
+        sizes["sampler.max_response_length"] = 26  # with a prompt of 6
+        fields = [f"--config.{name}={size}" for name, size in (MESH | sizes).items()]
+        code, out, err = run(
+            "--topology=cpu:8", "--programs=update", f"--json={file}", *fields,
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        )  # fmt: skip
+        assert code == 0 and "8 rows at a time" in out, err
+        flops.append(json.loads(file.read_text())["programs"]["update"]["flops"]["compiled"])
+    assert flops[1] == pytest.approx(flops[0], rel=0.05)
+
+
 def test_what_does_not_fit(monkeypatch, capsys):
     """The advice for a chip that is too small, by the largest part of memory."""
     fields = dict(sft__steps=0, precision__recipe="rollout")
@@ -120,6 +138,9 @@ def test_remedies_for_large_temporaries():
     assert preflight.smaller(known, "train") == "compute.remat = 'full'"
     below = "train.micro_batch below 8, a multiple of 4"
     assert preflight.smaller(known, "train", backward=False) == below
+    known = new_programs(train__micro_batch=0, train__micro_tokens=300, compute__remat="full")
+    below = "train.micro_tokens below 256, at least 128"
+    assert preflight.smaller(known, "train") == below
     known = new_programs(train__micro_batch=4, compute__remat="full")
     assert "already computes one sequence at a time" in preflight.smaller(known, "train")
     assert preflight.smaller(known, "sft") == "sft.micro_batch below 16, a multiple of 4"
@@ -130,6 +151,7 @@ CASES = {
     "top-k, rescored": dict(objective__name="dppo_topk_tv", objective__behavior="rescored"),
     "minirl, k3": dict(objective__name="minirl", objective__kl="k3", objective__kl_coefficient=0.1),
     "routes": dict(train__routing_replay=True),
+    "by tokens": dict(train__micro_batch=0, train__micro_tokens=300),
     "corrected": dict(
         objective__behavior="rescored", objective__correction="tis", objective__name="grpo"
     ),
@@ -170,7 +192,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, inputs)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
-    expected = calls.abstract_batch(programs, 8, names, replay)
+    expected = calls.abstract_batch(programs, programs.update_shape, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

@@ -154,6 +154,19 @@ def _batches(check: Check) -> None:
     check.divides("train.mini_batch_prompts", "train.prompts")
     check.divides("train.micro_batch", "train.mini_batch_prompts", factor=check["train.samples"])
     check.divides("sft.micro_batch", "sft.batch")
+    rows, tokens = "train.micro_batch", "train.micro_tokens"
+    check.require(
+        (check[rows] == 0) != (check[tokens] == 0),
+        f"{rows} {tokens}",
+        "one of the two must be 0, the other one sets the size of a forward and backward pass",
+    )
+    lengths = "sampler.max_prompt_length", "sampler.max_response_length"
+    width = sum(check[f] for f in lengths)
+    check.require(
+        0 == check[tokens] or check[tokens] >= width,
+        " ".join([tokens, *lengths]),
+        f"{tokens} must hold the longest prompt with the longest response, {width} tokens",
+    )
 
 
 def _objective(check: Check) -> None:

@@ -11,7 +11,7 @@ The modules:
 """
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy
-from drpo_jax.learner.packing import Layout, lay_out
+from drpo_jax.learner.packing import PARTS, Layout, lay_out, lay_out_by_tokens
 from drpo_jax.learner.state import (
     Batch,
     TrainState,
@@ -24,6 +24,7 @@ from drpo_jax.learner.summary import summarize
 from drpo_jax.learner.update import Report, UpdateSettings, gradients, response_trace, update
 
 __all__ = [
+    "PARTS",
     "Batch",
     "Layout",
     "Policy",
@@ -35,6 +36,7 @@ __all__ = [
     "head_loss",
     "init_state",
     "lay_out",
+    "lay_out_by_tokens",
     "likelihood",
     "make_batch",
     "make_optimizer",

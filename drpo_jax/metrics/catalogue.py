@@ -338,6 +338,11 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "time/update", "Time of updates", "scoring and optimizer updates", "s", log_axis=True,
             ),
+            Metric(
+                "batch/padding", "Padding",
+                "padding among the token positions that the updates compute; scoring computes those of "
+                "the first epoch", "%",
+            ),
             Metric("time/{phase}", "Time of {phase}", "wall time of this phase of the step", "s"),
             Metric(
                 "sampler/live_rows", "Busy slots",

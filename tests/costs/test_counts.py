@@ -303,3 +303,15 @@ def test_what_a_tpu_program_reads(operation, traffic):
 )
 def test_the_error_of_a_program_that_is_too_large(message, needed):
     assert out_of_memory(message) == needed
+
+
+def test_the_branch_that_computes_most_counts():
+    """A loop over a conditional of three branches: all rows, half of them, none."""
+
+    def step(i, x):
+        branches = (jnp.zeros_like, lambda x: x.at[:4].set(x[:4] @ x), lambda x: x @ x)
+        return jnp.sin(jax.lax.switch(i % 3, branches, x))
+
+    text = compiled(lambda x: jax.lax.fori_loop(0, TRIPS, step, x), struct(8, 8)).as_text()
+    assert "conditional" in text
+    assert matmul_flops(Module(text)) == TRIPS * 2 * 8**3

@@ -25,8 +25,9 @@ from drpo_jax.programs import Programs
 
 def needs_old_logp(programs: Programs) -> bool:
     """Whether the updates need log π_old, the learner's own score of the rollout."""
-    rescored = programs.config.objective.behavior == "rescored"
-    return rescored or "old_logp" in programs.objective.arrays
+    objective = programs.config.objective
+    scored = objective.behavior == "rescored" or objective.baseline == "otb"
+    return scored or "old_logp" in programs.objective.arrays
 
 
 def update_inputs(programs: Programs) -> list[str]:

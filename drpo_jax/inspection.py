@@ -31,7 +31,13 @@ from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.record import load_rollout, rollout_path, saved_rollouts
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
+from drpo_jax.objectives import (
+    OBJECTIVES,
+    by_token,
+    gradient_weight,
+    token_objective,
+    token_weights,
+)
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
 from drpo_jax.storage import path_of
@@ -107,7 +113,7 @@ class Inspection:
         traces = []
         for part in _parts(rollout, size):
             with jax.set_mesh(self.mesh):
-                batch, layout = self._batch(part, size, {}, pack=True)
+                batch, layout = self._batch(part, size, {}, part["response_mask"], pack=True)
                 trace = self.programs.rescore(model, batch)
             scores = jax.tree.map(partial(layout.take, length=length), (trace.logp, trace.entropy))
             traces.append([a[: len(part["tokens"])] for a in scores])
@@ -154,31 +160,41 @@ class Inspection:
             raise BadInput("the rollout has no coefficients: call judge(rollout, objective) first")
         shards = batch_shards(self.mesh)
         rows = -(-size // shards) * shards  # The rows after the sequences stay empty.
-        whole = self._denominator(rollout)
+        whole = self._denominator(rollout) or 1.0
         for part in _parts(rollout, size):
             share = self._denominator(part) / whole
             with jax.set_mesh(self.mesh):
-                batch, _ = self._batch(part, rows, {"coefficient": share * part["coefficient"]})
+                inputs = {"coefficient": share * part["coefficient"]}
+                batch, _ = self._batch(part, rows, inputs, part["loss_mask"])
                 grads = self.programs.gradients(model, batch)[0]
             yield grads  # outside the block, so that the mesh is not set while the caller works
 
     def _denominator(self, rollout: Rollout) -> float:
         """The denominator of the aggregation, a sum over sequences."""
         objective = self.config.objective
-        mask = rollout["response_mask"]
+        mask = rollout["loss_mask"]
+        if not mask.any():
+            return 0.0
         return float(token_weights(objective.aggregation, mask, objective.horizon)[1])
 
     def _batch(
-        self, rollout: Rollout, rows: int, inputs: Mapping[str, np.ndarray], pack: bool = False
+        self,
+        rollout: Rollout,
+        rows: int,
+        inputs: Mapping[str, np.ndarray],
+        loss_mask: np.ndarray,
+        pack: bool = False,
     ):
         """`Programs.batch` of N ≤ rows sequences, padded with empty ones."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
-        (tokens, prompt_lengths, response_lengths), inputs = jax.tree.map(
+        (tokens, prompt_lengths, response_lengths), inputs, loss_mask = jax.tree.map(
             lambda a: np.pad(a, [(0, empty)] + [(0, 0)] * (a.ndim - 1)),
-            (tuple(rollout[name] for name in names), dict(inputs)),
+            (tuple(rollout[name] for name in names), dict(inputs), loss_mask),
         )
-        return self.programs.batch(tokens, prompt_lengths, response_lengths, inputs, pack)
+        return self.programs.batch(
+            tokens, prompt_lengths, response_lengths, inputs, pack, loss_mask=loss_mask
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +231,12 @@ def judge(rollout: Rollout, name: str, **hyper: float | bool) -> Rollout:
       ValueError: as `objectives.token_objective`. The top-k objectives need logprobs that a saved
         rollout does not hold.
     """
-    mask = rollout["response_mask"]
+    mask = rollout["loss_mask"]
     arrays = {"mask": mask, "old_logp": rollout.get("old_logp")}
     needed = OBJECTIVES[name].arrays if name in OBJECTIVES else ()
     inputs = {k: v for k, v in arrays.items() if k in needed}
     logp, behavior_logp = rollout["logp"], rollout["behavior_logp"]
-    advantage = rollout["advantage"][:, None]
+    advantage = by_token(rollout["advantage"])
     _, c = token_objective(name, logp, behavior_logp, advantage, **hyper, **inputs)
     w = gradient_weight(name, logp, behavior_logp, advantage, **hyper, **inputs)
     return rollout | {"weight": np.where(mask, w, 0), "coefficient": np.where(mask, c, 0)}

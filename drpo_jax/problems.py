@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from drpo_jax import data, rewards
-from drpo_jax.data import CharTokenizer, EncodedProblem, Problem, ProceduralTask, TextTokenizer
+from drpo_jax.data import (
+    CharTokenizer,
+    EncodedProblem,
+    Mixture,
+    Problem,
+    ProceduralTask,
+    TextTokenizer,
+)
 
 Tokenizer = CharTokenizer | TextTokenizer
 
@@ -21,13 +29,14 @@ class Problems(NamedTuple):
     """The problems of a run.
 
     Attributes:
-      train: a procedural task, or the problems of a file or data set; None if they were not needed.
+      train: a procedural task, the problems of files and data sets, or several of them with weights;
+        None if they were not needed.
       heldout: the problems to evaluate on.
       report: what was dropped and why, the n-grams that training and held-out problems share, and a
         hash of all problems, as text; empty for a procedural task.
     """
 
-    train: ProceduralTask | list[EncodedProblem] | None
+    train: ProceduralTask | list[EncodedProblem] | Mixture | None
     heldout: list[EncodedProblem]
     report: str
 
@@ -99,10 +108,11 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
       sets: {name: problems} of `evaluate.sets`. If empty, a part of the file is held out instead.
     """
     name = config.data.problems
-    problems = _read(name, "data.problems")
+    weights = _sources(name)
+    problems, sources = _read_sources(weights)
     report = f"{name}: {len(problems):,} problems\n"
     if config.data.ids:
-        problems = _listed(config, problems)
+        problems = _listed(config, problems, weights)
         report += f"{len(problems):,} of them listed in {config.data.ids}\n"
     total = len(problems)
     usable, filtered = _usable(config, tokenizer, problems)
@@ -128,7 +138,41 @@ def _load_training_file(config, tokenizer, sets) -> Problems:
     text = repr([(p.id, (kept and p.wrapped) or p.prompt, p.answer) for p in [*train, *heldout]])
     report += f"\n{_HASH}{hashlib.sha256(text.encode()).hexdigest()[:16]}\n"
     report += f"{len(train):,} of {total:,} problems to train on, {len(heldout):,} held out\n"
-    return Problems(train, heldout, report)
+    lists = {name: [p for p in train if sources[p.id] == name] for name, w in weights.items() if w}
+    if len(lists) < 2:
+        return Problems(train, heldout, report)
+    for name, remaining in lists.items():
+        if not remaining:
+            raise ValueError(
+                f"{name}: no problem remains to train on; leave it out of data.problems"
+            )
+        report += f"{len(remaining):,} of them from {name}, weight {weights[name]}\n"
+    mixture = Mixture(tuple(lists.values()), tuple(w for w in weights.values() if w))
+    return Problems(mixture, heldout, report)
+
+
+def _sources(text: str) -> dict[str, Fraction | None]:
+    """Returns the sources of `data.problems` and their weights, see `data.parse_sources`."""
+    try:
+        return data.parse_sources(text)
+    except ValueError as error:
+        raise ValueError(f"data.problems = {text!r}: {error}") from None
+
+
+def _read_sources(names: Iterable[str]) -> tuple[list[Problem], dict[str, str]]:
+    """Reads the sources of `data.problems`.
+
+    Returns:
+      All problems, and the source of each by its id. With several sources, ids begin with the source.
+    """
+    lists = {name: _read(name, "data.problems") for name in names}
+    if len(lists) > 1:
+        lists = {
+            name: [dataclasses.replace(p, id=f"{name}: {p.id}") for p in problems]
+            for name, problems in lists.items()
+        }
+    problems = [p for part in lists.values() for p in part]
+    return problems, {p.id: name for name, part in lists.items() for p in part}
 
 
 def _evaluation_sets(config) -> dict[str, list[Problem]]:
@@ -156,17 +200,25 @@ def _read(name, field):
         raise ValueError(f"{field} = {name!r}: {error}") from None
 
 
-def _listed(config, problems):
-    """Returns the problems whose ids `data.ids` lists, with or without the name of a data set."""
-    file, prefix = config.data.ids, f"{config.data.problems}/"
+def _listed(config, problems, sources):
+    """Returns the problems whose ids `data.ids` lists, with or without the name of their source."""
+    file = config.data.ids
+
+    def spellings(id):
+        for source in sources:
+            if id.startswith((f"{source}: ", f"{source}/")):
+                inner = id[len(source) + 1 :].strip()
+                return id, *spellings(inner)
+        return (id,)
+
     try:
         ids = set(data.read_ids(file))
     except FileNotFoundError:
         raise ValueError(f"data.ids = {file!r}: there is no such file") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"data.ids = {file!r}: {error}") from None
-    listed = [p for p in problems if p.id in ids or p.id.removeprefix(prefix) in ids]
-    known = {text for p in listed for text in (p.id, p.id.removeprefix(prefix))}
+    listed = [p for p in problems if not ids.isdisjoint(spellings(p.id))]
+    known = {text for p in listed for text in spellings(p.id)}
     if unknown := sorted(ids - known):
         raise ValueError(
             f"data.ids = {file!r}: {len(unknown)} of {len(ids)} ids are not in {config.data.problems}, "

@@ -63,7 +63,7 @@ class Programs:
       supervised_update(state, batch), policy_update(state, batch): one optimizer update of a
         mini-batch [P, T]. Both donate `state`. Returns: (TrainState, `learner.Report`).
       rescore(model, batch): the TokenTrace [P, T] of the response tokens, without an objective and
-        without gradients.
+        without gradients; with Σπ² under objective.baseline = "otb".
       gradients(model, batch): the gradient of one micro-batch whose `inputs` are the score
         coefficients c of its tokens. It is the gradient of any objective and of nothing else (no
         entropy bonus, no load balancing). Returns: (pytree like `model`, TokenTrace [P, T], metrics).
@@ -239,7 +239,9 @@ class Programs:
             donate_argnums=0,
             out_shardings=(self.state_shardings, None),
         )
-        self.rescore = jax.jit(partial(response_trace, settings=self.policy_settings))
+        squares = config.objective.baseline == "otb"
+        scored = dataclasses.replace(self.policy_settings, sum_squares=squares)
+        self.rescore = jax.jit(partial(response_trace, settings=scored))
         self.gradients = jax.jit(
             partial(gradients, settings=gradient_settings),
             out_shardings=(self.state_shardings.model, None, None),
@@ -300,6 +302,7 @@ class Programs:
         inputs: Mapping[str, np.ndarray],
         pack: bool = False,
         routes: np.ndarray | None = None,
+        loss_mask: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
         """Returns N sequences as a Batch on the mesh, with rows split over the batch axes.
 
@@ -310,6 +313,7 @@ class Programs:
           pack: lay the sequences out as the policy's updates do: by `train.micro_tokens` if it is set,
             or several in a row if `train.pack` is.
           routes: int16 [N, T, L, k], see `learner.Batch`.
+          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
 
         Returns:
           The Batch, and the Layout that maps its rows back to sequences.
@@ -320,7 +324,7 @@ class Programs:
             layout = lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
         else:
             layout = lay_out(*lengths, tokens.shape[1], pack and train.pack, micro_batches)
-        batch = make_batch(layout, tokens, inputs, routes)
+        batch = make_batch(layout, tokens, inputs, routes, loss_mask)
         rows = named_sharding(self.mesh, ("batch",))
         # Every process places the rows that its own devices hold.
         return jax.tree.map(
@@ -333,6 +337,7 @@ class Programs:
         rows: np.ndarray,
         inputs: Mapping[str, np.ndarray],
         replay: bool = True,
+        loss_mask: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
         """Returns `batch` for some rows of a rollout.
 
@@ -341,7 +346,10 @@ class Programs:
           rows: int [n], the sequences to take.
           inputs: name → [N] or [N, R, …], for all sequences.
           replay: include the sampler's routes if `train.routing_replay` is set.
+          loss_mask: bool [N, R], the tokens that carry a loss, for all sequences; None: the tokens that
+            the model sampled.
         """
+        loss_mask = rollouts.mask() if loss_mask is None else loss_mask
         replay = replay and self.config.train.routing_replay
         return self.batch(
             rollouts.tokens[rows],
@@ -350,6 +358,7 @@ class Programs:
             {name: values[rows] for name, values in inputs.items()},
             pack=True,
             routes=rollouts.routes[rows] if replay else None,
+            loss_mask=loss_mask[rows],
         )
 
     def _check_batch(self, field):

@@ -68,7 +68,7 @@ class Run:
     workdir: Path
     tokenizer: Any
     reward: rewards.Reward
-    train_problems: data.ProblemStream | None
+    train_problems: data.ProblemStream | data.Curriculum | None
     heldout: Sequence[data.Problem]
     report: str
     mesh: jax.sharding.Mesh
@@ -96,7 +96,7 @@ class Run:
             loaded = load(config, tokenizer, train)
             stream = None
             if train and loaded.train is not None:
-                stream = data.ProblemStream(loaded.train, config.seed)
+                stream = _stream(config, loaded.train)
             _check_init_from(config)
             mesh = make_mesh(**config.mesh)
             programs = Programs(config, mesh, stop=tokenizer.stop_ids)
@@ -174,6 +174,14 @@ class Run:
             questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)
             pending = rewards.submit(self.reward, questions, texts, answers)
             yield Group(index, rollouts, texts, pending)
+
+
+def _stream(config, problems) -> data.ProblemStream | data.Curriculum:
+    """Returns the stream of training problems, a curriculum if the config sets a window."""
+    stream, section = data.ProblemStream(problems, config.seed), config.data
+    if (section.window_low, section.window_high) == (0, 1):
+        return stream
+    return data.Curriculum(stream, section.window_low, section.window_high, section.window_rest)
 
 
 @contextlib.contextmanager

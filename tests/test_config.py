@@ -93,7 +93,10 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"train__micro_batch": 7}, "must divide train.mini_batch_prompts * 8 = 64"),
         ({"model__experts_per_token": 17}, "experts_per_token must be from 1 to experts"),
         ({"model__experts": 0}, "without experts"),
-        ({"model__experts": 0, "model__load_balance": 0.1}, "model.load_balance = 0.1, model.experts"),
+        (
+            {"model__experts": 0, "model__load_balance": 0.1},
+            "model.load_balance = 0.1, model.experts",
+        ),
         ({"model__vocab_size": 16}, "must be at least the tokenizer's 32"),
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
         (
@@ -112,6 +115,11 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
         ({"data__ids": "ids.txt"}, "set data.problems to the problems that the ids belong to"),
+        ({"data__window_low": 0.2}, "problems made from the seed never return; set data.problems"),
+        (
+            {"data__window_low": 0.8, "data__window_high": 0.2},
+            "window_low must not exceed window_high",
+        ),
         ({"data__digits": 9, "data__problems": "x"}, "the longest demonstration has"),
         ({"objective__epsilon": 0.2}, "drpo does not take epsilon; taken by spo, spo_no_advantage"),
         ({"objective__threshold": "originl"}, "did you mean 'original'?"),
@@ -130,6 +138,14 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"objective__kl_behavior": -1.0}, "0 or more"),
         ({"objective__kl": "k3"}, "objective.kl_coefficient = 0.0: set both, or neither"),
         ({"objective__kl": "k4"}, "must be one of none, k1, k2, k3"),
+        (
+            {"objective__baseline": "otb", "objective__advantage": "grpo"},
+            "set objective.advantage = 'dr_grpo'",
+        ),
+        (
+            {"objective__baseline": "otb", "objective__name": "gspo"},
+            "gspo needs one advantage for all tokens of a response",
+        ),
         ({"objective__correction": "tis"}, "needs objective.behavior = 'rescored'"),
         ({"objective__correction": "tis", "objective__name": "gspo"}, "sequence or geometric"),
         ({"objective__correction_floor": 2.0}, "the floor must be below the cap"),

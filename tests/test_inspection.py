@@ -51,6 +51,7 @@ def new_rollout(n=N):
         "prompt_lengths": np.resize([3, 5, 2, 4], n).astype(np.int32),
         "response_lengths": lengths,
         "response_mask": mask,
+        "loss_mask": mask,
         "behavior_logp": mu,
         "old_logp": mu + 0.1 * mask,
         "advantage": advantage,
@@ -250,6 +251,14 @@ def test_judge_passes_the_arrays_that_an_objective_needs():
     ].mean()  # All seven positions are tokens.
     s = judge(rollout, "gspo", epsilon_low=9.0, epsilon_high=9.0)["coefficient"][0]
     np.testing.assert_allclose(s, np.exp(log_r) * rollout["advantage"][0], rtol=1e-5)
+    per_token = np.repeat(rollout["advantage"][:, None], RESPONSE, axis=1)
+    per_token[:, 2] *= -1
+    ours, other = (judge(rollout | {"advantage": A}, "drpo") for A in (per_token, -per_token))
+    first, plain = np.arange(RESPONSE) != 2, judge(rollout, "drpo")["coefficient"]
+    np.testing.assert_array_equal(ours["coefficient"][:, first], plain[:, first])
+    np.testing.assert_array_equal(other["coefficient"][:, 2], plain[:, 2])
+    filtered = judge(rollout | {"loss_mask": mask & (np.arange(N) > 1)[:, None]}, "drpo")
+    assert not filtered["coefficient"][:2].any() and filtered["coefficient"][2].any()
     with pytest.raises(ValueError, match="missing: topk_logp, behavior_topk_logp"):
         judge(rollout, "dppo_topk_tv")
     with pytest.raises(ValueError, match="Did you mean 'drpo'"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from drpo_jax import config as C
-from drpo_jax import loop, rewards, train
+from drpo_jax import data, loop, problems, rewards, train
 from drpo_jax.checkpoint import Checkpoints
 from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
@@ -23,8 +23,9 @@ from drpo_jax.lock import hold
 from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import describe, read_metrics, read_starts
-from drpo_jax.objectives import advantages, token_objective
+from drpo_jax.objectives import advantages, optimal_token_baseline, token_objective
 from drpo_jax.parallel import make_mesh
+from drpo_jax.reporting.explain import explain
 from drpo_jax.run import SHUFFLE
 
 pytestmark = pytest.mark.slow
@@ -220,7 +221,9 @@ def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, t
 def test_a_saved_rollout_matches_its_documentation(whole):
     saved = load_rollout(rollout_path(whole, 1))
     settings = config()
-    documented = re.findall(r"^    ([a-z_, ]+?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE)
+    documented = re.findall(
+        r"^    ([a-z_][a-z_, ]*?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE
+    )
     saved_pieces = len(load_rollout(rollout_path(whole, 1))["piece_ids"])
     sizes = {"N": 16, "R": 23, "T": 23 + 6, "U": saved_pieces}
     names = [(name, shape) for group, shape in documented for name in group.split(", ")]
@@ -314,6 +317,79 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
     assert ours["mismatch/ratio"] == pytest.approx(ratio.mean(), rel=1e-5)
     assert 0 < ours["policy/kl_reference"] < 1  # the reference is the initial model
     assert not saved["coefficient"][mask][~kept].any() and saved["coefficient"][mask][kept].any()
+
+
+def test_overlong_filtering_and_the_token_baseline(tmp_path, monkeypatch):
+    """One step: truncated responses count in the baseline and carry no loss, and Â is per token."""
+    calls = []
+
+    def recorded(*arguments):
+        calls.append(arguments)
+        return optimal_token_baseline(*arguments)
+
+    monkeypatch.setattr(loop.learn, "optimal_token_baseline", recorded)
+    settings = config(
+        train__overlong_filtering=True, objective__baseline="otb", train__steps=1, sft__steps=0,
+        sampler__max_response_length=12, train__save_rollout_every=1, log__mismatch_every=1,
+        data__digits=1, evaluate__samples=1, evaluate__greedy=False, train__pack=True,
+    )  # fmt: skip
+    run = loop.Run.create(settings, tmp_path)
+    with jax.set_mesh(run.mesh):
+        state = run.programs.restart(loop.initial_model(run))
+        _, measured, _ = loop.rl_step(run, loop.Collector(), state, 0)
+    saved = load_rollout(rollout_path(tmp_path, 1))
+    sampled, finished = saved["response_mask"], saved["finished"]
+    assert 0 < finished.mean() < 1
+    np.testing.assert_array_equal(saved["loss_mask"], sampled & finished[:, None])
+    assert measured["response/filtered"] == pytest.approx(1 - finished.mean())
+    ((reward, logp, squares, mask, samples, rho),) = calls
+    np.testing.assert_array_equal(reward, saved["reward"])
+    np.testing.assert_array_equal(logp, saved["old_logp"])
+    np.testing.assert_array_equal(mask, sampled)
+    assert samples == 4 and rho == 1.0
+    p = np.exp(logp)[sampled]
+    assert (squares[sampled] >= p**2).all() and (squares[sampled] < 1).all()
+    expected = optimal_token_baseline(reward, logp, squares, sampled, 4)
+    np.testing.assert_array_equal(saved["advantage"], expected)
+    assert np.ptp(expected, axis=1).max() > 0  # Â differs between the tokens of a response.
+    for name in ("logp", "coefficient", "weight", "entropy"):
+        assert saved[name][saved["loss_mask"]].any() and not saved[name][~saved["loss_mask"]].any()
+    gap = np.exp(saved["old_logp"]) - np.exp(saved["sampled_logp"])
+    assert measured["mismatch/shift"] == pytest.approx(
+        abs(gap[saved["loss_mask"]]).mean(), rel=1e-3
+    )
+    page = explain(saved, run.tokenizer, run.config)
+    assert "ended with a stop token" in page
+    filtered = explain(saved, run.tokenizer, run.config, int(np.argmin(finished)))
+    assert "This response carries no loss." in filtered
+
+
+def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
+    """Problems of two files, chosen by pass rates: a run killed after step 2 equals one that was not."""
+    for name, sign in ("a", "+"), ("b", "-"):
+        lines = [{"prompt": f"{i}{sign}1=", "answer": f"{i}", "id": f"p{i}"} for i in range(1, 6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    settings = config(
+        data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
+        data__window_high=0.7, data__window_rest=2, evaluate__problems=2, sft__steps=0,
+        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1, checkpoint__keep=4,
+    )  # fmt: skip
+    batches, original = [], data.Curriculum.batch
+
+    def recorded(self, step, count):
+        batches.append([p.id for p in original(self, step, count)])
+        return original(self, step, count)
+
+    monkeypatch.setattr(data.Curriculum, "batch", recorded)
+    loop.train(settings, tmp_path / "run")
+    before, whole = [*batches], metrics(tmp_path / "run")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    del batches[:]
+    loop.train(settings, tmp_path / "run")
+    assert batches == before[2:] and metrics(tmp_path / "run") == whole
+    plain = data.ProblemStream(problems.load(settings, CharTokenizer()).train, settings.seed)
+    assert before != [[p.id for p in plain.batch(step, 4)] for step in range(4)]
 
 
 def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
 
     def score(run, model, rollouts, step, inputs, replay=True):
         scored.append(set(inputs))
-        return TokenTrace(logp, logp, logp, logp, ids.astype(np.float32))
+        return TokenTrace(logp, logp, logp, logp, ids.astype(np.float32), logp[..., None])
 
     monkeypatch.setattr(loop.learn, "score", score)
     fake = SimpleNamespace(config=programs.config, programs=programs, reference=None)

@@ -196,3 +196,47 @@ def test_a_hash_identifies_the_problems(checkpoint, tmp_path):
 def test_text_problems_are_verified_as_math(checkpoint):
     fields = dict(data__task="arithmetic", data__problems="gsm8k")
     assert config(checkpoint, **fields).reward.name == "math"
+
+
+def sources(checkpoint, tmp_path, text, **fields):
+    """Returns `load` for data.problems = text, in which {a} and {b} stand for two files."""
+    names = {}
+    for name, pairs in (("a", GOOD), ("b", [(f"Solve {i} + 1.", str(i + 1)) for i in range(6)])):
+        lines = [
+            json.dumps({"prompt": p, "answer": a, "id": f"p{i}"}) for i, (p, a) in enumerate(pairs)
+        ]
+        names[name] = tmp_path / f"{name}.jsonl"
+        names[name].write_text("\n".join(lines))
+    settings = dict(data__task="math", data__problems=text.format(**names), evaluate__problems=2)
+    return load(config(checkpoint, **settings | fields)), {k: str(v) for k, v in names.items()}
+
+
+def test_several_sources(checkpoint, tmp_path):
+    loaded, names = sources(checkpoint, tmp_path, "{a},{b}")
+    assert len(loaded.train) == 12 and len(loaded.heldout) == 2
+    # Both files call their first problem p0.
+    assert {p.id.rpartition(": ")[0] for p in loaded.train} == set(names.values())
+    mixed, _ = sources(checkpoint, tmp_path, "{a}:3,{b}:1")
+    assert mixed.train.weights == (3, 1)
+    assert [p for part in mixed.train.sources for p in part] == loaded.train
+    for part, name, weight in zip(mixed.train.sources, names.values(), (3, 1)):
+        assert all(p.id.startswith(f"{name}: ") and p.token_ids for p in part)
+        assert f"{len(part)} of them from {name}, weight {weight}\n" in mixed.report
+    ids = tmp_path / "ids.txt"
+    ids.write_text("p3\np4\np5\n" + f"{names['a']}: p1\n")
+    listed, _ = sources(checkpoint, tmp_path, "{a},{b}", data__ids=str(ids))
+    kept = {p.id for p in [*listed.train, *listed.heldout]}
+    assert kept == {f"{n}: p{i}" for n in names.values() for i in (3, 4, 5)} | {f"{names['a']}: p1"}
+
+
+def test_wrong_sources_are_named(checkpoint, tmp_path):
+    with pytest.raises(
+        ValueError, match="data.problems = .*the weight of .*b.jsonl must be a positive"
+    ):
+        sources(checkpoint, tmp_path, "{a}:3,{b}:-1")
+    with pytest.raises(ValueError, match="there is no data set 'gsm9k'. Did you mean 'gsm8k'"):
+        sources(checkpoint, tmp_path, "{a},gsm9k")
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(f"{tmp_path / 'a.jsonl'}: p{i}" for i in range(8)))
+    with pytest.raises(ValueError, match="b.jsonl: no problem remains to train on; leave it out"):
+        sources(checkpoint, tmp_path, "{a}:3,{b}:1", data__ids=str(ids))

@@ -49,6 +49,7 @@ def rollout():
     weight = np.array([[1, 1, 1.3], [-2, 0, 1], [0.5, 1, 99], [7, 99, 99]], np.float32)
     return dict(
         response_mask=np.arange(3) < lengths[:, None],
+        loss_mask=np.arange(3) < lengths[:, None],
         response_lengths=lengths,
         behavior_logp=math.log(0.5) * ones,
         logp=math.log(0.25) * ones,
@@ -193,6 +194,14 @@ def test_weight_shares_by_hand():
     np.testing.assert_allclose(shares, expected)
     assert charts.weight_shares(np.full(8, -1e9))[0] == 1
     assert charts.used_weights(rollout() | {"advantage": np.zeros(4)}).size == 0
+    per_token = np.zeros((4, 3))
+    per_token[0, 2] = per_token[1, 0] = 0.5
+    used = charts.used_weights(rollout() | {"advantage": per_token})
+    np.testing.assert_array_equal(used, np.array([1.3, -2], np.float32))
+    filtered = rollout()["loss_mask"] & (np.arange(4) == 2)[:, None]
+    np.testing.assert_array_equal(
+        charts.used_weights(rollout() | {"loss_mask": filtered}), np.array([0.5, 1], np.float32)
+    )
     assert charts.weight_shares(np.zeros(0)).sum() == 0
 
 

@@ -221,6 +221,23 @@ def _around_the_objective(check: Check) -> None:
     )
 
 
+def _baseline(check: Check) -> None:
+    if check["objective.baseline"] != "otb":
+        return
+    check.require(
+        check["objective.advantage"] == "dr_grpo",
+        "objective.baseline objective.advantage",
+        "the token baseline replaces the group mean of dr_grpo; set objective.advantage = 'dr_grpo'",
+    )
+    name = check["objective.name"]
+    whole = "objective.name" not in check.invalid and OBJECTIVES[name].fixed_aggregation
+    check.require(
+        not whole,
+        "objective.baseline objective.name",
+        f"{name} needs one advantage for all tokens of a response; set objective.baseline = 'group'",
+    )
+
+
 def _correction(check: Check) -> None:
     corrected = check["objective.correction"] != "none"
     check.require(
@@ -276,6 +293,17 @@ def _problems(check: Check) -> None:
         check["data.pass_low"] <= check["data.pass_high"],
         "data.pass_low data.pass_high",
         "pass_low must not exceed pass_high",
+    )
+    window = "data.window_low data.window_high"
+    check.require(
+        check["data.window_low"] <= check["data.window_high"],
+        window,
+        "window_low must not exceed window_high",
+    )
+    check.require(
+        problems or (check["data.window_low"], check["data.window_high"]) == (0, 1),
+        f"{window} data.problems",
+        "problems made from the seed never return; set data.problems, or the window from 0 to 1",
     )
     check.require(
         check["reward.overlong_buffer"] <= check["sampler.max_response_length"],
@@ -386,6 +414,7 @@ RULES = (
     _objective,
     _prefix,
     _around_the_objective,
+    _baseline,
     _correction,
     _precision,
     _problems,

@@ -57,6 +57,11 @@ class TrainSettings:
         NOT_NEGATIVE,
         **OPERATIONAL,
     )
+    overlong_filtering: bool = field(
+        False,
+        "Responses that end at the length limit carry no loss. Their rewards still count in the "
+        "baseline of their group.",
+    )
     shuffle_rewards: bool = field(
         False, "Control experiment: rewards are randomly permuted within the rollout."
     )

@@ -16,6 +16,7 @@ from drpo_jax.data.arithmetic import (
 )
 from drpo_jax.data.chain_sum import ChainSum
 from drpo_jax.data.countdown import Countdown
+from drpo_jax.data.curriculum import Curriculum
 from drpo_jax.data.files import load_problems, read_ids
 from drpo_jax.data.filters import RELEASED, FilterReport, filter_problems, normalized_text
 from drpo_jax.data.instructions import (
@@ -24,6 +25,7 @@ from drpo_jax.data.instructions import (
     strip_instruction,
     with_instruction,
 )
+from drpo_jax.data.mixture import Mixture, parse_sources
 from drpo_jax.data.overlap import OverlapReport, overlap_report
 from drpo_jax.data.problem import EncodedProblem, Problem, ProceduralTask
 from drpo_jax.data.sets import SETS, load_set
@@ -40,8 +42,10 @@ __all__ = [
     "ChainSum",
     "CharTokenizer",
     "Countdown",
+    "Curriculum",
     "EncodedProblem",
     "FilterReport",
+    "Mixture",
     "OverlapReport",
     "Problem",
     "ProblemStream",
@@ -60,6 +64,7 @@ __all__ = [
     "max_response_length",
     "normalized_text",
     "overlap_report",
+    "parse_sources",
     "read_ids",
     "sample_problems",
     "strip_instruction",

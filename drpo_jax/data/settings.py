@@ -6,7 +6,7 @@ from typing import Any
 
 from drpo_jax.data import TASKS
 from drpo_jax.data.filters import RELEASED
-from drpo_jax.fields import SHARE, field
+from drpo_jax.fields import POSITIVE, SHARE, field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class DataSettings:
     problems: str = field(
         "",
         "Train on these problems instead of the task's: a file (.jsonl or .parquet), several files by "
-        "a pattern such as train/*.parquet, or a name in drpo_jax.data.SETS such as gsm8k.",
+        "a pattern such as train/*.parquet, or a name in drpo_jax.data.SETS such as gsm8k. Commas "
+        "separate several sources, which may have weights: a.jsonl:3,gsm8k:1.",
     )
     ids: str = field(
         "",
@@ -48,6 +49,20 @@ class DataSettings:
     )
     pass_low: float = field(0.0, "Lowest pass rate kept.", SHARE)
     pass_high: float = field(1.0, "Highest pass rate kept.", SHARE)
+    window_low: float = field(
+        0.0,
+        "Online curriculum: problems whose last pass rate in training lies below this rest for "
+        "window_rest epochs.",
+        SHARE,
+    )
+    window_high: float = field(
+        1.0, "Online curriculum: the same for problems whose last pass rate lies above this.", SHARE
+    )
+    window_rest: int = field(
+        1,
+        "Epochs for which a problem outside the window rests before it is tried again.",
+        POSITIVE,
+    )
     tokenizer: str = field(
         "",
         "Hugging Face directory of the tokenizer. Empty: that of model.path, or single characters "

@@ -1,9 +1,11 @@
 """The stream of batches that training reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 
+from drpo_jax.data.mixture import Mixture
 from drpo_jax.data.problem import Problem, ProceduralTask
 
 
@@ -18,36 +20,61 @@ class ProblemStream:
         problems, which is read in epochs. Each epoch is shuffled differently, and the next one
         follows without a gap. The order depends only on the seed, the epoch and the length of the
         list. It is the same on every platform and for every version of NumPy, because it sorts raw
-        draws of PCG64, which NumPy keeps stable.
+        draws of PCG64, which NumPy keeps stable. The sources of a `Mixture` are read in this way, each
+        in epochs of its own.
       seed: a non-negative integer.
 
     Raises:
-      ValueError: the list is empty, or the seed negative.
+      ValueError: a list is empty, or the seed negative.
     """
 
-    def __init__(self, source: ProceduralTask | Sequence[Problem], seed: int):
-        if isinstance(source, Sequence) and not source:
+    def __init__(self, source: ProceduralTask | Sequence[Problem] | Mixture, seed: int):
+        self.source: ProceduralTask | Mixture = (
+            Mixture((source,), (Fraction(1),)) if isinstance(source, Sequence) else source
+        )
+        if isinstance(self.source, Mixture) and not all(self.source.sources):
             raise ValueError("there are no problems to train on: the list is empty")
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative")
-        self._source, self._seed = source, seed
+        self._seed = seed
 
     def batch(self, step: int, count: int) -> list[Problem]:
         """Returns the `count` problems of rollout step `step` = 0, 1, 2, …
 
-        With a list, step n reads positions n * count to (n + 1) * count - 1 of the concatenated
+        With lists, step n reads positions n * count to (n + 1) * count - 1 of the concatenated
         epochs. Keep `count` the same at all steps to see each problem once per epoch.
         """
         if step < 0:
             raise ValueError(f"step is {step}; it must not be negative")
-        source = self._source
-        if not isinstance(source, Sequence):
-            return source.sample(self._seed, step, count, "train")
-        positions = step * count + np.arange(count)
-        epochs, places = np.divmod(positions, len(source))
-        order = {e: self._order(e, len(source)) for e in np.unique(epochs).tolist()}
-        return [source[order[e][i]] for e, i in zip(epochs.tolist(), places.tolist())]
+        if not isinstance(self.source, Mixture):
+            return self.source.sample(self._seed, step, count, "train")
+        places = [self.source.place(step * count + i) for i in range(count)]
+        epochs: dict[tuple[int, int], np.ndarray] = {}
+        return [self.source.sources[s][self.index(s, n, epochs)] for s, n in places]
 
-    def _order(self, epoch, length):
-        raw = np.random.PCG64([self._seed, epoch]).random_raw(length)
-        return np.argsort(raw, kind="stable")
+    def index(self, source: int, position: int, epochs: dict[tuple[int, int], np.ndarray]) -> int:
+        """Returns which problem of a list is at a position of its concatenated epochs.
+
+        Args:
+          source: number of the list in the mixture.
+          position: counted from 0.
+          epochs: the orders of the epochs that were needed so far, which is extended.
+        """
+        assert isinstance(self.source, Mixture)
+        length = len(self.source.sources[source])
+        epoch, place = divmod(position, length)
+        if (source, epoch) not in epochs:
+            # NumPy treats [seed, epoch] and [seed, epoch, 0] as the same seed.
+            raw = np.random.PCG64([self._seed, epoch, source]).random_raw(length)
+            epochs[source, epoch] = np.argsort(raw, kind="stable")
+        return int(epochs[source, epoch][place])
+
+    def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:
+        """Ignores rewards; see `Curriculum.observe`."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns {}; see `Curriculum.state`."""
+        return {}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Restores nothing; see `Curriculum.restore`."""

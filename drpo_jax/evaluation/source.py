@@ -6,6 +6,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import flatten, run_config
+from drpo_jax.data import parse_sources
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.models import Transformer
 from drpo_jax.run import Run
@@ -53,8 +54,9 @@ def checkpoint_directory(workdir: Path, config: FrozenConfigDict) -> Path | None
 
 
 def _place(problems: str) -> str:
-    """Returns data.problems as an absolute path, so that different spellings of a path are equal."""
-    return str(path_of(problems).absolute()) if problems else ""
+    """Returns data.problems with absolute paths, so that different spellings of a path are equal."""
+    paths = [str(path_of(name).absolute()) for name in parse_sources(problems)] if problems else []
+    return ",".join(sorted(paths))
 
 
 def _directories(workdir: Path) -> tuple[Path, Path]:

@@ -53,6 +53,7 @@ class TokenTrace(NamedTuple):
       weight: the gradient weight w = c / (r·Â) of the objective alone.
       entropy: entropy of π, nats.
       topk_logp: float32 [N, K], log π of the tokens `topk_ids`; K = 0 if there are none.
+      sum_squares: float32 [N, 1], Σπ² over the vocabulary; [N, 0] if `head_loss` does not compute it.
     """
 
     logp: jax.Array
@@ -60,6 +61,7 @@ class TokenTrace(NamedTuple):
     weight: jax.Array
     entropy: jax.Array
     topk_logp: jax.Array
+    sum_squares: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +157,7 @@ def head_loss(
     temperature: float = 1.0,
     chunk: int | None = None,
     entropy_bonus: float = 0.0,
+    sum_squares: bool = False,
 ) -> tuple[jax.Array, TokenTrace]:
     """The loss −Σ token_weight · (J + entropy_bonus · H) over tokens.
 
@@ -172,11 +175,12 @@ def head_loss(
       chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
         values.
       entropy_bonus: β.
+      sum_squares: also compute Σπ² of each token.
 
     Returns:
       The loss, a float32 scalar with gradients for hidden and weight, and the TokenTrace.
     """
-    static = (objective, temperature, chunk, entropy_bonus)
+    static = (objective, temperature, chunk, entropy_bonus, sum_squares)
     return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(inputs)))
 
 
@@ -218,14 +222,14 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     """The head on one device: its tokens and its slice of the vocabulary.
 
     Args:
-      static: (objective, temperature, chunk, entropy_bonus), see `head_loss`.
+      static: (objective, temperature, chunk, entropy_bonus, sum_squares), see `head_loss`.
       gradient: compute gradients.
       mesh: the mesh of the enclosing `shard_map`; None without one.
 
     Returns:
       (loss of all devices, TokenTrace of the device's tokens, gradients for hidden and weight or None).
     """
-    objective, temperature, chunk, entropy_bonus = static
+    objective, temperature, chunk, entropy_bonus, with_squares = static
     n, width = hidden_NxD.shape
     weight_DxV = weight_DxV.astype(hidden_NxD.dtype)
     vocabulary = _Slice(weight_DxV.shape[1], mesh is not None and mesh.shape["tensor"] > 1)
@@ -251,7 +255,8 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
             inputs_C["topk_logp"] = topk_logp
         J, c, w = (jnp.where(rows < n, x, 0.0) for x in objective(softmax.logp, **inputs_C))
         loss -= jnp.sum(weight * (J + entropy_bonus * softmax.entropy))
-        seen = TokenTrace(softmax.logp, c, w, softmax.entropy, topk_logp)
+        squares = softmax.sum_squares(vocabulary) if with_squares else zeros((chunk, 0))
+        seen = TokenTrace(softmax.logp, c, w, softmax.entropy, topk_logp, squares)
         trace = jax.tree.map(put, trace, seen)
         if gradient:
             d_hidden, d_weight = gradients
@@ -263,17 +268,16 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
 
     room, zeros = len(order), partial(jnp.zeros, dtype=jnp.float32)
     topk = inputs["topk_ids"].shape[1] if "topk_ids" in inputs else 0
-    trace = TokenTrace(*[zeros(room)] * 4, zeros((room, topk)))
+    trace = TokenTrace(*[zeros(room)] * 4, zeros((room, topk)), zeros((room, int(with_squares))))
     d_hidden = jnp.zeros((room, width), hidden_NxD.dtype)
     gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
     chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk
     if mesh is not None:  # the loop contains collectives, so all devices need the same trip count
         chunks = jax.lax.pmax(chunks, BATCH_AXES)
     loss, trace, gradients = jax.lax.fori_loop(0, chunks, one_chunk, (zeros(()), trace, gradients))
-    trace = jax.tree.map(expand, trace)
     if gradient:
         gradients = expand(gradients[0]), gradients[1]
-    return _reduced(mesh, loss, trace, gradients)
+    return _reduced(mesh, loss, jax.tree.map(expand, trace), gradients)
 
 
 def _compaction(counted, chunk):
@@ -347,6 +351,12 @@ class _Softmax(NamedTuple):
     lse: jax.Array  # [C]
     logp: jax.Array  # [C]
     entropy: jax.Array  # [C], nats
+
+    def sum_squares(self, vocabulary):
+        """Σπ² over the vocabulary, [C, 1]."""
+        return (
+            vocabulary.sum(jnp.sum(self.exps**2, axis=-1, keepdims=True)) / self.total[:, None] ** 2
+        )
 
     def gradient(self, c, entropy_bonus):
         """∂(J + entropy_bonus · H)/∂logits, [C, V]."""

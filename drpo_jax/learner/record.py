@@ -8,14 +8,17 @@ T tokens of prompt and response, and R response tokens:
     prompt_lengths    int32 [N]
     response_lengths  int32 [N]       including the stop token
     response_mask     bool [N, R]     where the arrays below belong to a token that the model sampled
+    loss_mask         bool [N, R]     the tokens that carry a loss: by default all of response_mask
     behavior_logp     float32 [N, R]  log µ as the objective took it
     sampled_logp      float32 [N, R]  logprob under the distribution it was drawn from (top-k, top-p)
     old_logp          float32 [N, R]  log π_old, the learner's score before the first update
-    logp              float32 [N, R]  log π at the update that used the token (first epoch)
+    logp              float32 [N, R]  log π at the update that used the token (first epoch); this and the
+                                      next three are 0 for tokens without a loss
     coefficient       float32 [N, R]  c = ∂J/∂logp, including penalties and correction
     weight            float32 [N, R]  w = c / (r·Â) of the objective alone
     entropy           float32 [N, R]  entropy of π at the token, nats
     advantage         float32 [N]     Â, from the reward and what is added to it
+                                      (with a baseline per token: float32 [N, R])
     reward            float32 [N]     the verdict of the verifier
     finished          bool [N]        the response ended with a stop token
     version           int32 [N, R]    version of the weights that sampled each token, in steps of the
@@ -73,6 +76,14 @@ def pieces(rollout: Mapping[str, np.ndarray], row: int) -> list[str]:
     return rollout["piece_texts"][np.searchsorted(rollout["piece_ids"], ids)].tolist()
 
 
+def response_advantages(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns Â of each response, float32 [N]; its mean over the response where tokens differ in Â."""
+    advantage, mask = rollout["advantage"], rollout["response_mask"]
+    if advantage.ndim == 1:
+        return advantage
+    return (advantage * mask).sum(1) / np.maximum(mask.sum(1), 1)
+
+
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a saved rollout by name."""
     with np.load(path.open("rb")) as archive:
@@ -80,4 +91,6 @@ def load_rollout(path: Path) -> dict[str, np.ndarray]:
     if "response_ends" in arrays:
         texts = unpack_texts(arrays.pop("response_utf8"), arrays.pop("response_ends"))
         arrays["response"] = np.array(texts, dtype=object)
+    if "response_mask" in arrays:  # Files of earlier versions have no loss mask of their own.
+        arrays.setdefault("loss_mask", arrays["response_mask"])
     return arrays

@@ -23,6 +23,12 @@ class ObjectiveSettings:
 
     name: str = field("drpo", "Objective, a name in drpo_jax.objectives.OBJECTIVES.", OBJECTIVES)
     advantage: str = field("dr_grpo", "Turns the rewards of a group into advantages.", ADVANTAGES)
+    baseline: str = field(
+        "group",
+        "Baseline of the advantages. group: that of objective.advantage. otb: the optimal token "
+        "baseline, one mean over the group per token, weighted by squared gradients of log π.",
+        ("group", "otb"),
+    )
     aggregation: str = field(
         "seq-mean-token-sum-norm", "Turns the token objectives into one loss.", AGGREGATIONS
     )

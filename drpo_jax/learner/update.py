@@ -37,6 +37,7 @@ class UpdateSettings:
         most parts for which no cut goes through a sequence. More than one number requires `pack`.
       compute: how the learner computes the forward pass.
       head_chunk: tokens per chunk of the head; None: see `head.chunk_tokens`.
+      sum_squares: the trace has Σπ² of each token.
     """
 
     objective: Callable
@@ -50,6 +51,7 @@ class UpdateSettings:
     parts: tuple[int, ...] = (1,)
     compute: Compute = Compute()
     head_chunk: int | None = None
+    sum_squares: bool = False
 
 
 class Report(NamedTuple):
@@ -193,7 +195,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         loss, trace = head_loss(
             *operands, *jax.tree.map(flat, (targets, weight_PxT, inputs)),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
-            entropy_bonus=settings.entropy_bonus,
+            entropy_bonus=settings.entropy_bonus, sum_squares=settings.sum_squares,
         )  # fmt: skip
         return loss, jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
 

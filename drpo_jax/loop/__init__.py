@@ -8,9 +8,9 @@ tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees
                  full_logp [N, R]
     verify       prompt, response and answer as text -> reward [N]
     score        the learner's own logprobs of the rollout, where they are needed -> old_logp [N, R]
-    advantages   reward [N] -> advantage [N], each response against its group
+    advantages   reward [N] -> advantage [N] or [N, R], each response against its group
     inputs       the objective's inputs for each token besides logp: behavior_logp [N, R],
-                 advantage [N], … (`learner.Batch.inputs`)
+                 advantage, … (`learner.Batch.inputs`); and which tokens carry a loss
     updates      one optimizer update per mini-batch of whole groups, all against the same µ
     metrics      one record per step -> metrics.jsonl, TensorBoard, console
     checkpoint   model, optimizer state, step number and what the collector keeps, every

@@ -36,6 +36,8 @@ def introduction(run: Run) -> str:
     lines = {
         "model": f"{_model(run)}, {_start(config)}",
         "objective": f"{objective_summary(config)}; advantage {config.objective.advantage}"
+        + (", baseline otb" if config.objective.baseline == "otb" else "")
+        + ("; truncated responses carry no loss" if train.overlong_filtering else "")
         + _penalties(config),
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "

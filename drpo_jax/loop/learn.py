@@ -14,7 +14,13 @@ from drpo_jax.calls import needs_old_logp
 from drpo_jax.learner import TokenTrace, TrainState
 from drpo_jax.metrics import reduce_pairs, reduce_values
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import advantages, mismatch_weight, reward_penalty, with_spread
+from drpo_jax.objectives import (
+    advantages,
+    mismatch_weight,
+    optimal_token_baseline,
+    reward_penalty,
+    with_spread,
+)
 from drpo_jax.parallel import multihost
 from drpo_jax.run import SHUFFLE, Run
 from drpo_jax.sampler import Rollouts
@@ -33,6 +39,16 @@ class Inputs(NamedTuple):
     arrays: dict[str, Any]
     old_logp: Any
     metrics: dict[str, float]
+
+
+def make_loss_mask(config: FrozenConfigDict, rollouts: Rollouts) -> np.ndarray:
+    """Returns which response tokens carry a loss, bool [N, R].
+
+    These are the tokens that the model sampled. Under train.overlong_filtering, the responses that ended
+    at the length limit have none.
+    """
+    mask = rollouts.mask()
+    return mask & rollouts.finished[:, None] if config.train.overlong_filtering else mask
 
 
 def objective_inputs(
@@ -79,9 +95,18 @@ def objective_inputs(
             inputs["ref_logp"] = ref_logp
     if objective.correction != "none":
         inputs["correction"] = _correction(objective, old.logp, rollouts)
-    samples = run.config.train.samples
-    inputs["advantage"] = np.asarray(advantages(objective.advantage, reward, samples))
+    correction = inputs.get("correction", 1.0)
+    inputs["advantage"] = _advantage(run.config, reward, old, rollouts.mask(), correction)
     return Inputs(inputs, old.logp if old else None, metrics)
+
+
+def _advantage(config, reward, old, mask, correction):
+    """Returns Â, float32 [N], or [N, R] with a baseline per token."""
+    objective, samples = config.objective, config.train.samples
+    if objective.baseline == "otb":
+        squares = old.sum_squares[..., 0]
+        return optimal_token_baseline(reward, old.logp, squares, mask, samples, correction)
+    return np.asarray(advantages(objective.advantage, reward, samples))
 
 
 def _correction(objective, old_logp, rollouts):
@@ -146,6 +171,7 @@ def make_updates(
     state: TrainState,
     rollouts: Rollouts,
     inputs: Mapping[str, np.ndarray],
+    loss_mask: np.ndarray,
     step: int,
     keep: bool,
 ) -> tuple[TrainState, dict[str, np.ndarray], dict[str, float]]:
@@ -154,24 +180,26 @@ def make_updates(
     Args:
       state: donated.
       inputs: `Inputs.arrays`.
+      loss_mask: bool [N, R], see `make_loss_mask`.
       keep: fetch the learner's view of the rollout.
 
     Returns:
       The new state; the learner's view of the rollout in the first epoch (logp, coefficient, entropy
-      and weight, float32 [N, R] by name), or {} unless `keep`; the metrics over all updates.
+      and weight, float32 [N, R] by name, 0 for tokens without a loss), or {} unless `keep`; the metrics
+      over all updates.
     """
     programs = run.programs
     reports, traces, order = [], [], []
     for epoch in range(run.config.train.epochs):
         for rows in mini_batches(run.config, step, epoch):
-            batch, layout = programs.rollout_batch(rollouts, rows, inputs)
+            batch, layout = programs.rollout_batch(rollouts, rows, inputs, loss_mask=loss_mask)
             state, report = programs.policy_update(state, batch)
             pairs, extremes = programs.summarize(report.trace, batch)
             pairs = pairs | {"batch/padding": layout.padding}
             reports.append((pairs, extremes, report.metrics, report.skipped))
             if keep and epoch == 0:
                 trace = report.trace._asdict()
-                del trace["topk_logp"]
+                del trace["topk_logp"], trace["sum_squares"]
                 traces.append((trace, layout))
                 order.append(rows)
     metrics = _reduced(jax.device_get(reports))

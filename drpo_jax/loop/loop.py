@@ -20,15 +20,17 @@ from drpo_jax.learner.record import save_rollout
 from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
-from drpo_jax.loop.learn import make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, training_reward
+from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
+from drpo_jax.loop.rollout import Example, below, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import informative
+from drpo_jax.objectives import by_token, informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim
+
+PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
 
 
 def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
@@ -100,7 +102,7 @@ def _train(run: Run) -> None:
             if start:
                 checkpoints.add_metrics(start, metrics)
             else:
-                checkpoints.save(0, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(0, state, metrics, log.synchronize(), _pending(run, collector))
         saved, skipped, seconds, mixed = int(state.updates), int(state.skipped), math.inf, True
         for step in range(start + 1, total + 1):
             run.interrupts.expect(seconds)
@@ -109,7 +111,7 @@ def _train(run: Run) -> None:
                 state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
-                    pending = collector.state()
+                    pending = _pending(run, collector)
                     checkpoints.save(step - 1, state, {}, log.synchronize(), pending)
                 raise _interrupted(run, checkpoints) from None
             seconds, skipped, last = metrics["time/step"], int(state.skipped), step == total
@@ -126,7 +128,7 @@ def _train(run: Run) -> None:
             if not skipped and (
                 stopping or last or evaluated or _due(step, config.checkpoint.every)
             ):
-                checkpoints.save(step, state, metrics, log.synchronize(), collector.state())
+                checkpoints.save(step, state, metrics, log.synchronize(), _pending(run, collector))
                 saved = int(state.updates)
             if stopping:
                 raise _interrupted(run, checkpoints)
@@ -206,12 +208,23 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
         state, step = run.programs.restart(initial_model(run)), 0
     else:
         step, state = latest
-        collector = Collector.restore(checkpoints.pending(step))
+        pending = checkpoints.pending(step)
+        if (stream := below(pending, PROBLEMS)) and run.train_problems is not None:
+            run.train_problems.restore(stream)
+        own = {n: a for n, a in pending.items() if not n.startswith(f"{PROBLEMS}.")}
+        collector = Collector.restore(own)
         print(f"resuming after step {step} of {run.config.train.steps}", flush=True)
     if run.config.objective.kl != "none":
         # A separate copy, because the updates donate the arrays of the state.
         run = dataclasses.replace(run, reference=initial_model(run))
     return run, state, collector, step
+
+
+def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds besides the policy: the collector, and the stream of problems."""
+    assert run.train_problems is not None  # None only in an evaluation
+    stream = run.train_problems.state()
+    return collector.state() | {f"{PROBLEMS}.{name}": array for name, array in stream.items()}
 
 
 def rl_step(
@@ -245,17 +258,24 @@ def rl_step(
         synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
         if check:
             parity.check_parity(run, responses, synced_logp)
-        state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)
+        loss_mask = make_loss_mask(config, responses)
+        state, trace, learned = make_updates(
+            run, state, responses, inputs, loss_mask, step, keep=measure
+        )
         metrics = learned | penalties
         if measure:
-            metrics |= parity.mismatch(run, responses, old_logp, synced_logp, trace["logp"], inputs)
+            metrics |= parity.mismatch(
+                run, responses, old_logp, synced_logp, trace["logp"], inputs, loss_mask
+            )
     if save and multihost.is_main():
         anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
-        arrays = rollout.arrays(run.tokenizer) | trace | anchors
+        arrays = rollout.arrays(run.tokenizer) | trace | anchors | {"loss_mask": loss_mask}
         save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
     metrics |= rollout.metrics() | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]
-    mixed = informative(inputs["advantage"], config.train.samples)
+    if config.train.overlong_filtering:
+        metrics["response/filtered"] = 1 - loss_mask.any(axis=1).mean()
+    mixed = informative(by_token(inputs["advantage"]) * loss_mask, config.train.samples)
     metrics["reward/informative_groups"] = float(np.mean(mixed))
     return state, metrics, rollout.example(run.tokenizer)
 

@@ -11,6 +11,7 @@ from drpo_jax.errors import TrainingStopped
 from drpo_jax.loop.learn import score
 from drpo_jax.metrics import reduce_pairs
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import by_token
 from drpo_jax.run import NOISE, Run
 from drpo_jax.sampler import Rollouts
 
@@ -71,6 +72,7 @@ def mismatch(
     synced_logp: np.ndarray,
     logp: np.ndarray,
     inputs: Mapping[str, np.ndarray],
+    loss_mask: np.ndarray,
 ) -> dict[str, float]:
     """Measures how far the sampler's logprobs are from the learner's own.
 
@@ -80,8 +82,9 @@ def mismatch(
     Args:
       old_logp, synced_logp, logp: float32 [N, R].
       inputs: `Inputs.arrays`.
+      loss_mask: bool [N, R], the tokens that count, which have a `logp`.
     """
-    advantage, mask = inputs["advantage"][:, None], rollouts.mask()
+    advantage, mask = by_token(inputs["advantage"]), loss_mask
     compare = run.programs.mismatch
     pairs, extremes = compare(rollouts.full_logp, old_logp, logp, advantage, mask)
     metrics = reduce_pairs(pairs) | jax.device_get(extremes)

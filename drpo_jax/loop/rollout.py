@@ -155,6 +155,7 @@ def sample_and_verify(
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
+    run.train_problems.observe(problems, reward.reshape(len(problems), -1))
     repeated = [problem for problem in problems for _ in range(config.train.samples)]
     return Rollout(repeated, responses, reward, added, measured)
 

@@ -96,6 +96,10 @@ SECTIONS: tuple[Section, ...] = (
                 "responses that ended at the length limit instead of with a stop token", "%",
             ),
             Metric(
+                "response/filtered", "Filtered responses",
+                "responses without a loss (`train.overlong_filtering`)", "%",
+            ),
+            Metric(
                 "loss", "Loss",
                 "−J, aggregated over the mini-batch; in the warm start, mean −log p of a token in nats",
                 column=Column("loss", "10.5f"),
@@ -106,7 +110,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "reward/informative_groups", "Informative groups",
-                "prompts with at least one response whose Â is not 0", "%",
+                "prompts with a response that has a loss and an Â other than 0", "%",
             ),
         ),
     ),

@@ -16,7 +16,13 @@ The modules:
     dynamics     exact gradients over whole distributions, and where ascent takes a policy
 """
 
-from drpo_jax.objectives.advantages import ADVANTAGES, advantages, informative
+from drpo_jax.objectives.advantages import (
+    ADVANTAGES,
+    advantages,
+    by_token,
+    informative,
+    optimal_token_baseline,
+)
 from drpo_jax.objectives.aggregation import AGGREGATIONS, token_weights
 from drpo_jax.objectives.correction import CORRECTIONS, LEVELS, mismatch_weight
 from drpo_jax.objectives.diagnostics import mismatch_summary, weight_summary, with_spread
@@ -51,12 +57,14 @@ __all__ = [
     "advantages",
     "behavior_penalty",
     "beyond_clip",
+    "by_token",
     "gradient_weight",
     "hyperparameters",
     "informative",
     "kl_penalty",
     "mismatch_summary",
     "mismatch_weight",
+    "optimal_token_baseline",
     "policy_objective",
     "resolve_hyper",
     "reward_penalty",

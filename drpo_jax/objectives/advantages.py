@@ -1,4 +1,4 @@
-"""Advantages: one Â per sample from the rewards of grouped samples.
+"""Advantages: Â of each sample, or of each of its tokens, from the rewards of grouped samples.
 
 Rewards are [batch] arrays in which the samples of a prompt are contiguous (batch = groups · group_size).
 A group with equal rewards carries no signal. Its advantages are exactly 0, not a rounding error that
@@ -6,8 +6,11 @@ the division by a standard deviation would amplify; `informative` marks the othe
 deviations divide by n − 1, as in other RL trainers.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from drpo_jax.objectives.choice import unknown
@@ -71,11 +74,64 @@ def advantages(name: str, reward: ArrayLike, group_size: int) -> jax.Array:
     return ADVANTAGES[name](_grouped(reward, group_size)).reshape(-1)
 
 
-def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
-    """Returns which groups have a sample with Â ≠ 0.
+def optimal_token_baseline(
+    reward: ArrayLike,
+    logp: ArrayLike,
+    sum_squares: ArrayLike,
+    mask: ArrayLike,
+    group_size: int,
+    correction: ArrayLike = 1.0,
+) -> np.ndarray:
+    """Returns Â = r − B_t of each token under the optimal token baseline (OTB, arXiv 2602.07078).
+
+    For the t-th sampled token of response i of a group:
+
+        W_t = Σ_{s ≤ t} ρ_s²·(1 − 2π_s + Σ_v π_s(v)²)     the gradient's energy so far
+        B_t = Σ_i W_t·r / Σ_i W_t                         over the responses with at least t tokens
+
+    1 − 2π + Σπ² is the squared norm of the gradient of log π with respect to the logits, which stands in
+    for that with respect to the parameters. ρ is the importance weight of the token, if there is one.
+    Formulas and conventions are those of verl's implementation by the same authors: rewards come at
+    the end of a response, and a response is part of its own baseline. Where the group has a single
+    response of this length left, Â is therefore 0. Without energy (π = 1 up to here), the mean is
+    unweighted.
 
     Args:
-      advantage: [batch], groups contiguous.
+      reward: [batch], groups contiguous.
+      logp: [batch, time], log π of the sampled tokens before the first update, nats.
+      sum_squares: [batch, time], Σπ² of the distributions they were drawn from.
+      mask: bool [batch, time], the sampled tokens.
+      group_size: samples per prompt, at least 2.
+      correction: broadcasts to [batch, time], ρ.
+
+    Returns:
+      float32 [batch, time], 0 outside of the mask. Sums are taken in float64.
+    """
+    mask = np.asarray(mask, bool)
+    energy = 1 - 2 * np.exp(np.asarray(logp, np.float64)) + np.asarray(sum_squares, np.float64)
+    energy = np.where(mask, energy * np.asarray(correction, np.float64) ** 2, 0.0)
+    order = np.argsort(~mask, axis=1, kind="stable")  # Sampled tokens first: t counts only them.
+    total = np.cumsum(np.take_along_axis(energy, order, axis=1), axis=1)
+    shape = -1, group_size, mask.shape[1]
+    alive = np.take_along_axis(mask, order, axis=1).reshape(shape)
+    reward = np.where(alive, np.asarray(reward, np.float64).reshape(-1, group_size, 1), np.nan)
+    weight = np.where(alive, np.maximum(total.reshape(shape), 0), 0.0)
+    weight = np.where(weight.sum(axis=1, keepdims=True) > 0, weight, alive)
+    count = np.maximum(weight.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    baseline = np.nansum(weight * reward, axis=1, keepdims=True) / count
+    first = np.take_along_axis(reward, np.argmax(alive, axis=1)[:, None], axis=1)
+    differs = (alive & (reward != first)).any(axis=1, keepdims=True)
+    compact = np.where(alive & differs, reward - baseline, 0.0).reshape(mask.shape)
+    advantage = np.zeros(mask.shape, np.float32)
+    np.put_along_axis(advantage, order, compact.astype(np.float32), axis=1)
+    return advantage
+
+
+def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
+    """Returns which groups have a sample, or a token of one, with Â ≠ 0.
+
+    Args:
+      advantage: [batch] or [batch, time], groups contiguous.
       group_size: samples per prompt.
 
     Returns:
@@ -84,7 +140,16 @@ def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
     Raises:
       ValueError: the advantage does not split into groups.
     """
-    return _grouped(advantage, group_size).any(axis=1)
+    carries = by_token(jnp.asarray(advantage)).any(axis=1)
+    return _grouped(carries, group_size).any(axis=1)
+
+
+def by_token(advantage: Any) -> Any:
+    """Returns Â so that it broadcasts to tokens: [batch, 1] for [batch], and [batch, time] as it is.
+
+    NumPy arrays remain NumPy arrays.
+    """
+    return advantage[:, None] if advantage.ndim == 1 else advantage
 
 
 def _grouped(reward: ArrayLike, group_size: int) -> jax.Array:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from drpo_jax.metrics import Metric
+from drpo_jax.objectives import by_token
 from drpo_jax.objectives.diagnostics import MU_BINS
 from drpo_jax.reporting.runs import Group, band, evenly, smooth
 
@@ -175,8 +176,8 @@ WEIGHT_TICKS = np.array([-10, -2, 0, 0.8, 1, 1.2, 2, 4, 12])
 
 
 def used_weights(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns w of the tokens with Â ≠ 0 as a flat array."""
-    return rollout["weight"][rollout["response_mask"] & (rollout["advantage"] != 0)[:, None]]
+    """Returns w of the tokens with a loss and Â ≠ 0 as a flat array."""
+    return rollout["weight"][rollout["loss_mask"] & (by_token(rollout["advantage"]) != 0)]
 
 
 def weight_shares(w: np.ndarray) -> np.ndarray:

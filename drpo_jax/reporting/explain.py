@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from drpo_jax.config import objective_summary
-from drpo_jax.objectives import token_weights
+from drpo_jax.learner.record import response_advantages
+from drpo_jax.objectives import by_token, token_weights
 from drpo_jax.rewards import reward_summary
 
 MAX_TOKENS = 60  # Longer prompts and responses are listed without their middle.
@@ -27,19 +28,22 @@ def explain(
       rollout: the arrays of `learner.record`.
       tokenizer: the run's tokenizer.
       config: the run's resolved config.
-      row: the row of the sequence; None takes the first whose advantage is not 0.
+      row: the row of the sequence; None takes the first with a token that has a loss and Â ≠ 0.
     """
+    learned = (rollout["loss_mask"] & (by_token(rollout["advantage"]) != 0)).any(1)
     if row is None:
-        row = int(np.argmax(rollout["advantage"] != 0))
+        row = int(np.argmax(learned))
     samples = config.train.samples
     group = slice(row // samples * samples, row // samples * samples + samples)
     weights, _ = token_weights(
-        config.objective.aggregation, rollout["response_mask"], config.objective.horizon
+        config.objective.aggregation, rollout["loss_mask"], config.objective.horizon
     )
     start, length = (int(rollout[f"{part}_lengths"][row]) for part in ("prompt", "response"))
     warning = ""
-    if not rollout["advantage"][row]:
+    if not learned.any():
         warning = "\n\nNo problem has responses with different rewards, so there is no gradient."
+    elif not rollout["loss_mask"][row].any():
+        warning = "\n\nThis response carries no loss."
     end = "ended with a stop token" if rollout["finished"][row] else "ended by the length limit"
     sections = [
         f"PROBLEM {rollout['id'][row]}",
@@ -47,7 +51,7 @@ def explain(
         f"ANSWER {rollout['answer'][row]}   (reward {reward_summary(config.reward)})",
         f"PROMPT, {start} tokens: inputs of the model, without a loss",
         _prompt_table(rollout["tokens"][row, :start], tokenizer),
-        f"RESPONSES, {samples}: advantages {config.objective.advantage!r} from their rewards",
+        f"RESPONSES, {samples}: {_advantages(config.objective)} from their rewards",
         _group_table(rollout, group, row) + warning,
         f"RESPONSE {row - group.start}, {length} tokens ({end}): {objective_summary(config)}, "
         f"aggregation {config.objective.aggregation!r}",
@@ -59,6 +63,12 @@ def explain(
     return "\n\n".join(sections)
 
 
+def _advantages(objective: Any) -> str:
+    if objective.baseline == "group":
+        return f"advantages {objective.advantage!r}"
+    return f"mean advantages of the tokens, baseline {objective.baseline!r},"
+
+
 def _prompt_table(ids: np.ndarray, tokenizer: Any) -> str:
     lines = [f"{'position':>10} {'id':>8}  text"]
     lines += [f"{i:>10} {token:>8}  {_text(token, tokenizer)}" for i, token in enumerate(ids)]
@@ -66,13 +76,14 @@ def _prompt_table(ids: np.ndarray, tokenizer: Any) -> str:
 
 
 def _group_table(rollout: Mapping[str, np.ndarray], group: slice, row: int) -> str:
+    advantage = response_advantages(rollout)
     lines = [f"{'':>10} {'reward':>8} {'advantage':>10} {'tokens':>7}  text"]
     for i in range(group.start, group.stop):
         mark = "->" if i == row else ""
         text = " ".join(str(rollout["response"][i]).split())
         lines.append(
             f"{mark:>4} {i - group.start:>5} {rollout['reward'][i]:>8.2f} "
-            f"{rollout['advantage'][i]:>+10.3f} {rollout['response_lengths'][i]:>7}  "
+            f"{advantage[i]:>+10.3f} {rollout['response_lengths'][i]:>7}  "
             + (text if len(text) <= 60 else text[:59] + "…")
         )
     return "\n".join(lines)

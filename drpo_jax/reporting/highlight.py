@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from drpo_jax.learner.record import pieces
+from drpo_jax.learner.record import pieces, response_advantages
+from drpo_jax.objectives import by_token
 
 # Colors of w and the smallest w of each: from orange to blue, which color-blind readers tell apart.
 SHADES = dict(zip(
@@ -32,10 +33,11 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
       count: maximum number of right responses to return, and of wrong ones.
 
     Returns:
-      Right responses, then wrong ones, each of a different prompt. Responses with Â = 0 are left out
-      unless all have it.
+      Right responses, then wrong ones, each of a different prompt. Responses without a token that has a
+      loss and Â ≠ 0 are left out, unless none has one.
     """
-    mask, informative = rollout["response_mask"], rollout["advantage"] != 0
+    mask = rollout["loss_mask"]
+    informative = np.any(mask & (by_token(rollout["advantage"]) != 0), axis=1)
     moved = (abs(rollout["weight"] - 1) * mask).sum(1) / np.maximum(mask.sum(1), 1)
     rows: list[int] = []
     for right in (True, False):
@@ -56,20 +58,21 @@ def token_spans(rollout: Rollout, row: int, limit: int = 400) -> str:
       limit: maximum number of tokens to show, around the one whose w is farthest from 1.
     """
     names = ("behavior_logp", "logp", "weight", "coefficient", "entropy")
-    mask = rollout["response_mask"][row]
-    columns = (rollout[name][row][mask].tolist() for name in names)
+    length = int(rollout["response_lengths"][row])
+    advantage = np.broadcast_to(by_token(rollout["advantage"]), rollout["response_mask"].shape)
+    columns = (a[row][:length].tolist() for a in (*(rollout[name] for name in names), advantage))
     tokens = [*zip(pieces(rollout, row), *columns)]
     peak = max(range(len(tokens)), key=lambda i: abs(tokens[i][3] - 1), default=0)
     start = max(min(peak - limit // 2, len(tokens) - limit), 0)
     spans = [f"<u>{start:,} tokens </u>"] if start else []
-    for piece, behavior_logp, logp, w, c, entropy in tokens[start : start + limit]:
+    for piece, behavior_logp, logp, w, c, entropy, A in tokens[start : start + limit]:
         values = {
             "µ": math.exp(behavior_logp),
             "π": math.exp(logp),
             "r": math.exp(min(logp - behavior_logp, 20)),
             "w": w,
             "c": c,
-            "Â": float(rollout["advantage"][row]),
+            "Â": A,
             "entropy": entropy,
         }
         title = "&#10;".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -99,12 +102,12 @@ def shade_key() -> str:
 
 def responses_html(rollout: Rollout, rows: Iterable[int]) -> str:
     """Returns responses as HTML below a key to the colors, for `IPython.display.HTML`."""
-    blocks = []
+    blocks, advantages = [], response_advantages(rollout)
     for row in rows:
         right = rollout["reward"][row] > 0
         blocks.append(
             f'<p style="margin:8px 0 2px"><b>{"right" if right else "wrong"}</b>, Â = '
-            f"{rollout['advantage'][row]:.3g}, answer {html.escape(str(rollout['answer'][row]))}</p>"
+            f"{advantages[row]:.3g}, answer {html.escape(str(rollout['answer'][row]))}</p>"
             f'<pre style="{PAPER};margin:0;white-space:pre-wrap;overflow-wrap:anywhere">'
             f"{html.escape(str(rollout['prompt'][row]))}{token_spans(rollout, row)}</pre>"
         )

@@ -10,7 +10,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from drpo_jax.learner.record import load_rollout
+from drpo_jax.learner.record import load_rollout, response_advantages
 from drpo_jax.metrics import METRICS, SECTIONS, Section, describe, duration
 from drpo_jax.reporting.charts import SHARES, line_chart, mu_chart, number, weight_map
 from drpo_jax.reporting.highlight import notable_rows, shade_key, token_spans
@@ -241,7 +241,7 @@ def samples(group: Group, limit: int) -> dict[str, Any]:
 def _response(rollout: dict[str, Any], row: int, limit: int) -> dict[str, Any]:
     facts = (
         f"answer {rollout['answer'][row]} · reward {number(rollout['reward'][row])} · "
-        f"Â {number(rollout['advantage'][row])} · {rollout['response_lengths'][row]:,} tokens"
+        f"Â {number(response_advantages(rollout)[row])} · {rollout['response_lengths'][row]:,} tokens"
     )
     prompt = str(rollout["prompt"][row])
     if len(prompt) > PROMPT:

@@ -243,6 +243,25 @@ def test_every_objective_equals_float64_autodiff(mesh):
             assert not np.any(array[~counts])
 
 
+@pytest.mark.parametrize("mesh", ["1 device", "tensor"])
+def test_the_sum_of_squared_probabilities(mesh):
+    """Σπ² in chunks, and with a sharded vocabulary, equals that of the dense softmax in float64."""
+    mesh = make_mesh(**MESHES[mesh]) if MESHES[mesh] else make_mesh(devices=jax.devices()[:1])
+    hidden, weight, targets, token_weight, _ = example()
+    run = functools.partial(
+        head_loss, inputs={}, objective=likelihood, temperature=TEMPERATURE, chunk=CHUNK
+    )
+    with jax.set_mesh(mesh):
+        place = jax.jit(functools.partial(run, sum_squares=True))
+        trace = place(hidden, weight, targets, token_weight)[1]
+        plain = jax.eval_shape(run, hidden, weight, targets, token_weight)[1]
+    logits = hidden.astype(np.float64) @ weight.astype(np.float64) / TEMPERATURE
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.where(token_weight != 0, (p**2).sum(-1), 0)[:, None]
+    assert trace.sum_squares.shape == (N, 1) and plain.sum_squares.shape == (N, 0)
+    np.testing.assert_allclose(trace.sum_squares, expected, rtol=2e-6)
+
+
 @pytest.mark.parametrize("mesh", ["1 device", "fsdp, expert, tensor"])
 @pytest.mark.parametrize(
     "name, options", [("drpo", {"tied": True}), ("drpo + entropy", {"entropy_bonus": BETA})]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from drpo_jax.objectives import (
+    by_token,
     gradient_weight,
     mismatch_summary,
     token_objective,
@@ -197,6 +198,18 @@ def test_the_mismatch_by_hand():
         assert count == 4 and total == pytest.approx(expected[name], rel=1e-4), name
     assert extremes.keys() == {"mismatch/ratio_max"}
     assert extremes["mismatch/ratio_max"] == pytest.approx(1.2, rel=1e-5)
+    # Â of each response, or of each of its tokens.
+    rows = [np.stack([a, a]) for a in (np.log(sampler), np.log(learner), np.log(pi))]
+    per_token = np.stack([advantage, np.full(5, -1.0)])
+    split, _ = jax.jit(mismatch_summary)(*rows, by_token(per_token), np.stack([mask, mask]), 0.15)
+    alone = [
+        jax.jit(mismatch_summary)(*(a[:1] for a in rows), A[None], mask[None], 0.15)[0]
+        for A in per_token
+    ]
+    for name, (total, count) in split.items():
+        assert count == 8 and total == pytest.approx(
+            float(sum(a[name][0] for a in alone)), rel=1e-5
+        ), name
 
 
 def test_without_a_mismatch_nothing_changes():

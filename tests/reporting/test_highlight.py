@@ -24,6 +24,7 @@ def rollout(**arrays):
         "piece_ids": np.array([2, 3, 9]),
         "piece_texts": np.array(["1", "<", ""]),
         "response_mask": np.ones((4, 3), bool),
+        "loss_mask": np.ones((4, 3), bool),
         "behavior_logp": logp,
         "logp": logp + 0.1,
         "weight": np.array([[1, 0.9, 1], [1, -2, 1], [1, 1.2, 1], [1, 1.3, 1]], np.float32),
@@ -53,6 +54,9 @@ def test_a_token_shows_its_numbers():
     title = re.findall(r'title="([^"]*)"', spans)[1].split("&#10;")
     assert title == ["µ 0.5", "π 0.5526", "r 1.105", "w -2", "c 1", "Â 0.5", "entropy 0.25 nats"]
     assert shade(-2) in spans.split("</span>")[1]
+    per_token = np.array([[0.0, 0, 0], [1, -2, 3], [0, 0, 0], [0, 0, 0]], np.float32)
+    page = responses_html(rollout(advantage=per_token), [1])
+    assert re.findall(r"Â ([^&=]*)&", page) == ["1", "-2", "3"] and "Â = 0.667" in page
 
 
 def test_a_long_response_is_cut_around_its_farthest_weight():
@@ -71,6 +75,9 @@ def test_notable_responses_are_of_different_prompts_and_begin_with_the_farthest(
     assert notable_rows(rollout(prompt=np.array(["1<2"] * 4))) == [1, 2]
     assert notable_rows(rollout(advantage=np.array([0.0, 0, 1, 1]))) == [3, 2]
     assert notable_rows(rollout(advantage=np.zeros(4))) == [1, 3, 2, 0]
+    assert notable_rows(rollout(advantage=np.eye(4, 3))) == [1, 2, 0]
+    unfiltered = np.repeat([[True], [False], [True], [True]], 3, axis=1)
+    assert notable_rows(rollout(loss_mask=unfiltered)) == [3, 2, 0]
 
 
 def test_responses_are_escaped():

@@ -29,11 +29,14 @@ from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints, flatten, saved_steps
 from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.evaluation.source import checkpoint_directory, load_checkpoint
 from drpo_jax.learner.record import load_rollout, rollout_path, saved_rollouts
+from drpo_jax.loop import initial_model
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, token_objective, token_weights
 from drpo_jax.parallel import batch_shards, make_mesh, multihost
 from drpo_jax.programs import Programs
+from drpo_jax.run import Run
 from drpo_jax.storage import path_of
 
 Rollout = dict[str, np.ndarray]
@@ -50,7 +53,9 @@ class Analysis:
       programs: the programs of both.
     """
 
-    def __init__(self, config: FrozenConfigDict, mesh: jax.sharding.Mesh, programs: Programs) -> None:
+    def __init__(
+        self, config: FrozenConfigDict, mesh: jax.sharding.Mesh, programs: Programs
+    ) -> None:
         self.config, self.mesh, self.programs = config, mesh, programs
 
     def score(self, model: Transformer, rollout: Rollout) -> Rollout:
@@ -211,6 +216,31 @@ class Spread:
     signal: ByModule
     variance: ByModule
     count: int
+
+
+def open_model(
+    config: FrozenConfigDict, workdir: Path, step: int | None = None
+) -> tuple[Run, Transformer, str]:
+    """Opens the model that a command analyses: a checkpoint in the workdir, or model.path.
+
+    Args:
+      config: a resolved config, which may differ from the run's in everything but the model.
+      workdir: directory of a run, or one without a run if model.path is set.
+      step: step of the checkpoint; None: the latest.
+
+    Returns:
+      The config's mesh, programs and tokenizer as a `Run`; the model; and where it was read.
+
+    Raises:
+      BadInput: there is no such model, or it does not fit the config.
+    """
+    directory = checkpoint_directory(workdir, config)
+    run = Run.create(config, workdir, train=False)
+    with jax.set_mesh(run.mesh):
+        if directory is None:
+            return run, initial_model(run), config.model.path
+        step, model = load_checkpoint(run, directory, step)
+    return run, model, str(directory / str(step))
 
 
 def judge(rollout: Rollout, name: str, **hyper: float | bool) -> Rollout:

@@ -16,7 +16,7 @@ from drpo_jax.config import changed_fields, claim_workdir, from_json, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
 from drpo_jax.learner.replay import Replay, check_source
-from drpo_jax.learner.rollout_file import Limits
+from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
@@ -260,8 +260,8 @@ def _open_replay(programs: Programs, directory: Path) -> Replay:
         )
     if "topk_logp" in programs.objective.arrays:
         raise ValueError(
-            f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely tokens, "
-            "which files of rollouts do not hold; choose another, or train without --replay"
+            f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
+            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
         )
     return Replay.open(directory, Limits.of(config), config.train.prompts)
 
@@ -272,8 +272,8 @@ def _check_same_files(replay: Replay) -> None:
     parts = multihost.gather("files of the replay", files=files)
     if differing := [i for i, part in enumerate(parts) if part["files"].item() != files]:
         raise ValueError(
-            f"{replay.directory}: processes {', '.join(map(str, differing))} read other files there than "
-            f"process {multihost.process_id()}; --replay must name a directory that all of them share"
+            f"{replay.directory}: processes {', '.join(map(str, differing))} read other files there "
+            f"than process {multihost.process_id()}; --replay must name a directory that all share"
         )
 
 

@@ -6,8 +6,8 @@ and after training and a plot, and writes `learning.png`.
 With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
 one of them contributes to the gradient; the workdir is left unchanged.
 
-With --replay=DIR it learns from files of rollouts (`learner.rollout_file`) instead of sampling: those that
-a run saved, or another engine's.
+With --replay=DIR it learns from files of rollouts (`learner.rollout_file`) instead of sampling: those
+that a run saved, or another engine's.
 """
 
 import dataclasses

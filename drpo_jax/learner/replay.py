@@ -1,9 +1,9 @@
 """Rollouts to learn from instead of sampling: the files of a directory as one stream of groups.
 
-The files (`rollout_file`) are read in the order of their names. Step t takes the next train.prompts groups,
-wherever a file ends, and after the last group the stream begins anew. A step's rollout is therefore a
-function of the files and of the step. The files are checked when the run starts, and `replay.json` in
-the workdir holds their digests.
+The files (`rollout_file`) are read in the order of their names. Step t takes the next train.prompts
+groups, wherever a file ends, and after the last group the stream begins anew. A step's rollout is
+therefore a function of the files and of the step. The files are checked when the run starts, and
+`replay.json` in the workdir holds their digests.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from drpo_jax.learner.rollout_file import SUFFIXES, Limits, Rollout, load_table, padded_arrays
+from drpo_jax.learner.rollout_checks import Limits, padded_arrays
+from drpo_jax.learner.rollout_file import SUFFIXES, Rollout, load_table
 from drpo_jax.storage import write_whole
 
 FILE = "replay.json"
@@ -47,7 +48,7 @@ class Replay:
           prompts: train.prompts.
 
         Raises:
-          ValueError: there is no file, a file breaks a rule (`rollout_file.padded_arrays`), or all of
+          ValueError: there is no file, a file breaks a rule (`rollout_checks`), or all of
             them have fewer groups than a step needs.
           OSError: a file cannot be read.
         """
@@ -139,8 +140,8 @@ def _files(directory: Path) -> list[Path]:
         raise ValueError(f"{directory}: there is no file *{' or *'.join(SUFFIXES)}{hint}")
     if len(kinds) > 1:
         raise ValueError(
-            f"{directory}: it holds {' and '.join(f'*{kind}' for kind in sorted(kinds))}; keep one kind, "
-            "so that no rollout is learned from twice"
+            f"{directory}: it holds *{' and *'.join(sorted(kinds))}; keep one kind, so that no rollout "
+            "is learned from twice"
         )
     return paths
 

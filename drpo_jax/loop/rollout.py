@@ -202,7 +202,9 @@ def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
     problems: list[Problem] = []
     samples = run.config.train.samples
     for row in range(0, len(arrays["group"]), samples):
-        texts = {name: arrays[name][row] for name in ("prompt", "answer", "kind", "id") if name in arrays}
+        texts = {
+            name: arrays[name][row] for name in ("prompt", "answer", "kind", "id") if name in arrays
+        }
         problem = Problem(**{"prompt": "", "answer": "", "kind": "", "id": ""} | texts)
         problems += [problem] * samples
     return problems

@@ -25,13 +25,6 @@ from drpo_jax.parallel import multihost
 from drpo_jax.reporting.comparison import comparison_page
 from drpo_jax.storage import path_of, write_whole
 
-ROLLOUTS = flags.DEFINE_string("rollouts", None, "File of rollouts to judge.")
-OBJECTIVES = flags.DEFINE_list(
-    "objectives", None, "Objectives to compare, separated by commas; default: all."
-)
-OUTPUT = flags.DEFINE_string("output", None, "The HTML file to write; default: none.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
-
 
 def main(
     config: FrozenConfigDict,
@@ -91,9 +84,20 @@ def main(
     print(f"\n{page}, {summary}")
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """Defines the flags and runs `main`."""
+    rollouts = flags.DEFINE_string("rollouts", None, "File of rollouts to judge.")
+    objectives = flags.DEFINE_list(
+        "objectives", None, "Objectives to compare, separated by commas; default: all."
+    )
+    output = flags.DEFINE_string("output", None, "The HTML file to write; default: none.")
+    step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
     cli.launch(
         lambda config, workdir: main(
-            config, workdir, ROLLOUTS.value, OBJECTIVES.value, OUTPUT.value, STEP.value
+            config, workdir, rollouts.value, objectives.value, output.value, step.value
         )
     )
+
+
+if __name__ == "__main__":
+    launch()

@@ -25,10 +25,6 @@ from drpo_jax.parallel import multihost
 from drpo_jax.reporting.mismatch import mismatch_report, mismatch_text
 from drpo_jax.storage import path_of, write_whole
 
-ROLLOUTS = flags.DEFINE_string("rollouts", None, "File of rollouts to score.")
-OUTPUT = flags.DEFINE_string("output", None, "The Parquet file to write.")
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
-
 
 def main(
     config: FrozenConfigDict,
@@ -72,7 +68,15 @@ def main(
     print(f"\n{mismatch_text(report)}\n\n{target}, {summary}")
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """Defines the flags and runs `main`."""
+    rollouts = flags.DEFINE_string("rollouts", None, "File of rollouts to score.")
+    output = flags.DEFINE_string("output", None, "The Parquet file to write.")
+    step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
     cli.launch(
-        lambda config, workdir: main(config, workdir, ROLLOUTS.value, OUTPUT.value, STEP.value)
+        lambda config, workdir: main(config, workdir, rollouts.value, output.value, step.value)
     )
+
+
+if __name__ == "__main__":
+    launch()

@@ -74,10 +74,10 @@ def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_pa
     files = source / "rollouts"
     step = loop.loop.rl_step
 
-    def killed(run, state, number, first):
+    def killed(run, collector, state, number, first):
         if number == 1:
             raise KeyboardInterrupt
-        return step(run, state, number, first=first)
+        return step(run, collector, state, number, first=first)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.loop, "rl_step", killed)

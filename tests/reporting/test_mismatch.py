@@ -8,7 +8,7 @@ import pytest
 from drpo_jax.config import default_config, resolve
 from drpo_jax.reporting.mismatch import mismatch_report, mismatch_text
 
-MU = np.array([[0.5, 0.005, 0.9], [0.2, 0.5, 0.5]])
+MU = np.array([[0.5, 0.005, 0.8], [0.2, 0.5, 0.5]])
 PI = np.array(
     [[0.5, 0.010, 0.6], [0.2, 0.3, 0.5]]
 )  # The last token of the second response is padding.

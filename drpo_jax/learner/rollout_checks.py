@@ -114,6 +114,7 @@ def padded_arrays(table: pa.Table, where: Path | str, limits: Limits = Limits())
     rollout["response_mask"] = rollout["version"] >= 0
     for name in {*PER_TOKEN} & rollout.keys() - {"version"}:
         rollout[name][~rollout["response_mask"]] = 0
+    rollout["loss_mask"] = rollout["response_mask"]
     rollout["behavior_logp"] = rollout["full_logp"]
     texts = {name: np.array(arrays[name], object) for name in _TEXTS if arrays[name] is not None}
     return rollout | texts

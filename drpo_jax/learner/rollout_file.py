@@ -10,8 +10,9 @@ In memory, a rollout is a dict of padded arrays with the names of `learner.recor
 
     group      int64 [N]       number of the problem; equal for the responses to the same problem
     full_logp  float32 [N, R]  log µ as the engine recorded it, before top-k and top-p
-    version    int32 [N, R]    version of the weights that sampled each token
-    logp, entropy, advantage   only where the file has them
+    version    int32 [N, R]    version of the weights that sampled each token, −1 where none did
+    loss_mask  bool [N, R]     where the model sampled a token
+    logp, entropy              only where the file has them
 
 Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
 """

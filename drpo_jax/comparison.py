@@ -81,12 +81,15 @@ def hyper_of(name: str, config: FrozenConfigDict) -> dict[str, Any]:
     """Returns the hyperparameters of an objective for a comparison.
 
     A value that the config sets applies to every objective whose boundary limits the same quantity; the
-    others have their defaults.
+    others have their defaults. A budget per token, δ_b, is lowered to the boundary where it exceeds it.
     """
     row = OBJECTIVES[name]
     same = row.boundary == OBJECTIVES[config.objective.name].boundary
     values = objective_hyper(config) if same else {}
-    return resolve_hyper(name, {k: v for k, v in values.items() if k in row.hyper})
+    hyper = resolve_hyper(name, {k: v for k, v in values.items() if k in row.hyper})
+    if "delta_b" in hyper:
+        hyper["delta_b"] = min(hyper["delta_b"], hyper["delta"])
+    return hyper
 
 
 def compare_objectives(

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
+from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
 from drpo_jax.parallel import multihost
@@ -53,6 +54,8 @@ def main(
       TrainingStopped: the run cannot continue.
     """
     if explained:
+        if replay is not None:
+            raise BadInput("--explain_batch samples the batch that it explains; leave --replay out")
         if page := explain_batch(config, workdir):
             print(page)
         return

@@ -4,21 +4,26 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from drpo_jax import compare, loop, rewards, score
+from drpo_jax import compare, loop, rewards, score, train
 from drpo_jax import config as C
 from drpo_jax.cli import load_config
+from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput
-from drpo_jax.learner.record import load_rollout, rollout_path
+from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
 from drpo_jax.learner.replay import Replay
 from drpo_jax.learner.rollout_checks import Limits, read_rollouts
 from drpo_jax.learner.rollout_file import load_table, rollout_table, write_rollouts
+from drpo_jax.loop.rollout import Rollout, replayed
+from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
+from drpo_jax.run import _check_same_files
 
 SMALLEST = str(Path(__file__).parent / "smallest.py")
 STEPS = 2
@@ -239,6 +244,45 @@ def test_a_file_that_changes_during_the_run_is_named(tmp_path):
         ValueError, match="a.parquet: the file changed while the run was reading it"
     ):
         replay.rollout(0, 1)
+
+
+def test_a_replayed_rollout_has_what_a_step_needs(tmp_path):
+    write_groups(tmp_path / "a.parquet", 0, 4)
+    ours = config(train__samples=2, train__micro_batch=4, reward__overlong_buffer=1)
+    limits = Limits.of(ours)
+    run = SimpleNamespace(
+        config=ours,
+        tokenizer=CharTokenizer(),
+        replay=Replay.open(tmp_path, limits, ours.train.prompts),
+        interrupts=SimpleNamespace(check=lambda: None),
+    )
+    rollout = replayed(run, 1, PhaseTimer())
+    count, width = 8, limits.prompt_tokens + limits.response_tokens
+    responses = rollout.responses
+    assert responses.tokens.shape == (count, width) and responses.mask().sum() == 2 * count
+    assert responses.full_logp.shape == (count, limits.response_tokens)
+    assert rollout.reward.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rollout.added.shape == (count,) and len(rollout.problems) == count
+    again = Rollout.restore(rollout.state())
+    np.testing.assert_array_equal(again.responses.version, responses.version)
+    saved = save_rollout(tmp_path, 2, **rollout.arrays(run.tokenizer, 2), behavior_logp=0)
+    np.testing.assert_array_equal(read_rollouts(saved, limits)["tokens"], responses.tokens)
+
+
+def test_processes_that_read_other_files_are_named(tmp_path, monkeypatch):
+    write_groups(tmp_path / "a.parquet", 0, 2)
+    replay = Replay.open(tmp_path, LIMITS, prompts=1)
+    monkeypatch.setattr(
+        "drpo_jax.run.multihost.gather",
+        lambda name, files: [{"files": np.array(files)}, {"files": np.array("{}")}],
+    )
+    with pytest.raises(ValueError, match="processes 1 read other files there than process 0"):
+        _check_same_files(replay)
+
+
+def test_explaining_a_batch_takes_no_replay(tmp_path):
+    with pytest.raises(BadInput, match="--explain_batch samples .*; leave --replay out"):
+        train.main(config(), tmp_path, explained=True, replay="files")
 
 
 def test_the_readers_of_one_table_agree(tmp_path):

@@ -53,7 +53,8 @@ def main(
         raise BadInput(f"--output={output}: must be a file that ends with .html")
     with bad_input():
         names = comparable(objectives, config)
-        rollout = read_rollouts(path_of(rollouts), Limits.of(config, samples=False))
+        limits = Limits.of(config, samples=False)
+        rollout = read_rollouts(path_of(rollouts), limits, config.train.samples)
     samples = int(np.sum(rollout["group"] == rollout["group"][0]))
     advantage = np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
     if not advantage.any():

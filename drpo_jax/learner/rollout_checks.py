@@ -54,8 +54,13 @@ class Limits:
         )
 
 
-def read_rollouts(path: Path, limits: Limits = Limits()) -> Rollout:
+def read_rollouts(path: Path, limits: Limits = Limits(), samples: int | None = None) -> Rollout:
     """Reads and checks a file of rollouts.
+
+    Args:
+      limits: what it must fit.
+      samples: responses to each problem of a saved rollout that does not number its groups; None:
+        those of the limits.
 
     Returns:
       The arrays of the module's docstring.
@@ -64,7 +69,7 @@ def read_rollouts(path: Path, limits: Limits = Limits()) -> Rollout:
       ValueError: the file is damaged or breaks a rule; the message names file, row and column.
       OSError: the file cannot be read.
     """
-    table = load_table(path.read_bytes(), path, limits.samples)
+    table = load_table(path.read_bytes(), path, samples or limits.samples)
     return padded_arrays(table, path, limits)
 
 

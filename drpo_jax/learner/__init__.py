@@ -2,12 +2,15 @@
 
 The modules:
 
-    head     lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
-    update   gradients of a mini-batch over micro-batches, and one optimizer update
-    summary  metrics of an update, from its trace
-    state    TrainState, Batch, optimizer
-    packing  where the sequences of a batch lie in its rows
-    record   saved rollouts
+    head            lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
+    update          gradients of a mini-batch over micro-batches, and one optimizer update
+    summary         metrics of an update, from its trace
+    state           TrainState, Batch, optimizer
+    packing         where the sequences of a batch lie in its rows
+    record          saved rollouts
+    rollout_file    rollouts in Parquet, which any engine can write
+    rollout_checks  the rules that such a file must keep
+    replay          such files as the rollouts of a run
 """
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy

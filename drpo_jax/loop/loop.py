@@ -21,7 +21,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, below, training_reward
+from drpo_jax.loop.rollout import Example, below, replayed, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
@@ -33,8 +33,15 @@ from drpo_jax.run import Run, claim
 PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
 
 
-def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
+def train(
+    config: FrozenConfigDict, workdir: Path, replay: Path | None = None
+) -> tuple[Record, Record] | None:
     """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
+
+    Args:
+      config: a resolved config.
+      workdir: directory of the run.
+      replay: directory of files to learn from instead of sampling, see `learner.replay`.
 
     Returns:
       The records of the evaluations before and after training, {"step": …} for one that is missing from
@@ -54,7 +61,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
         print(f"{workdir}: this run is complete (step {done} of {config.train.steps})")
         print(f"--config.train.steps={2 * done} would continue it to step {2 * done}")
     else:
-        with claim(Run.create(config, workdir)) as run:
+        with claim(Run.create(config, workdir, replay=replay)) as run:
             print(console.introduction(run), flush=True)
             _train(run)
         if text := console.compilations(read_metrics(workdir)):
@@ -230,7 +237,7 @@ def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
 def rl_step(
     run: Run, collector: Collector, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
-    """Collects one rollout and makes its updates.
+    """Collects one rollout, or reads it from the files of a replay, and makes its updates.
 
     Args:
       collector: provides the rollout, and keeps what later steps need.
@@ -245,12 +252,16 @@ def rl_step(
     """
     config = run.config
     timer = PhaseTimer(console.FIRST_STEP if first else {})
-    rollout = collector.collect(run, state.model, step, timer)
+    if run.replay is None:
+        rollout = collector.collect(run, state.model, step, timer)
+    else:
+        rollout = replayed(run, step, timer)
     responses = rollout.responses
     with timer("update"):
         save = _due(step, config.train.save_rollout_every)
         measure = save or _due(step, config.log.mismatch_every)
-        check = first and config.sampler.parity != "off"
+        # The weights that sampled the files of a replay need not be those of this run.
+        check = first and config.sampler.parity != "off" and run.replay is None
         reward = training_reward(config, rollout, step)
         inputs, old_logp, penalties = objective_inputs(
             run, state.model, responses, reward, step, rescore=measure or check
@@ -269,7 +280,8 @@ def rl_step(
             )
     if save and multihost.is_main():
         anchors = {name: inputs[name] for name in ("behavior_logp", "advantage")}
-        arrays = rollout.arrays(run.tokenizer) | trace | anchors | {"loss_mask": loss_mask}
+        arrays = rollout.arrays(run.tokenizer, config.train.samples)
+        arrays |= trace | anchors | {"loss_mask": loss_mask}
         save_rollout(run.workdir, step + 1, **arrays, old_logp=old_logp)
     metrics |= rollout.metrics() | timer.metrics()
     metrics["tokens_per_second"] = responses.response_lengths.sum() / metrics["time/step"]

@@ -9,6 +9,7 @@ Full and read-only disks need the right to mount a tmpfs. Without it, they are l
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +40,9 @@ PATIENCE = 400  # Seconds; a process waits 330 s for a coordinator that does not
 STARTS = 6  # A trial that needs more starts than this has failed.
 KILLS = flags.DEFINE_integer(
     "kills", 50, "Trials of SIGKILL at a random time; others in proportion."
+)
+JOBS = flags.DEFINE_integer(
+    "jobs", 2, "Trials at the same time; those of two processes mostly wait."
 )
 ONLY = flags.DEFINE_string(
     "only", "", "Only the faults whose name matches this regular expression."
@@ -125,11 +130,13 @@ class Faults:
 
     Args:
       directory: of the reference runs, which are made when they are first needed.
+      jobs: trials at the same time, which slow each other down.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, jobs: int = 1):
         self.random = random.Random(0)
-        self.directory, self.seconds = directory, 0.0
+        self.directory, self.jobs, self.seconds = directory, jobs, 0.0
+        self.lock = threading.Lock()
 
     @functools.cached_property
     def one(self) -> Path:
@@ -148,9 +155,14 @@ class Faults:
         finish(workdir := self.directory / "two", processes=2)
         return workdir
 
-    @functools.cached_property
+    @property
     def half(self) -> Path:
-        """The run that SIGTERM stopped after step 5."""
+        """The run that SIGTERM stopped after step 5; trials at the same time share it."""
+        with self.lock:
+            return self._half
+
+    @functools.cached_property
+    def _half(self) -> Path:
         workdir = self.directory / "half"
         status = start(workdir, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait()
         if status != 75:
@@ -175,13 +187,13 @@ class Faults:
     def wait(self, process: subprocess.Popen) -> bool:
         """Waits for a random part of the run's duration; False if it ended meanwhile."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.random.uniform(0, self.seconds))
+            process.wait(self.random.uniform(0, self.seconds * self.jobs))
         return process.poll() is None
 
     def kill(self, workdir: Path) -> None:
-        process = start(workdir)
-        if self.wait(process):
-            os.killpg(process.pid, signal.SIGKILL)
+        while not self.wait(process := start(workdir)):
+            shutil.rmtree(workdir)  # The run was complete before its time came.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         finish(workdir)
 
@@ -350,34 +362,44 @@ def trials(faults: Faults, kills: int) -> dict[str, tuple[int, Callable[[Path], 
     }
 
 
+def trial(faults: Faults, inject: Callable[[Path], None], reference: str, workdir: Path) -> str:
+    """Makes one trial in `workdir`; returns its outcome."""
+    try:
+        inject(workdir)
+        if reference:
+            faults.check(workdir, getattr(faults, reference))
+        return SAME
+    except Failed as error:
+        return str(error)
+    except subprocess.CalledProcessError as error:
+        return f"not tried: {error.cmd[0]} exits with status {error.returncode}"
+    finally:
+        shutil.rmtree(workdir, ignore_errors=True)
+
+
 def run(faults: Faults, kills: int, only: str = "") -> dict[str, collections.Counter]:
-    """Runs the trials of the faults whose names match `only`; returns {fault: outcomes}."""
-    counts: dict[str, collections.Counter] = {}
-    for name, (count, inject, reference) in trials(faults, kills).items():
-        if not re.search(only, name):
-            continue
-        expected = getattr(faults, reference or "one")
-        counts[name] = collections.Counter()
-        for number in range(count):
-            workdir = faults.directory / f"{len(counts)}_{number}"
-            try:
-                inject(workdir)
-                if reference:
-                    faults.check(workdir, expected)
-                result = SAME
-            except Failed as error:
-                result = str(error)
-            except subprocess.CalledProcessError as error:
-                result = f"not tried: {error.cmd[0]} exits with status {error.returncode}"
+    """Runs the trials of the faults whose names match `only`; returns {fault: {outcome: trials}}."""
+    rows = {name: row for name, row in trials(faults, kills).items() if re.search(only, name)}
+    counts: dict[str, collections.Counter] = {name: collections.Counter() for name in rows}
+    for reference in {row[2] or "one" for row in rows.values()}:
+        getattr(faults, reference)  # The trials share the reference runs.
+    with concurrent.futures.ThreadPoolExecutor(faults.jobs) as pool:
+        started = {}
+        for number in range(max((row[0] for row in rows.values()), default=0)):
+            for place, (name, (count, inject, reference)) in enumerate(rows.items()):
+                if number < count:
+                    workdir = faults.directory / f"{place}_{number}"
+                    started[pool.submit(trial, faults, inject, reference, workdir)] = name
+        for future in concurrent.futures.as_completed(started):
+            name, result = started[future], future.result()
             counts[name][result] += 1
-            shutil.rmtree(workdir, ignore_errors=True)
-            print(f"{name}: {number + 1} of {count}: {result}", flush=True)
+            print(f"{name}: {counts[name].total()} of {rows[name][0]}: {result}", flush=True)
     return counts
 
 
 def main(_: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        counts = run(Faults(Path(scratch)), KILLS.value, ONLY.value)
+        counts = run(Faults(Path(scratch), JOBS.value), KILLS.value, ONLY.value)
     print(f"\n{'fault':45} {'trials':>6}  outcomes")
     for name, results in counts.items():
         text = "; ".join(f"{count} {result}" for result, count in results.most_common())

@@ -57,7 +57,7 @@ def rollout_step(programs: Programs) -> list[Program]:
     reference = {} if config.objective.kl == "none" else {"reference model": state.model}
 
     def batch(names):
-        return abstract_batch(programs, programs.sequences_per_update, names, train.routing_replay)
+        return abstract_batch(programs, programs.update_shape, names, train.routing_replay)
 
     scores = needs_old_logp(programs) + bool(reference)
     learner = [
@@ -81,10 +81,11 @@ def rollout_step(programs: Programs) -> list[Program]:
 
 
 def _warm_start(programs: Programs) -> list[Program]:
-    sft = programs.config.sft
+    sft, sampler = programs.config.sft, programs.config.sampler
     if not sft.steps:
         return []
-    batch = abstract_batch(programs, sft.batch, ())
+    shape = sft.batch, sampler.max_prompt_length + sampler.max_response_length
+    batch = abstract_batch(programs, shape, ())
     arguments = {"learner state": programs.abstract_sft_state, "batch": batch}
     return [Program("warm start", programs.supervised_update, arguments)]
 
@@ -136,18 +137,17 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
 
 
 def abstract_batch(
-    programs: Programs, sequences: int, names: Sequence[str], replay: bool = False
+    programs: Programs, shape: tuple[int, int], names: Sequence[str], replay: bool = False
 ) -> Batch:
-    """Returns a Batch of maximum-length sequences, one per row, as `jax.ShapeDtypeStruct`s.
+    """Returns a Batch as `jax.ShapeDtypeStruct`s.
 
     Args:
-      sequences: number of rows P.
+      shape: (P, T), rows and tokens of a row.
       names: names of the batch's `inputs`.
       replay: whether the batch contains the sampler's routes.
     """
     sampler, model = programs.config.sampler, programs.model_config
     rows = named_sharding(programs.mesh, ("batch",))
-    shape = sequences, sampler.max_prompt_length + sampler.max_response_length
 
     def array(dtype, *more):
         return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=rows)

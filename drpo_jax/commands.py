@@ -25,11 +25,12 @@ COMMANDS = {
     "train": Command(
         "drpo_jax.train",
         "Train a language model by reinforcement learning; the same command resumes.",
-        RUN,
+        f"{RUN} [--replay=DIR]",
         (
             "drpo train --config=configs/tiny.py --workdir=runs/tiny",
             "drpo train --config=configs/tiny.py:bf16 --workdir=runs/grpo "
             "--config.objective.name=grpo",
+            "drpo train --config=configs/tiny.py --workdir=runs/again --replay=runs/tiny/rollouts",
         ),
     ),
     "sft": Command(
@@ -50,6 +51,25 @@ COMMANDS = {
             "drpo evaluate --config=configs/tiny.py --workdir=runs/tiny",
             "drpo evaluate --config=configs/qwen3_4b_base.py --workdir=runs/base "
             "--config.model.path=Qwen/Qwen3-4B-Base --config.evaluate.sets=aime24,aime25",
+        ),
+    ),
+    "score": Command(
+        "drpo_jax.score",
+        "Add a model's logprobs to a file of rollouts and compare them with the engine's.",
+        f"{RUN} --rollouts=FILE --output=FILE.parquet",
+        (
+            "drpo score --config=configs/tiny.py --workdir=runs/tiny "
+            "--rollouts=runs/tiny/rollouts/step_000020.npz --output=scored.parquet",
+        ),
+    ),
+    "compare": Command(
+        "drpo_jax.compare",
+        "Compare objectives on the same rollouts: gradient norms, cosines, masks, Σ|c| by µ.",
+        f"{RUN} --rollouts=FILE [--objectives=NAME,NAME] [--output=FILE.html]",
+        (
+            "drpo compare --config=configs/tiny.py --workdir=runs/tiny "
+            "--rollouts=runs/tiny/rollouts/step_000020.npz --objectives=drpo,grpo,dppo_tv "
+            "--output=comparison.html",
         ),
     ),
     "report": Command(
@@ -81,9 +101,12 @@ COMMANDS = {
     ),
     "convert": Command(
         "drpo_jax.convert",
-        "Convert a GGUF file (llama.cpp) to a Hugging Face directory.",
-        "FILE.gguf DIRECTORY",
-        ("drpo convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m",),
+        "Convert a GGUF file to a Hugging Face directory, or a saved rollout to Parquet.",
+        "FILE.gguf DIRECTORY | FILE.npz FILE.parquet",
+        (
+            "drpo convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m",
+            "drpo convert runs/tiny/rollouts/step_000020.npz step_000020.parquet",
+        ),
     ),
     "list": Command(
         "drpo_jax.listing",

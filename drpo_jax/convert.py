@@ -1,25 +1,55 @@
-"""Converts a GGUF file to a Hugging Face directory: drpo convert FILE.gguf DIRECTORY"""
+"""Converts files of other programs and of runs.
+
+drpo convert FILE.gguf DIRECTORY      a llama.cpp model to a Hugging Face directory
+drpo convert FILE.npz FILE.parquet    a rollout that a run saved to a file of rollouts
+"""
+
+from pathlib import Path
 
 from drpo_jax import cli
+from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.learner.rollout_checks import padded_arrays
+from drpo_jax.learner.rollout_file import load_table, write_rollouts
 from drpo_jax.models.gguf import convert
 from drpo_jax.storage import path_of
 
 
 def main(arguments: list[str]) -> None:
-    """Converts the file; `arguments` are the GGUF file and the directory to write.
+    """Converts a file; `arguments` are the file and what to write.
 
     Raises:
       BadInput: An argument is missing, or the file cannot be converted.
     """
     if len(arguments) != 2:
         raise BadInput(
-            "give a GGUF file and the directory to write: drpo convert FILE.gguf DIRECTORY"
+            "give a GGUF file and the directory to write (drpo convert FILE.gguf DIRECTORY), or a saved "
+            "rollout and the file to write (drpo convert FILE.npz FILE.parquet)"
         )
     with bad_input():
-        file, directory = map(path_of, arguments)
-        config = convert(file, directory)
-    print(f"{directory}: {config.layers} layers of width {config.hidden_size}")
+        source, target = map(path_of, arguments)
+        if source.suffix == ".npz":
+            convert_rollout(source, target)
+            return
+        config = convert(source, target)
+    print(f"{target}: {config.layers} layers of width {config.hidden_size}")
+
+
+def convert_rollout(source: Path, target: Path) -> None:
+    """Writes a rollout that a run saved as a Parquet file of rollouts.
+
+    Raises:
+      ValueError: it is not such a rollout, or `target` does not end with .parquet.
+      OSError: a file cannot be read or written.
+    """
+    if target.suffix != ".parquet":
+        raise ValueError(f"{target}: must end with .parquet")
+    run = source.absolute().parent.parent
+    samples = run_config(run).train.samples if (run / "config.json").exists() else None
+    table = load_table(source.read_bytes(), source, samples)
+    padded_arrays(table, source)
+    write_rollouts(target, table)
+    print(f"{target}: {len(table):,} responses")
 
 
 if __name__ == "__main__":

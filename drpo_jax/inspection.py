@@ -29,7 +29,9 @@ from drpo_jax import data
 from drpo_jax.checkpoint import Checkpoints, flatten, saved_steps
 from drpo_jax.config import run_config
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.evaluation.source import checkpoint_directory, load_checkpoint
 from drpo_jax.learner.record import load_rollout, rollout_path, saved_rollouts
+from drpo_jax.loop import initial_model
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import (
     OBJECTIVES,
@@ -38,8 +40,9 @@ from drpo_jax.objectives import (
     token_objective,
     token_weights,
 )
-from drpo_jax.parallel import batch_shards, make_mesh
+from drpo_jax.parallel import batch_shards, make_mesh, multihost
 from drpo_jax.programs import Programs
+from drpo_jax.run import Run
 from drpo_jax.storage import path_of
 
 Rollout = dict[str, np.ndarray]
@@ -47,59 +50,19 @@ Gradient = Any  # a tree like the model, of float32 arrays
 ByModule = dict[str, np.ndarray]
 
 
-class Inspection:
-    """A run of `train`, opened for analysis.
+class Analysis:
+    """Scores and gradients of rollouts under a model.
 
     Args:
-      workdir: the run's directory.
-      mesh: sizes of the mesh axes, see `make_mesh`; None takes those of the run's config.
-
-    Attributes:
-      config: the run's resolved config.
-      tokenizer, mesh, programs: as in `train`.
-      checkpoints, rollouts: the saved steps, ascending. Checkpoint 20 is the model after step 20; it
-        sampled the rollout of step 21.
-
-    Raises:
-      BadInput: there is no run, this version does not accept its config, or the mesh does not fit.
+      config: a resolved config.
+      mesh: the device mesh.
+      programs: the programs of both.
     """
 
-    def __init__(self, workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> None:
-        self.workdir = path_of(workdir)
-        self.config = FrozenConfigDict(run_config(self.workdir))
-        with bad_input():
-            self.mesh = make_mesh(**(self.config.mesh if mesh is None else mesh))
-            self.tokenizer = data.make_tokenizer(self.config.data, self.config.model.path)
-            self.programs = Programs(self.config, self.mesh, self.tokenizer.stop_ids)
-        self.checkpoints = saved_steps(self.workdir / "checkpoints")
-        self.rollouts = list(saved_rollouts(self.workdir))
-
-    def model(self, step: int | Literal["best"] | None = None) -> Transformer:
-        """Loads the model of a checkpoint: the last one, the one of `step`, or the "best" one.
-
-        Raises:
-          BadInput: there is no checkpoint, or none of this step.
-        """
-        options = self.config.checkpoint
-        directory = self.workdir / "checkpoints"
-        with Checkpoints(directory, options.keep, options.best_metric) as checkpoints:
-            step = checkpoints.best_step() if step == "best" else step
-            step = _choose(step, self.checkpoints, f"{directory}: no checkpoint")
-            with bad_input():
-                like = {"model": self.programs.abstract_state.model}
-                return checkpoints.restore(step, like)["model"]
-
-    def rollout(self, step: int | None = None) -> Rollout:
-        """Loads a saved rollout, the last one or the one of `step`; see `learner.record`.
-
-        Raises:
-          BadInput: there is no rollout (`train.save_rollout_every` sets how often one is saved), or
-            none of this step.
-        """
-        step = _choose(
-            step, self.rollouts, f"{self.workdir}: no rollout saved (train.save_rollout_every)"
-        )
-        return load_rollout(rollout_path(self.workdir, step))
+    def __init__(
+        self, config: FrozenConfigDict, mesh: jax.sharding.Mesh, programs: Programs
+    ) -> None:
+        self.config, self.mesh, self.programs = config, mesh, programs
 
     def score(self, model: Transformer, rollout: Rollout) -> Rollout:
         """Scores the tokens of a rollout with another model.
@@ -113,9 +76,10 @@ class Inspection:
         traces = []
         for part in _parts(rollout, size):
             with jax.set_mesh(self.mesh):
-                batch, layout = self._batch(part, size, {}, part["response_mask"])
+                batch, layout = self._batch(part, size, {}, part["response_mask"], pack=True)
                 trace = self.programs.rescore(model, batch)
-            scores = jax.tree.map(partial(layout.take, length=length), (trace.logp, trace.entropy))
+            fetched = multihost.fetch((trace.logp, trace.entropy))
+            scores = jax.tree.map(partial(layout.take, length=length), fetched)
             traces.append([a[: len(part["tokens"])] for a in scores])
         logp, entropy = (np.concatenate(a) for a in zip(*traces))
         kept = {k: v for k, v in rollout.items() if k not in ("weight", "coefficient")}
@@ -135,7 +99,7 @@ class Inspection:
           A tree like `model`, float32: the direction that an optimizer descends.
         """
         total = None
-        for piece in self._gradients(model, rollout, self.config.train.micro_batch):
+        for piece in self._gradients(model, rollout, self.programs.micro_batch):
             total = piece if total is None else _add(total, piece)
         return total
 
@@ -178,9 +142,14 @@ class Inspection:
         return float(token_weights(objective.aggregation, mask, objective.horizon)[1])
 
     def _batch(
-        self, rollout: Rollout, rows: int, inputs: Mapping[str, np.ndarray], loss_mask: np.ndarray
+        self,
+        rollout: Rollout,
+        rows: int,
+        inputs: Mapping[str, np.ndarray],
+        loss_mask: np.ndarray,
+        pack: bool = False,
     ):
-        """`Programs.batch` of N ≤ rows sequences, padded with empty rows."""
+        """`Programs.batch` of N ≤ rows sequences, padded with empty ones."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
         (tokens, prompt_lengths, response_lengths), inputs, loss_mask = jax.tree.map(
@@ -188,8 +157,64 @@ class Inspection:
             (tuple(rollout[name] for name in names), dict(inputs), loss_mask),
         )
         return self.programs.batch(
-            tokens, prompt_lengths, response_lengths, inputs, loss_mask=loss_mask
+            tokens, prompt_lengths, response_lengths, inputs, pack, loss_mask=loss_mask
         )
+
+
+class Inspection(Analysis):
+    """A run of `train`, opened for analysis.
+
+    Args:
+      workdir: the run's directory.
+      mesh: sizes of the mesh axes, see `make_mesh`; None takes those of the run's config.
+
+    Attributes:
+      config: the run's resolved config.
+      tokenizer, mesh, programs: as in `train`.
+      checkpoints, rollouts: the saved steps, ascending. Checkpoint 20 is the model after step 20; it
+        sampled the rollout of step 21.
+
+    Raises:
+      BadInput: there is no run, this version does not accept its config, or the mesh does not fit.
+    """
+
+    def __init__(self, workdir: str | Path, mesh: Mapping[str, Any] | None = None) -> None:
+        self.workdir = path_of(workdir)
+        config = FrozenConfigDict(run_config(self.workdir))
+        with bad_input():
+            device_mesh = make_mesh(**(config.mesh if mesh is None else mesh))
+            self.tokenizer = data.make_tokenizer(config.data, config.model.path)
+            programs = Programs(config, device_mesh, self.tokenizer.stop_ids)
+        super().__init__(config, device_mesh, programs)
+        self.checkpoints = saved_steps(self.workdir / "checkpoints")
+        self.rollouts = list(saved_rollouts(self.workdir))
+
+    def model(self, step: int | Literal["best"] | None = None) -> Transformer:
+        """Loads the model of a checkpoint: the last one, the one of `step`, or the "best" one.
+
+        Raises:
+          BadInput: there is no checkpoint, or none of this step.
+        """
+        options = self.config.checkpoint
+        directory = self.workdir / "checkpoints"
+        with Checkpoints(directory, options.keep, options.best_metric) as checkpoints:
+            step = checkpoints.best_step() if step == "best" else step
+            step = _choose(step, self.checkpoints, f"{directory}: no checkpoint")
+            with bad_input():
+                like = {"model": self.programs.abstract_state.model}
+                return checkpoints.restore(step, like)["model"]
+
+    def rollout(self, step: int | None = None) -> Rollout:
+        """Loads a saved rollout, the last one or the one of `step`; see `learner.record`.
+
+        Raises:
+          BadInput: there is no rollout (`train.save_rollout_every` sets how often one is saved), or
+            none of this step.
+        """
+        step = _choose(
+            step, self.rollouts, f"{self.workdir}: no rollout saved (train.save_rollout_every)"
+        )
+        return load_rollout(rollout_path(self.workdir, step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +234,31 @@ class Spread:
     signal: ByModule
     variance: ByModule
     count: int
+
+
+def open_model(
+    config: FrozenConfigDict, workdir: Path, step: int | None = None
+) -> tuple[Run, Transformer, str]:
+    """Opens the model that a command analyses: a checkpoint in the workdir, or model.path.
+
+    Args:
+      config: a resolved config, which may differ from the run's in everything but the model.
+      workdir: directory of a run, or one without a run if model.path is set.
+      step: step of the checkpoint; None: the latest.
+
+    Returns:
+      The config's mesh, programs and tokenizer as a `Run`; the model; and where it was read.
+
+    Raises:
+      BadInput: there is no such model, or it does not fit the config.
+    """
+    directory = checkpoint_directory(workdir, config)
+    run = Run.create(config, workdir, train=False)
+    with jax.set_mesh(run.mesh):
+        if directory is None:
+            return run, initial_model(run), config.model.path
+        step, model = load_checkpoint(run, directory, step)
+    return run, model, str(directory / str(step))
 
 
 def judge(rollout: Rollout, name: str, **hyper: float | bool) -> Rollout:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -70,7 +71,8 @@ def main(
     for table in (costs.memory_table, costs.work_table, costs.transfer_table):
         print("\n" + table(measured))
     step = UNKNOWN if names else step_figures(measured, chip, config.compute.dtype)
-    print("\n" + step_line(step))
+    limits = step_limits(programs, listed, chip)
+    print("\n" + step_line(step, limits))
     print("\n" + verdict(measured, chip, config, mesh, complete=not names))
     fits = all(cost.fits for cost in measured)
     if file:
@@ -80,6 +82,7 @@ def main(
             "mesh": dict(mesh.shape),
             "fits": fits,
             "step": step,
+            "limits": limits,
             "step_flops": flops,
             **costs.figures(measured, chip),
         }
@@ -105,7 +108,7 @@ def program_list(programs: Programs) -> list[Program]:
     if the temporaries are too large.
     """
     config, model = programs.config, programs.model_config
-    sampler, train, sft = config.sampler, config.train, config.sft
+    sampler, sft = config.sampler, config.sft
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
@@ -121,8 +124,8 @@ def program_list(programs: Programs) -> list[Program]:
     }
     trips = {
         "warm start": head_chunks(programs, sft.micro_batch),
-        "rescore": head_chunks(programs, train.micro_batch),
-        "update": head_chunks(programs, train.micro_batch),
+        "rescore": head_chunks(programs, programs.micro_batch),
+        "update": head_chunks(programs, programs.micro_batch),
         "decode": sampler.decode_steps,
     }
     remedy = {
@@ -161,7 +164,11 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
     config, shards = programs.config, batch_shards(programs.mesh)
     if backward and config.compute.remat != "full":
         return "compute.remat = 'full'"
-    if (size := config[section].micro_batch) > shards:
+    if section == "train" and config.train.micro_tokens:
+        size, fewest = (rows * programs.update_shape[1] for rows in (programs.micro_batch, shards))
+        if size > fewest:
+            return f"train.micro_tokens below {size}, at least {fewest}"
+    elif (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
         "more mesh.tensor, because each device already computes one sequence at a time; or a smaller "
@@ -212,7 +219,7 @@ def heading(programs: Programs, topology: str, chip: Chip, flops: Mapping[str, f
         f"\na rollout step: {train.prompts} prompts of {sampler.max_prompt_length:,} tokens, "
         f"{train.samples} responses of {sampler.max_response_length:,} tokens to each; "
         f"{programs.updates_per_epoch * train.epochs} updates on {programs.sequences_per_update} "
-        f"responses each, {train.micro_batch} at a time"
+        f"responses each, {programs.micro_batch} rows at a time"
         "\nFLOPs of a step by the equations: "
         + ", ".join(f"{name} {n:.3g}" if n else f"{name} none" for name, n in flops.items())
         + "\n"
@@ -252,14 +259,57 @@ def step_figures(measured: Sequence[Cost], chip: Chip, dtype: str) -> dict[str, 
     return {"seconds": seconds, "flops": flops, "mfu": flops / (chip.peak(dtype) * seconds)}
 
 
-def step_line(step: Mapping[str, Any]) -> str:
-    """Puts `step_figures` into words."""
-    if not step["seconds"]:
+def step_limits(
+    programs: Programs, listed: Sequence[Program], chip: Chip
+) -> dict[str, float | None]:
+    """Returns the least seconds of decoding and of the updates of a rollout step, see `costs.limits`.
+
+    Both are None on a chip whose peak rates are unknown.
+    """
+    config, devices = programs.config, programs.mesh.size
+    if not chip.bandwidth:
+        return {"decode": None, "update": None}
+    weights = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.abstract_weights)
+    )
+    moved = costs.decode_bytes(
+        programs.model_config,
+        weights,
+        size=jnp.dtype(config.compute.dtype).itemsize,
+        float8_cache=config.precision.kv_cache == "e4m3",
+    )
+    sampler, train = config.sampler, config.train
+    update = next(program for program in listed if program.name == "update")
+    assert update.work is not None
+    one = costs.compute_seconds(update.work, chip, devices, config.compute.dtype)
+    decode = costs.decode_seconds(
+        moved,
+        chip,
+        devices,
+        sampler.slots,
+        train.prompts * train.samples,
+        sampler.max_prompt_length,
+        sampler.max_response_length,
+    )
+    return {"decode": decode, "update": update.calls * one}
+
+
+def step_line(step: Mapping[str, Any], limits: Mapping[str, float | None]) -> str:
+    """Puts `step_figures` and `step_limits` into words."""
+    decode, update = limits["decode"], limits["update"]
+    if decode is None or update is None:
         return "The lower bound on the time of a step is unknown."
+    least = (
+        f"The limit of these chips, whatever the program, is {decode + update:.3g} s: decoding "
+        f"{decode:.3g} s, if every\nweight is read once per decode step and only live keys and values "
+        f"are, and updates {update:.3g} s, by their FLOPs."
+    )
+    if not step["seconds"]:
+        return least
     return (
         f"These programs take {step['seconds']:.3g} s of a rollout step or more, at an MFU of "
         f"{step['mfu']:.1%} or less.\nThis is a bound, not a forecast: each program runs at the slowest "
-        "of its three peak rates, and everything\nelse overlaps with it."
+        "of its three peak rates, and everything\nelse overlaps with it. " + least
     )
 
 

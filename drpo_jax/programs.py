@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from drpo_jax import objectives
 from drpo_jax.config import boundary, objective_hyper
 from drpo_jax.learner import (
+    PARTS,
     Batch,
     Layout,
     Policy,
@@ -26,6 +27,7 @@ from drpo_jax.learner import (
     gradients,
     init_state,
     lay_out,
+    lay_out_by_tokens,
     likelihood,
     make_batch,
     make_optimizer,
@@ -96,6 +98,8 @@ class Programs:
       abstract_state, abstract_sft_state: both TrainStates as ShapeDtypeStructs with shardings.
       abstract_weights: the result of `sync` as ShapeDtypeStructs with shardings.
       sequences_per_update: N of a policy update.
+      update_shape: (P, T) of a policy update, as long as its batch has `sequences_per_update` sequences.
+      micro_batch: rows of a micro-batch of a policy update.
       updates_per_epoch: mini-batches of a rollout.
 
     Args:
@@ -110,11 +114,11 @@ class Programs:
     def __init__(self, config: ConfigDict, mesh: Mesh, stop: Iterable[int]):
         self.config, self.mesh = config, mesh
         self.model_config = model_config(config)
-        self._check_batches()
         check_split(self.model_config, config.sampler.slots, mesh)
         train = config.train
         self.sequences_per_update = train.mini_batch_prompts * train.samples
         self.updates_per_epoch = train.prompts // train.mini_batch_prompts
+        self._build_shapes()
         self.objective = _objective(config)
         self.sampling_params = SamplingParams(
             max_tokens=config.sampler.max_response_length,
@@ -139,6 +143,30 @@ class Programs:
             setattr(self, name, self.clock.watch(getattr(self, name)))
         for sampler in (self.sampler, self.exact_sampler):
             sampler.programs = {n: self.clock.watch(p) for n, p in sampler.programs.items()}
+
+    def _build_shapes(self):
+        """The shapes of the policy's updates, and whether the mesh divides all batches."""
+        train, sampler, shards = self.config.train, self.config.sampler, batch_shards(self.mesh)
+        width = sampler.max_prompt_length + sampler.max_response_length
+        self.micro_batch = train.micro_batch
+        if self.config.sft.steps:
+            self._check_batch("sft.micro_batch")
+        if not train.micro_tokens:
+            self._check_batch("train.micro_batch")
+            self.update_shape = self.sequences_per_update, width
+            return
+        width = -(-width // PARTS[-1]) * PARTS[-1]
+        if train.micro_tokens < shards * width:
+            raise ValueError(
+                f"train.micro_tokens = {train.micro_tokens} is too small: each of the {shards} devices "
+                f"over which the mesh {dict(self.mesh.shape)} splits a batch (data · fsdp · expert) "
+                f"needs a row of {width} tokens (prompt and response, rounded up to a multiple of "
+                f"{PARTS[-1]}). Set at least {shards * width}, or 0 with train.micro_batch"
+            )
+        largest = min(train.micro_tokens // width, self.sequences_per_update + shards - 1)
+        self.micro_batch = largest // shards * shards
+        micro_batches = -(-self.sequences_per_update // self.micro_batch)
+        self.update_shape = micro_batches * self.micro_batch, width
 
     def _build_states(self):
         """The model, its optimizers, and the programs that make a TrainState."""
@@ -179,18 +207,20 @@ class Programs:
     def _build_updates(self, recipe: MatmulRecipe, compute: Compute):
         """The learner's programs on batches: updates, rescoring, gradients, and their metrics."""
         config, train, sft = self.config, self.config.train, self.config.sft
+        pack = train.pack or train.micro_tokens > 0
         shared = dict(
             horizon=config.objective.horizon,
             load_balance=config.model.load_balance,
-            compute=dataclasses.replace(compute, matmul=recipe, one_segment=not train.pack),
+            compute=dataclasses.replace(compute, matmul=recipe, one_segment=not pack),
         )
         self.policy_settings = UpdateSettings(
             objective=self.objective,
             aggregation=config.objective.aggregation,
-            micro_batches=self.sequences_per_update // train.micro_batch,
+            micro_batches=self.update_shape[0] // self.micro_batch,
             temperature=config.sampler.temperature,
             entropy_bonus=config.objective.entropy_bonus,
-            pack=train.pack,
+            pack=pack,
+            parts=PARTS if train.micro_tokens else (1,),
             **shared,
         )
         sft_settings = UpdateSettings(
@@ -199,13 +229,11 @@ class Programs:
             micro_batches=sft.batch // sft.micro_batch,
             **shared,
         )
-        gradient_settings = dataclasses.replace(
-            self.policy_settings,
+        gradient_settings = UpdateSettings(
             objective=_by_coefficient,
-            micro_batches=1,
-            entropy_bonus=0.0,
-            load_balance=0.0,
-            pack=False,
+            aggregation=config.objective.aggregation,
+            temperature=config.sampler.temperature,
+            **shared | {"load_balance": 0.0},
         )
         self.supervised_update = jax.jit(
             partial(
@@ -298,20 +326,20 @@ class Programs:
           tokens: int32 [N, T], prompt and response without a gap.
           prompt_lengths, response_lengths: int32 [N], tokens.
           inputs: name → [N] or [N, R, …], see `learner.Batch`.
-          pack: pack several sequences into a row if `train.pack` is set, as the policy's updates do.
+          pack: lay the sequences out as the policy's updates do: by `train.micro_tokens` if it is set,
+            or several in a row if `train.pack` is.
           routes: int16 [N, T, L, k], see `learner.Batch`.
           loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
 
         Returns:
           The Batch, and the Layout that maps its rows back to sequences.
         """
-        layout = lay_out(
-            prompt_lengths,
-            response_lengths,
-            width=tokens.shape[1],
-            pack=pack and self.config.train.pack,
-            micro_batches=self.policy_settings.micro_batches,
-        )
+        train, micro_batches = self.config.train, self.policy_settings.micro_batches
+        lengths = prompt_lengths, response_lengths
+        if pack and train.micro_tokens:
+            layout = lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
+        else:
+            layout = lay_out(*lengths, tokens.shape[1], pack and train.pack, micro_batches)
         batch = make_batch(layout, tokens, inputs, routes, loss_mask)
         rows = named_sharding(self.mesh, ("batch",))
         # Every process places the rows that its own devices hold.
@@ -349,17 +377,14 @@ class Programs:
             loss_mask=loss_mask[rows],
         )
 
-    def _check_batches(self):
-        shards = batch_shards(self.mesh)
-        warm_start = ("sft.micro_batch",) if self.config.sft.steps else ()
-        for field in ("train.micro_batch", *warm_start):
-            section, name = field.split(".")
-            size = self.config[section][name]
-            if size % shards:
-                raise ValueError(
-                    f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
-                    f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
-                )
+    def _check_batch(self, field):
+        section, name = field.split(".")
+        size, shards = self.config[section][name], batch_shards(self.mesh)
+        if size % shards:
+            raise ValueError(
+                f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
+                f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
+            )
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from drpo_jax import data, rewards
-from drpo_jax.checkpoint import Checkpoints
+from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import changed_fields, claim_workdir, from_json, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
+from drpo_jax.learner.replay import Replay, check_source
+from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
@@ -58,6 +61,7 @@ class Run:
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
       mesh: the device mesh.
       programs: the functions that the run compiles.
+      replay: the files to learn from instead of sampling; None: the run samples.
       reference: the model that a KL penalty refers to; None without a penalty.
       writer: writes saved rollouts; they are complete before the next commit of a checkpoint.
       check_owner: raises if another process owns the workdir; see `claim`.
@@ -75,6 +79,7 @@ class Run:
     report: str
     mesh: jax.sharding.Mesh
     programs: Programs
+    replay: Replay | None = None
     reference: Transformer | None = None
     writer: BackgroundWriter = dataclasses.field(default_factory=BackgroundWriter)
     check_owner: Callable[[], None] = lambda: None
@@ -82,16 +87,23 @@ class Run:
     changes: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def create(cls, config: FrozenConfigDict, workdir: Path, train: bool = True) -> "Run":
+    def create(
+        cls,
+        config: FrozenConfigDict,
+        workdir: Path,
+        train: bool = True,
+        replay: Path | None = None,
+    ) -> "Run":
         """Loads the problems, makes the mesh and builds the programs, without compiling them.
 
         Args:
           config: a resolved config.
           workdir: directory of the run; nothing is written there.
           train: False for an evaluation, which needs no training problems.
+          replay: directory of files to learn from instead of sampling.
 
         Raises:
-          BadInput: the problems, the warm start or the mesh do not fit the config.
+          BadInput: the problems, the warm start, the mesh or the files do not fit the config.
         """
         with bad_input():
             tokenizer = data.make_tokenizer(config.data, config.model.path)
@@ -105,6 +117,7 @@ class Run:
             _check_init_from(config)
             mesh = make_mesh(**config.mesh)
             programs = Programs(config, mesh, stop=tokenizer.stop_ids)
+            files = None if replay is None else _open_replay(programs, replay)
         return cls(
             config=config,
             workdir=workdir,
@@ -115,6 +128,7 @@ class Run:
             report=loaded.report,
             mesh=mesh,
             programs=programs,
+            replay=files,
         )
 
     def key(self, step: int, purpose: int) -> jax.Array:
@@ -221,8 +235,12 @@ def claim(run: Run) -> Iterator[Run]:
     changes = {}
 
     def write():
+        begun = bool(saved_steps(run.workdir / "checkpoints"))
+        check_source(run.workdir, run.replay is not None, begun)
         changes.update(changed_fields(run.workdir, run.config))
         claim_workdir(run.workdir, run.config)
+        if run.replay is not None:
+            run.replay.claim(run.workdir)
         if run.report:
             keep_report(run.report, run.workdir / "problems.txt")
 
@@ -230,6 +248,8 @@ def claim(run: Run) -> Iterator[Run]:
         with bad_input():
             check_owner = stack.enter_context(hold(run.workdir))
             multihost.on_main("claim the workdir", write)
+            if run.replay is not None:
+                _check_same_files(run.replay)
         interrupts = stack.enter_context(Interrupts.noted(run.config.checkpoint.grace_seconds))
         yield dataclasses.replace(
             run, check_owner=check_owner, interrupts=interrupts, changes=changes
@@ -313,6 +333,37 @@ def _open_checkpoints(config, directory, *of_a_run):
     """Opens the checkpoints below a directory; to save any, pass what `Checkpoints` needs of a run."""
     options = config.checkpoint
     return Checkpoints(directory / "checkpoints", options.keep, options.best_metric, *of_a_run)
+
+
+def _open_replay(programs: Programs, directory: Path) -> Replay:
+    """Opens the files to learn from.
+
+    Raises:
+      ValueError: they do not fit the config, or the config needs what no file of rollouts holds.
+    """
+    config = programs.config
+    if config.train.routing_replay:
+        raise ValueError(
+            "train.routing_replay = True: files of rollouts do not hold the experts that the sampler "
+            "chose; set it to False, or train without --replay"
+        )
+    if "topk_logp" in programs.objective.arrays:
+        raise ValueError(
+            f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
+            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
+        )
+    return Replay.open(directory, Limits.of(config), config.train.prompts)
+
+
+def _check_same_files(replay: Replay) -> None:
+    """Raises ValueError unless all processes read the same files."""
+    files = json.dumps(dict(replay.digests))
+    parts = multihost.gather("files of the replay", files=files)
+    if differing := [i for i, part in enumerate(parts) if part["files"].item() != files]:
+        raise ValueError(
+            f"{replay.directory}: processes {', '.join(map(str, differing))} read other files there "
+            f"than process {multihost.process_id()}; --replay must name a directory that all share"
+        )
 
 
 def _check_vocabulary(config, tokenizer):

@@ -5,6 +5,9 @@ and after training and a plot, and writes `learning.png`.
 
 With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
 one of them contributes to the gradient; the workdir is left unchanged.
+
+With --replay=DIR it learns from files of rollouts (`learner.rollout_file`) instead of sampling: those
+that a run saved, or another engine's.
 """
 
 import dataclasses
@@ -17,36 +20,46 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
+from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
 from drpo_jax.parallel import multihost
 from drpo_jax.reporting.curves import plot_run
 from drpo_jax.reporting.explain import explain
+from drpo_jax.storage import path_of
 
 EXPLAIN = flags.DEFINE_bool(
     "explain_batch",
     False,
     "Make one update, print how one problem contributes to it, and leave the workdir unchanged.",
 )
+REPLAY = flags.DEFINE_string(
+    "replay", None, "Directory of files of rollouts to learn from instead of sampling."
+)
 
 
-def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> None:
+def main(
+    config: FrozenConfigDict, workdir: Path, explained: bool = False, replay: str | None = None
+) -> None:
     """Trains in `workdir` and prints the results.
 
     Args:
       config: a resolved config.
       workdir: directory of the run.
       explained: explain one update instead, see `explain_batch`.
+      replay: directory of files of rollouts to learn from instead of sampling.
 
     Raises:
-      BadInput: the config, the problems or the workdir do not fit together.
+      BadInput: the config, the problems, the files or the workdir do not fit together.
       TrainingStopped: the run cannot continue.
     """
     if explained:
+        if replay is not None:
+            raise BadInput("--explain_batch samples the batch that it explains; leave --replay out")
         if page := explain_batch(config, workdir):
             print(page)
         return
-    evaluations = loop.train(config, workdir)
+    evaluations = loop.train(config, workdir, None if replay is None else path_of(replay))
     if evaluations is None:  # not the first process
         return
     before, after = evaluations
@@ -97,4 +110,4 @@ def _warning(config, workdir):
 
 
 if __name__ == "__main__":
-    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value))
+    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value, REPLAY.value))

@@ -34,14 +34,24 @@ import sys
 from pathlib import Path
 
 PROGRAMS = ["sync", "rescore", "update", "prefill", "first_tokens", "admit", "decode"]
-print("| setting | slice | mesh |", " | ".join(PROGRAMS), "| most | step, s | MFU |")
-print("|" + "---|" * (len(PROGRAMS) + 6))
+BOUNDS = ["decode, s", "limit, s", "ratio", "step, s", "limit, s", "ratio", "MFU"]
+print("| setting | slice | mesh |", " | ".join([*PROGRAMS, "most", *BOUNDS]), "|")
+print("|" + "---|" * (len(PROGRAMS) + len(BOUNDS) + 4))
 for path in map(Path, sys.argv[1:]):
     figures = json.loads(path.read_text())
     mesh = " · ".join(f"{name} {size}" for name, size in figures["mesh"].items() if size > 1)
     memory = [figures["programs"][name]["memory"]["total"] for name in PROGRAMS]
     step = figures["step"]
-    bounds = [f"{step['seconds']:.3g}", f"{step['mfu']:.0%}"] if step["seconds"] else ["–", "–"]
+    bounds = ["–"] * len(BOUNDS)
+    if step["seconds"]:
+        decode, limits = figures["programs"]["decode"], figures["limits"]
+        bounds = []
+        for bound, limit in (
+            (decode["calls"] * max(decode["seconds"].values()), limits["decode"]),
+            (step["seconds"], limits["decode"] + limits["update"]),
+        ):
+            bounds += [f"{bound:.3g}", f"{limit:.3g}", f"{bound / limit:.2f}"]
+        bounds.append(f"{step['mfu']:.0%}")
     share = f"{max(memory) / figures['chip']['memory']:.0%}"
     share += "" if figures["fits"] else ", too much"
     gib = [f"{size / 2**30:.3g}" for size in memory]

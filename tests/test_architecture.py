@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "drpo_jax"
 ENTRY_POINTS = {
-    "__main__", "train", "sft", "evaluate", "report", "preflight", "export", "convert", "listing"
+    "__main__", "train", "sft", "evaluate", "report", "preflight", "export", "convert", "listing",
+    "score", "compare",
 }  # fmt: skip
 GROUND_FLOOR = {"errors", "fields", "plugins", "storage"}
 LONGEST = 60  # lines of a function, unless a comment that begins with LONG says why

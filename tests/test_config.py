@@ -93,8 +93,21 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"train__micro_batch": 7}, "must divide train.mini_batch_prompts * 8 = 64"),
         ({"model__experts_per_token": 17}, "experts_per_token must be from 1 to experts"),
         ({"model__experts": 0}, "without experts"),
+        (
+            {"model__experts": 0, "model__load_balance": 0.1},
+            "model.load_balance = 0.1, model.experts",
+        ),
         ({"model__vocab_size": 16}, "must be at least the tokenizer's 32"),
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
+        (
+            {"train__micro_tokens": 512},
+            "train.micro_batch = 64, train.micro_tokens = 512: one of the two must be 0",
+        ),
+        ({"train__micro_batch": 0}, "one of the two must be 0"),
+        (
+            {"train__micro_batch": 0, "train__micro_tokens": 20},
+            "must hold the longest prompt with the longest response",
+        ),
         (
             {"train__samples": 1, "train__micro_batch": 1},
             "this advantage compares at least 2 samples",

@@ -92,6 +92,24 @@ def test_partial_rollouts_prefill_prompt_and_response():
     assert partial["decode"].resident["prompts"] is partial["prefill"].arguments["prompts"]
 
 
+@pytest.mark.slow
+def test_one_of_four_widths_counts(tmp_path):
+    """The update by tokens has four widths; its FLOPs are those of the widest, rows of 32 tokens."""
+    flops = []
+    for rows, tokens in ((8, 0), (0, 8 * 32)):
+        file = tmp_path / f"{tokens}.json"
+        sizes = {"train.micro_batch": rows, "train.micro_tokens": tokens, "sft.steps": 0}
+        sizes["sampler.max_response_length"] = 26  # with a prompt of 6
+        fields = [f"--config.{name}={size}" for name, size in (MESH | sizes).items()]
+        code, out, err = run(
+            "--topology=cpu:8", "--programs=update", f"--json={file}", *fields,
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        )  # fmt: skip
+        assert code == 0 and "8 rows at a time" in out, err
+        flops.append(json.loads(file.read_text())["programs"]["update"]["flops"]["compiled"])
+    assert flops[1] == pytest.approx(flops[0], rel=0.05)
+
+
 def test_what_does_not_fit(monkeypatch, capsys):
     """The advice for a chip that is too small, by the largest part of memory."""
     fields = dict(sft__steps=0, precision__recipe="rollout")
@@ -132,6 +150,9 @@ def test_remedies_for_large_temporaries():
     assert preflight.smaller(known, "train") == "compute.remat = 'full'"
     below = "train.micro_batch below 8, a multiple of 4"
     assert preflight.smaller(known, "train", backward=False) == below
+    known = new_programs(train__micro_batch=0, train__micro_tokens=300, compute__remat="full")
+    below = "train.micro_tokens below 256, at least 128"
+    assert preflight.smaller(known, "train") == below
     known = new_programs(train__micro_batch=4, compute__remat="full")
     assert "already computes one sequence at a time" in preflight.smaller(known, "train")
     assert preflight.smaller(known, "sft") == "sft.micro_batch below 16, a multiple of 4"
@@ -142,6 +163,7 @@ CASES = {
     "top-k, rescored": dict(objective__name="dppo_topk_tv", objective__behavior="rescored"),
     "minirl, k3": dict(objective__name="minirl", objective__kl="k3", objective__kl_coefficient=0.1),
     "routes": dict(train__routing_replay=True),
+    "by tokens": dict(train__micro_batch=0, train__micro_tokens=300),
     "corrected": dict(
         objective__behavior="rescored", objective__correction="tis", objective__name="grpo"
     ),
@@ -182,7 +204,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, inputs)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
-    expected = calls.abstract_batch(programs, 8, names, replay)
+    expected = calls.abstract_batch(programs, programs.update_shape, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -244,3 +266,45 @@ def test_a_tpu(tmp_path):
         assert all("shard_map/while" in source for source in unsure), unsure
     update = figures["programs"]["update"]
     assert update["flops"]["compiled"] > 0.8 * update["flops"]["needed"]
+
+
+NO_EXPERTS = {"model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0}
+DELTA_NET = {
+    "model.full_attention_every": 2, "model.linear_key_heads": 4, "model.linear_value_heads": 8,
+    "model.linear_key_dim": 64, "model.linear_value_dim": 64, "model.linear_conv_kernel": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow  # Compiles a decode loop for each family.
+@pytest.mark.parametrize(
+    "family",
+    [
+        NO_EXPERTS | {"model.mlp_size": 2048},
+        {"model.experts": 16, "model.expert_size": 256},
+        NO_EXPERTS | {"model.mlp_size": 2048} | DELTA_NET,
+    ],
+    ids=["dense", "mixture", "hybrid"],
+)
+def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
+    """Rings that exceed a core's own memory are read whole, weights once, states are also written."""
+    if not has_libtpu():
+        pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
+    changed = {
+        "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
+        "model.load_balance": 0, "model.hidden_size": 512, "model.vocab_size": 4096,
+        "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 128, "sampler.slots": 64,
+        "sampler.max_prompt_length": 1024, "sampler.max_response_length": 8192,
+    }  # fmt: skip
+    changed |= family
+    resolved = C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
+    programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
+    weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(programs.abstract_weights))
+    moved = costs.decode_bytes(programs.model_config, weights)
+
+    file = tmp_path / "figures.json"
+    fields = [f"--config.{name}={value}" for name, value in changed.items()]
+    code, _, err = run("--topology=v5e:2x2", "--programs=decode", f"--json={file}", *fields)
+    assert code == 0, err
+    counted = json.loads(file.read_text())["programs"]["decode"]["hbm_bytes"]
+    rings = moved.step(64 / 4, 1024 + 8192)  # A device has a quarter of the slots.
+    assert counted == pytest.approx(32 * rings, rel=0.05)

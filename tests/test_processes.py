@@ -35,6 +35,7 @@ cli.launch(COMMAND.main)
 # amplify the difference.
 FIELDS = """
     precision.recipe=none optimizer.learning_rate=1e-4 sft.steps=0 mesh.data=2 mesh.fsdp=2 mesh.expert=2
+    train.micro_batch=0 train.micro_tokens=256
     evaluate.greedy=False evaluate.problems=3 evaluate.every=1 train.save_rollout_every=1
     train.staleness=1
 """.split()

@@ -12,6 +12,8 @@ from benchmarks.meshes import (
     GREEDY,
     MOE,
     NAMED,
+    PROMPT,
+    RESPONSE,
     bounds,
     differences,
     new_programs,
@@ -61,6 +63,15 @@ def test_policy_updates_on_a_mixed_mesh():
     assert_same(numbers(fields, policy=True, **MIXED), expected, "moe")
 
 
+def test_updates_by_tokens_on_a_mixed_mesh():
+    """Micro-batches of several widths on eight devices, and one device with a sequence per row."""
+    fields = MOE | {"model.load_balance": 0.0, "objective.name": "gspo"}
+    fields["objective.aggregation"] = "seq-mean-token-mean"
+    expected = numbers(fields, policy=True)
+    fields |= {"train.micro_batch": 0, "train.micro_tokens": 4 * 8 * -(-(PROMPT + RESPONSE) // 8)}
+    assert_same(numbers(fields, policy=True, **MIXED), expected, "moe")
+
+
 def test_sync_quantizes_the_projections_and_nothing_else():
     fields = MOE | {"precision.recipe": "rollout"}
     programs = new_programs(fields)
@@ -106,6 +117,9 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
         new_programs(MOE | {"sampler.slots": 12}, data=8)
     with pytest.raises(ValueError, match="train.micro_batch = 4 is not a multiple of the 8"):
         new_programs(MOE | {"train.micro_batch": 4}, data=8)
+    few = MOE | {"train.micro_batch": 0, "train.micro_tokens": 100}
+    with pytest.raises(ValueError, match="micro_tokens = 100 is too small: each of the 8 devices"):
+        new_programs(few, data=8)
     with pytest.raises(ValueError, match="mesh.tensor = 8 must divide the model's 4 kv_heads"):
         new_programs(MOE, data=1, tensor=8)
 

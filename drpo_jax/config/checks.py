@@ -136,7 +136,9 @@ def _experts(check: Check) -> None:
         check["model.mlp_size"] > 0, "model.mlp_size model.experts", f"must be above 0 {none}"
     )
     check.require(not any(check[f] for f in sizes.split()), sizes, f"all three must be 0 {none}")
-    for field, off in (("model.shared_expert_size", 0), ("mesh.expert", 1)):
+    for field, off in (
+        ("model.shared_expert_size", 0), ("model.load_balance", 0), ("mesh.expert", 1)
+    ):  # fmt: skip
         check.require(check[field] == off, f"{field} model.experts", f"must be {off} {none}")
     replay = "train.routing_replay"
     check.require(not check[replay], f"{replay} model.experts", f"{none} there are no routes")
@@ -152,6 +154,19 @@ def _batches(check: Check) -> None:
     check.divides("train.mini_batch_prompts", "train.prompts")
     check.divides("train.micro_batch", "train.mini_batch_prompts", factor=check["train.samples"])
     check.divides("sft.micro_batch", "sft.batch")
+    rows, tokens = "train.micro_batch", "train.micro_tokens"
+    check.require(
+        (check[rows] == 0) != (check[tokens] == 0),
+        f"{rows} {tokens}",
+        "one of the two must be 0, the other one sets the size of a forward and backward pass",
+    )
+    lengths = "sampler.max_prompt_length", "sampler.max_response_length"
+    width = sum(check[f] for f in lengths)
+    check.require(
+        0 == check[tokens] or check[tokens] >= width,
+        " ".join([tokens, *lengths]),
+        f"{tokens} must hold the longest prompt with the longest response, {width} tokens",
+    )
 
 
 def _groups(check: Check) -> None:

@@ -28,9 +28,19 @@ class TrainSettings:
     )
     mini_batch_prompts: int = field(16, "Prompts per optimizer update; divides prompts.", POSITIVE)
     micro_batch: int = field(
-        8, "Sequences per forward and backward pass; divides the mini-batch.", POSITIVE
+        8,
+        "Sequences per forward and backward pass; divides the mini-batch. 0: see micro_tokens.",
+        NOT_NEGATIVE,
     )
-    pack: bool = field(False, "Pack several sequences into each row of an update.")
+    micro_tokens: int = field(
+        0,
+        "Token positions per forward and backward pass, padding included, on all devices together. Rows "
+        "are packed, and their width follows the lengths of the responses. 0: see micro_batch.",
+        NOT_NEGATIVE,
+    )
+    pack: bool = field(
+        False, "Pack several sequences into each row of an update; with micro_tokens, always."
+    )
     routing_replay: bool = field(
         False, "The learner routes tokens to the experts that the sampler chose (R3)."
     )

@@ -124,6 +124,7 @@ def _smoke(config: ConfigDict) -> None:
     buffer = min(config.reward.overlong_buffer, config.sampler.max_response_length)
     config.reward.overlong_buffer = buffer
     config.train.update(steps=2, prompts=8, samples=4, mini_batch_prompts=4, micro_batch=8)
+    config.train.micro_tokens = 0
     config.train.save_rollout_every = 1
     if config.sft.steps:
         config.sft.update(steps=4, batch=16, micro_batch=16, warmup_steps=1)

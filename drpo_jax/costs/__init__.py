@@ -6,6 +6,7 @@ The modules:
     hlo      parser for the text of a compiled program
     counts   collectives, matmul FLOPs and memory traffic of that text
     flops    FLOPs by the equations of the model
+    limits   least times of decoding and of updates, by the equations of the model
     program  one program of a run, compiled and counted
     table    the results as tables and as JSON
 """
@@ -21,6 +22,7 @@ from drpo_jax.costs.flops import (
     scoring,
     training,
 )
+from drpo_jax.costs.limits import DecodeBytes, compute_seconds, decode_bytes, decode_seconds
 from drpo_jax.costs.program import Cost, Program, device_bytes, measure
 from drpo_jax.costs.table import amount, figures, memory_table, transfer_table, work_table
 
@@ -28,9 +30,13 @@ __all__ = [
     "CHIPS",
     "Chip",
     "Cost",
+    "DecodeBytes",
     "Program",
     "Work",
     "amount",
+    "compute_seconds",
+    "decode_bytes",
+    "decode_seconds",
     "decoding",
     "device_bytes",
     "figures",

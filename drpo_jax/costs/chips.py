@@ -25,6 +25,7 @@ class Chip:
       flops: peak FLOP/s by operand dtype: bfloat16, and float8 and int8 where they are faster.
       bandwidth: HBM bandwidth in bytes/s, reads and writes together.
       links: bytes/s that the device can send to others, over all its links together.
+      latency: seconds that a collective takes besides its bytes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Chip:
     flops: dict[str, float]
     bandwidth: float
     links: float
+    latency: float = 8e-6
 
     def peak(self, dtype: str) -> float:
         """Peak FLOP/s of matmuls that compute in `dtype`; 0 where it is unknown.
@@ -45,6 +47,8 @@ class Chip:
 # Memory is what the compiler (libtpu 0.0.42) reports as available when a program is too large. The
 # other figures are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; `links` is half of the
 # bidirectional interconnect bandwidth. v4 has six links of 50 GB/s (Jouppi et al., arXiv 2304.01433).
+# The latency is that of a small all-gather over four v5e chips, as profiled in "How to Scale Your Model"
+# (jax-ml.github.io/scaling-book/sharding, "AllGather time"); other chips and larger groups differ.
 CHIPS = {
     "v4": Chip("v4", 30.75 * GIB, {"bfloat16": 275e12}, 1200e9, 300e9),
     "v5e": Chip("v5e", 15.75 * GIB, {"bfloat16": 197e12, "int8": 393e12}, 819e9, 200e9),
@@ -112,7 +116,7 @@ def get_devices(topology: str) -> tuple[list, Chip]:
         ) from None
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return jax.devices(), Chip("cpu", memory / sides[0], {}, 0.0, 0.0)
+        return jax.devices(), Chip("cpu", memory / sides[0], {}, 0.0, 0.0, 0.0)
     if not has_libtpu():
         raise ValueError(
             f"topology {topology} needs the TPU compiler, libtpu (no TPU required): "

@@ -172,6 +172,8 @@ def _traffic(site, module):
         return 0
     operands = [site.computation[name] for name in instruction.operands]
     shapes = instruction.shapes
+    if opcode == "slice-start":
+        return _main(shapes[1:2]) + (shapes[1].bytes if _main(operands[0].shapes) else 0)
     if opcode.endswith("-start"):  # Its results repeat its operands.
         arguments = [s for operand in operands for s in operand.shapes]
         n = len(arguments)
@@ -210,21 +212,42 @@ def _read(place, shapes, inside, module):
       shapes: the operand's shapes.
       inside: the fusion's computation.
     """
-    total, parts = _main(shapes), 0
-    names = [i.name for i in inside.values() if i.opcode == "parameter" and i.inner == str(place)]
-    while names:
-        name = names.pop()
+    read, result = _used(place, inside, module)
+    return min(math.inf if result == "same" else read, _main(shapes)) if _main(shapes) else 0
+
+
+def _used(place, inside, module):
+    """How a computation uses its parameter number `place`.
+
+    Returns:
+      The bytes of the slices that it reads, or infinity if it reads the whole parameter; and what its
+      result is: the "same" array, the array "updated" in place, or "" for anything else.
+    """
+    read, root = 0, root_of(inside)
+    results = root.operands if root.opcode == "tuple" else [root.name]
+    names = {
+        i.name: "same" for i in inside.values() if i.opcode == "parameter" and i.inner == str(place)
+    }
+    for name, kind in (queue := list(names.items())):  # `queue` grows inside the loop.
         for user in inside.values():
             for at in (i for i, operand in enumerate(user.operands) if operand == name):
+                result = ""
                 if user.opcode in ("bitcast", "copy"):
-                    names.append(user.name)
+                    result = "same"
                 elif user.opcode == "fusion":
-                    parts += _read(at, shapes, _inside(user, module), module)
+                    more, result = _used(at, _inside(user, module), module)
+                    read += more
                 elif user.opcode in ("dynamic-slice", "slice", "gather") and at == 0:
-                    parts += sum(shape.bytes for shape in user.shapes)
-                elif user.opcode != "dynamic-update-slice" or at:
-                    return total
-    return min(parts, total)
+                    read += sum(shape.bytes for shape in user.shapes)
+                elif user.opcode == "dynamic-update-slice" and at == 0:
+                    result = "updated"
+                elif user is not root or root.opcode != "tuple":
+                    read = math.inf
+                if result:
+                    names[user.name] = "updated" if "updated" in (kind, result) else "same"
+                    queue.append((user.name, names[user.name]))
+    kinds = {names[name] for name in results if name in names}
+    return read, "same" if "same" in kinds else "updated" if kinds else ""
 
 
 def _written(name, shape, inside):

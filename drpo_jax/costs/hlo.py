@@ -2,7 +2,7 @@
 
 The trip count of a loop is XLA's annotation `known_trip_count`. On TPU the text lacks this annotation,
 and the trip count follows from a counter that runs from one constant to another. For all other loops the
-caller supplies it. Both branches of a conditional count.
+caller supplies it. Of a conditional, the branch that computes most counts.
 """
 
 import dataclasses
@@ -111,9 +111,21 @@ class Module:
                 repeated = times * (self.trips if trips is None else trips)
                 yield from self._visit(inner.body, repeated, known, fused, inner)
                 continue
-            for called in _called(instruction):
+            called = _called(instruction)
+            if instruction.opcode == "conditional":
+                called = [max(called, key=lambda branch: self._computed(branch, loop))]
+            for callee in called:
                 deeper = fused or instruction.opcode == "fusion"
-                yield from self._visit(called, times, certain, deeper, loop)
+                yield from self._visit(callee, times, certain, deeper, loop)
+
+    def _computed(self, name, loop):
+        """What a computation computes, to compare branches: bytes of its matmuls, and of all results."""
+        matmuls = total = 0.0
+        for site in self._visit(name, 1, True, False, loop):
+            size = site.times * sum(shape.bytes for shape in site.instruction.shapes)
+            total += size
+            matmuls += size * (site.instruction.opcode in ("dot", "convolution"))
+        return matmuls, total
 
 
 class _Loop:

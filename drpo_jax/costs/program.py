@@ -67,7 +67,8 @@ class Cost:
       reported_flops: the compiler's own count, which counts a loop body once.
       traffic: bytes from and to HBM.
       collectives: the collectives that the device takes part in.
-      seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links".
+      seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links"; the latency of
+        every collective is a part of the last.
       problem: the reason why it did not compile; "" if it did.
     """
 
@@ -180,7 +181,7 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
     rates = {
         "compute": (max(flops, known["work"].model if known["work"] else 0.0), chip.peak(dtype)),
         "memory": (traffic, chip.bandwidth),
-        "links": (sum(c.sent * c.times for c in sent), chip.links),
+        "links": (sum((c.sent + chip.latency * chip.links) * c.times for c in sent), chip.links),
     }
     return Cost(
         **known,

@@ -2,16 +2,19 @@
 
 The modules:
 
-    head     lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
-    update   gradients of a mini-batch over micro-batches, and one optimizer update
-    summary  metrics of an update, from its trace
-    state    TrainState, Batch, optimizer
-    packing  where the sequences of a batch lie in its rows
-    record   saved rollouts
+    head            lm_head, log-softmax, objective and their gradients in one pass; TokenTrace
+    update          gradients of a mini-batch over micro-batches, and one optimizer update
+    summary         metrics of an update, from its trace
+    state           TrainState, Batch, optimizer
+    packing         where the sequences of a batch lie in its rows
+    record          saved rollouts
+    rollout_file    rollouts in Parquet, which any engine can write
+    rollout_checks  the rules that such a file must keep
+    replay          such files as the rollouts of a run
 """
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy
-from drpo_jax.learner.packing import Layout, lay_out
+from drpo_jax.learner.packing import PARTS, Layout, lay_out, lay_out_by_tokens
 from drpo_jax.learner.state import (
     Batch,
     TrainState,
@@ -24,6 +27,7 @@ from drpo_jax.learner.summary import summarize
 from drpo_jax.learner.update import Report, UpdateSettings, gradients, response_trace, update
 
 __all__ = [
+    "PARTS",
     "Batch",
     "Layout",
     "Policy",
@@ -35,6 +39,7 @@ __all__ = [
     "head_loss",
     "init_state",
     "lay_out",
+    "lay_out_by_tokens",
     "likelihood",
     "make_batch",
     "make_optimizer",

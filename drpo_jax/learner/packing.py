@@ -14,6 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+# The numbers of parts into which rows are cut where micro-batches hold tokens. The update compiles one
+# forward and backward pass for each of them, so this is the bound on compiled shapes. Rows of an eighth
+# of the width leave little attention to save.
+PARTS = (1, 2, 4, 8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -24,6 +29,8 @@ class Layout:
       numbers: int32 [N], the number of each sequence in its row, from 1.
       prompt_lengths, response_lengths: int32 [N], tokens. Prompts are never empty.
       shape: (P, T).
+      micro_batches: number of micro-batches n. Row r belongs to micro-batch r mod n, so that the rows
+        of a micro-batch are on all devices.
     """
 
     rows: np.ndarray
@@ -32,6 +39,17 @@ class Layout:
     prompt_lengths: np.ndarray
     response_lengths: np.ndarray
     shape: tuple[int, int]
+    micro_batches: int = 1
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """How many of the positions that are computed are padding, and how many are computed.
+
+        Micro-batches without a sequence are not computed.
+        """
+        filled = len(np.unique(self.rows % self.micro_batches))
+        computed = filled * self.shape[0] // self.micro_batches * self.shape[1]
+        return computed - int((self.prompt_lengths + self.response_lengths).sum()), computed
 
     def place(
         self, values: ArrayLike, at: Literal["response", "sequence"] = "response"
@@ -84,9 +102,8 @@ def lay_out(
 ) -> Layout:
     """Lays out N sequences in N rows of `width` tokens. Packing leaves some rows empty.
 
-    Packing is first-fit decreasing. Row r belongs to micro-batch r mod `micro_batches`, so that the rows
-    of a micro-batch are on all devices. Rows are filled one micro-batch after the other, so that
-    whole micro-batches stay empty and the update skips them.
+    Packing is first-fit decreasing. Rows are filled one micro-batch after the other, so that whole
+    micro-batches stay empty and the update skips them.
 
     Args:
       prompt_lengths, response_lengths: int [N], tokens. Their sums are at most `width`.
@@ -110,4 +127,60 @@ def lay_out(
             numbers[i] = held[row]
         per_batch = count // micro_batches
         rows = (rows % per_batch) * micro_batches + rows // per_batch
-    return Layout(rows, starts, numbers, prompt_lengths, response_lengths, (count, width))
+    shape = count, width
+    return Layout(rows, starts, numbers, prompt_lengths, response_lengths, shape, micro_batches)
+
+
+def lay_out_by_tokens(
+    prompt_lengths: ArrayLike,
+    response_lengths: ArrayLike,
+    shape: tuple[int, int],
+    micro_batches: int,
+) -> Layout:
+    """Lays out N sequences in micro-batches of equally many token positions and different widths.
+
+    The longest sequence that does not fit into the micro-batches so far opens the next one, whose rows
+    are cut into the most parts of `PARTS` that still hold it. Shorter sequences fill what is left of any
+    part (first-fit decreasing), so a part is never wider than its longest sequence requires, and a
+    micro-batch is opened only after every part of the others holds a sequence. N sequences therefore
+    need no more micro-batches than N rows that are not packed.
+
+    Args:
+      prompt_lengths, response_lengths: int [N], tokens. Their sums are at most T.
+      shape: (P, T). `PARTS` divide T, and `micro_batches` divides P.
+      micro_batches: number of micro-batches of the update. Those at the end stay empty.
+
+    Returns:
+      The Layout. In every row, the sequences are numbered from left to right.
+
+    Raises:
+      ValueError: there are more sequences than rows.
+    """
+    prompt_lengths = np.asarray(prompt_lengths, np.int32)
+    response_lengths = np.asarray(response_lengths, np.int32)
+    lengths, count, width = prompt_lengths + response_lengths, len(prompt_lengths), shape[1]
+    if count > shape[0]:
+        raise ValueError(f"{count} sequences do not fit into a mini-batch of {shape[0]} rows")
+    per_batch = shape[0] // micro_batches
+    rows, starts = np.zeros((2, count), np.int32)
+    # The parts of all micro-batches so far: their rows and the first free column there, and their room.
+    places, room, opened = np.zeros((2, 0), np.int32), np.zeros(0, np.int32), 0
+    for i in np.argsort(-lengths, kind="stable"):
+        fitting = np.flatnonzero(room >= lengths[i])
+        part = fitting[0] if fitting.size else len(room)
+        if not fitting.size:
+            narrow = width // max(p for p in PARTS if lengths[i] <= width // p)
+            # First one part of every row, so that all devices get sequences.
+            column, row = np.divmod(np.arange(per_batch * width // narrow), per_batch)
+            new = np.stack([row * micro_batches + opened, column * narrow])
+            places = np.concatenate([places, new.astype(np.int32)], axis=1)
+            room = np.concatenate([room, np.full(len(row), narrow, np.int32)])
+            opened += 1
+        rows[i], starts[i] = places[:, part]
+        places[1, part] += lengths[i]
+        room[part] -= lengths[i]
+    order = np.lexsort((starts, rows))
+    first = np.searchsorted(rows[order], rows[order])  # the place of the row's first sequence
+    numbers = np.zeros(count, np.int32)
+    numbers[order] = np.arange(count) - first + 1
+    return Layout(rows, starts, numbers, prompt_lengths, response_lengths, shape, micro_batches)

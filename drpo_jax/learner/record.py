@@ -5,12 +5,14 @@ train.staleness = k, of checkpoint 20 − k). It is a NumPy archive, which `np.l
 sequences, with the samples of a prompt contiguous, T tokens of prompt and response, and R response
 tokens:
 
+    group             int64 [N]       number of the problem in the rollout
     tokens            int32 [N, T]    prompt and response without a gap, then zeros
     prompt_lengths    int32 [N]
     response_lengths  int32 [N]       including the stop token
     response_mask     bool [N, R]     where the arrays below belong to a token that the model sampled
     loss_mask         bool [N, R]     the tokens that carry a loss: by default all of response_mask
     behavior_logp     float32 [N, R]  log µ as the objective took it
+    full_logp         float32 [N, R]  log µ as the sampler recorded it, before top-k and top-p
     sampled_logp      float32 [N, R]  logprob under the distribution it was drawn from (top-k, top-p)
     old_logp          float32 [N, R]  log π_old, the learner's score before the first update
     logp              float32 [N, R]  log π at the update that used the token (first epoch); this and the
@@ -35,7 +37,7 @@ tokens:
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -87,7 +89,17 @@ def response_advantages(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a saved rollout by name."""
-    with np.load(path.open("rb")) as archive:
+    with path.open("rb") as file:
+        return arrays_of(file)
+
+
+def arrays_of(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Returns the arrays of a saved rollout from an open file.
+
+    Raises:
+      ValueError: the file is not a NumPy archive, or one with objects in it.
+    """
+    with np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     if "response_ends" in arrays:
         texts = unpack_texts(arrays.pop("response_utf8"), arrays.pop("response_ends"))

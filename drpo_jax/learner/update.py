@@ -32,6 +32,9 @@ class UpdateSettings:
       entropy_bonus: coefficient of the entropy that is added to J.
       load_balance: coefficient of the load-balancing loss of each micro-batch.
       pack: rows may be empty. Micro-batches of empty rows are skipped.
+      parts: the numbers of equal parts into which the rows of a micro-batch may be cut before they are
+        computed: 1 first, each divides the next, and the last divides T. A micro-batch is cut into the
+        most parts for which no cut goes through a sequence. More than one number requires `pack`.
       compute: how the learner computes the forward pass.
       head_chunk: tokens per chunk of the head; None: see `head.chunk_tokens`.
       sum_squares: the trace has Σπ² of each token.
@@ -45,6 +48,7 @@ class UpdateSettings:
     entropy_bonus: float = 0.0
     load_balance: float = 0.0
     pack: bool = False
+    parts: tuple[int, ...] = (1,)
     compute: Compute = Compute()
     head_chunk: int | None = None
     sum_squares: bool = False
@@ -78,9 +82,9 @@ def response_trace(model: Transformer, batch: Batch, settings: UpdateSettings) -
 
     def score(piece):
         _, (trace, _, _) = _micro_loss(model, *piece, 1.0, settings)
-        return trace
+        return (), trace
 
-    trace = jax.lax.map(_unless_empty(score, settings), pieces)
+    _, trace = jax.lax.map(_computed(score, settings), pieces)
     return jax.tree.map(lambda a: _merge(a, settings.micro_batches), trace)
 
 
@@ -133,8 +137,10 @@ def gradients(
 ) -> tuple[Transformer, TokenTrace, dict[str, jax.Array]]:
     """The gradient of the loss of one mini-batch, which the optimizer descends.
 
-    The weights of the tokens and the denominator come from the whole mini-batch, so the number of
-    micro-batches never changes the loss.
+    The weights of the tokens and the denominator come from the whole mini-batch, so neither the number
+    of micro-batches nor their widths change the loss. Load balancing is the exception: its loss is a
+    mean over micro-batches of a function that is not linear in their tokens. Micro-batches weigh the
+    same, except that those cut by tokens (`settings.parts`) weigh as much as they have tokens.
 
     Returns:
       A pytree like `model`, float32; the TokenTrace [P, T]; the loss and the router metrics by name.
@@ -143,16 +149,20 @@ def gradients(
     n = settings.micro_batches
     pieces = jax.tree.map(lambda a: _split(a, n), (batch, weight / denominator))
     filled = jnp.any(pieces[0].segment_ids > 0, axis=(1, 2))
-    share = 1 / jnp.maximum(jnp.sum(filled), 1)
+    equal = 1 / jnp.maximum(jnp.sum(filled), 1)
+    tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0), 1)
 
     def micro_step(piece):
+        share = equal
+        if len(settings.parts) > 1:
+            share = jnp.sum(piece[0].segment_ids > 0) / tokens
         (_, (trace, loss, router)), grads = jax.value_and_grad(_micro_loss, has_aux=True)(
             model, *piece, share, settings
         )
         return (grads, loss, router), trace
 
     def accumulate(total, piece):
-        sums, trace = _unless_empty(micro_step, settings)(piece)
+        sums, trace = _computed(micro_step, settings)(piece)
         return jax.tree.map(jnp.add, total, sums), trace
 
     zero = _zeros_of(micro_step, jax.tree.map(lambda a: a[0], pieces))[0]
@@ -204,16 +214,52 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
     return total, (trace, loss, out.router)
 
 
-def _unless_empty(step, settings):
-    """`step`, or zeros of its results for a micro-batch that packing left without a sequence."""
+def _computed(step, settings):
+    """`step` on the narrowest rows that a micro-batch allows; zeros where packing left it empty.
+
+    Args:
+      step: (Batch, weight [P, T]) → (sums over the micro-batch, TokenTrace [P, T]).
+    """
     if not settings.pack:
         return step
+    narrower = settings.parts[1:]
+    steps = [step, *(partial(_in_parts, step, parts) for parts in narrower)]
+
+    def narrow(piece):
+        ids = piece[0].segment_ids
+        # Every number of parts divides the next, so what holds for one holds for the smaller ones.
+        return jax.lax.switch(sum(_uncut(ids, parts) for parts in narrower), steps, piece)
 
     def run(piece):
         filled = jnp.any(piece[0].segment_ids > 0)
-        return jax.lax.cond(filled, step, partial(_zeros_of, step), piece)
+        compute = narrow if narrower else step
+        return jax.lax.cond(filled, compute, partial(_zeros_of, step), piece)
 
     return run
+
+
+def _uncut(ids_PxT, parts):
+    """1 if no sequence lies on both sides of a cut of the rows into equal parts, otherwise 0."""
+    cuts = ids_PxT.reshape(ids_PxT.shape[0], parts, -1)
+    last, first = cuts[:, :-1, -1], cuts[:, 1:, 0]
+    return jnp.all((last != first) | (last == 0)).astype(jnp.int32)
+
+
+def _in_parts(step, parts, piece):
+    """`step` on rows [P · parts, T / parts]. The trace that it returns is [P, T] again."""
+    rows, width = piece[1].shape
+    cut = rows * parts, width // parts
+    batch, weight = jax.tree.map(lambda a: a.reshape(*cut, *a.shape[2:]), piece)
+    ids = batch.segment_ids
+    # The sequences of a row are numbered from left to right. Those of a part begin with 1 again.
+    before = jnp.min(jnp.where(ids > 0, ids, width), axis=1, keepdims=True) - 1
+    batch = dataclasses.replace(
+        batch,
+        segment_ids=jnp.where(ids > 0, ids - before, 0),
+        mask=jnp.where(batch.mask > 0, batch.mask - before, 0),
+    )
+    sums, trace = step((batch, weight))
+    return sums, jax.tree.map(lambda a: a.reshape(rows, width, *a.shape[2:]), trace)
 
 
 def _zeros_of(step, piece):

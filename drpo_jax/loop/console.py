@@ -41,7 +41,7 @@ def introduction(run: Run) -> str:
         + _penalties(config),
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
-        f"({config.data.problems or config.data.task}), reward {reward_summary(config.reward)}",
+        + _source(run),
         **_groups(train),
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
@@ -73,6 +73,14 @@ def _groups(train: ConfigDict) -> dict[str, str]:
         return {}
     most = train.max_draws * train.prompts
     return {"groups": "; ".join([*parts, f"at most {most:,} problems per step"])}
+
+
+def _source(run: Run) -> str:
+    """Describes where the rollouts come from."""
+    if run.replay is not None:
+        return f"(not sampled, but read: {run.replay})"
+    data = run.config.data
+    return f"({data.problems or data.task}), reward {reward_summary(run.config.reward)}"
 
 
 def _penalties(config: ConfigDict) -> str:

@@ -202,6 +202,7 @@ def make_updates(
             batch, layout = programs.rollout_batch(rollouts, rows, inputs, loss_mask=loss_mask)
             state, report = programs.policy_update(state, batch)
             pairs, extremes = programs.summarize(report.trace, batch)
+            pairs = pairs | {"batch/padding": layout.padding}
             reports.append((pairs, extremes, report.metrics, report.skipped))
             if keep and epoch == 0:
                 trace = report.trace._asdict()

@@ -22,7 +22,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
-from drpo_jax.loop.rollout import Example, Rollout, below, training_reward
+from drpo_jax.loop.rollout import Example, Rollout, below, replayed, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
 from drpo_jax.metrics import CompileClock, MetricLogger, Record, read_metrics, record_start
@@ -34,8 +34,15 @@ from drpo_jax.run import Run, claim, due
 PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
 
 
-def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
+def train(
+    config: FrozenConfigDict, workdir: Path, replay: Path | None = None
+) -> tuple[Record, Record] | None:
     """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
+
+    Args:
+      config: a resolved config.
+      workdir: directory of the run.
+      replay: directory of files to learn from instead of sampling, see `learner.replay`.
 
     Returns:
       The records of the evaluations before and after training, {"step": …} for one that is missing from
@@ -55,7 +62,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
         print(f"{workdir}: this run is complete (step {done} of {config.train.steps})")
         print(f"--config.train.steps={2 * done} would continue it to step {2 * done}")
     else:
-        with claim(Run.create(config, workdir)) as run:
+        with claim(Run.create(config, workdir, replay=replay)) as run:
             print(console.introduction(run), flush=True)
             _train(run)
         if text := console.compilations(read_metrics(workdir)):
@@ -224,7 +231,8 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
 
 def _save(run: Run, step: int, rollout: Rollout, view: Mapping[str, np.ndarray]) -> None:
     """Saves a rollout with the learner's view of it, see `learner.record`."""
-    save_rollout(run.workdir, step, **rollout.arrays(run.tokenizer), **view)
+    arrays = rollout.arrays(run.tokenizer, run.config.train.samples)
+    save_rollout(run.workdir, step, **arrays, **view)
 
 
 def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
@@ -237,7 +245,7 @@ def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
 def rl_step(
     run: Run, collector: Collector, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
-    """Collects one rollout and makes its updates.
+    """Collects one rollout, or reads it from the files of a replay, and makes its updates.
 
     Args:
       collector: provides the rollout, and keeps what later steps need.
@@ -252,18 +260,23 @@ def rl_step(
     """
     config = run.config
     timer = PhaseTimer(console.FIRST_STEP if first else {}, run.programs.clock.idle_seconds)
-    rollout = collector.collect(run, state.model, step, timer)
+    if run.replay is None:
+        rollout = collector.collect(run, state.model, step, timer)
+    else:
+        rollout = replayed(run, step, timer)
     responses = rollout.responses
     with timer("update"):
         measure = parity.is_measured(config, step)
-        # Older rollouts are compared when they are sampled, by the weights of that time.
-        check = first and config.sampler.parity != "off" and not config.train.staleness
+        # Older rollouts are compared when they are sampled, by the weights of that time. The weights
+        # that sampled the files of a replay need not be those of this run.
+        sampled_now = not config.train.staleness and run.replay is None
+        check = first and config.sampler.parity != "off" and sampled_now
         reward = training_reward(config, rollout, step)
         inputs, old_logp, penalties = objective_inputs(
             run, state.model, responses, reward, step, rescore=measure or check
         )
         scores = rollout.scores
-        if (measure or check) and not config.train.staleness:
+        if (measure or check) and sampled_now:
             scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
         if check and scores:
             parity.check_parity(run, responses, scores)

@@ -13,6 +13,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import rewards
 from drpo_jax.data import Problem
+from drpo_jax.errors import bad_input
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import add_to_responses
@@ -97,16 +98,22 @@ class Rollout:
         age = step - self.responses.version[self.responses.mask()]
         return {"staleness/mean": age.mean(), "staleness/max": age.max()}
 
-    def arrays(self, tokenizer: Any) -> dict[str, Any]:
-        """Returns the arrays of `learner.record` except for the learner's view of the rollout."""
+    def arrays(self, tokenizer: Any, samples: int) -> dict[str, Any]:
+        """Returns the arrays of `learner.record` except for the learner's view of the rollout.
+
+        Args:
+          samples: responses to each problem.
+        """
         responses, problems = self.responses, self.problems
         piece_ids, piece_texts = responses.pieces(tokenizer)
         return dict(
+            group=np.arange(len(problems)) // samples,
             tokens=responses.tokens,
             prompt_lengths=responses.prompt_lengths,
             response_lengths=responses.response_lengths,
             response_mask=responses.mask(),
             sampled_logp=responses.sampled_logp,
+            full_logp=responses.full_logp,
             reward=self.reward,
             finished=responses.finished,
             version=responses.version,
@@ -265,6 +272,50 @@ def unload(run: Run) -> dict[str, float]:
         / run.config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
+
+
+def replayed(run: Run, step: int, timer: PhaseTimer) -> Rollout:
+    """Reads the rollout of a step from the files of `run.replay`.
+
+    Args:
+      timer: measures the phase sample.
+    """
+    assert run.replay is not None
+    run.interrupts.check()
+    with timer("sample"), bad_input():
+        arrays = run.replay.rollout(step, run.config.train.prompts)
+    shape = arrays["full_logp"].shape
+    no_tokens = np.zeros((*shape, 0), np.int32)
+    responses = Rollouts(
+        tokens=arrays["tokens"],
+        prompt_lengths=arrays["prompt_lengths"],
+        response_lengths=arrays["response_lengths"],
+        sampled_logp=arrays["sampled_logp"],
+        full_logp=arrays["full_logp"],
+        entropy=np.zeros(shape, np.float32),
+        finished=arrays["finished"],
+        top_ids=no_tokens,
+        top_logp=no_tokens.astype(np.float32),
+        routes=np.zeros((*arrays["tokens"].shape, 0, 0), np.int16),
+        version=arrays["version"],
+    )
+    problems = _problems(run, arrays)
+    lengths = responses.response_lengths
+    added = shaping(run.config, responses.texts(run.tokenizer), lengths)
+    return Rollout(problems, responses, arrays["reward"], added, measured={})
+
+
+def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
+    """Returns the problem of every response of a replay; texts that the files lack are empty."""
+    problems: list[Problem] = []
+    samples = run.config.train.samples
+    for row in range(0, len(arrays["group"]), samples):
+        texts = {
+            name: arrays[name][row] for name in ("prompt", "answer", "kind", "id") if name in arrays
+        }
+        problem = Problem(**{"prompt": "", "answer": "", "kind": "", "id": ""} | texts)
+        problems += [problem] * samples
+    return problems
 
 
 def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:

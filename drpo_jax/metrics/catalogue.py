@@ -413,6 +413,11 @@ SECTIONS: tuple[Section, ...] = (
                 "dispatch has begun and whose result the host does not know to be ready. On a CPU, a "
                 "program is in flight while it waits for cores, too", "%",
             ),
+            Metric(
+                "batch/padding", "Padding",
+                "padding among the token positions that the updates compute; scoring computes those of "
+                "the first epoch", "%",
+            ),
             Metric("time/{phase}", "Time of {phase}", "wall time of this phase of the step", "s"),
             Metric(
                 "sampler/live_rows", "Busy slots",

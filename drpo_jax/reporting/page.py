@@ -40,31 +40,39 @@ def render(groups: Sequence[Group]) -> str:
     sections = [metric_section(s, groups, last) for s in SECTIONS if s.title != TABLE_ONLY]
     sections = [s for s in sections if s["logged"] or s["title"] == WEIGHTS]
     ks = {run.config.get("evaluate.samples") for run in runs}
-    environment = jinja2.Environment(
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            counts=f"{plural(len(runs), 'run')}, {plural(len(groups), 'group')}",
+            contents=["Results", "Runs", *(s["title"] for s in sections), "Samples", "Metrics"],
+            groups=groups,
+            avg=f"avg@{ks.pop()}" if len(ks) == 1 and None not in ks else "avg@k",
+            accuracy=accuracy_table(groups),
+            facts=[(group, facts(group)) for group in groups],
+            differences=differences(groups),
+            shared=shared_fields(groups),
+            sections=sections,
+            weights=WEIGHTS,
+            long=LONG,
+            window=WINDOW,
+            ramp=", ".join(map(matplotlib.colors.to_hex, ramp)),
+            maps=group_charts(weight_map, groups, "No saved rollout has a token with Â ≠ 0"),
+            by_mu=group_charts(mu_chart, groups, "by_mu/… is not logged"),
+            key=Markup(shade_key()),
+            samples=[samples(group, limit) for group in groups],
+            metrics=[(group, metrics_table(group)) for group in groups],
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Returns the templates of this package; they escape whatever they insert."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
-        counts=f"{plural(len(runs), 'run')}, {plural(len(groups), 'group')}",
-        contents=["Results", "Runs", *(s["title"] for s in sections), "Samples", "Metrics"],
-        groups=groups,
-        avg=f"avg@{ks.pop()}" if len(ks) == 1 and None not in ks else "avg@k",
-        accuracy=accuracy_table(groups),
-        facts=[(group, facts(group)) for group in groups],
-        differences=differences(groups),
-        shared=shared_fields(groups),
-        sections=sections,
-        weights=WEIGHTS,
-        long=LONG,
-        window=WINDOW,
-        ramp=", ".join(map(matplotlib.colors.to_hex, ramp)),
-        maps=group_charts(weight_map, groups, "No saved rollout has a token with Â ≠ 0"),
-        by_mu=group_charts(mu_chart, groups, "by_mu/… is not logged"),
-        key=Markup(shade_key()),
-        samples=[samples(group, limit) for group in groups],
-        metrics=[(group, metrics_table(group)) for group in groups],
     )
 
 

@@ -219,6 +219,72 @@ def test_slices_of_a_stack_do_not_cost_the_stack():
     assert stack <= memory_traffic(module) < 5 * stack < 100 * stack
 
 
+NESTED = """HloModule jit_f, entry_computation_layout={()->f32[]}
+
+%view (v: bf16[8,2,1,512]) -> bf16[8,2,512] {
+  %v = bf16[8,2,1,512]{3,2,1,0} parameter(0)
+  ROOT %seen = bf16[8,2,512]{2,1,0} bitcast(%v)
+}
+
+%attend (q: bf16[8,2], keys: bf16[8,2,1,512]) -> f32[8,512] {
+  %q = bf16[8,2]{1,0} parameter(0)
+  %keys = bf16[8,2,1,512]{3,2,1,0} parameter(1)
+  %flat = bf16[8,2,512]{2,1,0} fusion(%keys), kind=kLoop, calls=%view
+  ROOT %scores = f32[8,512]{1,0} custom-call(%q, %flat), custom_call_target="dot"
+}
+
+%put (ring: bf16[8,512], new: bf16[8,1], at: s32[]) -> bf16[8,512] {
+  %ring = bf16[8,512]{1,0} parameter(0)
+  %new = bf16[8,1]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %written = bf16[8,512]{1,0} dynamic-update-slice(%ring, %new, %at, %at)
+}
+
+%put_and_read (ring: bf16[8,512], new: bf16[8,1], at: s32[]) -> bf16[8,512] {
+  %ring = bf16[8,512]{1,0} parameter(0)
+  %new = bf16[8,1]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %written = bf16[8,512]{1,0} dynamic-update-slice(%ring, %new, %at, %at)
+  ROOT %negated = bf16[8,512]{1,0} negate(%written)
+}
+
+ENTRY %main (q: bf16[8,2], keys: bf16[8,2,1,512], ring: bf16[8,512], new: bf16[8,1], at: s32[]) -> f32[] {
+  %q = bf16[8,2]{1,0:S(1)} parameter(0)
+  %keys = bf16[8,2,1,512]{3,2,1,0} parameter(1)
+  %ring = bf16[8,512]{1,0} parameter(2)
+  %new = bf16[8,1]{1,0:S(1)} parameter(3)
+  %at = s32[]{:S(6)} parameter(4)
+  ROOT %out = OPERATION
+}
+"""  # noqa: E501
+RING, KEYS = 8 * 512 * 2, 8 * 2 * 512 * 2
+
+
+@pytest.mark.parametrize(
+    ("operation", "traffic"),
+    [
+        # The operand is seen through a bitcast in a fusion of its own.
+        ("f32[8,512]{1,0:S(1)} fusion(%q, %keys), kind=kOutput, calls=%attend", KEYS),
+        # One column is written in place.
+        ("bf16[8,512]{1,0} fusion(%ring, %new, %at), kind=kLoop, calls=%put", 8 * 2),
+        # What reads the updated array reads all of it.
+        (
+            "bf16[8,512]{1,0:S(1)} fusion(%ring, %new, %at), kind=kLoop, calls=%put_and_read",
+            RING,
+        ),
+        # A quarter of the ring moves into the core's own memory.
+        (
+            "((bf16[8,512]{1,0}), bf16[2,512]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%ring), "
+            "slice={[0:2], [0:512]}",
+            RING / 4,
+        ),
+    ],
+    ids=["view", "update", "update and read", "slice"],
+)
+def test_what_a_tpu_program_reads(operation, traffic):
+    assert memory_traffic(Module(NESTED.replace("OPERATION", operation))) == traffic
+
+
 @pytest.mark.parametrize(
     ("message", "needed"),
     [
@@ -237,3 +303,15 @@ def test_slices_of_a_stack_do_not_cost_the_stack():
 )
 def test_the_error_of_a_program_that_is_too_large(message, needed):
     assert out_of_memory(message) == needed
+
+
+def test_the_branch_that_computes_most_counts():
+    """A loop over a conditional of three branches: all rows, half of them, none."""
+
+    def step(i, x):
+        branches = (jnp.zeros_like, lambda x: x.at[:4].set(x[:4] @ x), lambda x: x @ x)
+        return jnp.sin(jax.lax.switch(i % 3, branches, x))
+
+    text = compiled(lambda x: jax.lax.fori_loop(0, TRIPS, step, x), struct(8, 8)).as_text()
+    assert "conditional" in text
+    assert matmul_flops(Module(text)) == TRIPS * 2 * 8**3

@@ -1,9 +1,9 @@
-"""Layouts: placing values into rows and taking them back."""
+"""Layouts: where sequences are placed, and placing values into rows and taking them back."""
 
 import numpy as np
 import pytest
 
-from drpo_jax.learner import lay_out, make_batch
+from drpo_jax.learner import PARTS, lay_out, lay_out_by_tokens, make_batch
 
 WIDTH, ROOM = 16, 9
 
@@ -57,3 +57,70 @@ def test_the_filled_rows_are_those_of_the_first_micro_batches():
 def test_the_longest_sequences_fill_a_row_each():
     layout = lay_out([7] * 4, [9] * 4, WIDTH, pack=True, micro_batches=2)
     assert sorted(layout.rows) == [0, 1, 2, 3] and not layout.starts.any()
+
+
+def by_tokens(prompts, responses, rows, width, micro_batches=None):
+    """The layout of `lay_out_by_tokens` with as many micro-batches as any lengths need."""
+    micro_batches = micro_batches or -(-len(prompts) // rows)
+    shape = rows * micro_batches, width
+    return lay_out_by_tokens(prompts, responses, shape, micro_batches)
+
+
+def widths(layout):
+    """The width of the rows of each micro-batch that is not empty, from its longest sequence."""
+    total = layout.prompt_lengths + layout.response_lengths
+    width = layout.shape[1]
+    longest = {}
+    for row, length in zip(layout.rows % layout.micro_batches, total):
+        longest[int(row)] = max(longest.get(int(row), 0), int(length))
+    return {i: width // max(p for p in PARTS if n <= width // p) for i, n in longest.items()}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_by_tokens_no_sequence_is_cut_or_overlaps_another(seed):
+    rng = np.random.default_rng(seed)
+    count, rows, width = int(rng.integers(1, 60)), int(rng.integers(1, 5)), 64
+    total = np.clip(rng.lognormal(2.5, 1, count), 2, width).astype(int)
+    prompts = rng.integers(1, total)
+    layout = by_tokens(prompts, total - prompts, rows, width)
+    taken = np.zeros(layout.shape, int)
+    narrow = widths(layout)
+    for row, start, length, number in zip(layout.rows, layout.starts, total, layout.numbers):
+        part = narrow[int(row) % layout.micro_batches]
+        assert start // part == (start + length - 1) // part
+        assert not taken[row, start : start + length].any()
+        taken[row, start : start + length] = number
+    for row in taken:  # numbered from left to right, which cuts of a row rely on
+        seen = row[row > 0]
+        assert list(dict.fromkeys(seen)) == list(range(1, len(set(seen)) + 1))
+        assert np.all(np.diff(seen) >= 0)
+    # The micro-batches are filled one after the other, the wide ones first.
+    assert sorted(narrow) == list(range(len(narrow)))
+    assert [narrow[i] for i in sorted(narrow)] == sorted(narrow.values(), reverse=True)
+    padding, computed = layout.padding
+    assert computed == len(narrow) * rows * width and padding == computed - total.sum()
+    responses = layout.response_lengths
+    values = np.arange(1, count * width + 1).reshape(count, width)
+    values = np.where(np.arange(width) < responses[:, None], values, 0)
+    np.testing.assert_array_equal(layout.take(layout.place(values), width), values)
+
+
+def test_by_tokens_short_sequences_share_narrow_rows():
+    """One long sequence, and 31 that are an eighth as long: the row's rest and 24 parts."""
+    layout = by_tokens([4] + [1] * 31, [60] + [7] * 31, rows=1, width=64)
+    assert widths(layout) == {0: 64, 1: 8, 2: 8, 3: 8, 4: 8}
+    assert layout.padding == (5 * 64 - 64 - 31 * 8, 5 * 64)
+    # Unpacked, 32 rows; the long row has no room here.
+    assert lay_out([4] + [1] * 31, [60] + [7] * 31, 64).padding == (32 * 64 - 64 - 31 * 8, 32 * 64)
+
+
+def test_by_tokens_what_a_wide_row_leaves_is_filled_first():
+    layout = by_tokens([4] + [1] * 3, [36] + [7] * 3, rows=1, width=64)
+    assert set(layout.rows % layout.micro_batches) == {0} and layout.padding == (0, 64)
+
+
+def test_by_tokens_the_longest_sequences_need_a_row_each():
+    layout = by_tokens([7] * 4, [9] * 4, rows=2, width=16)
+    assert sorted(layout.rows) == [0, 1, 2, 3] and layout.padding == (0, 64)
+    with pytest.raises(ValueError, match="5 sequences do not fit into a mini-batch of 4 rows"):
+        lay_out_by_tokens([7] * 5, [9] * 5, (4, 16), 2)

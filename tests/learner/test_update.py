@@ -12,11 +12,13 @@ import pytest
 
 from drpo_jax.config import default_config
 from drpo_jax.learner import (
+    PARTS,
     Batch,
     UpdateSettings,
     gradients,
     init_state,
     lay_out,
+    lay_out_by_tokens,
     make_batch,
     make_optimizer,
     make_schedule,
@@ -24,7 +26,7 @@ from drpo_jax.learner import (
     response_trace,
     update,
 )
-from drpo_jax.models import ModelConfig, Transformer
+from drpo_jax.models import ModelConfig, Transformer, router_metrics
 from drpo_jax.objectives import AGGREGATIONS, token_weights
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -169,6 +171,91 @@ def test_packing_and_micro_batches_change_nothing(state, settings, extra):
         traces.append(layout.take(trace.coefficient, R)[np.argsort(np.arange(N)[order])])
     for trace in traces[1:]:
         np.testing.assert_allclose(trace, traces[0], rtol=1e-4, atol=1e-6)
+
+
+def new_batch_by_tokens(lengths, rows=1, extra=(), routes=False):
+    """(Batch, Layout) of eight sequences, and the same with one per row; rows are 16 tokens wide."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(64, size=(N, 16)).astype(np.int32)
+    inputs = {
+        name: rng.normal(-4, 0.5, size=(N, R)).astype(np.float32)
+        for name in ("behavior_logp", *extra)
+    }
+    inputs["advantage"] = rng.normal(size=N).astype(np.float32)
+    visited = rng.integers(-1, 5, size=(N, 16, 2, 2)).astype(np.int16) if routes else None
+    cut = lay_out_by_tokens(*lengths, (N, 16), N // rows), lay_out(*lengths, 16)
+    return [(make_batch(layout, tokens, inputs, visited), layout) for layout in cut]
+
+
+BY_TOKENS = dict(pack=True, parts=PARTS, micro_batches=N)
+# Micro-batches of every width: one row of 16 tokens, two parts of 8, four of 4, eight of 2.
+EVERY_WIDTH = np.array([5, 3, 2, 3, 1, 1, 1, 1]), np.array([6, 5, 5, 4, 3, 2, 1, 1])
+
+
+def test_widths_change_nothing(state):
+    """Loss, gradient, router metrics and trace of one micro-batch, with replayed routes."""
+    (batch, layout), (apart, places) = new_batch_by_tokens(EVERY_WIDTH, routes=True)
+    used = np.unique(layout.rows)
+    assert len(used) == 3 and len(np.unique(layout.rows[layout.starts == 0])) == 3
+    whole = dataclasses.replace(SETTINGS, aggregation="seq-mean-token-mean")
+    by_tokens = dataclasses.replace(whole, **BY_TOKENS)
+    run = jax.jit(lambda batch, settings: gradients(state.model, batch, settings=settings),
+                  static_argnums=1)  # fmt: skip
+    ours, trace, metrics = run(batch, by_tokens)
+    expected, traced, same = run(apart, whole)
+    assert_gradients(ours, expected)
+    for name in same:
+        np.testing.assert_allclose(metrics[name], same[name], rtol=2e-5, err_msg=name)
+    for a, b in zip(trace, traced):
+        np.testing.assert_allclose(layout.take(a, R), places.take(b, R), rtol=1e-5, atol=1e-5)
+    assert not np.any(trace.logp[batch.mask == 0])
+    # Other lengths are other widths, and the same program.
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 6, N), rng.integers(0, 7, N)
+        run(new_batch_by_tokens(lengths, routes=True)[0][0], by_tokens)
+    assert run._cache_size() == 2
+
+
+@pytest.mark.slow  # Three programs of four widths: a minute of compilation.
+@pytest.mark.parametrize(
+    "settings, extra",
+    [(GSPO, ()), (PREFIX, ()), (MIXED, ("old_logp", "ref_logp"))],
+    ids=["gspo", "prefix", "mixed"],
+)
+def test_widths_change_no_objective(state, settings, extra):
+    (batch, layout), (apart, places) = new_batch_by_tokens(EVERY_WIDTH, 2, extra)
+    definition = functools.partial(loss_of_definition, settings=settings)
+    expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, apart)
+    cut = dataclasses.replace(settings, **BY_TOKENS | {"micro_batches": N // 2})
+    ours, trace, metrics = jax.jit(functools.partial(gradients, settings=cut))(state.model, batch)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
+    assert_gradients(ours, grads)
+    scored = jax.jit(lambda m, b: response_trace(m, b, cut))(state.model, batch)
+    np.testing.assert_allclose(scored.logp, trace.logp, atol=1e-6)
+
+
+def test_micro_batches_by_tokens_balance_by_their_tokens(state):
+    """The balancing loss of a micro-batch weighs as much as the micro-batch has tokens."""
+    (batch, layout), _ = new_batch_by_tokens(EVERY_WIDTH)
+    batch.inputs["advantage"][:] = 0  # leaves the balancing loss alone
+    cut = dataclasses.replace(SETTINGS, **BY_TOKENS | {"parts": (1, 4)}, load_balance=0.5)
+    ours = jax.jit(functools.partial(gradients, settings=cut))(state.model, batch)[0]
+
+    @jax.jit
+    @jax.grad
+    def balance(model, row, share):
+        out = model.hidden(row.tokens, row.positions, row.segment_ids)
+        return 0.5 * share * router_metrics(out.router)["router/balance_loss"]
+
+    filled = np.sum(batch.segment_ids > 0, axis=1)
+    expected = jax.tree.map(jnp.zeros_like, state.model)
+    for row in np.unique(layout.rows):
+        part = jax.tree.map(lambda a: a[row : row + 1], batch)  # noqa: B023
+        grads = balance(state.model, part, filled[row] / filled.sum())
+        expected = jax.tree.map(jnp.add, expected, grads)
+    assert len(set(filled[filled > 0])) > 1 and optax.tree.norm(expected) > 1e-3
+    assert_gradients(ours, expected)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -1,0 +1,104 @@
+"""Judges the same rollouts under several objectives.
+
+    drpo compare --config=configs/tiny.py --workdir=runs/tiny --rollouts=FILE --output=PAGE.html
+
+The model is a checkpoint of the run in the workdir, or that in model.path if the workdir holds no run.
+The file is Parquet (`learner.rollout_file`) or a rollout that a run saved. Prints a table of gradient
+norms, cosines, shares of masked and corrected tokens, and Σ|c| by µ; --output writes it as a
+self-contained page, and as JSON next to it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import FrozenConfigDict
+
+from drpo_jax import cli
+from drpo_jax.comparison import comparable, compare_objectives, table, to_json
+from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.inspection import Analysis, open_model
+from drpo_jax.learner.rollout_checks import Limits, read_rollouts
+from drpo_jax.objectives import advantages
+from drpo_jax.parallel import multihost
+from drpo_jax.reporting.comparison import comparison_page
+from drpo_jax.storage import path_of, write_whole
+
+
+def main(
+    config: FrozenConfigDict,
+    workdir: Path,
+    rollouts: str | None,
+    objectives: list[str] | None = None,
+    output: str | None = None,
+    step: int | None = None,
+) -> None:
+    """Compares objectives on the file `rollouts`, prints tables, and writes the page.
+
+    Args:
+      config: a resolved config, whose advantage, aggregation and hyperparameters apply.
+      workdir: directory of a run, or one without a run if model.path is set.
+      rollouts: the file of rollouts.
+      objectives: names in `OBJECTIVES`; None: all that a file has the arrays for.
+      output: the HTML file to write; None: none.
+      step: step of the checkpoint; None: the latest.
+
+    Raises:
+      BadInput: a flag is missing or wrong, the file breaks a rule, or there is no such model.
+    """
+    if not rollouts:
+        raise BadInput("--rollouts=FILE is missing, for example --rollouts=rollouts.parquet")
+    if output and not output.endswith(".html"):
+        raise BadInput(f"--output={output}: must be a file that ends with .html")
+    with bad_input():
+        names = comparable(objectives, config)
+        limits = Limits.of(config, samples=False)
+        rollout = read_rollouts(path_of(rollouts), limits, config.train.samples)
+    samples = int(np.sum(rollout["group"] == rollout["group"][0]))
+    advantage = np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
+    if not advantage.any():
+        raise BadInput(
+            f"{rollouts}: the rewards of every group are equal, so no objective has a gradient; give a "
+            "file with mixed groups"
+        )
+    run, model, name = open_model(config, workdir, step)
+    print(f"{len(names)} objectives on {len(advantage):,} responses, {name} …", flush=True)
+    analysis = Analysis(run.config, run.mesh, run.programs)
+    scored = analysis.score(model, rollout) | {"advantage": advantage}
+    judgments = compare_objectives(analysis, model, scored, names)
+    print(f"\n{table(judgments)}")
+    if not output or not multihost.is_main():
+        return
+    with bad_input():
+        page, summary = path_of(output), path_of(output).with_suffix(".json")
+        facts = {
+            "rollouts": f"{rollouts}: {len(advantage):,} responses, {samples} to each prompt",
+            "model": name,
+            "advantage": config.objective.advantage,
+            "aggregation": config.objective.aggregation,
+        }
+        write_whole(page, comparison_page(judgments, facts))
+        write_whole(
+            summary, json.dumps(facts | {"objectives": to_json(judgments)}, indent=2) + "\n"
+        )
+    print(f"\n{page}, {summary}")
+
+
+def launch() -> None:
+    """Defines the flags and runs `main`."""
+    rollouts = flags.DEFINE_string("rollouts", None, "File of rollouts to judge.")
+    objectives = flags.DEFINE_list(
+        "objectives", None, "Objectives to compare, separated by commas; default: all."
+    )
+    output = flags.DEFINE_string("output", None, "The HTML file to write; default: none.")
+    step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
+    cli.launch(
+        lambda config, workdir: main(
+            config, workdir, rollouts.value, objectives.value, output.value, step.value
+        )
+    )
+
+
+if __name__ == "__main__":
+    launch()

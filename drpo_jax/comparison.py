@@ -1,0 +1,172 @@
+"""The same rollout under several objectives: gradients, cosines, and where the gradient comes from.
+
+All objectives are judged at the same π, the model's, against the same µ, the engine's, with the
+advantages and the aggregation of one config. Each costs one gradient pass; only its score coefficients
+differ (`inspection`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from drpo_jax.config import objective_hyper
+from drpo_jax.inspection import Analysis, Rollout, cosines, judge, norms
+from drpo_jax.metrics import reduce_pairs
+from drpo_jax.models import Transformer
+from drpo_jax.objectives import OBJECTIVES, resolve_hyper, weight_summary
+from drpo_jax.objectives.choice import unknown
+from drpo_jax.objectives.diagnostics import MU_BINS
+
+BINS = tuple(f"{low}-{high}" for low, high in zip(MU_BINS, MU_BINS[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """What an objective makes of a rollout.
+
+    Attributes:
+      name: of the objective.
+      hyper: its hyperparameters with their values.
+      norm: L2 norm of its gradient.
+      metrics: those of `objectives.weight_summary` that are means, NaN without any token.
+      cosines: with the gradient of each objective by name, itself included; NaN where one is zero.
+    """
+
+    name: str
+    hyper: Mapping[str, Any]
+    norm: float
+    metrics: Mapping[str, float]
+    cosines: Mapping[str, float]
+
+    @property
+    def setting(self) -> str:
+        """The hyperparameters in words; those that are off are left out."""
+        values = {k: v for k, v in self.hyper.items() if v is not None and v is not False}
+        return ", ".join(f"{k} {v:g}" if v is not True else k for k, v in values.items())
+
+
+def comparable(names: Sequence[str] | None, config: FrozenConfigDict) -> list[str]:
+    """Returns the objectives to compare.
+
+    Args:
+      names: the objectives; None: all that a file of rollouts has the arrays for, the config's first.
+      config: a resolved config.
+
+    Raises:
+      ValueError: a name is not in the table, occurs twice, or needs arrays that files lack.
+    """
+    able = [name for name, row in OBJECTIVES.items() if "topk_logp" not in row.arrays]
+    if names is None:
+        return sorted(able, key=lambda name: name != config.objective.name)
+    for i, name in enumerate(names):
+        if name not in OBJECTIVES:
+            raise unknown("objective", name, OBJECTIVES)
+        if name not in able:
+            raise ValueError(
+                f"The objective {name!r} needs the logprobs of the most likely tokens, which files of "
+                "rollouts do not hold."
+            )
+        if name in names[:i]:
+            raise ValueError(f"The objective {name!r} is listed twice.")
+    return list(names)
+
+
+def hyper_of(name: str, config: FrozenConfigDict) -> dict[str, Any]:
+    """Returns the hyperparameters of an objective for a comparison.
+
+    A value that the config sets applies to every objective whose boundary limits the same quantity; the
+    others have their defaults. A budget per token, δ_b, is lowered to the boundary where it exceeds it.
+    """
+    row = OBJECTIVES[name]
+    same = row.boundary == OBJECTIVES[config.objective.name].boundary
+    values = objective_hyper(config) if same else {}
+    hyper = resolve_hyper(name, {k: v for k, v in values.items() if k in row.hyper})
+    if "delta_b" in hyper:
+        hyper["delta_b"] = min(hyper["delta_b"], hyper["delta"])
+    return hyper
+
+
+def compare_objectives(
+    analysis: Analysis, model: Transformer, rollout: Rollout, names: Sequence[str]
+) -> list[Judgment]:
+    """Judges a rollout under several objectives.
+
+    Keeps the gradients of all of them at once, each as large as the float32 model.
+
+    Args:
+      analysis: of the config whose aggregation and hyperparameters apply.
+      model: the model to differentiate.
+      rollout: from `Analysis.score`, with `advantage`. Without `old_logp`, π_old is the engine's µ.
+      names: from `comparable`.
+    """
+    rollout = {"old_logp": rollout["behavior_logp"]} | rollout
+    hyper = {name: hyper_of(name, analysis.config) for name in names}
+    judged = {name: judge(rollout, name, **hyper[name]) for name in names}
+    gradients = {name: analysis.gradient(model, judged[name]) for name in names}
+    angles: dict[str, dict[str, float]] = {name: {} for name in names}
+    for i, name in enumerate(names):
+        for other in names[i:]:
+            cosine = float(cosines(gradients[name], gradients[other])["total"])
+            angles[name][other] = angles[other][name] = cosine
+    return [
+        Judgment(
+            name=name,
+            hyper=hyper[name],
+            norm=float(norms(gradients[name])["total"]),
+            metrics=_metrics(judged[name]),
+            cosines={other: angles[name][other] for other in names},
+        )
+        for name in names
+    ]
+
+
+def _metrics(judged: Rollout) -> dict[str, float]:
+    mask = judged["response_mask"]
+    advantage = np.broadcast_to(judged["advantage"].reshape(len(mask), -1), mask.shape)
+    weight, logp, behavior_logp, coefficient = (
+        jnp.asarray(judged[name]) for name in ("weight", "logp", "behavior_logp", "coefficient")
+    )
+    every = jnp.asarray(advantage), coefficient, jnp.asarray(mask)
+    sums, _ = weight_summary(weight, logp, behavior_logp, *every)
+    return reduce_pairs(jax.device_get(sums))
+
+
+def to_json(judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
+    """Returns the judgments as JSON, with null for numbers that are not finite."""
+
+    def plain(value):
+        if isinstance(value, Mapping):
+            return {key: plain(inner) for key, inner in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [plain(dataclasses.asdict(judgment)) for judgment in judgments]
+
+
+def table(judgments: Sequence[Judgment]) -> str:
+    """Returns the judgments as tables for the console."""
+    width = max(len(j.name) for j in judgments) + 2
+    first = judgments[0].name
+    lines = [
+        f"{'':<{width}}{'norm':>10}{'corrected':>11}{'masked':>9}{'mean w':>9}{f'cos {first}':>18}"
+    ]
+    for j in judgments:
+        corrected, masked = (100 * j.metrics[f"weight/{k}"] for k in ("corrected", "masked"))
+        lines.append(
+            f"{j.name:<{width}}{j.norm:>10.4g}{corrected:>9.2f} %{masked:>7.2f} %"
+            f"{j.metrics['weight/mean']:>9.4f}{j.cosines[first]:>18.5f}  {j.setting}"
+        )
+    lines += ["", "Σ|c| by µ, %", f"{'':<{width}}" + "".join(f"{name:>11}" for name in BINS)]
+    tokens = [judgments[0].metrics[f"by_mu/{name}/tokens"] for name in BINS]
+    rows = {"tokens": tokens}
+    rows |= {j.name: [j.metrics[f"by_mu/{name}/gradient"] for name in BINS] for j in judgments}
+    lines += [
+        f"{name:<{width}}" + "".join(f"{100 * value:>11.2f}" for value in values)
+        for name, values in rows.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""Rollouts to learn from instead of sampling: the files of a directory as one stream of groups.
+
+The files (`rollout_file`) are read in the order of their names. Step t takes the next train.prompts
+groups, wherever a file ends, and after the last group the stream begins anew. A step's rollout is
+therefore a function of the files and of the step. The files are checked when the run starts, and
+`replay.json` in the workdir holds their digests.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from drpo_jax.learner.rollout_checks import Limits, padded_arrays
+from drpo_jax.learner.rollout_file import SUFFIXES, Rollout, load_table
+from drpo_jax.storage import write_whole
+
+FILE = "replay.json"
+FLAG = "--replay=DIR"
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """The files of a directory, checked; `Replay.open` makes one.
+
+    Attributes:
+      directory: where they are.
+      limits: what they fit.
+      digests: SHA-256 of each file by its name, in the order of the stream.
+      groups: number of groups of each file by its name.
+    """
+
+    directory: Path
+    limits: Limits
+    digests: Mapping[str, str]
+    groups: Mapping[str, int]
+
+    @classmethod
+    def open(cls, directory: Path, limits: Limits, prompts: int) -> "Replay":
+        """Reads and checks all files of a directory.
+
+        Args:
+          limits: of the config, with `samples`.
+          prompts: train.prompts.
+
+        Raises:
+          ValueError: there is no file, a file breaks a rule (`rollout_checks`), or all of
+            them have fewer groups than a step needs.
+          OSError: a file cannot be read.
+        """
+        digests, groups = {}, {}
+        for path in _files(directory):
+            content = path.read_bytes()
+            digests[path.name] = hashlib.sha256(content).hexdigest()
+            groups[path.name] = len(np.unique(_arrays(path, digests[path.name], limits)["group"]))
+        if (total := sum(groups.values())) < prompts:
+            raise ValueError(
+                f"{directory}: its files have {total} groups, but a step learns from train.prompts = "
+                f"{prompts}; add files, or lower train.prompts"
+            )
+        return cls(directory, limits, digests, groups)
+
+    def rollout(self, step: int, prompts: int) -> Rollout:
+        """Returns the rollout of a step, with `prompts` groups.
+
+        Args:
+          step: number of completed steps.
+          prompts: train.prompts.
+
+        Raises:
+          ValueError: a file is no longer the one that the run began with.
+        """
+        names = [name for name, count in self.groups.items() for _ in range(count)]
+        within = [i for count in self.groups.values() for i in range(count)]
+        parts = []
+        for number in range(step * prompts, (step + 1) * prompts):
+            name, place = names[number % len(names)], within[number % len(names)]
+            arrays = _arrays(self.directory / name, self.digests[name], self.limits)
+            size = len(arrays["group"]) // self.groups[name]
+            rows = slice(place * size, (place + 1) * size)
+            parts.append({key: array[rows] for key, array in arrays.items()})
+        shared = [key for key in parts[0] if all(key in part for part in parts)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in shared}
+
+    def claim(self, workdir: Path) -> None:
+        """Writes the digests into the workdir, or compares them with those that it holds.
+
+        Raises:
+          ValueError: the run began with other files; the message names the first that differs.
+        """
+        path = workdir / FILE
+        record = {"files": dict(self.digests)}
+        if path.exists():
+            begun = json.loads(path.read_text())["files"]
+            if list(begun.items()) != list(self.digests.items()):
+                names = sorted({*begun, *self.digests})
+                differing = [n for n in names if begun.get(n) != self.digests.get(n)]
+                raise ValueError(
+                    f"{self.directory} no longer holds the files that the run began with ({path}): "
+                    f"{', '.join(differing)}; restore them, or choose another --workdir"
+                )
+        write_whole(path, json.dumps(record, indent=2) + "\n")
+
+    def __str__(self) -> str:
+        files, groups = len(self.digests), sum(self.groups.values())
+        return f"{groups:,} groups in {files:,} file{'s' * (files != 1)} of {self.directory}"
+
+
+def check_source(workdir: Path, replays: bool, begun: bool) -> None:
+    """Checks that a run that learns from files is resumed from files, and one that samples is not.
+
+    Args:
+      workdir: directory of the run.
+      replays: whether the command has --replay.
+      begun: whether the run has a checkpoint.
+
+    Raises:
+      ValueError: the run began in the other way.
+    """
+    recorded = (workdir / FILE).exists()
+    if recorded and not replays:
+        raise ValueError(f"{workdir}: this run learns from files ({FILE}); {FLAG} is missing")
+    if begun and replays and not recorded:
+        raise ValueError(f"{workdir}: this run samples; resume it without {FLAG}")
+
+
+def _files(directory: Path) -> list[Path]:
+    """Returns the files of rollouts in a directory by name."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: there is no such directory; {FLAG} holds files of rollouts")
+    paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES)
+    kinds = {path.suffix for path in paths}
+    if not paths:
+        inner = directory / "rollouts"
+        hint = f"; did you mean {inner}?" if inner.is_dir() else ""
+        raise ValueError(f"{directory}: there is no file *{' or *'.join(SUFFIXES)}{hint}")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{directory}: it holds *{' and *'.join(sorted(kinds))}; keep one kind, so that no rollout "
+            "is learned from twice"
+        )
+    return paths
+
+
+@lru_cache(maxsize=2)  # A step takes groups of a file and the next one.
+def _arrays(path: Path, digest: str, limits: Limits) -> Rollout:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path}: the file changed while the run was reading it; restore it")
+    return padded_arrays(load_table(content, path, limits.samples), path, limits)

@@ -1,0 +1,209 @@
+"""Files of rollouts: Parquet, one row per response, for learning and scoring outside of the run.
+
+Any engine can write such a file, and `drpo train --replay`, `drpo score` and `drpo compare` read it.
+`COLUMNS` lists the columns with their types; other columns are ignored. Responses to the same problem
+are adjacent, and there are equally many to every problem. The rollouts that a run saves
+(`learner.record`) are read in the same way, and `drpo convert` writes them as Parquet. The rules that a
+file must keep are in `rollout_checks`.
+
+In memory, a rollout is a dict of padded arrays with the names of `learner.record`, and with
+
+    group      int64 [N]       number of the problem; equal for the responses to the same problem
+    full_logp  float32 [N, R]  log µ as the engine recorded it, before top-k and top-p
+    version    int32 [N, R]    version of the weights that sampled each token, −1 where none did
+    loss_mask  bool [N, R]     where the model sampled a token
+    logp, entropy              only where the file has them
+
+Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
+"""
+
+import dataclasses
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from drpo_jax.learner.record import arrays_of
+from drpo_jax.storage import write_whole
+
+Rollout = dict[str, np.ndarray]
+
+SUFFIXES = (".parquet", ".npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the file.
+
+    Attributes:
+      kind: what a value is; see `KINDS` for the Arrow types that are accepted.
+      tokens: "" for one value per response; "prompt" or "response" for a list with one value per token
+        of it.
+      meaning: one sentence, with the unit.
+      required: whether every file has it.
+    """
+
+    kind: Literal["integer", "number", "text"]
+    tokens: Literal["", "prompt", "response"]
+    meaning: str
+    required: bool = True
+
+    @property
+    def type(self) -> pa.DataType:
+        """The Arrow type that this module writes. Any width of integers and floats is read."""
+        value = KINDS[self.kind].type
+        return pa.list_(value) if self.tokens else value
+
+
+COLUMNS: dict[str, Column] = {
+    "group": Column(
+        "integer", "", "Number of the problem; the responses to a problem are adjacent rows."
+    ),
+    "prompt_ids": Column(
+        "integer", "prompt", "Token ids of the whole prompt, chat template included."
+    ),
+    "response_ids": Column(
+        "integer", "response", "Token ids of the response, its stop token included."
+    ),
+    "full_logp": Column(
+        "number",
+        "response",
+        "log µ: logprob of each token under the full softmax at the sampling temperature, before "
+        "top-k and top-p, nats; any number for tokens of version -1.",
+    ),
+    "reward": Column(
+        "number", "", "Verdict of the verifier, without what the config's section reward adds."
+    ),
+    "finish_reason": Column("text", "", "stop: ended with a stop token. length: cut off."),
+    "version": Column(
+        "integer",
+        "response",
+        "Version of the weights that sampled each token, in steps of the run; -1 for a token that the "
+        "model did not sample, which carries no loss.",
+    ),
+    "sampled_logp": Column(
+        "number",
+        "response",
+        "Logprob under the distribution that the token was drawn from, after top-k and top-p, nats; "
+        "absent: full_logp.",
+        required=False,
+    ),
+    "id": Column("text", "", "Id of the problem.", required=False),
+    "prompt": Column("text", "", "Text of the problem.", required=False),
+    "response": Column("text", "", "Text of the response.", required=False),
+    "answer": Column("text", "", "Answer that the response was compared with.", required=False),
+    "kind": Column("text", "", "Kind of the problem.", required=False),
+    "logp": Column(
+        "number", "response", "Logprob under the model of `drpo score`, nats.", required=False
+    ),
+    "entropy": Column(
+        "number", "response", "Entropy of that model at the token, nats.", required=False
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    type: pa.DataType
+    accepts: Callable[[pa.DataType], bool]
+
+
+KINDS = {
+    "integer": _Kind(pa.int64(), pa.types.is_integer),
+    "number": _Kind(pa.float32(), lambda t: pa.types.is_floating(t) or pa.types.is_integer(t)),
+    "text": _Kind(pa.string(), lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+}
+PER_TOKEN = tuple(
+    name for name, c in COLUMNS.items() if c.tokens == "response" and name != "response_ids"
+)
+
+
+def load_table(content: bytes, where: Path | str, samples: int | None = None) -> pa.Table:
+    """Returns the table in a file, unchecked.
+
+    Args:
+      content: the file: Parquet, or a rollout that a run saved if `where` ends with ".npz".
+      where: its path, for messages.
+      samples: responses to each problem of a saved rollout that does not number its groups.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    if str(where).endswith(".npz"):
+        try:
+            return rollout_table(arrays_of(io.BytesIO(content)), samples)
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{where}: not a rollout that a run saved ({error})") from None
+    try:
+        return pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{where}: not a readable parquet file ({error})") from None
+
+
+def write_rollouts(path: Path, table: pa.Table) -> None:
+    """Writes a table as a Parquet file, atomically."""
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    write_whole(path, file.getvalue())
+
+
+def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None) -> pa.Table:
+    """Returns a rollout of padded arrays as a table.
+
+    Args:
+      rollout: the arrays of the module's docstring, or those of `learner.record`. Earlier versions did
+        not save `full_logp` and `group`; `behavior_logp` and `samples` then take their place.
+      samples: responses to each problem.
+
+    Raises:
+      ValueError: the rollout does not number its groups and `samples` is None.
+    """
+    tokens, starts = rollout["tokens"], rollout["prompt_lengths"]
+    lengths = rollout["response_lengths"]
+    count, width = tokens.shape
+    arrays: dict[str, Any] = dict(rollout)
+    if "group" not in rollout:
+        if not samples:
+            raise ValueError("it does not say which responses answer the same problem")
+        arrays["group"] = np.arange(count) // samples
+    arrays.setdefault("full_logp", rollout.get("behavior_logp"))
+    arrays["finish_reason"] = np.where(rollout["finished"], "stop", "length")
+    places = np.arange(width)
+    ends = starts + lengths
+    prompt = places < starts[:, None]
+    response = (places >= starts[:, None]) & (places < ends[:, None])
+    inside = np.arange(arrays["full_logp"].shape[1]) < lengths[:, None]
+    if arrays["version"].ndim == 1:  # Earlier versions recorded one number per response.
+        arrays["version"] = np.where(inside, arrays["version"][:, None], -1)
+    flat = {"prompt_ids": (tokens[prompt], starts), "response_ids": (tokens[response], lengths)}
+    flat |= {name: (arrays[name][inside], lengths) for name in PER_TOKEN if name in arrays}
+    columns = {
+        name: _list_array(*flat[name], column.type)
+        if column.tokens
+        else pa.array(list(arrays[name]) if column.kind == "text" else arrays[name], column.type)
+        for name, column in COLUMNS.items()
+        if name in flat or name in arrays
+    }
+    return pa.table(columns)
+
+
+def with_tokens(table: pa.Table, rollout: Mapping[str, np.ndarray], *names: str) -> pa.Table:
+    """Returns the table with columns for arrays [N, R] of the rollout, added or replaced."""
+    lengths = rollout["response_lengths"]
+    for name in names:
+        inside = np.arange(rollout[name].shape[1]) < lengths[:, None]
+        column = _list_array(rollout[name][inside], lengths, COLUMNS[name].type)
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, column)
+    return table
+
+
+def _list_array(flat: np.ndarray, lengths: np.ndarray, type: pa.DataType) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(flat, type.value_type))

@@ -1,0 +1,293 @@
+"""A run that learns from the rollouts of another one: the same bits, and refusals of other files."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from drpo_jax import compare, loop, rewards, score, train
+from drpo_jax import config as C
+from drpo_jax.cli import load_config
+from drpo_jax.data import CharTokenizer
+from drpo_jax.errors import BadInput
+from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
+from drpo_jax.learner.replay import Replay
+from drpo_jax.learner.rollout_checks import Limits, read_rollouts
+from drpo_jax.learner.rollout_file import load_table, rollout_table, write_rollouts
+from drpo_jax.loop.rollout import Rollout, replayed
+from drpo_jax.loop.timer import PhaseTimer
+from drpo_jax.metrics import read_metrics
+from drpo_jax.parallel import make_mesh
+from drpo_jax.run import _check_same_files
+
+SMALLEST = str(Path(__file__).parent / "smallest.py")
+STEPS = 2
+
+
+def config(**fields):
+    """The smallest config as a dense model without a warm start, with changed fields (a__b for a.b)."""
+    flat = C.flatten(load_config(SMALLEST)) | {
+        "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
+        "model.mlp_size": 32, "model.load_balance": 0.0, "sft.steps": 0, "train.steps": STEPS,
+        "train.save_rollout_every": 1, "evaluate.problems": 1, "evaluate.samples": 1,
+        "evaluate.greedy": False, "checkpoint.every": 1, "checkpoint.keep": 5,
+    }  # fmt: skip
+    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_and_rewarding(compile_quickly):
+    """One device, and a reward that an untrained model receives as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        reward = lambda prompt, text, answer: float(len(text) % 2)  # noqa: E731
+        patch.setitem(rewards.REWARDS, "arithmetic", reward)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The workdir of a run that samples and saves every rollout."""
+    workdir = tmp_path_factory.mktemp("source")
+    loop.train(config(), workdir)
+    return workdir
+
+
+def learned(workdir):
+    """The records without times, and without what only sampling and verifying measure."""
+    other = ("time/", "compile/", "tokens_per_second", "sync/", "sampler/")
+    other += ("reward/limited", "reward/lost", "reward/retries")
+    records = read_metrics(workdir)
+    return [{k: v for k, v in r.items() if not k.startswith(other)} for r in records]
+
+
+def weights(workdir):
+    """The bytes of the last checkpoint's arrays."""
+    run = loop.Run.create(config(), workdir)
+    with run.checkpoints() as checkpoints:
+        state = checkpoints.restore(STEPS, run.programs.abstract_state)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.slow
+def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_path, monkeypatch):
+    files = source / "rollouts"
+    step = loop.loop.rl_step
+
+    def killed(run, collector, state, number, first):
+        if number == 1:
+            raise KeyboardInterrupt
+        return step(run, collector, state, number, first=first)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.loop, "rl_step", killed)
+        loop.train(config(), tmp_path, files)
+    with pytest.raises(
+        BadInput, match=r"learns from files \(replay.json\); --replay=DIR is missing"
+    ):
+        loop.train(config(), tmp_path)
+    loop.train(config(), tmp_path, files)
+    assert learned(tmp_path) == learned(source)
+    assert weights(tmp_path) == weights(source)
+    for number in (1, 2):
+        ours, theirs = (load_rollout(rollout_path(d, number)) for d in (tmp_path, source))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_files_of_a_replay_are_those_that_it_began_with(source, tmp_path):
+    """Errors come before anything is compiled."""
+    files = shutil.copytree(source / "rollouts", tmp_path / "files")
+    workdir = tmp_path / "run"
+    Replay.open(files, Limits.of(config()), 4).claim(source_of(workdir))
+    (files / "step_000002.npz").unlink()
+    with pytest.raises(BadInput, match="no longer holds the files .*: step_000002.npz; restore"):
+        loop.train(config(), workdir, files)
+    again = shutil.copytree(source, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "2")
+    with pytest.raises(BadInput, match="this run samples; resume it without --replay=DIR"):
+        loop.train(config(), again, files)
+    with pytest.raises(BadInput, match="routing_replay = True: files of rollouts do not hold"):
+        loop.train(config(model__experts=2, model__experts_per_token=1, model__expert_size=32,
+                          model__mlp_size=0, train__routing_replay=True), workdir, files)  # fmt: skip
+    with pytest.raises(BadInput, match="'dppo_topk_tv': it needs the logprobs of the most likely"):
+        loop.train(config(objective__name="dppo_topk_tv"), workdir, files)
+
+
+def source_of(workdir):
+    workdir.mkdir()
+    return workdir
+
+
+@pytest.mark.slow
+def test_score_adds_the_logprobs_of_the_model_that_sampled(source, tmp_path, capsys):
+    """Checkpoint 1 sampled rollout 2, so its scores are the log π_old that the run saved."""
+    path, output = rollout_path(source, 2), tmp_path / "scored.parquet"
+    score.main(config(), source, str(path), str(output), step=1)
+    scored, saved = read_rollouts(output), load_rollout(path)
+    np.testing.assert_allclose(scored["logp"], saved["old_logp"], atol=1e-5)
+    report = json.loads((tmp_path / "scored.json").read_text())
+    gap = np.abs(saved["old_logp"] - saved["full_logp"])[saved["response_mask"]]
+    assert report["logp"]["mean"] == pytest.approx(gap.mean(), rel=1e-3)
+    assert report["tokens"] == sum(entry["tokens"] for entry in report["by_mu"]) == len(gap)
+    assert report["worst"][0]["id"] in saved["tokens"]
+    assert "effective sample size" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compare_writes_a_table_and_a_page(source, tmp_path, capsys):
+    """Checkpoint 2 has moved away from the weights that sampled rollout 1."""
+    path, output = rollout_path(source, 1), tmp_path / "page.html"
+    names = ["surrogate", "drpo", "grpo"]
+    compare.main(config(objective__delta=1e-3), source, str(path), names, str(output))
+    page = output.read_text()
+    assert "default-src 'none'" in page and "<script" not in page
+    entries = json.loads((tmp_path / "page.json").read_text())["objectives"]
+    assert [entry["name"] for entry in entries] == names
+    for entry in entries:
+        assert entry["cosines"][entry["name"]] == pytest.approx(1, abs=1e-5)
+        assert entry["norm"] > 0 and f"<code>{entry['name']}</code>" in page
+        shares = [v for k, v in entry["metrics"].items() if k.endswith("/gradient")]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+    plain, drpo, _ = entries
+    assert plain["cosines"]["drpo"] == drpo["cosines"]["surrogate"] < 1
+    assert drpo["hyper"]["delta"] == 1e-3 and plain["metrics"]["weight/corrected"] == 0
+    assert "cos surrogate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rollouts, objectives, output, message",
+    [
+        (None, None, None, "--rollouts=FILE is missing"),
+        ("rollouts.parquet", None, "page.txt", "must be a file that ends with .html"),
+        ("rollouts.parquet", ["drop"], None, "Did you mean 'drpo'"),
+        ("rollouts.parquet", ["drpo", "drpo"], None, "'drpo' is listed twice"),
+        ("rollouts.parquet", ["dppo_topk_tv"], None, "needs the logprobs of the most likely tokens"),
+        ("nowhere.parquet", None, None, "nowhere.parquet: no such file"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_of_compare_are_named(tmp_path, rollouts, objectives, output, message):
+    with pytest.raises(BadInput, match=message):
+        compare.main(config(), tmp_path, rollouts, objectives, output)
+
+
+def test_wrong_flags_of_score_are_named(tmp_path):
+    with pytest.raises(BadInput, match="--rollouts=FILE is missing"):
+        score.main(config(), tmp_path, None, "scored.parquet")
+    with pytest.raises(
+        BadInput, match="--output=scored.npz: must be a file that ends with .parquet"
+    ):
+        score.main(config(), tmp_path, "rollouts.parquet", "scored.npz")
+
+
+# ------------------------------------------------------------------------------- the stream of groups
+
+
+def write_groups(path, first, count):
+    """Writes groups of two responses, numbered from `first`, which is the reward, too."""
+    numbers = np.repeat(np.arange(first, first + count), 2)
+    rollout = {
+        "group": numbers,
+        "tokens": np.full((len(numbers), 4), 5, np.int32),
+        "prompt_lengths": np.full(len(numbers), 2, np.int32),
+        "response_lengths": np.full(len(numbers), 2, np.int32),
+        "full_logp": np.full((len(numbers), 2), -1, np.float32),
+        "version": np.zeros((len(numbers), 2), np.int32),
+        "reward": numbers.astype(np.float32),
+        "finished": np.ones(len(numbers), bool),
+    }
+    write_rollouts(path, rollout_table(rollout))
+
+
+LIMITS = Limits(vocab_size=10, prompt_tokens=3, response_tokens=4, samples=2)
+
+
+def test_steps_take_the_groups_in_turn_and_begin_anew(tmp_path):
+    write_groups(tmp_path / "b.parquet", 3, 2)
+    write_groups(tmp_path / "a.parquet", 0, 3)
+    replay = Replay.open(tmp_path, LIMITS, prompts=2)
+    groups = [replay.rollout(step, 2)["reward"][::2].tolist() for step in range(5)]
+    assert groups == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
+    assert replay.rollout(1, 2)["tokens"].shape == (4, 7)
+    assert str(replay) == f"5 groups in 2 files of {tmp_path}"
+
+
+def test_a_directory_that_is_no_replay_is_said(tmp_path):
+    with pytest.raises(ValueError, match="there is no such directory; --replay=DIR holds"):
+        Replay.open(tmp_path / "nowhere", LIMITS, 2)
+    (tmp_path / "rollouts").mkdir()
+    with pytest.raises(
+        ValueError, match=r"no file \*.parquet or \*.npz; did you mean .*/rollouts\?"
+    ):
+        Replay.open(tmp_path, LIMITS, 2)
+    write_groups(tmp_path / "a.parquet", 0, 3)
+    with pytest.raises(ValueError, match="have 3 groups, but a step learns from train.prompts = 4"):
+        Replay.open(tmp_path, LIMITS, 4)
+    (tmp_path / "step_000001.npz").touch()
+    with pytest.raises(ValueError, match=r"it holds \*.npz and \*.parquet; keep one kind"):
+        Replay.open(tmp_path, LIMITS, 2)
+
+
+def test_a_file_that_changes_during_the_run_is_named(tmp_path):
+    for name in "abc":
+        write_groups(tmp_path / f"{name}.parquet", 0, 1)
+    replay = Replay.open(tmp_path, LIMITS, prompts=1)
+    write_groups(tmp_path / "a.parquet", 7, 1)
+    with pytest.raises(
+        ValueError, match="a.parquet: the file changed while the run was reading it"
+    ):
+        replay.rollout(0, 1)
+
+
+def test_a_replayed_rollout_has_what_a_step_needs(tmp_path):
+    write_groups(tmp_path / "a.parquet", 0, 4)
+    ours = config(train__samples=2, train__micro_batch=4, reward__overlong_buffer=1)
+    limits = Limits.of(ours)
+    run = SimpleNamespace(
+        config=ours,
+        tokenizer=CharTokenizer(),
+        replay=Replay.open(tmp_path, limits, ours.train.prompts),
+        interrupts=SimpleNamespace(check=lambda: None),
+    )
+    rollout = replayed(run, 1, PhaseTimer())
+    count, width = 8, limits.prompt_tokens + limits.response_tokens
+    responses = rollout.responses
+    assert responses.tokens.shape == (count, width) and responses.mask().sum() == 2 * count
+    assert responses.full_logp.shape == (count, limits.response_tokens)
+    assert rollout.reward.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rollout.added.shape == (count,) and len(rollout.problems) == count
+    again = Rollout.restore(rollout.state())
+    np.testing.assert_array_equal(again.responses.version, responses.version)
+    saved = save_rollout(tmp_path, 2, **rollout.arrays(run.tokenizer, 2), behavior_logp=0)
+    np.testing.assert_array_equal(read_rollouts(saved, limits)["tokens"], responses.tokens)
+
+
+def test_processes_that_read_other_files_are_named(tmp_path, monkeypatch):
+    write_groups(tmp_path / "a.parquet", 0, 2)
+    replay = Replay.open(tmp_path, LIMITS, prompts=1)
+    monkeypatch.setattr(
+        "drpo_jax.run.multihost.gather",
+        lambda name, files: [{"files": np.array(files)}, {"files": np.array("{}")}],
+    )
+    with pytest.raises(ValueError, match="processes 1 read other files there than process 0"):
+        _check_same_files(replay)
+
+
+def test_explaining_a_batch_takes_no_replay(tmp_path):
+    with pytest.raises(BadInput, match="--explain_batch samples .*; leave --replay out"):
+        train.main(config(), tmp_path, explained=True, replay="files")
+
+
+def test_the_readers_of_one_table_agree(tmp_path):
+    write_groups(tmp_path / "a.parquet", 0, 3)
+    content = (tmp_path / "a.parquet").read_bytes()
+    assert len(load_table(content, "a.parquet")) == len(
+        read_rollouts(tmp_path / "a.parquet")["group"]
+    )

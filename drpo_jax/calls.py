@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from drpo_jax.config import has_warm_start
 from drpo_jax.costs import Program
 from drpo_jax.learner import Batch
 from drpo_jax.parallel import named_sharding
@@ -56,7 +57,11 @@ def rollout_step(programs: Programs) -> list[Program]:
     reference = {} if config.objective.kl == "none" else {"reference model": state.model}
 
     def batch(names):
-        return abstract_batch(programs, programs.sequences_per_update, names, train.routing_replay)
+        shape = (
+            programs.sequences_per_update,
+            config.sampler.max_prompt_length + config.sampler.max_response_length,
+        )
+        return abstract_batch(programs, shape, names, train.routing_replay)
 
     scores = needs_old_logp(programs) + bool(reference)
     learner = [
@@ -80,10 +85,10 @@ def rollout_step(programs: Programs) -> list[Program]:
 
 
 def _warm_start(programs: Programs) -> list[Program]:
-    sft = programs.config.sft
-    if not sft.steps:
+    if not has_warm_start(programs.config):
         return []
-    batch = abstract_batch(programs, sft.batch, ())
+    shape = programs.config.sft.batch, programs.supervised_width
+    batch = abstract_batch(programs, shape, ())
     arguments = {"learner state": programs.abstract_sft_state, "batch": batch}
     return [Program("warm start", programs.supervised_update, arguments)]
 
@@ -131,18 +136,17 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
 
 
 def abstract_batch(
-    programs: Programs, sequences: int, names: Sequence[str], replay: bool = False
+    programs: Programs, shape: tuple[int, int], names: Sequence[str], replay: bool = False
 ) -> Batch:
-    """Returns a Batch of maximum-length sequences, one per row, as `jax.ShapeDtypeStruct`s.
+    """Returns a Batch as `jax.ShapeDtypeStruct`s.
 
     Args:
-      sequences: number of rows P.
+      shape: (P, T), rows and tokens of a row.
       names: names of the batch's `inputs`.
       replay: whether the batch contains the sampler's routes.
     """
     sampler, model = programs.config.sampler, programs.model_config
     rows = named_sharding(programs.mesh, ("batch",))
-    shape = sequences, sampler.max_prompt_length + sampler.max_response_length
 
     def array(dtype, *more):
         return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=rows)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax import objectives
-from drpo_jax.config import boundary, objective_hyper
+from drpo_jax.config import boundary, has_warm_start, objective_hyper
 from drpo_jax.learner import (
     Batch,
     Layout,
@@ -57,9 +57,12 @@ class Programs:
 
     Learner programs:
       init(key): a TrainState for supervised learning, sharded.
+      begin(model): the same for supervised learning that begins with `model`.
       restart(model): the TrainState of a policy run that begins with `model`.
       supervised_update(state, batch), policy_update(state, batch): one optimizer update of a
         mini-batch [P, T]. Both donate `state`. Returns: (TrainState, `learner.Report`).
+      likelihood(model, batch): Σ log p of the tokens of a supervised batch that carry a loss, and their
+        number, as (float32, int32) scalars.
       rescore(model, batch): the TokenTrace [P, T] of the response tokens, without an objective and
         without gradients.
       gradients(model, batch): the gradient of one micro-batch whose `inputs` are the score
@@ -88,6 +91,8 @@ class Programs:
       state_shardings: the shardings of the policy's TrainState.
       abstract_state, abstract_sft_state: both TrainStates as ShapeDtypeStructs with shardings.
       abstract_weights: the result of `sync` as ShapeDtypeStructs with shardings.
+      supervised_updates: number of updates of supervised learning, which its schedule spans.
+      supervised_width: tokens of a row of supervised learning.
       sequences_per_update: N of a policy update.
       updates_per_epoch: mini-batches of a rollout.
 
@@ -95,13 +100,25 @@ class Programs:
       config: a resolved config.
       mesh: from `parallel.make_mesh`.
       stop: token ids that end a response.
+      supervised_updates: number of updates of supervised learning; None: sft.steps.
 
     Raises:
       ValueError: the mesh does not divide a batch or the sampler's caches.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, stop: Iterable[int]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        stop: Iterable[int],
+        supervised_updates: int | None = None,
+    ):
         self.config, self.mesh = config, mesh
+        steps, sampler = config.sft.steps, config.sampler
+        self.supervised_updates = steps if supervised_updates is None else supervised_updates
+        self.supervised_width = config.sft.max_length or (
+            sampler.max_prompt_length + sampler.max_response_length
+        )
         self.model_config = model_config(config)
         self._check_batches()
         check_split(self.model_config, config.sampler.slots, mesh)
@@ -137,8 +154,8 @@ class Programs:
             schedule="linear",
             final_fraction=0.1,
         )
-        self.sft_optimizer = make_optimizer(sft_optimizer, sft.steps)
-        self._sft_schedule = make_schedule(sft_optimizer, sft.steps)
+        self.sft_optimizer = make_optimizer(sft_optimizer, self.supervised_updates)
+        self._sft_schedule = make_schedule(sft_optimizer, self.supervised_updates)
 
         def new_model(key):
             return Transformer(self.model_config, key)
@@ -155,6 +172,9 @@ class Programs:
         self.init = jax.jit(
             lambda key: init_state(new_model(key), self.sft_optimizer),
             out_shardings=self._sft_shardings,
+        )
+        self.begin = jax.jit(
+            lambda model: init_state(model, self.sft_optimizer), out_shardings=self._sft_shardings
         )
         self.restart = jax.jit(
             lambda model: init_state(model, self.optimizer), out_shardings=self.state_shardings
@@ -177,11 +197,13 @@ class Programs:
             pack=train.pack,
             **shared,
         )
+        one_segment = not (train.pack or sft.pack)
         sft_settings = UpdateSettings(
             objective=likelihood,
             aggregation="token-mean",
             micro_batches=sft.batch // sft.micro_batch,
-            **shared,
+            pack=sft.pack,
+            **shared | {"compute": dataclasses.replace(shared["compute"], one_segment=one_segment)},
         )
         gradient_settings = dataclasses.replace(
             self.policy_settings,
@@ -201,6 +223,7 @@ class Programs:
             donate_argnums=0,
             out_shardings=(self._sft_shardings, None),
         )
+        self.likelihood = jax.jit(partial(_likelihood, settings=sft_settings))
         self.policy_update = jax.jit(
             partial(
                 update,
@@ -292,12 +315,38 @@ class Programs:
             pack=pack and self.config.train.pack,
             micro_batches=self.policy_settings.micro_batches,
         )
-        batch = make_batch(layout, tokens, inputs, routes)
+        return self._on_mesh(make_batch(layout, tokens, inputs, routes)), layout
+
+    def supervised_batch(
+        self,
+        tokens: np.ndarray,
+        prompt_lengths: np.ndarray,
+        response_lengths: np.ndarray,
+        loss_mask: np.ndarray | None = None,
+    ) -> Batch:
+        """Returns N = sft.batch examples as a Batch on the mesh, packed if `sft.pack` is set.
+
+        Args:
+          tokens: int32 [N, supervised_width], prompt and response without a gap.
+          prompt_lengths, response_lengths: int32 [N], tokens; a row without an example has 1 and 0.
+          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
+        """
+        sft = self.config.sft
+        layout = lay_out(
+            prompt_lengths,
+            response_lengths,
+            width=tokens.shape[1],
+            pack=sft.pack,
+            micro_batches=sft.batch // sft.micro_batch,
+        )
+        return self._on_mesh(make_batch(layout, tokens, {}, loss_mask=loss_mask))
+
+    def _on_mesh(self, batch: Batch) -> Batch:
+        """Places a batch of NumPy arrays; every process places the rows that its own devices hold."""
         rows = named_sharding(self.mesh, ("batch",))
-        # Every process places the rows that its own devices hold.
         return jax.tree.map(
             lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
-        ), layout
+        )
 
     def rollout_batch(
         self,
@@ -326,7 +375,7 @@ class Programs:
 
     def _check_batches(self):
         shards = batch_shards(self.mesh)
-        warm_start = ("sft.micro_batch",) if self.config.sft.steps else ()
+        warm_start = ("sft.micro_batch",) if has_warm_start(self.config) else ()
         for field in ("train.micro_batch", *warm_start):
             section, name = field.split(".")
             size = self.config[section][name]
@@ -367,6 +416,11 @@ def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
         grouped_matmul=config.compute.grouped_matmul,
         attention=config.compute.attention,
     )
+
+
+def _likelihood(model: Transformer, batch: Batch, settings: UpdateSettings):
+    trace = response_trace(model, batch, settings=settings)
+    return jnp.sum(trace.logp), jnp.sum(batch.mask > 0)
 
 
 def _shardings_of(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data, rewards
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.config import changed_fields, claim_workdir, from_json, to_json
+from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_start, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
 from drpo_jax.lock import hold
@@ -21,6 +21,8 @@ from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import path_of
+from drpo_jax.supervised import Examples, recorded_updates
+from drpo_jax.supervised import load as load_examples
 
 # Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE = range(5)
@@ -54,6 +56,7 @@ class Run:
       reward: the verifier, a row of `rewards.REWARDS`.
       train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
+      examples: what the warm start learns from; None: the task's demonstrations, or nothing.
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
       mesh: the device mesh.
       programs: the functions that the run compiles.
@@ -73,6 +76,7 @@ class Run:
     report: str
     mesh: jax.sharding.Mesh
     programs: Programs
+    examples: Examples | None = None
     reference: Transformer | None = None
     check_owner: Callable[[], None] = lambda: None
     interrupts: Interrupts = Interrupts()
@@ -98,8 +102,11 @@ class Run:
             if train and loaded.train is not None:
                 stream = data.ProblemStream(loaded.train, config.seed)
             _check_init_from(config)
+            learns = train and has_warm_start(config) and not config.data.init_from
+            examples = load_examples(config, tokenizer) if learns else None
             mesh = make_mesh(**config.mesh)
-            programs = Programs(config, mesh, stop=tokenizer.stop_ids)
+            updates = examples.updates if examples else None
+            programs = Programs(config, mesh, tokenizer.stop_ids, supervised_updates=updates)
         return cls(
             config=config,
             workdir=workdir,
@@ -107,6 +114,7 @@ class Run:
             reward=rewards.get_reward(config.reward.name, config.reward.extract),
             train_problems=stream,
             heldout=loaded.heldout,
+            examples=examples,
             report=loaded.report,
             mesh=mesh,
             programs=programs,
@@ -252,7 +260,9 @@ def _check_init_from(config):
             f"data.init_from = {source!r}: there is no checkpoint of a warm start below it; give the "
             "workdir of a run of drpo_jax.sft or drpo_jax.train"
         )
-    total = from_json((path_of(source) / "config.json").read_text()).sft.steps
+    total = recorded_updates(path_of(source) / "sft")
+    if total is None:
+        total = from_json((path_of(source) / "config.json").read_text()).sft.steps
     if step < total:
         raise BadInput(
             f"data.init_from = {source!r}: its warm start is at step {step} of {total}; let it "

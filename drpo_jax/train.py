@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
+from drpo_jax.config import has_warm_start
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
 from drpo_jax.parallel import multihost
@@ -71,7 +72,7 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
     print(run.report + "making one update: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
         model = loop.warm_start.existing_model(run)
-        warning = _warning(config, workdir) if model is None and config.sft.steps else ""
+        warning = _warning(config, workdir) if model is None and has_warm_start(config) else ""
         if model is None:
             model = loop.warm_start.random_model(run)
         run = dataclasses.replace(run, workdir=Path(directory))
@@ -88,8 +89,8 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
 
 def _warning(config, workdir):
     return (
-        f"WARNING: the model is random, because {workdir} holds no finished warm start (sft.steps = "
-        f"{config.sft.steps}).\nIts responses are noise, and so are their rewards; the arithmetic "
+        f"WARNING: the model is random, because {workdir} holds no finished warm "
+        "start.\nIts responses are noise, and so are their rewards; the arithmetic "
         "below is the same as in any update.\nFor the model that training starts from, first run\n"
         f"    python -m drpo_jax.sft --config=… --workdir={workdir}\n\n"
     )

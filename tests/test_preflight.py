@@ -170,7 +170,7 @@ def test_batches_are_those_of_the_loop(case, monkeypatch):
     rows = np.arange(8)
     batch, _ = programs.rollout_batch(rollouts, rows, inputs)
     names, replay = calls.update_inputs(programs), programs.config.train.routing_replay
-    expected = calls.abstract_batch(programs, 8, names, replay)
+    expected = calls.abstract_batch(programs, rollouts.tokens[rows].shape, names, replay)
     assert jax.tree.structure(batch) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(expected)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

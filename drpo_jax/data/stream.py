@@ -7,6 +7,16 @@ import numpy as np
 from drpo_jax.data.problem import Problem, ProceduralTask
 
 
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Returns the order of the `length` items of a list in an epoch, int64 [length].
+
+    It is the same on every platform and for every version of NumPy, because it sorts raw draws of
+    PCG64, which NumPy keeps stable.
+    """
+    raw = np.random.PCG64([seed, epoch]).random_raw(length)
+    return np.argsort(raw, kind="stable")
+
+
 class ProblemStream:
     """The problems of every rollout step, as a pure function of (source, seed, step, count).
 
@@ -17,8 +27,7 @@ class ProblemStream:
       source: a procedural task, which returns new training problems at every step; or a list of
         problems, which is read in epochs. Each epoch is shuffled differently, and the next one
         follows without a gap. The order depends only on the seed, the epoch and the length of the
-        list. It is the same on every platform and for every version of NumPy, because it sorts raw
-        draws of PCG64, which NumPy keeps stable.
+        list, see `epoch_order`.
       seed: a non-negative integer.
 
     Raises:
@@ -45,9 +54,5 @@ class ProblemStream:
             return source.sample(self._seed, step, count, "train")
         positions = step * count + np.arange(count)
         epochs, places = np.divmod(positions, len(source))
-        order = {e: self._order(e, len(source)) for e in np.unique(epochs).tolist()}
+        order = {e: epoch_order(self._seed, e, len(source)) for e in np.unique(epochs).tolist()}
         return [source[order[e][i]] for e, i in zip(epochs.tolist(), places.tolist())]
-
-    def _order(self, epoch, length):
-        raw = np.random.PCG64([self._seed, epoch]).random_raw(length)
-        return np.argsort(raw, kind="stable")

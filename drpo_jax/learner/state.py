@@ -46,8 +46,8 @@ class Batch:
       tokens: int32 [P, T]. A sequence is a prompt and its response without a gap.
       segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
       positions: int32 [P, T], counted from 0 in every sequence.
-      mask: int32 [P, T], the segment id at positions that predict a response token, 0 elsewhere. The
-        position before a token predicts it.
+      mask: int32 [P, T], the segment id at positions that predict a response token with a loss, 0
+        elsewhere. The position before a token predicts it. Tokens without a loss are context only.
       inputs: name → float32 [P, T, …], the objective's inputs for each response token besides logp, at
         the position that predicts the token: behavior_logp, advantage, and others by name (topk_ids
         int32 [P, T, K], correction, …).
@@ -68,6 +68,7 @@ def make_batch(
     tokens: np.ndarray,
     inputs: Mapping[str, np.ndarray],
     routes: np.ndarray | None = None,
+    loss_mask: np.ndarray | None = None,
 ) -> Batch:
     """Returns the Batch of N sequences as NumPy arrays.
 
@@ -76,13 +77,17 @@ def make_batch(
       tokens: int32 [N, T'], prompt and response without a gap; what follows them is ignored.
       inputs: name → [N] or [N, R, …], see `Batch`.
       routes: int16 [N, T', L, k], see `Batch`.
+      loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
     """
+    mask = layout.place(layout.numbers)
+    if loss_mask is not None:
+        mask = np.where(layout.place(loss_mask), mask, 0)
     steps = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return Batch(
         layout.place(tokens, "sequence"),
         layout.place(layout.numbers, "sequence"),
         layout.place(steps, "sequence"),
-        layout.place(layout.numbers),
+        mask,
         {name: layout.place(values) for name, values in inputs.items()},
         None if routes is None else layout.place(routes, "sequence"),
     )

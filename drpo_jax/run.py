@@ -15,6 +15,7 @@ from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_s
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
 from drpo_jax.lock import hold
+from drpo_jax.metrics import check_tracking
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
@@ -94,6 +95,8 @@ class Run:
         Raises:
           BadInput: the problems, the warm start or the mesh do not fit the config.
         """
+        if train:
+            check_tracking(config.log.wandb)
         with bad_input():
             tokenizer = data.make_tokenizer(config.data, config.model.path)
             _check_vocabulary(config, tokenizer)

@@ -29,15 +29,23 @@ EXPLAIN = flags.DEFINE_bool(
     False,
     "Make one update, print how one problem contributes to it, and leave the workdir unchanged.",
 )
+PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "Steps to trace for xprof, such as 3, or 3:5 for 3 to 5; written to profile/ in the workdir.",
+)
 
 
-def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> None:
+def main(
+    config: FrozenConfigDict, workdir: Path, explained: bool = False, profile: str = ""
+) -> None:
     """Trains in `workdir` and prints the results.
 
     Args:
       config: a resolved config.
       workdir: directory of the run.
       explained: explain one update instead, see `explain_batch`.
+      profile: the steps to trace, see `loop.profile`.
 
     Raises:
       BadInput: the config, the problems or the workdir do not fit together.
@@ -47,7 +55,7 @@ def main(config: FrozenConfigDict, workdir: Path, explained: bool = False) -> No
         if page := explain_batch(config, workdir):
             print(page)
         return
-    evaluations = loop.train(config, workdir)
+    evaluations = loop.train(config, workdir, profile)
     if evaluations is None:  # not the first process
         return
     before, after = evaluations
@@ -97,4 +105,4 @@ def _warning(config, workdir):
 
 
 if __name__ == "__main__":
-    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value))
+    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value, PROFILE.value))

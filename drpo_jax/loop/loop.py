@@ -21,6 +21,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_updates, objective_inputs
+from drpo_jax.loop.profile import Profiler, parse_steps
 from drpo_jax.loop.rollout import Example, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
@@ -31,8 +32,15 @@ from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim
 
 
-def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | None:
+def train(
+    config: FrozenConfigDict, workdir: Path, profile: str = ""
+) -> tuple[Record, Record] | None:
     """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
+
+    Args:
+      config: a resolved config.
+      workdir: directory of the run.
+      profile: the steps to trace, see `profile.parse_steps`.
 
     Returns:
       The records of the evaluations before and after training, {"step": …} for one that is missing from
@@ -43,6 +51,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
       TrainingStopped: updates are no longer finite, or sampler and learner disagree.
       Interrupted: SIGTERM or Ctrl-C stopped the run after it saved its state.
     """
+    profiler = Profiler(parse_steps(profile, config.train.steps), workdir)
     done = _completed(config, workdir)
     if done is not None:
         with bad_input(), hold(workdir):
@@ -54,7 +63,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> tuple[Record, Record] | No
     else:
         with claim(Run.create(config, workdir)) as run:
             print(console.introduction(run), flush=True)
-            _train(run)
+            _train(run, profiler)
         if text := console.compilations(read_metrics(workdir)):
             print(f"\n{text}")
     if not multihost.is_main():
@@ -76,13 +85,14 @@ def _completed(config: FrozenConfigDict, workdir: Path) -> int | None:
         return done if _unevaluated(config, workdir, done) is None else None
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, profiler: Profiler) -> None:
     """Runs the steps from the last checkpoint to train.steps."""
     config, total = run.config, run.config.train.steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, collector, start = _start(run, checkpoints)
+        profiler.skipped(start)
         record_start(run.workdir, start, run.changes)
         with bad_input():
             unevaluated = {} if start == 0 else _unevaluated(config, run.workdir, start)
@@ -106,7 +116,8 @@ def _train(run: Run) -> None:
             run.interrupts.expect(seconds)
             try:
                 first = step == start + 1
-                state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
+                with profiler.step(step):
+                    state, metrics, example = rl_step(run, collector, state, step - 1, first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
                     pending = collector.state()
@@ -239,10 +250,11 @@ def rl_step(
         measure = save or _due(step, config.log.mismatch_every)
         check = first and config.sampler.parity != "off"
         reward = training_reward(config, rollout, step)
-        inputs, old_logp, penalties = objective_inputs(
-            run, state.model, responses, reward, step, rescore=measure or check
-        )
-        synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
+        with jax.profiler.TraceAnnotation("score"):
+            inputs, old_logp, penalties = objective_inputs(
+                run, state.model, responses, reward, step, rescore=measure or check
+            )
+            synced_logp = parity.score_synced(run, state.model, responses, old_logp, step)
         if check:
             parity.check_parity(run, responses, synced_logp)
         state, trace, learned = make_updates(run, state, responses, inputs, step, keep=measure)

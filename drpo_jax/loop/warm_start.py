@@ -86,9 +86,9 @@ def make_warm_start(run: Run) -> Transformer:
     programs, total = run.programs, run.programs.supervised_updates
     with contextlib.ExitStack() as stack:
         if run.examples:
-            multihost.on_main(
-                "claim the examples", partial(run.examples.claim, run.workdir / "sft")
-            )
+            with bad_input():
+                claim = partial(run.examples.claim, run.workdir / "sft")
+                multihost.on_main("claim the examples", claim)
             print(run.examples.report())
         checkpoints = stack.enter_context(run.warm_start_checkpoints())
         latest = checkpoints.restore_latest(programs.abstract_sft_state)

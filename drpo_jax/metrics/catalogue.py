@@ -101,6 +101,11 @@ SECTIONS: tuple[Section, ...] = (
                 column=Column("loss", "10.5f"),
             ),
             Metric(
+                "heldout/loss", "Held-out loss",
+                "mean −log p of a token of the examples that are held out from supervised learning",
+                "nats",
+            ),
+            Metric(
                 "entropy", "Entropy", "entropy of π at the sampled positions, mean per token", "nats",
                 column=Column("entropy", "9.3f"),
             ),
@@ -133,6 +138,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "policy/effective_sample_size", "Effective sample size",
                 "(Σr)²/(n·Σr²) over the n tokens; 100 % if all ratios are equal", "%",
+                column=Column("ESS %", "7.1f"),
             ),
             Metric("policy/tail", "Tail tokens", "sampled tokens with µ ≤ 0.01", "%"),
             Metric(
@@ -164,7 +170,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "weight/attenuated", "Attenuated tokens",
                 "0 < w < 1: a smaller step than the surrogate's", "%",
-                column=Column("attenuated %", "14.1f"),
+                column=Column("attenuated %", "13.1f"),
             ),
             Metric(
                 "weight/amplified", "Amplified tokens",

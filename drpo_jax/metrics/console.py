@@ -12,6 +12,9 @@ PACE = 20  # The ETA uses the median time of this many steps.
 NOTHING = "–"  # Stands for a value that is missing or not a number.
 STEP = 13  # Characters in the step column.
 ETA = 9  # Characters in the ETA column.
+WIDTH = 120  # Characters of a line.
+# Columns that make room, in this order, for those of a run that samples groups or steps ahead.
+YIELDING = ("weight/attenuated", "weight/masked", "loss", "policy/shift")
 
 
 class Console:
@@ -46,7 +49,7 @@ class Console:
         if any(m.name in record for m, _ in self._columns):
             self._times = [*self._times, (step, now)][-PACE - 1 :]
             if self._printed == 0:  # The warm start logs fewer metrics than RL.
-                self._columns = [pair for pair in self._columns if pair[0].name in record]
+                self._columns = _fitting([c for c in self._columns if c[0].name in record])
             if self._printed % HEADER_EVERY == 0:
                 titles = "".join(f"{c.title:>{_width(c)}}" for _, c in self._columns)
                 lines.append(f"{'step':>{STEP}}{titles}{'ETA':>{ETA}}")
@@ -55,6 +58,10 @@ class Console:
                 _cell(*pair, record.get(pair[0].name, math.nan)) for pair in self._columns
             )
             lines.append(f"{self._progress(step)}{values}{self._eta(step):>{ETA}}")
+        if "heldout/loss" in record:
+            lines.append(
+                f"{self._progress(step)}  held-out loss: {record['heldout/loss']:.4f} nats"
+            )
         if "eval/avg" in record:
             accuracies = {"avg": record["eval/avg"], "greedy": record.get("eval/greedy")}
             text = "   ".join(f"{k} {v:.3f}" for k, v in accuracies.items() if v is not None)
@@ -70,6 +77,15 @@ class Console:
         pairs = zip(self._times, self._times[1:])
         pace = statistics.median((t1 - t0) / max(s1 - s0, 1) for (s0, t0), (s1, t1) in pairs)
         return duration(pace * max(self._total - step, 0))
+
+
+def _fitting(columns: list[tuple[Metric, Column]]) -> list[tuple[Metric, Column]]:
+    """Returns the columns without those of `YIELDING` that would make the lines too long."""
+    for name in YIELDING:
+        if STEP + sum(_width(column) for _, column in columns) + ETA <= WIDTH:
+            break
+        columns = [pair for pair in columns if pair[0].name != name]
+    return columns
 
 
 def _cell(metric: Metric, column: Column, value: float) -> str:

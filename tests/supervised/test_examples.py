@@ -47,7 +47,9 @@ def test_long_examples_are_dropped_and_counted(tmp_path):
     examples = load(config(sft__files=str(tmp_path / "*.jsonl")), CharTokenizer())
     assert examples.counts == {"examples": 13, "too long": 1} and len(examples.train) == 12
     assert "13 examples (dropped: 1 too long)" in examples.report()
-    with pytest.raises(ValueError, match=r"all 12 examples are longer than 4 tokens.*shortest has 7"):
+    with pytest.raises(
+        ValueError, match=r"all 12 examples are longer than 4 tokens.*shortest has 7"
+    ):
         load(config(sft__files=path, sft__max_length=4), CharTokenizer())
 
 
@@ -233,10 +235,8 @@ def test_at_most_some_responses_of_a_problem_are_kept(tmp_path):
     assert sum(text < "#4" for text in texts_of(few)) == 2
     every = load(config(sft__rollouts=str(tmp_path), sft__per_problem=0), CharTokenizer())
     assert texts_of(every) == responses
-    seeds = {
-        tuple(texts_of(load(config(seed=s, sft__rollouts=str(tmp_path), sft__per_problem=1), CharTokenizer())))
-        for s in range(6)
-    }  # fmt: skip
+    one = dict(sft__rollouts=str(tmp_path), sft__per_problem=1)
+    seeds = {tuple(texts_of(load(config(seed=s, **one), CharTokenizer()))) for s in range(6)}
     assert len(seeds) > 1
 
 

@@ -86,7 +86,7 @@ def test_a_pattern_reads_several_files_in_order(tmp_path):
         ({"messages": [ASSISTANT]}, "begins with the assistant"),
         (
             {"messages": [USER | {"content": [{"type": "image"}]}, ASSISTANT]},
-            "field 'messages[0].content' has the part {\"type\": \"image\"}",
+            'field \'messages[0].content\' has the part {"type": "image"}',
         ),
     ],
 )

@@ -110,5 +110,5 @@ def test_the_log_warns_once_also_after_a_resume(tmp_path, caplog):
         return [text for text in caplog.messages if "π/µ" in text]
 
     [text] = logged(0, 30)
-    assert text.startswith("step 23: the mean ratio π/µ is 1.3") and "train.epochs" in text
+    assert text.startswith("step 22: the mean ratio π/µ is 1.3") and "train.epochs" in text
     assert logged(30, 40) == []

@@ -170,7 +170,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "weight/attenuated", "Attenuated tokens",
                 "0 < w < 1: a smaller step than the surrogate's", "%",
-                column=Column("attenuated %", "13.1f"),
+                column=Column("attenuated %", "14.1f"),
             ),
             Metric(
                 "weight/amplified", "Amplified tokens",

@@ -10,7 +10,7 @@ from drpo_jax.metrics.records import Record, series
 HEADER_EVERY = 20  # Lines between two headers.
 PACE = 20  # The ETA uses the median time of this many steps.
 NOTHING = "–"  # Stands for a value that is missing or not a number.
-STEP = 13  # Characters in the step column.
+STEP = 12  # Characters in the step column.
 ETA = 9  # Characters in the ETA column.
 WIDTH = 120  # Characters of a line.
 # Columns that make room, in this order, for those of a run that samples groups or steps ahead.

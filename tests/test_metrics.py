@@ -229,6 +229,15 @@ def test_a_value_that_is_not_a_number_is_a_dash():
     assert console.lines(record, 0.0)[1].split() == "1/9 0.00000 – – –".split()
 
 
+def test_columns_of_other_metrics_make_room_for_chosen_groups_and_staleness():
+    console = M.Console(10_000, optional=["sampling/dropped", "sampling/carried", "staleness/mean"])
+    values = {m.name: 0.5 for m in M.COLUMNS} | {"sampling/dropped": 12, "sampling/carried": 3}
+    header, row = console.lines({"step": 1, "staleness/mean": 1.0} | values, 0.0)
+    assert re.search(r"ESS %.*corrected %.*dropped  carried   age", header)
+    assert "attenuated" not in header and len(header) == len(row) <= 120
+    assert re.search(r" 12 +3 +1\.0 ", row)
+
+
 def test_the_legend_has_a_line_for_each_column():
     console = M.Console(9, without={"weight/masked"})
     legend = console.legend()

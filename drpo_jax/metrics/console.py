@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable
 
-from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric
+from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric, describe
 from drpo_jax.metrics.records import Record, series
 
 HEADER_EVERY = 20  # Lines between two headers.
@@ -13,8 +13,13 @@ NOTHING = "–"  # Stands for a value that is missing or not a number.
 STEP = 12  # Characters in the step column.
 ETA = 9  # Characters in the ETA column.
 WIDTH = 120  # Characters of a line.
-# Columns that make room, in this order, for those of a run that samples groups or steps ahead.
-YIELDING = ("weight/attenuated", "weight/masked", "loss", "policy/shift")
+# Columns of runs that choose groups or sample ahead, and those that make room for them, in this order.
+OPTIONAL = {
+    "sampling/dropped": Column("dropped", "9.0f"),
+    "sampling/carried": Column("carried", "9.0f"),
+    "staleness/mean": Column("age", "6.1f"),
+}
+YIELDING = ("weight/attenuated", "weight/masked", "loss")
 
 
 class Console:
@@ -25,11 +30,16 @@ class Console:
     Args:
       total_steps: the steps of the run, for the step column and the ETA.
       without: metrics that get no column, such as the shares of w that the objective cannot produce.
+      optional: names in `OPTIONAL` that get a column.
     """
 
-    def __init__(self, total_steps: int, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, total_steps: int, without: Collection[str] = (), optional: Collection[str] = ()
+    ) -> None:
         self._total = total_steps
-        self._columns = [(m, m.column) for m in COLUMNS if m.column and m.name not in without]
+        columns = [(m, m.column) for m in COLUMNS if m.column and m.name not in without]
+        columns += [(describe(name), OPTIONAL[name]) for name in optional]
+        self._columns = _fitting(columns)
         self._printed = 0
         self._times: list[tuple[float, float]] = []  # (step, seconds) of the latest training steps
 
@@ -49,7 +59,7 @@ class Console:
         if any(m.name in record for m, _ in self._columns):
             self._times = [*self._times, (step, now)][-PACE - 1 :]
             if self._printed == 0:  # The warm start logs fewer metrics than RL.
-                self._columns = _fitting([c for c in self._columns if c[0].name in record])
+                self._columns = [pair for pair in self._columns if pair[0].name in record]
             if self._printed % HEADER_EVERY == 0:
                 titles = "".join(f"{c.title:>{_width(c)}}" for _, c in self._columns)
                 lines.append(f"{'step':>{STEP}}{titles}{'ETA':>{ETA}}")

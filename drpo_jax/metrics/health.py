@@ -201,9 +201,11 @@ def _mismatch_grows(records: Sequence[Record], config: Mapping[str, Any]) -> str
     5 is more than the spread between two comparisons. Below 0.05 nats, a ratio is off by 5 % on
     average, which no objective notices.
     """
-    last = _last(records, "mismatch/logp", 3)
-    first = _first(records, "mismatch/logp")[:3]
-    if not last or len(_last(records, "mismatch/logp", 6)) < 6:
+    # With noise or staleness, the whole mismatch contains parts that are meant.
+    real = "mismatch/logp_real" in records[-1]
+    name = "mismatch/logp_real" if real else "mismatch/logp"
+    last, first = _last(records, name, 3), _first(records, name)[:3]
+    if len(_last(records, name, 6)) < 6:
         return ""
     now, before = statistics.median(last), statistics.median(first)
     if now <= max(5 * before, 0.05):

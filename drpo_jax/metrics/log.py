@@ -76,7 +76,8 @@ class MetricLogger:
         self._file = Lines(path, "".join(to_line(r) for r in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._described: set[str] = set()  # Metrics described to TensorBoard.
-        self._console = Console(total_steps, without) if console else None
+        optional = _optional_columns(config["train"]) if config else []
+        self._console = Console(total_steps, without, optional) if console else None
         self._tracker: Tracker | None = None
         fields = flatten(config) if config else {}
         self._health = Health(fields)
@@ -149,3 +150,11 @@ class MetricLogger:
         experiment, start, _ = hparams(dict(fields), dict.fromkeys(RESULTS, 0.0))
         for summary in (experiment, start):
             self._board.file_writer.add_summary(summary)
+
+
+def _optional_columns(train: Mapping[str, Any]) -> list[str]:
+    """Returns the console columns that the section `train` asks for."""
+    chooses = train.get("dynamic_sampling") or train.get("partial_tokens")
+    ahead = train.get("staleness") or train.get("partial_tokens")
+    columns = ["sampling/dropped", "sampling/carried"] if chooses else []
+    return columns + ["staleness/mean"] * bool(ahead)

@@ -139,6 +139,7 @@ class Programs:
         recipe, compute = _recipe(config, mesh), _compute(config, mesh)
         self._build_states()
         self._build_updates(recipe.learner, compute)
+        self._build_supervised(recipe.learner, compute)
         self._build_sampling(recipe.sampler, compute)
 
     def _build_states(self):
@@ -181,8 +182,8 @@ class Programs:
         )
 
     def _build_updates(self, recipe: MatmulRecipe, compute: Compute):
-        """The learner's programs on batches: updates, rescoring, gradients, and their metrics."""
-        config, train, sft = self.config, self.config.train, self.config.sft
+        """The policy's programs on batches: updates, rescoring, gradients, and their metrics."""
+        config, train = self.config, self.config.train
         shared = dict(
             horizon=config.objective.horizon,
             load_balance=config.model.load_balance,
@@ -197,14 +198,6 @@ class Programs:
             pack=train.pack,
             **shared,
         )
-        one_segment = not (train.pack or sft.pack)
-        sft_settings = UpdateSettings(
-            objective=likelihood,
-            aggregation="token-mean",
-            micro_batches=sft.batch // sft.micro_batch,
-            pack=sft.pack,
-            **shared | {"compute": dataclasses.replace(shared["compute"], one_segment=one_segment)},
-        )
         gradient_settings = dataclasses.replace(
             self.policy_settings,
             objective=_by_coefficient,
@@ -213,17 +206,6 @@ class Programs:
             load_balance=0.0,
             pack=False,
         )
-        self.supervised_update = jax.jit(
-            partial(
-                update,
-                settings=sft_settings,
-                optimizer=self.sft_optimizer,
-                schedule=self._sft_schedule,
-            ),
-            donate_argnums=0,
-            out_shardings=(self._sft_shardings, None),
-        )
-        self.likelihood = jax.jit(partial(_likelihood, settings=sft_settings))
         self.policy_update = jax.jit(
             partial(
                 update,
@@ -241,6 +223,31 @@ class Programs:
         )
         self.summarize = jax.jit(summarize)
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
+
+    def _build_supervised(self, recipe: MatmulRecipe, compute: Compute):
+        """The programs of supervised learning on batches."""
+        config, sft = self.config, self.config.sft
+        packed = config.train.pack or sft.pack
+        settings = UpdateSettings(
+            objective=likelihood,
+            aggregation="token-mean",
+            horizon=config.objective.horizon,
+            micro_batches=sft.batch // sft.micro_batch,
+            load_balance=config.model.load_balance,
+            pack=sft.pack,
+            compute=dataclasses.replace(compute, matmul=recipe, one_segment=not packed),
+        )
+        self.supervised_update = jax.jit(
+            partial(
+                update,
+                settings=settings,
+                optimizer=self.sft_optimizer,
+                schedule=self._sft_schedule,
+            ),
+            donate_argnums=0,
+            out_shardings=(self._sft_shardings, None),
+        )
+        self.likelihood = jax.jit(partial(_likelihood, settings=settings))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
         """Weight sync and two samplers: one for rollouts, which follows `recipe`, and an exact one."""

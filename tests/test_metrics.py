@@ -212,7 +212,7 @@ def test_console_lines_fit_and_line_up(capsys, tmp_path):
     assert len(header) == len(rows[0]) == len(rows[1])
     assert all(title in header for title in ("reward", "corrected %", "ETA"))
     assert "-0.988  8192.0 -12.34567   -0.988  -0.9877  -98.8       -98.77         -98.8" in rows[0]
-    assert rows[1].split() == "10000/10000 – – 1.00000 – – – – – 0s".split()
+    assert rows[1].split() == "10000/10000 – – 1.00000 – – – – – – 0s".split()
     assert "held-out: avg 0.500" in rows[2]
     write(tmp_path, 0, 1, console=True)
     assert len(capsys.readouterr().out.splitlines()) == 3

@@ -229,6 +229,11 @@ def test_a_value_that_is_not_a_number_is_a_dash():
     assert console.lines(record, 0.0)[1].split() == "1/9 0.00000 – – –".split()
 
 
+def test_a_heldout_loss_has_a_line_of_its_own():
+    lines = M.Console(40).lines({"step": 10, "heldout/loss": 1.25, "loss": 1.0}, 0.0)
+    assert lines[-1].split() == "10/40 held-out loss: 1.2500 nats".split() and len(lines) == 3
+
+
 def test_columns_of_other_metrics_make_room_for_chosen_groups_and_staleness():
     console = M.Console(10_000, optional=["sampling/dropped", "sampling/carried", "staleness/mean"])
     values = {m.name: 0.5 for m in M.COLUMNS} | {"sampling/dropped": 12, "sampling/carried": 3}

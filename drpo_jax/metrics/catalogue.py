@@ -101,11 +101,6 @@ SECTIONS: tuple[Section, ...] = (
                 column=Column("loss", "10.5f"),
             ),
             Metric(
-                "heldout/loss", "Held-out loss",
-                "mean −log p of a token of the examples that are held out from supervised learning",
-                "nats",
-            ),
-            Metric(
                 "entropy", "Entropy", "entropy of π at the sampled positions, mean per token", "nats",
                 column=Column("entropy", "9.3f"),
             ),
@@ -362,6 +357,11 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "response/length_max", "Longest response", "longest response of the step", "tokens",
                 reduce="max",
+            ),
+            Metric(
+                "heldout/loss", "Held-out loss",
+                "mean −log p of a token of the examples that are held out from supervised learning",
+                "nats",
             ),
             Metric("eval/length", "Held-out response length", "mean of the samples", "tokens"),
             Metric(

@@ -109,18 +109,18 @@ def test_packing_changes_no_loss(whole, files, tmp_path):
 def test_only_tokens_that_are_learned_count(files, tmp_path):
     """The likelihood of a batch is the sum over its learned tokens, in any row and beside any other."""
     run = Run.create(config(files), tmp_path)
-    prompt, response = tuple(run.tokenizer.encode("1+1=")), tuple(run.tokenizer.response("#2"))
+    prompt, response = run.tokenizer.encode("1+1="), run.tokenizer.response("#2")
     with jax.set_mesh(run.mesh):
         model = warm_start.random_model(run)
 
         def likelihood(*masks):
-            examples = [Example(prompt, response, mask) for mask in masks]
+            examples = [Example.of(prompt, response, mask) for mask in masks]
             logp, count = run.programs.likelihood(model, warm_start.example_batch(run, examples))
             return float(logp), int(count)
 
-        every, count = likelihood(None)
+        every, count = likelihood(())
         parts = [likelihood(mask) for mask in ((True, False, False), (False, True, True))]
-        both = likelihood((True, False, False), None)
+        both = likelihood((True, False, False), ())
     assert count == 3 and [n for _, n in parts] == [1, 2]
     assert sum(logp for logp, _ in parts) == pytest.approx(every, rel=1e-6)
     assert both == (pytest.approx(every + parts[0][0], rel=1e-6), 4)

@@ -178,7 +178,7 @@ def demonstration_batch(run: Run, step: int) -> Batch:
     return example_batch(
         run,
         [
-            Example(tuple(tokenizer.encode(prompt)), tuple(tokenizer.response(response)))
+            Example.of(tokenizer.encode(prompt), tokenizer.response(response))
             for prompt, response in pairs
         ],
     )
@@ -190,12 +190,12 @@ def example_batch(run: Run, examples: Sequence[Example]) -> Batch:
     tokens = np.zeros((size, programs.supervised_width), np.int32)
     prompt_lengths, response_lengths = np.ones(size, np.int32), np.zeros(size, np.int32)
     for row, (prompt, response, _) in enumerate(examples):
-        tokens[row, : len(prompt) + len(response)] = prompt + response
-        prompt_lengths[row], response_lengths[row] = len(prompt), len(response)
+        prompt_lengths[row], response_lengths[row] = start, length = len(prompt), len(response)
+        tokens[row, :start], tokens[row, start : start + length] = prompt, response
     learned = None
-    if any(example.learned for example in examples):
-        learned = np.ones((size, max(len(example.response) for example in examples)), bool)
+    if any(example.learned is not None for example in examples):
+        learned = np.ones((size, max(response_lengths)), bool)
         for row, example in enumerate(examples):
-            if example.learned:
+            if example.learned is not None:
                 learned[row, : len(example.learned)] = example.learned
     return programs.supervised_batch(tokens, prompt_lengths, response_lengths, learned)

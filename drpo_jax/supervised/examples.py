@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from drpo_jax import data
@@ -23,13 +24,21 @@ class Example(NamedTuple):
     """A prompt and the response to learn.
 
     Attributes:
-      prompt, response: token ids; the response includes the token that ends it.
-      learned: whether each token of the response carries loss; None: all do.
+      prompt, response: int32 token ids; the response includes the token that ends it.
+      learned: bool, whether each token of the response carries a loss; None: all do.
     """
 
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
-    learned: tuple[bool, ...] | None = None
+    prompt: np.ndarray
+    response: np.ndarray
+    learned: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: Sequence[int], response: Sequence[int], learned: Sequence[bool] = ()
+    ) -> "Example":
+        """Returns the example of token ids; without `learned`, all tokens of the response are."""
+        mask = None if all(learned) else np.array(learned, bool)
+        return cls(np.array(prompt, np.int32), np.array(response, np.int32), mask)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Examples:
         Raises:
           BadInput: the warm start in the directory began with other examples.
         """
-        digest = hashlib.sha256(repr((self.train, self.heldout)).encode()).hexdigest()[:16]
+        digest = self._digest()
         facts = {"updates": self.updates, "hash": digest, "counts": self.counts}
         path = directory / FACTS
         if path.exists() and json.loads(path.read_text())["hash"] != digest:
@@ -97,6 +106,16 @@ class Examples:
             )
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(facts, indent=2) + "\n")
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for part in (self.train, self.heldout):
+            digest.update(f"{len(part)}".encode())
+            for prompt, response, learned in part:
+                digest.update(f"{len(prompt)} {len(response)} {learned is not None}".encode())
+                for array in (prompt, response, *([] if learned is None else [learned])):
+                    digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def recorded_updates(directory: Path) -> int | None:
@@ -117,7 +136,7 @@ def load(config: ConfigDict, tokenizer: Any) -> Examples | None:
         return None
     if sft.rollouts:
         sampled, counts = right_responses(config, tokenizer)
-        source, examples = sft.rollouts, [_learned(*row) for row in sampled]
+        source, examples = sft.rollouts, [Example.of(*row) for row in sampled]
     else:
         source = sft.files
         examples = list(_encoded(config, tokenizer, sft.files, "sft.files"))
@@ -129,10 +148,6 @@ def load(config: ConfigDict, tokenizer: Any) -> Examples | None:
         heldout, counts["too long, held out"] = _short_enough(config, heldout, sft.heldout_files)
     updates = sft.steps or math.ceil(sft.epochs * len(train) / sft.batch)
     return Examples(train, heldout, counts, config.seed, sft.batch, updates, sft.epochs)
-
-
-def _learned(prompt, response, learned) -> Example:
-    return Example(prompt, response, None if all(learned) else learned)
 
 
 def _encoded(config, tokenizer, path, field) -> Iterator[Example]:
@@ -156,7 +171,7 @@ def _of_text(config, tokenizer, text: Pair | Chat) -> Iterator[Example]:
             ids, response = tokenizer.turn([{"role": "user", "content": prompt}], text.response)
         else:
             ids, response = tokenizer.prompt(prompt), tokenizer.response(text.response)
-        yield Example(tuple(ids), tuple(response))
+        yield Example.of(ids, response)
         return
     if not config.data.chat:
         raise ValueError(
@@ -165,8 +180,7 @@ def _of_text(config, tokenizer, text: Pair | Chat) -> Iterator[Example]:
         )
     turns = [i for i, m in enumerate(text.messages) if m["role"] == "assistant"]
     for i in turns if config.sft.turns == "all" else turns[-1:]:
-        ids, response = tokenizer.turn(text.messages[:i], text.messages[i]["content"])
-        yield Example(tuple(ids), tuple(response))
+        yield Example.of(*tokenizer.turn(text.messages[:i], text.messages[i]["content"]))
 
 
 def _short_enough(config, examples: Sequence[Example], source) -> tuple[list[Example], int]:
@@ -200,7 +214,8 @@ def _split(config, examples: Sequence[Example]) -> tuple[list[Example], list[Exa
     share = config.sft.heldout
     sides: tuple[list[Example], list[Example]] = [], []
     for example in examples:
-        digest = hashlib.sha256(repr((config.seed, example.prompt)).encode()).digest()
+        text = f"{config.seed} ".encode() + example.prompt.tobytes()
+        digest = hashlib.sha256(text).digest()
         sides[int.from_bytes(digest[:8]) < share * 2**64].append(example)
     if not sides[0] or (share and not sides[1]):
         side = "learns from" if not sides[0] else "holds out"

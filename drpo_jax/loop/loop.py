@@ -117,7 +117,7 @@ def _train(run: Run, profiler: Profiler) -> None:
             try:
                 first = step == start + 1
                 with profiler.step(step):
-                    state, metrics, example = rl_step(run, collector, state, step - 1, first)
+                    state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
                     pending = collector.state()

@@ -54,6 +54,7 @@ def write(workdir, first, last, seed=0):
     with M.MetricLogger(workdir, 4, first, console=False, config=config(seed)) as log:
         for step in range(first, last + 1):
             log.log(step, {"loss": 1.0 / (1 + step), "weight/w_min": float("inf")})
+    log.end_tracking()
 
 
 def test_it_receives_config_metrics_and_summary(project, tmp_path):
@@ -108,7 +109,8 @@ def test_the_package_itself_records_an_offline_run(tmp_path):
         "import sys, pathlib; from drpo_jax import metrics as M; from drpo_jax.config import "
         "default_config; config = default_config(); config.log.wandb = 'drpo'\n"
         "with M.MetricLogger(pathlib.Path(sys.argv[1]), 4, console=False, config=config) as log:\n"
-        "    log.log(1, {'loss': 0.5})"
+        "    log.log(1, {'loss': 0.5})\n"
+        "log.end_tracking()"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120,

@@ -89,6 +89,7 @@ def _train(run: Run, profiler: Profiler) -> None:
     """Runs the steps from the last checkpoint to train.steps."""
     config, total = run.config, run.config.train.steps
     with contextlib.ExitStack() as stack:
+        outer = stack.enter_context(contextlib.ExitStack())  # Exits after the checkpoints.
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, collector, start = _start(run, checkpoints)
@@ -99,6 +100,7 @@ def _train(run: Run, profiler: Profiler) -> None:
             logged = checkpoints.logged(start) if start else None
             first = start if unevaluated is not None else start + 1
             log = MetricLogger(run.workdir, total, first, config=config, expected=logged)
+        outer.callback(log.end_tracking)
         stack.enter_context(log)
         print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()

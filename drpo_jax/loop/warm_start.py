@@ -85,6 +85,7 @@ def make_warm_start(run: Run) -> Transformer:
     """
     programs, total = run.programs, run.programs.supervised_updates
     with contextlib.ExitStack() as stack:
+        outer = stack.enter_context(contextlib.ExitStack())  # Exits after the checkpoints.
         if run.examples:
             with bad_input():
                 claim = partial(run.examples.claim, run.workdir / "sft")
@@ -96,6 +97,7 @@ def make_warm_start(run: Run) -> Transformer:
         if step == total:
             return state.model
         log = stack.enter_context(_logger(run, checkpoints, step))
+        outer.callback(log.end_tracking)
         clock, saved = CompileClock(), int(state.updates)
         save_every = max(total // 4, 1)
         noun = "examples" if run.examples else "demonstrations"

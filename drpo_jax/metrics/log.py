@@ -124,8 +124,14 @@ class MetricLogger:
         if self._writes:
             self._file.close()
             self._board.close()
-            if self._tracker:
-                self._tracker.close()
+
+    def end_tracking(self) -> None:
+        """Waits until Weights & Biases has received everything, which may take long.
+
+        A run calls this after its last checkpoint is committed, because a signal may end it meanwhile.
+        """
+        if self._writes and self._tracker:
+            self._tracker.close()
 
     def __enter__(self) -> "MetricLogger":
         return self

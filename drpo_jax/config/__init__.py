@@ -22,7 +22,7 @@ be right.
 
 from drpo_jax.config.checks import validate
 from drpo_jax.config.objective import boundary, objective_hyper, objective_summary, with_hyper
-from drpo_jax.config.resolve import resolve
+from drpo_jax.config.resolve import has_warm_start, resolve
 from drpo_jax.config.sections import (
     default_config,
     field_table,
@@ -52,6 +52,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "from_json",
+    "has_warm_start",
     "objective_hyper",
     "objective_summary",
     "resolve",

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from drpo_jax.config import has_warm_start
 from drpo_jax.costs import Program
 from drpo_jax.learner import Batch
 from drpo_jax.parallel import named_sharding
@@ -81,10 +82,9 @@ def rollout_step(programs: Programs) -> list[Program]:
 
 
 def _warm_start(programs: Programs) -> list[Program]:
-    sft, sampler = programs.config.sft, programs.config.sampler
-    if not sft.steps:
+    if not has_warm_start(programs.config):
         return []
-    shape = sft.batch, sampler.max_prompt_length + sampler.max_response_length
+    shape = programs.config.sft.batch, programs.supervised_width
     batch = abstract_batch(programs, shape, ())
     arguments = {"learner state": programs.abstract_sft_state, "batch": batch}
     return [Program("warm start", programs.supervised_update, arguments)]

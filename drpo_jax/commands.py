@@ -35,10 +35,13 @@ COMMANDS = {
     ),
     "sft": Command(
         "drpo_jax.sft",
-        "Fine-tune on demonstrations: a warm start that several `drpo train` runs can share.",
-        RUN,
+        "Fine-tune on files, on the right responses of a run, or on demonstrations.",
+        f"{RUN} [--from_rollouts=DIR]",
         (
             "drpo sft --config=configs/tiny.py --workdir=runs/warm",
+            "drpo sft --config=configs/own.py --workdir=runs/chats --config.sft.files=chats.jsonl "
+            "--config.sft.epochs=3",
+            "drpo sft --config=configs/tiny.py --workdir=runs/again --from_rollouts=runs/tiny",
             "drpo train --config=configs/tiny.py --workdir=runs/tiny "
             "--config.data.init_from=runs/warm",
         ),

@@ -35,6 +35,7 @@ class Range:
 POSITIVE = Range("positive", lambda x: x > 0)
 NOT_NEGATIVE = Range("0 or more", lambda x: x >= 0)
 SHARE = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+BELOW_ONE = Range("in [0, 1)", lambda x: 0 <= x < 1)
 POSITIVE_SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 
 REQUIRED = dataclasses.MISSING

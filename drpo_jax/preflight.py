@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax import calls, cli, costs
+from drpo_jax.config import has_warm_start
 from drpo_jax.costs import Chip, Cost, Program
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.learner.head import chunk_tokens
@@ -93,7 +94,7 @@ def main(
 
 def without_text(config: ConfigDict) -> ConfigDict:
     """Returns the config; a placeholder stands for a missing tokenizer, which preflight never reads."""
-    if not (config.model.path or config.data.tokenizer or config.sft.steps):
+    if not (config.model.path or config.data.tokenizer or has_warm_start(config)):
         config.data.tokenizer = "none is read"
     return config
 
@@ -110,11 +111,13 @@ def program_list(programs: Programs) -> list[Program]:
     config, model = programs.config, programs.model_config
     sampler, sft = config.sampler, config.sft
     lengths = prompt, response = sampler.max_prompt_length, sampler.max_response_length
+    learned = min(response, programs.supervised_width - 1)
+    examples = programs.supervised_width - learned, learned
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
     prompt_tokens = listed["prefill"].arguments["tokens"].size
     work = {
-        "warm start": costs.training(model, sft.batch, *lengths, config.compute.remat),
+        "warm start": costs.training(model, sft.batch, *examples, config.compute.remat),
         "rescore": costs.scoring(model, sequences, *lengths),
         "update": costs.training(model, sequences, *lengths, config.compute.remat),
         "prefill": costs.reading(model, prompt_tokens, prompt),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax import objectives
-from drpo_jax.config import boundary, objective_hyper
+from drpo_jax.config import boundary, has_warm_start, objective_hyper
 from drpo_jax.learner import (
     PARTS,
     Batch,
@@ -65,9 +65,12 @@ class Programs:
 
     Learner programs:
       init(key): a TrainState for supervised learning, sharded.
+      begin(model): the same for supervised learning that begins with `model`.
       restart(model): the TrainState of a policy run that begins with `model`.
       supervised_update(state, batch), policy_update(state, batch): one optimizer update of a
         mini-batch [P, T]. Both donate `state`. Returns: (TrainState, `learner.Report`).
+      likelihood(model, batch): Σ log p of the tokens of a supervised batch that carry a loss, and their
+        number, as (float32, int32) scalars.
       rescore(model, batch): the TokenTrace [P, T] of the response tokens, without an objective and
         without gradients; with Σπ² under objective.baseline = "otb".
       gradients(model, batch): the gradient of one micro-batch whose `inputs` are the score
@@ -97,6 +100,8 @@ class Programs:
       state_shardings: the shardings of the policy's TrainState.
       abstract_state, abstract_sft_state: both TrainStates as ShapeDtypeStructs with shardings.
       abstract_weights: the result of `sync` as ShapeDtypeStructs with shardings.
+      supervised_updates: number of updates of supervised learning, which its schedule spans.
+      supervised_width: tokens of a row of supervised learning.
       sequences_per_update: N of a policy update.
       update_shape: (P, T) of a policy update, as long as its batch has `sequences_per_update` sequences.
       micro_batch: rows of a micro-batch of a policy update.
@@ -106,13 +111,25 @@ class Programs:
       config: a resolved config.
       mesh: from `parallel.make_mesh`.
       stop: token ids that end a response.
+      supervised_updates: number of updates of supervised learning; None: sft.steps.
 
     Raises:
       ValueError: the mesh does not divide a batch or the sampler's caches.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, stop: Iterable[int]):
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        stop: Iterable[int],
+        supervised_updates: int | None = None,
+    ):
         self.config, self.mesh = config, mesh
+        steps, sampler = config.sft.steps, config.sampler
+        self.supervised_updates = steps if supervised_updates is None else supervised_updates
+        self.supervised_width = config.sft.max_length or (
+            sampler.max_prompt_length + sampler.max_response_length
+        )
         self.model_config = model_config(config)
         check_split(self.model_config, config.sampler.slots, mesh)
         train = config.train
@@ -133,6 +150,7 @@ class Programs:
         recipe, compute = _recipe(config, mesh), _compute(config, mesh)
         self._build_states()
         self._build_updates(recipe.learner, compute)
+        self._build_supervised(recipe.learner, compute)
         self._build_sampling(recipe.sampler, compute)
         self._watch()
 
@@ -149,7 +167,7 @@ class Programs:
         train, sampler, shards = self.config.train, self.config.sampler, batch_shards(self.mesh)
         width = sampler.max_prompt_length + sampler.max_response_length
         self.micro_batch = train.micro_batch
-        if self.config.sft.steps:
+        if has_warm_start(self.config):
             self._check_batch("sft.micro_batch")
         if not train.micro_tokens:
             self._check_batch("train.micro_batch")
@@ -181,8 +199,8 @@ class Programs:
             schedule="linear",
             final_fraction=0.1,
         )
-        self.sft_optimizer = make_optimizer(sft_optimizer, sft.steps)
-        self._sft_schedule = make_schedule(sft_optimizer, sft.steps)
+        self.sft_optimizer = make_optimizer(sft_optimizer, self.supervised_updates)
+        self._sft_schedule = make_schedule(sft_optimizer, self.supervised_updates)
 
         def new_model(key):
             return Transformer(self.model_config, key)
@@ -200,13 +218,16 @@ class Programs:
             lambda key: init_state(new_model(key), self.sft_optimizer),
             out_shardings=self._sft_shardings,
         )
+        self.begin = jax.jit(
+            lambda model: init_state(model, self.sft_optimizer), out_shardings=self._sft_shardings
+        )
         self.restart = jax.jit(
             lambda model: init_state(model, self.optimizer), out_shardings=self.state_shardings
         )
 
     def _build_updates(self, recipe: MatmulRecipe, compute: Compute):
-        """The learner's programs on batches: updates, rescoring, gradients, and their metrics."""
-        config, train, sft = self.config, self.config.train, self.config.sft
+        """The policy's programs on batches: updates, rescoring, gradients, and their metrics."""
+        config, train = self.config, self.config.train
         pack = train.pack or train.micro_tokens > 0
         shared = dict(
             horizon=config.objective.horizon,
@@ -223,27 +244,11 @@ class Programs:
             parts=PARTS if train.micro_tokens else (1,),
             **shared,
         )
-        sft_settings = UpdateSettings(
-            objective=likelihood,
-            aggregation="token-mean",
-            micro_batches=sft.batch // sft.micro_batch,
-            **shared,
-        )
         gradient_settings = UpdateSettings(
             objective=_by_coefficient,
             aggregation=config.objective.aggregation,
             temperature=config.sampler.temperature,
             **shared | {"load_balance": 0.0},
-        )
-        self.supervised_update = jax.jit(
-            partial(
-                update,
-                settings=sft_settings,
-                optimizer=self.sft_optimizer,
-                schedule=self._sft_schedule,
-            ),
-            donate_argnums=0,
-            out_shardings=(self._sft_shardings, None),
         )
         self.policy_update = jax.jit(
             partial(
@@ -264,6 +269,31 @@ class Programs:
         )
         self.summarize = jax.jit(summarize)
         self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
+
+    def _build_supervised(self, recipe: MatmulRecipe, compute: Compute):
+        """The programs of supervised learning on batches."""
+        config, sft = self.config, self.config.sft
+        packed = config.train.pack or sft.pack
+        settings = UpdateSettings(
+            objective=likelihood,
+            aggregation="token-mean",
+            horizon=config.objective.horizon,
+            micro_batches=sft.batch // sft.micro_batch,
+            load_balance=config.model.load_balance,
+            pack=sft.pack,
+            compute=dataclasses.replace(compute, matmul=recipe, one_segment=not packed),
+        )
+        self.supervised_update = jax.jit(
+            partial(
+                update,
+                settings=settings,
+                optimizer=self.sft_optimizer,
+                schedule=self._sft_schedule,
+            ),
+            donate_argnums=0,
+            out_shardings=(self._sft_shardings, None),
+        )
+        self.likelihood = jax.jit(partial(_likelihood, settings=settings))
 
     def _build_sampling(self, recipe: MatmulRecipe, compute: Compute):
         """Weight sync and two samplers: one for rollouts, which follows `recipe`, and an exact one."""
@@ -340,12 +370,38 @@ class Programs:
             layout = lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
         else:
             layout = lay_out(*lengths, tokens.shape[1], pack and train.pack, micro_batches)
-        batch = make_batch(layout, tokens, inputs, routes, loss_mask)
+        return self._on_mesh(make_batch(layout, tokens, inputs, routes, loss_mask)), layout
+
+    def supervised_batch(
+        self,
+        tokens: np.ndarray,
+        prompt_lengths: np.ndarray,
+        response_lengths: np.ndarray,
+        loss_mask: np.ndarray | None = None,
+    ) -> Batch:
+        """Returns N = sft.batch examples as a Batch on the mesh, packed if `sft.pack` is set.
+
+        Args:
+          tokens: int32 [N, supervised_width], prompt and response without a gap.
+          prompt_lengths, response_lengths: int32 [N], tokens; a row without an example has 1 and 0.
+          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
+        """
+        sft = self.config.sft
+        layout = lay_out(
+            prompt_lengths,
+            response_lengths,
+            width=tokens.shape[1],
+            pack=sft.pack,
+            micro_batches=sft.batch // sft.micro_batch,
+        )
+        return self._on_mesh(make_batch(layout, tokens, {}, loss_mask=loss_mask))
+
+    def _on_mesh(self, batch: Batch) -> Batch:
+        """Places a batch of NumPy arrays; every process places the rows that its own devices hold."""
         rows = named_sharding(self.mesh, ("batch",))
-        # Every process places the rows that its own devices hold.
         return jax.tree.map(
             lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
-        ), layout
+        )
 
     def rollout_batch(
         self,
@@ -417,6 +473,11 @@ def _compute(config: ConfigDict, mesh: Mesh) -> Compute:
         grouped_matmul=config.compute.grouped_matmul,
         attention=config.compute.attention,
     )
+
+
+def _likelihood(model: Transformer, batch: Batch, settings: UpdateSettings):
+    trace = response_trace(model, batch, settings=settings)
+    return jnp.sum(trace.logp), jnp.sum(batch.mask > 0)
 
 
 def _shardings_of(tree: Any) -> Any:

@@ -13,18 +13,21 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import data, rewards
 from drpo_jax.checkpoint import Checkpoints, saved_steps
-from drpo_jax.config import changed_fields, claim_workdir, from_json, to_json
+from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_start, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
 from drpo_jax.learner.replay import Replay, check_source
 from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
+from drpo_jax.metrics import check_tracking
 from drpo_jax.models import Transformer
 from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import BackgroundWriter, path_of
+from drpo_jax.supervised import Examples, recorded_updates
+from drpo_jax.supervised import load as load_examples
 
 # Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE, DRAW = range(6)
@@ -58,6 +61,7 @@ class Run:
       reward: the verifier, a row of `rewards.REWARDS`.
       train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
+      examples: what the warm start learns from; None: the task's demonstrations, or nothing.
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
       mesh: the device mesh.
       programs: the functions that the run compiles.
@@ -80,6 +84,7 @@ class Run:
     mesh: jax.sharding.Mesh
     programs: Programs
     replay: Replay | None = None
+    examples: Examples | None = None
     reference: Transformer | None = None
     writer: BackgroundWriter = dataclasses.field(default_factory=BackgroundWriter)
     check_owner: Callable[[], None] = lambda: None
@@ -105,6 +110,8 @@ class Run:
         Raises:
           BadInput: the problems, the warm start, the mesh or the files do not fit the config.
         """
+        if train:
+            check_tracking(config.log.wandb)
         with bad_input():
             tokenizer = data.make_tokenizer(config.data, config.model.path)
             _check_vocabulary(config, tokenizer)
@@ -115,8 +122,11 @@ class Run:
             if train and loaded.train is not None:
                 stream = _stream(config, loaded.train)
             _check_init_from(config)
+            learns = train and has_warm_start(config) and not config.data.init_from
+            examples = load_examples(config, tokenizer) if learns else None
             mesh = make_mesh(**config.mesh)
-            programs = Programs(config, mesh, stop=tokenizer.stop_ids)
+            updates = examples.updates if examples else None
+            programs = Programs(config, mesh, tokenizer.stop_ids, supervised_updates=updates)
             files = None if replay is None else _open_replay(programs, replay)
         return cls(
             config=config,
@@ -125,6 +135,7 @@ class Run:
             reward=reward,
             train_problems=stream,
             heldout=loaded.heldout,
+            examples=examples,
             report=loaded.report,
             mesh=mesh,
             programs=programs,
@@ -392,7 +403,9 @@ def _check_init_from(config):
             f"data.init_from = {source!r}: there is no checkpoint of a warm start below it; give the "
             "workdir of a run of drpo_jax.sft or drpo_jax.train"
         )
-    total = from_json((path_of(source) / "config.json").read_text()).sft.steps
+    total = recorded_updates(path_of(source) / "sft")
+    if total is None:
+        total = from_json((path_of(source) / "config.json").read_text()).sft.steps
     if step < total:
         raise BadInput(
             f"data.init_from = {source!r}: its warm start is at step {step} of {total}; let it "

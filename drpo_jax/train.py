@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
+from drpo_jax.config import has_warm_start
 from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
@@ -36,10 +37,19 @@ EXPLAIN = flags.DEFINE_bool(
 REPLAY = flags.DEFINE_string(
     "replay", None, "Directory of files of rollouts to learn from instead of sampling."
 )
+PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "Steps to trace for xprof, such as 3, or 3:5 for 3 to 5; written to profile/ in the workdir.",
+)
 
 
 def main(
-    config: FrozenConfigDict, workdir: Path, explained: bool = False, replay: str | None = None
+    config: FrozenConfigDict,
+    workdir: Path,
+    explained: bool = False,
+    replay: str | None = None,
+    profile: str = "",
 ) -> None:
     """Trains in `workdir` and prints the results.
 
@@ -48,6 +58,7 @@ def main(
       workdir: directory of the run.
       explained: explain one update instead, see `explain_batch`.
       replay: directory of files of rollouts to learn from instead of sampling.
+      profile: the steps to trace, see `loop.profile`.
 
     Raises:
       BadInput: the config, the problems, the files or the workdir do not fit together.
@@ -59,7 +70,8 @@ def main(
         if page := explain_batch(config, workdir):
             print(page)
         return
-    evaluations = loop.train(config, workdir, None if replay is None else path_of(replay))
+    files = None if replay is None else path_of(replay)
+    evaluations = loop.train(config, workdir, files, profile)
     if evaluations is None:  # not the first process
         return
     before, after = evaluations
@@ -84,7 +96,7 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
     print(run.report + "making one update: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:
         model = loop.warm_start.existing_model(run)
-        warning = _warning(config, workdir) if model is None and config.sft.steps else ""
+        warning = _warning(config, workdir) if model is None and has_warm_start(config) else ""
         if model is None:
             model = loop.warm_start.random_model(run)
         run = dataclasses.replace(run, workdir=Path(directory))
@@ -102,12 +114,14 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
 
 def _warning(config, workdir):
     return (
-        f"WARNING: the model is random, because {workdir} holds no finished warm start (sft.steps = "
-        f"{config.sft.steps}).\nIts responses are noise, and so are their rewards; the arithmetic "
+        f"WARNING: the model is random, because {workdir} holds no finished warm "
+        "start.\nIts responses are noise, and so are their rewards; the arithmetic "
         "below is the same as in any update.\nFor the model that training starts from, first run\n"
         f"    python -m drpo_jax.sft --config=… --workdir={workdir}\n\n"
     )
 
 
 if __name__ == "__main__":
-    cli.launch(lambda config, workdir: main(config, workdir, EXPLAIN.value, REPLAY.value))
+    cli.launch(
+        lambda config, workdir: main(config, workdir, EXPLAIN.value, REPLAY.value, PROFILE.value)
+    )

@@ -413,6 +413,11 @@ def test_sft_then_train_then_evaluate(entry):
     before = (run / "config.json").read_bytes()
     assert from_json(before.decode()).train.steps == 2
 
+    examples = ("--config.sft.steps=0", "--config.sft.epochs=1", "--config.sft.min_reward=0")
+    rollouts = (*examples, f"--from_rollouts={run}", "--print_config")
+    code, out, err = entry("sft", "again", *rollouts)
+    assert code == 0 and json.loads(out)["sft"]["rollouts"] == str(run), err
+
     more = ("--config.evaluate.samples=3", "--config.evaluate.problems=9")
     code, out, err = entry("evaluate", "run", *more)
     assert code == 0, err

@@ -108,8 +108,19 @@ def other(whole, tmp_path_factory):
         train__shuffle_rewards=True, objective__behavior="rescored", objective__delta=12.5,
         train__save_rollout_every=1,
     )  # fmt: skip
-    loop.train(settings, workdir)
+    loop.train(settings, workdir, profile="2")
     return workdir
+
+
+def test_a_profile_has_the_phases_of_its_step(other):
+    [path] = other.glob("profile/**/*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(path))
+    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
+    phases = {"sync", "sample", "reward", "score", "update"}
+    assert phases <= {event.name for event in events}
+    steps = [event for event in events if event.name == "step"]
+    assert [dict(event.stats)["step_num"] for event in steps] == [2]
+    assert any("policy_update" in event.name or "update" in event.name for event in events)
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):

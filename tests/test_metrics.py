@@ -211,8 +211,8 @@ def test_console_lines_fit_and_line_up(capsys, tmp_path):
     assert max(map(len, [header, *rows])) <= 120
     assert len(header) == len(rows[0]) == len(rows[1])
     assert all(title in header for title in ("reward", "corrected %", "ETA"))
-    assert "-0.988  8192.0 -12.34567   -0.988  -0.9877       -98.77         -98.8" in rows[0]
-    assert rows[1].split() == "10000/10000 – – 1.00000 – – – – – 0s".split()
+    assert "-0.988  8192.0 -12.34567   -0.988  -0.9877  -98.8       -98.77         -98.8" in rows[0]
+    assert rows[1].split() == "10000/10000 – – 1.00000 – – – – – – 0s".split()
     assert "held-out: avg 0.500" in rows[2]
     write(tmp_path, 0, 1, console=True)
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -227,6 +227,20 @@ def test_a_value_that_is_not_a_number_is_a_dash():
     console = M.Console(9)
     record = {"step": 1, "loss": 0.0, "weight/corrected": math.nan, "weight/attenuated": math.nan}
     assert console.lines(record, 0.0)[1].split() == "1/9 0.00000 – – –".split()
+
+
+def test_a_heldout_loss_has_a_line_of_its_own():
+    lines = M.Console(40).lines({"step": 10, "heldout/loss": 1.25, "loss": 1.0}, 0.0)
+    assert lines[-1].split() == "10/40 held-out loss: 1.2500 nats".split() and len(lines) == 3
+
+
+def test_columns_of_other_metrics_make_room_for_chosen_groups_and_staleness():
+    console = M.Console(10_000, optional=["sampling/dropped", "sampling/carried", "staleness/mean"])
+    values = {m.name: 0.5 for m in M.COLUMNS} | {"sampling/dropped": 12, "sampling/carried": 3}
+    header, row = console.lines({"step": 1, "staleness/mean": 1.0} | values, 0.0)
+    assert re.search(r"ESS %.*corrected %.*dropped  carried   age", header)
+    assert "attenuated" not in header and len(header) == len(row) <= 120
+    assert re.search(r" 12 +3 +1\.0 ", row)
 
 
 def test_the_legend_has_a_line_for_each_column():

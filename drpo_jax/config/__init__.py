@@ -30,7 +30,7 @@ from drpo_jax.config.objective import (
     with_hyper,
 )
 from drpo_jax.config.plugins import load_plugin
-from drpo_jax.config.resolve import resolve
+from drpo_jax.config.resolve import has_warm_start, resolve
 from drpo_jax.config.sections import (
     default_config,
     field_table,
@@ -60,6 +60,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "from_json",
+    "has_warm_start",
     "learns_from_equal_rewards",
     "load_plugin",
     "objective_hyper",

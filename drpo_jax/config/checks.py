@@ -378,13 +378,39 @@ def _text(check: Check) -> None:
     )
 
 
+def _examples(check: Check) -> None:
+    """Supervised learning has one source of examples, and one bound on its updates."""
+    files, rollouts = check["sft.files"], check["sft.rollouts"]
+    steps, epochs = check["sft.steps"], check["sft.epochs"]
+    check.require(not (files and rollouts), "sft.files sft.rollouts", "set only one of the two")
+    check.require(not (steps and epochs), "sft.steps sft.epochs", "set one of the two to 0")
+    if files or rollouts:
+        source = "sft.files" if files else "sft.rollouts"
+        right = "set sft.epochs, the passes over the examples, or sft.steps"
+        check.require(steps or epochs, f"{source} sft.epochs sft.steps", right)
+    else:
+        right = "only sft.files and sft.rollouts have epochs and held-out examples"
+        for field in ("sft.epochs", "sft.heldout", "sft.heldout_files"):
+            check.require(not check[field], f"{field} sft.files sft.rollouts", right)
+    right = "set one of the two: a share of the examples, or files of their own"
+    both = check["sft.heldout"] and check["sft.heldout_files"]
+    check.require(not both, "sft.heldout sft.heldout_files", right)
+
+
+def _learns_demonstrations(check: Check) -> bool:
+    """Whether supervised learning is on the demonstrations of the task."""
+    return bool(check["sft.steps"] and not (check["sft.files"] or check["sft.rollouts"]))
+
+
 def _demonstrations(check: Check) -> None:
-    if not check["sft.steps"]:
+    if not _learns_demonstrations(check):
         return
     if _has_tokenizer(check):
-        check.require(
-            False, "sft.steps", "must be 0, because demonstrations consist of single characters"
+        right = (
+            "must be 0 without sft.files or sft.rollouts, because demonstrations consist of single "
+            "characters"
         )
+        check.require(False, "sft.steps", right)
         return
     row = data.TASKS.get(check["data.task"])
     check.require(
@@ -407,7 +433,7 @@ def _task(check: Check) -> None:
     except ValueError as error:
         check.problems.append(f"data.{error}")
         return
-    warm_start = check["sft.steps"]
+    warm_start = _learns_demonstrations(check)
     used = not check["data.problems"] or warm_start
     if row.lengths is None or _has_tokenizer(check) or not used:
         return
@@ -441,6 +467,7 @@ RULES = (
     _problems,
     _answers,
     _text,
+    _examples,
     _demonstrations,
     _task,
 )

@@ -55,6 +55,11 @@ def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> Frozen
     return FrozenConfigDict(from_dict(values))
 
 
+def has_warm_start(config: Mapping[str, Any]) -> bool:
+    """Returns whether a nested config asks for supervised learning."""
+    return bool(config["sft"]["steps"] or config["sft"]["epochs"])
+
+
 def _checkpoint_architecture(
     values: Mapping[str, Any], explicit: Collection[str]
 ) -> dict[str, Any]:

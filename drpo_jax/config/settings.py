@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from drpo_jax.fields import NOT_NEGATIVE, OPERATIONAL, POSITIVE, SHARE, Range, field
+from drpo_jax.fields import BELOW_ONE, NOT_NEGATIVE, OPERATIONAL, POSITIVE, SHARE, Range, field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,45 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SftSettings:
-    """The section `sft`: the supervised warm start."""
+    """The section `sft`: supervised learning, on its own or as the warm start of RL."""
 
-    steps: int = field(0, "Optimizer updates; 0: no warm start.", NOT_NEGATIVE)
+    steps: int = field(
+        0, "Optimizer updates; 0: sft.epochs, or no supervised learning.", NOT_NEGATIVE
+    )
+    epochs: int = field(
+        0,
+        "Passes over the examples of files or rollouts, each in an order of its own; 0: steps.",
+        NOT_NEGATIVE,
+    )
+    files: str = field(
+        "",
+        "Chats or prompts with responses to learn from: a file (.jsonl or .parquet), or several by a "
+        "pattern such as chats/*.parquet. Empty: rollouts, or the task's demonstrations.",
+    )
+    rollouts: str = field(
+        "", "Workdir of a run whose saved rollouts are learned from: its right responses."
+    )
+    min_reward: float = field(1.0, "Lowest reward of a right response (rollouts).")
+    per_problem: int = field(
+        4, "Most responses to one problem (rollouts); 0: no limit.", NOT_NEGATIVE
+    )
+    turns: str = field(
+        "all",
+        "Turns of the assistant that are learned from a chat: all, each after the messages before it, "
+        "or the last.",
+        ("all", "last"),
+    )
+    heldout: float = field(
+        0.0, "Share of the examples that is held out to measure its loss.", BELOW_ONE
+    )
+    heldout_files: str = field("", "Held-out examples from files of their own, as in files.")
+    max_length: int = field(
+        0,
+        "Tokens of prompt and response; longer examples are dropped. 0: sampler.max_prompt_length + "
+        "sampler.max_response_length.",
+        NOT_NEGATIVE,
+    )
+    pack: bool = field(False, "Pack several examples into each row of an update.")
     batch: int = field(128, "Sequences per update.", POSITIVE)
     micro_batch: int = field(
         32, "Sequences per forward and backward pass; divides batch.", POSITIVE
@@ -178,6 +214,12 @@ class CheckpointSettings:
 class LogSettings:
     """The section `log`."""
 
+    wandb: str = field(
+        "",
+        "Project in Weights & Biases that also receives the metrics; empty: none. Needs the package "
+        "wandb.",
+        **OPERATIONAL,
+    )
     every: int = field(1, "Rollout steps between log records.", POSITIVE, **OPERATIONAL)
     mismatch_every: int = field(
         10,

@@ -29,7 +29,7 @@ from drpo_jax.data.mixture import Mixture, parse_sources
 from drpo_jax.data.overlap import OverlapReport, overlap_report
 from drpo_jax.data.problem import EncodedProblem, Problem, ProceduralTask
 from drpo_jax.data.sets import SETS, load_set
-from drpo_jax.data.stream import ProblemStream
+from drpo_jax.data.stream import ProblemStream, epoch_order
 from drpo_jax.data.tasks import TASKS, Task
 from drpo_jax.data.tokenizer import CharTokenizer, TextTokenizer, make_tokenizer
 
@@ -54,6 +54,7 @@ __all__ = [
     "TextTokenizer",
     "demonstrations",
     "direct",
+    "epoch_order",
     "filter_problems",
     "is_heldout",
     "keeps_source",

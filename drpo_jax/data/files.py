@@ -1,22 +1,17 @@
 """Problems from files: JSON lines and parquet, in this project's schema or in that of DAPO-Math-17k."""
 
-import codecs
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
-
-from etils import epath
 
 from drpo_jax.data.instructions import strip_instruction
 from drpo_jax.data.problem import Problem
+from drpo_jax.data.rows import check_unicode, matching_files, read_rows, shown, text_field
 from drpo_jax.storage import path_of
 
 _EXAMPLE = '{"prompt": "12+34=", "answer": "46", "id": "p1"}'
@@ -29,8 +24,6 @@ _ANSWERS = ("answer", "reward_model.ground_truth", "metadata.answer")
 _COLUMNS = {*_PROMPTS, "answer", "solution", "kind", "id", "reward_model", "metadata", "extra_info"}
 # GSM8K's answers: a worked solution, whose last line is "#### " and the answer itself.
 _GSM8K = re.compile(r"\S.*\n#### *(\S[^\n]*?)\s*", re.DOTALL)
-
-Record = tuple[str, dict[str, Any]]  # (file and line, for messages; the fields)
 
 
 def load_problems(path: str | os.PathLike) -> list[Problem]:
@@ -68,9 +61,14 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
         line (the row of a parquet file) and the field, and shows a correct example.
       OSError: the file cannot be read.
     """
-    paths = _matching(path_of(path))
+    paths = matching_files(path_of(path))
     numbered = itertools.chain.from_iterable(
-        ((file, number, where, record) for number, (where, record) in enumerate(_rows(file), 1))
+        (
+            (file, number, where, record)
+            for number, (where, record) in enumerate(
+                read_rows(file, _COLUMNS, _PROMPTS, _EXAMPLE), 1
+            )
+        )
         for file in paths
     )
     first = next(numbered, None)
@@ -102,34 +100,6 @@ def read_ids(path: str | os.PathLike) -> list[str]:
     raise ValueError(f"{path}: the file is empty; it needs one id per line")
 
 
-def read_jsonl(path: str | os.PathLike, example: str) -> Iterator[Record]:
-    """Yields (where, record) for each line of a UTF-8 file of JSON objects.
-
-    A byte order mark and empty lines at the end are ignored.
-
-    Args:
-      path: the file.
-      example: a correct line, for messages.
-
-    Yields:
-      The file and the line number as text for messages, and the object of the line.
-
-    Raises:
-      ValueError: a line is not UTF-8, not JSON or not an object, or is empty although others follow.
-    """
-    empty = ""
-    with path_of(path).open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            if not raw.strip():
-                empty = empty or where
-            elif empty:
-                raise ValueError(f"{empty}: the line is empty; delete it, or write {example}")
-            else:
-                yield where, _record(raw, where, example)
-
-
 def last_boxed(solution: str) -> str:
     r"""Returns the content of the last box of a solution: \boxed{…}, or \boxed 7 without braces.
 
@@ -145,75 +115,6 @@ def last_boxed(solution: str) -> str:
         if not depth:
             return rest[1:end].strip()
     raise ValueError(rf"\boxed{{ is not closed in {solution[-80:]!r}")
-
-
-# ------------------------------------------------------------------------------------------- rows
-
-
-def _matching(path: Path | epath.Path) -> list[Path | epath.Path]:
-    """Returns the files that match a path with "*" in its last part, or else the path itself."""
-    if "*" not in path.name or path.exists():
-        return [path]
-    pattern = re.sub(r"[\[?]", r"[\g<0>]", path.name)
-    files = sorted(file for file in path.parent.glob(pattern) if file.is_file())
-    if not files:
-        raise FileNotFoundError(f"{path}: no file matches")
-    return files
-
-
-def _rows(path) -> Iterator[Record]:
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path, _EXAMPLE)
-    for where, record in rows:
-        folded = {name.lower(): value for name, value in record.items()}
-        yield where, folded | {name: record[name] for name in record if name in folded}
-
-
-def _record(raw, where, example):
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not valid "
-            "UTF-8; save the file with UTF-8 encoding"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: the line is not valid JSON ({error}). A line looks like {example}"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: the line is valid JSON but not an object. A line looks like {example}"
-        )
-    return record
-
-
-def _parquet_rows(path) -> Iterator[Record]:
-    """Yields (where, record) for each row, with the columns that problems are read from."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert the file to "
-            f"JSON lines such as {_EXAMPLE}"
-        ) from None
-    with path.open("rb") as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            names = table.schema_arrow.names
-            if not {name.lower() for name in names} & {*_PROMPTS}:
-                raise ValueError(
-                    f"{path}: field 'prompt' is missing (the columns are "
-                    f"{', '.join(names) or 'none'})"
-                )
-            columns = [name for name in names if name.lower() in _COLUMNS]
-            number = 0
-            for batch in table.iter_batches(batch_size=4096, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error})") from None
 
 
 # ------------------------------------------------------------------------------------- the fields
@@ -238,7 +139,7 @@ def _parse(record, where, file, number, chat, several) -> Problem:
     return Problem(
         prompt=bare,
         answer=_answer(record, where, chat, example),
-        kind=_text_field(record, "kind", where, example) if record.get("kind") else "",
+        kind=text_field(record, "kind", where, example) if record.get("kind") else "",
         id=identity,
         wrapped=text if bare != text else "",
     )
@@ -251,7 +152,7 @@ def _plain_prompt(record, where):
             f"not. All lines must have the same schema: {_EXAMPLE}"
         )
     names = [name for name in _PROMPTS if record.get(name) is not None] or ["prompt"]
-    texts = [_text_field(record, name, where, _EXAMPLE) for name in names]
+    texts = [text_field(record, name, where, _EXAMPLE) for name in names]
     _agree(dict(zip(names, texts)), where)
     return texts[0]
 
@@ -266,15 +167,15 @@ def _chat_prompt(record, where):
         )
     if not isinstance(chat, list) or len(chat) != 1 or not isinstance(chat[0], dict):
         raise ValueError(
-            f"{where}: field 'prompt' is {_shown(chat)}, but must be a chat of one message, as in "
+            f"{where}: field 'prompt' is {shown(chat)}, but must be a chat of one message, as in "
             f"{_DAPO_EXAMPLE}"
         )
     if roles != ["user"]:
         raise ValueError(
-            f"{where}: field 'prompt[0].role' is {_shown(roles[0])}, but must be "
+            f"{where}: field 'prompt[0].role' is {shown(roles[0])}, but must be "
             f'"user", as in {_DAPO_EXAMPLE}'
         )
-    return _text_field(chat[0], "content", where, _DAPO_EXAMPLE, "prompt[0].")
+    return text_field(chat[0], "content", where, _DAPO_EXAMPLE, "prompt[0].")
 
 
 def _answer(record, where, chat, example):
@@ -289,14 +190,14 @@ def _answer(record, where, chat, example):
     if record.get("solution") is not None:
         return _solution(record, where, example)
     if not chat:
-        return _text_field(record, "answer", where, example)
+        return text_field(record, "answer", where, example)
     reward = record.get("reward_model")
     if not isinstance(reward, dict):
         raise ValueError(
-            f"{where}: field 'reward_model' is {_shown(reward)}, but must be an object that holds the "
+            f"{where}: field 'reward_model' is {shown(reward)}, but must be an object that holds the "
             f"answer as ground_truth, as in {_DAPO_EXAMPLE}"
         )
-    return _text_field(reward, "ground_truth", where, _DAPO_EXAMPLE, "reward_model.")
+    return text_field(reward, "ground_truth", where, _DAPO_EXAMPLE, "reward_model.")
 
 
 def _solution(record, where, example):
@@ -318,10 +219,10 @@ def _answer_text(value, name, where, example):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: field '{name}' is {_shown(value)}, but must be a string in double quotes or a "
+            f"{where}: field '{name}' is {shown(value)}, but must be a string in double quotes or a "
             f"number, as in {example}"
         )
-    text = _text_field({name: value}, name, where, example)
+    text = text_field({name: value}, name, where, example)
     worked = _GSM8K.fullmatch(text)
     return worked[1] if worked else text
 
@@ -331,7 +232,7 @@ def _agree(values: Mapping[str, str], where: str) -> None:
     if len(set(values.values())) > 1:
         (one, first), (other, second), *_ = values.items()
         raise ValueError(
-            f"{where}: field '{one}' is {_shown(first)}, but field '{other}' is {_shown(second)}; "
+            f"{where}: field '{one}' is {shown(first)}, but field '{other}' is {shown(second)}; "
             "remove the wrong one"
         )
 
@@ -383,49 +284,10 @@ def _merge_repeats(parsed):
         yield where, problem
 
 
-def _text_field(record, field, where, example, prefix=""):
-    """Returns a field that must hold a non-empty string.
-
-    Args:
-      prefix: path of the record within the line, for error messages.
-    """
-    name = f"{prefix}{field}"
-    if field not in record:
-        present = ", ".join(repr(prefix + other) for other in record) or "no field at all"
-        raise ValueError(
-            f"{where}: field '{name}' is missing (the line has {present}). "
-            f"A line looks like {example}"
-        )
-    value = record[field]
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{where}: field '{name}' is {_shown(value)}, but must be a string "
-            f"in double quotes, as in {example}"
-        )
-    if not value.strip():
-        raise ValueError(f"{where}: field '{name}' is empty; it must contain text")
-    return _check_unicode(value, name, where)
-
-
 def _id_text(value, field, where):
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(
-            f"{where}: field '{field}' is {_shown(value)}, but must be a string or an "
+            f"{where}: field '{field}' is {shown(value)}, but must be a string or an "
             f"integer, as in {_EXAMPLE}; it may also be omitted"
         )
-    return _check_unicode(str(value), field, where)
-
-
-def _check_unicode(value, field, where):
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: field '{field}' contains half of a surrogate pair at position {error.start}; "
-            "write the whole character"
-        ) from None
-    return value
-
-
-def _shown(value):
-    return json.dumps(value, default=str)[:80]
+    return check_unicode(str(value), field, where)

@@ -13,8 +13,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
-from drpo_jax.data.files import read_jsonl
 from drpo_jax.data.problem import Problem
+from drpo_jax.data.rows import read_jsonl
 
 # The paper's selection, according to the recipes of DRPO's authors and verl's page on OTB (arXiv
 # 2602.07078). Its training files and its copies of AIME 2024 and 2025 have the schema of DAPO-Math-17k.

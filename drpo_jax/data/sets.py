@@ -20,8 +20,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from drpo_jax.data.files import last_boxed, load_problems, read_jsonl
+from drpo_jax.data.files import last_boxed, load_problems
 from drpo_jax.data.problem import Problem
+from drpo_jax.data.rows import read_jsonl
 from drpo_jax.storage import path_of
 
 DAPO_REPOSITORY = "BytedTsinghua-SIA/DAPO-Math-17k"

@@ -9,6 +9,20 @@ from drpo_jax.data.mixture import Mixture
 from drpo_jax.data.problem import Problem, ProceduralTask
 
 
+def epoch_order(seed: int, epoch: int, length: int, source: int = 0) -> np.ndarray:
+    """Returns the order of the `length` items of a list in an epoch, int64 [length].
+
+    It is the same on every platform and for every version of NumPy, because it sorts raw draws of
+    PCG64, which NumPy keeps stable.
+
+    Args:
+      source: number of the list, if there are several.
+    """
+    # NumPy treats [seed, epoch] and [seed, epoch, 0] as the same seed.
+    raw = np.random.PCG64([seed, epoch, source]).random_raw(length)
+    return np.argsort(raw, kind="stable")
+
+
 class ProblemStream:
     """The problems of every rollout step, as a pure function of (source, seed, step, count).
 
@@ -19,9 +33,8 @@ class ProblemStream:
       source: a procedural task, which returns new training problems at every step; or a list of
         problems, which is read in epochs. Each epoch is shuffled differently, and the next one
         follows without a gap. The order depends only on the seed, the epoch and the length of the
-        list. It is the same on every platform and for every version of NumPy, because it sorts raw
-        draws of PCG64, which NumPy keeps stable. The sources of a `Mixture` are read in this way, each
-        in epochs of its own.
+        list, see `epoch_order`. The sources of a `Mixture` are read in this way, each in epochs of its
+        own.
       seed: a non-negative integer.
 
     Raises:
@@ -64,9 +77,7 @@ class ProblemStream:
         length = len(self.source.sources[source])
         epoch, place = divmod(position, length)
         if (source, epoch) not in epochs:
-            # NumPy treats [seed, epoch] and [seed, epoch, 0] as the same seed.
-            raw = np.random.PCG64([self._seed, epoch, source]).random_raw(length)
-            epochs[source, epoch] = np.argsort(raw, kind="stable")
+            epochs[source, epoch] = epoch_order(self._seed, epoch, length, source)
         return int(epochs[source, epoch][place])
 
     def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:

@@ -1,13 +1,14 @@
 """Tokenizers: single characters for the arithmetic task, and the tokenizers of Hugging Face directories.
 
-Both have the same interface: `encode`, `prompt`, `decode`, `piece`, `stop_ids`, `eos_id` and
+Both have the same interface: `encode`, `prompt`, `response`, `decode`, `piece`, `stop_ids`, `eos_id` and
 `vocab_size`. Runs record token ids; text is derived from them.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class CharTokenizer:
     def prompt(self, problem: str) -> list[int]:
         """Returns the token ids of the prompt for a problem, which is its text."""
         return self.encode(problem)
+
+    def response(self, text: str) -> list[int]:
+        """Returns the token ids of a complete response: its text and the end of sequence."""
+        return [*self.encode(text), self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, without special tokens.
@@ -124,9 +129,12 @@ class TextTokenizer:
         self._bos = [inner.bos_token_id] if inner.init_kwargs.get("add_bos_token") else []
         self.eos_id = ends[0] if inner.eos_token_id is None else inner.eos_token_id
         self.vocab_size = max(inner.get_vocab().values()) + 1
+        self._end = self.eos_id
         if chat:
             self._check_system(system)
-            ends += self._turn_ends()
+            turn_ends = self._turn_ends()
+            ends += turn_ends
+            self._end = (turn_ends or [self.eos_id])[0]
         self.stop_ids = tuple(sorted({self.eos_id, *ends}))
 
     def __repr__(self):
@@ -149,10 +157,45 @@ class TextTokenizer:
             return ids if ids[:1] == self._bos else self._bos + ids
         return self.encode(self._render([{"role": "user", "content": problem}], True))
 
+    def response(self, text: str) -> list[int]:
+        """Returns the token ids of a complete response: its text and the token that ends it.
+
+        With `chat`, that token closes the assistant's turn, if the template has one; it is the end of
+        sequence otherwise.
+        """
+        return [*self.encode(text), self._end]
+
+    def turn(
+        self, messages: Sequence[Mapping[str, str]], answer: str
+    ) -> tuple[list[int], list[int]]:
+        """Returns the token ids of a chat up to an assistant's turn, and those of the turn.
+
+        The prompt is what the model receives when it is asked for this turn. The turn is `response` of
+        the answer as it is, and not the template's rendering of it, which may drop thoughts. If the
+        template opens the thought in the prompt (DeepSeek-R1) and the answer opens it again, the
+        second opening is left out.
+
+        Args:
+          messages: the messages before the turn, with role and content. `system` of the tokenizer opens
+            the chat unless a system message does.
+          answer: content of the turn.
+
+        Raises:
+          ValueError: the tokenizer has no chat, or the template fails.
+        """
+        if not self._chat:
+            raise ValueError("a chat needs the tokenizer's chat template; set data.chat = True")
+        prompt = self._render([dict(message) for message in messages], True)
+        if opening := re.search(r"<\w+>\s*$", prompt):
+            rest = answer.removeprefix(opening[0])
+            answer = answer.removeprefix(opening[0].rstrip()) if rest == answer else rest
+        return self.encode(prompt), self.response(answer)
+
     def _render(self, messages, add_generation_prompt):
+        opened = bool(messages) and messages[0]["role"] == "system"
         try:
             return self._inner.apply_chat_template(
-                self._opening + messages,
+                messages if opened else self._opening + messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self._thinking,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from drpo_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, Field, Range, field
+from drpo_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, Field, Range, field
 from drpo_jax.objectives import (
     ADVANTAGES,
     AGGREGATIONS,
@@ -13,8 +13,6 @@ from drpo_jax.objectives import (
     THRESHOLDS,
     hyperparameters,
 )
-
-BELOW_ONE = Range("in [0, 1)", lambda x: 0 <= x < 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ The modules, in reading order, after `drpo_jax.run`, which holds what the phases
     guard       stops a run whose updates are no longer finite
     console     what `train` prints besides the metrics
     timer       seconds per phase
+    profile     a trace of some steps
 
 All randomness is a function of (config.seed, step, purpose), so a run that is killed and restarted
 computes what it would have computed without the interruption.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import jax
 from ml_collections import ConfigDict
 
-from drpo_jax.config import objective_summary
+from drpo_jax.config import has_warm_start, objective_summary
 from drpo_jax.loop.rollout import Example
 from drpo_jax.models.huggingface import write_config
 from drpo_jax.rewards import reward_summary
@@ -107,14 +107,16 @@ def _model(run: Run) -> str:
 
 def _start(config) -> str:
     """Describes where the initial weights of RL come from."""
-    if config.model.path:
-        return f"from {config.model.path}"
     if config.data.init_from:
         return f"from {config.data.init_from}"
-    if config.sft.steps:
-        steps = config.sft.steps
-        return f"from a warm start of {steps} supervised update{'s' * (steps != 1)}"
-    return "from random weights"
+    start = f"from {config.model.path}" if config.model.path else "from random weights"
+    if not has_warm_start(config):
+        return start
+    sft = config.sft
+    source = sft.files or sft.rollouts or "demonstrations"
+    count, noun = (sft.steps, "update") if sft.steps else (sft.epochs, "epoch")
+    text = f"a warm start of {count} supervised {noun}{'s' * (count != 1)} on {source}"
+    return f"{start} after {text}" if config.model.path else f"from {text}"
 
 
 def show_example(step: int, example: Example) -> str:

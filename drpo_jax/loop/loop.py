@@ -22,6 +22,7 @@ from drpo_jax.lock import hold
 from drpo_jax.loop import console, guard, parity
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.learn import make_loss_mask, make_updates, objective_inputs
+from drpo_jax.loop.profile import Profiler, parse_steps
 from drpo_jax.loop.rollout import Example, Rollout, below, replayed, training_reward
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.loop.warm_start import initial_model
@@ -35,7 +36,7 @@ PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a che
 
 
 def train(
-    config: FrozenConfigDict, workdir: Path, replay: Path | None = None
+    config: FrozenConfigDict, workdir: Path, replay: Path | None = None, profile: str = ""
 ) -> tuple[Record, Record] | None:
     """Makes the warm start, then RL. Resumes the run in `workdir`; does nothing if it is complete.
 
@@ -43,6 +44,7 @@ def train(
       config: a resolved config.
       workdir: directory of the run.
       replay: directory of files to learn from instead of sampling, see `learner.replay`.
+      profile: the steps to trace, see `profile.parse_steps`.
 
     Returns:
       The records of the evaluations before and after training, {"step": …} for one that is missing from
@@ -53,6 +55,7 @@ def train(
       TrainingStopped: updates are no longer finite, or sampler and learner disagree.
       Interrupted: SIGTERM or Ctrl-C stopped the run after it saved its state.
     """
+    profiler = Profiler(parse_steps(profile, config.train.steps), workdir)
     done = _completed(config, workdir)
     if done is not None:
         with bad_input(), hold(workdir):
@@ -64,7 +67,7 @@ def train(
     else:
         with claim(Run.create(config, workdir, replay=replay)) as run:
             print(console.introduction(run), flush=True)
-            _train(run)
+            _train(run, profiler)
         if text := console.compilations(read_metrics(workdir)):
             print(f"\n{text}")
     if not multihost.is_main():
@@ -86,20 +89,23 @@ def _completed(config: FrozenConfigDict, workdir: Path) -> int | None:
         return done if _unevaluated(config, workdir, done) is None else None
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, profiler: Profiler) -> None:
     """Runs the steps from the last checkpoint to train.steps."""
     config, total = run.config, run.config.train.steps
     with contextlib.ExitStack() as stack:
+        outer = stack.enter_context(contextlib.ExitStack())  # Exits after the checkpoints.
         stack.enter_context(jax.set_mesh(run.mesh))
         stack.callback(run.writer.wait)
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, collector, start = _start(run, checkpoints)
+        profiler.skipped(start)
         record_start(run.workdir, start, run.changes)
         with bad_input():
             unevaluated = {} if start == 0 else _unevaluated(config, run.workdir, start)
             logged = checkpoints.logged(start) if start else None
             first = start if unevaluated is not None else start + 1
             log = MetricLogger(run.workdir, total, first, config=config, expected=logged)
+        outer.callback(log.end_tracking)
         stack.enter_context(log)
         print(f"\ncolumns\n{log.legend()}\n", flush=True)
         clock = CompileClock()
@@ -117,7 +123,8 @@ def _train(run: Run) -> None:
             run.interrupts.expect(seconds)
             try:
                 first = step == start + 1
-                state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
+                with profiler.step(step):
+                    state, metrics, example = rl_step(run, collector, state, step - 1, first=first)
             except AbandonStep:
                 if not skipped and checkpoints.latest_step() != step - 1:
                     pending = _pending(run, collector)
@@ -272,12 +279,13 @@ def rl_step(
         sampled_now = not config.train.staleness and run.replay is None
         check = first and config.sampler.parity != "off" and sampled_now
         reward = training_reward(config, rollout, step)
-        inputs, old_logp, penalties = objective_inputs(
-            run, state.model, responses, reward, step, rescore=measure or check
-        )
-        scores = rollout.scores
-        if (measure or check) and sampled_now:
-            scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
+        with jax.profiler.TraceAnnotation("score"):
+            inputs, old_logp, penalties = objective_inputs(
+                run, state.model, responses, reward, step, rescore=measure or check
+            )
+            scores = rollout.scores
+            if (measure or check) and sampled_now:
+                scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
         if check and scores:
             parity.check_parity(run, responses, scores)
         loss_mask = make_loss_mask(config, responses)

@@ -1,8 +1,10 @@
-"""Seconds per phase of a step."""
+"""Seconds per phase of a step, and the names of the phases in a trace."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+
+import jax
 
 
 class PhaseTimer:
@@ -12,6 +14,8 @@ class PhaseTimer:
         with timer("sample"):
             ...
         timer.metrics()  # {"time/step": 3.2, "time/sample": 2.9}
+
+    In a trace of the profiler, every phase has its name.
 
     Args:
       notices: texts by phase; each is printed when its phase begins for the first time.
@@ -33,7 +37,8 @@ class PhaseTimer:
         if notice := self._notices.pop(phase, ""):
             print(notice, flush=True)
         started = time.monotonic()
-        yield
+        with jax.profiler.TraceAnnotation(phase):
+            yield
         seconds = time.monotonic() - started
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 

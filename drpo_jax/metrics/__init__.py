@@ -4,8 +4,10 @@ The modules:
 
     catalogue    one row for each metric: definition, unit, reduction, console column
     records      pairs of sums and counts; reading `metrics.jsonl`
-    log          writes records to `metrics.jsonl`, TensorBoard and the console
+    log          writes records to `metrics.jsonl`, TensorBoard, Weights & Biases and the console
     console      the console's lines, and the summary at the end
+    tracking     sends records to Weights & Biases
+    health       signs that a run is sick, in words
     shares       the kinds of gradient weight that an objective can produce
     clock        counts compilations
     environment  records devices, package versions and the commit in `run.json`
@@ -26,9 +28,11 @@ from drpo_jax.metrics.catalogue import (
 from drpo_jax.metrics.clock import CompileClock
 from drpo_jax.metrics.console import Console, duration, summary_table, text_plot
 from drpo_jax.metrics.environment import read_starts, record_start
+from drpo_jax.metrics.health import Finding, Health, diagnose
 from drpo_jax.metrics.log import MetricLogger
 from drpo_jax.metrics.records import Record, read_metrics, reduce_pairs, series
 from drpo_jax.metrics.shares import impossible_shares
+from drpo_jax.metrics.tracking import check_tracking
 
 __all__ = [
     "COLUMNS",
@@ -36,11 +40,15 @@ __all__ = [
     "SECTIONS",
     "CompileClock",
     "Console",
+    "Finding",
+    "Health",
     "Metric",
     "MetricLogger",
     "Record",
     "Section",
+    "check_tracking",
     "describe",
+    "diagnose",
     "duration",
     "impossible_shares",
     "markdown_table",

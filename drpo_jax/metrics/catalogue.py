@@ -169,6 +169,7 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "policy/effective_sample_size", "Effective sample size",
                 "(Σr)²/(n·Σr²) over the n tokens; 100 % if all ratios are equal", "%",
+                column=Column("ESS %", "7.1f"),
             ),
             Metric("policy/tail", "Tail tokens", "sampled tokens with µ ≤ 0.01", "%"),
             Metric(
@@ -436,6 +437,11 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "response/length_max", "Longest response", "longest response of the step", "tokens",
                 reduce="max",
+            ),
+            Metric(
+                "heldout/loss", "Held-out loss",
+                "mean −log p of a token of the examples that are held out from supervised learning",
+                "nats",
             ),
             Metric("eval/length", "Held-out response length", "mean of the samples", "tokens"),
             Metric(

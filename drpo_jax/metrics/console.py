@@ -4,14 +4,22 @@ import math
 import statistics
 from collections.abc import Collection, Iterable
 
-from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric
+from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric, describe
 from drpo_jax.metrics.records import Record, series
 
 HEADER_EVERY = 20  # Lines between two headers.
 PACE = 20  # The ETA uses the median time of this many steps.
 NOTHING = "–"  # Stands for a value that is missing or not a number.
-STEP = 13  # Characters in the step column.
+STEP = 12  # Characters in the step column.
 ETA = 9  # Characters in the ETA column.
+WIDTH = 120  # Characters of a line.
+# Columns of runs that choose groups or sample ahead, and those that make room for them, in this order.
+OPTIONAL = {
+    "sampling/dropped": Column("dropped", "9.0f"),
+    "sampling/carried": Column("carried", "9.0f"),
+    "staleness/mean": Column("age", "6.1f"),
+}
+YIELDING = ("weight/attenuated", "weight/masked", "loss")
 
 
 class Console:
@@ -22,11 +30,16 @@ class Console:
     Args:
       total_steps: the steps of the run, for the step column and the ETA.
       without: metrics that get no column, such as the shares of w that the objective cannot produce.
+      optional: names in `OPTIONAL` that get a column.
     """
 
-    def __init__(self, total_steps: int, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, total_steps: int, without: Collection[str] = (), optional: Collection[str] = ()
+    ) -> None:
         self._total = total_steps
-        self._columns = [(m, m.column) for m in COLUMNS if m.column and m.name not in without]
+        columns = [(m, m.column) for m in COLUMNS if m.column and m.name not in without]
+        columns += [(describe(name), OPTIONAL[name]) for name in optional]
+        self._columns = _fitting(columns)
         self._printed = 0
         self._times: list[tuple[float, float]] = []  # (step, seconds) of the latest training steps
 
@@ -55,6 +68,10 @@ class Console:
                 _cell(*pair, record.get(pair[0].name, math.nan)) for pair in self._columns
             )
             lines.append(f"{self._progress(step)}{values}{self._eta(step):>{ETA}}")
+        if "heldout/loss" in record:
+            lines.append(
+                f"{self._progress(step)}  held-out loss: {record['heldout/loss']:.4f} nats"
+            )
         if "eval/avg" in record:
             accuracies = {"avg": record["eval/avg"], "greedy": record.get("eval/greedy")}
             text = "   ".join(f"{k} {v:.3f}" for k, v in accuracies.items() if v is not None)
@@ -70,6 +87,15 @@ class Console:
         pairs = zip(self._times, self._times[1:])
         pace = statistics.median((t1 - t0) / max(s1 - s0, 1) for (s0, t0), (s1, t1) in pairs)
         return duration(pace * max(self._total - step, 0))
+
+
+def _fitting(columns: list[tuple[Metric, Column]]) -> list[tuple[Metric, Column]]:
+    """Returns the columns without those of `YIELDING` that would make the lines too long."""
+    for name in YIELDING:
+        if STEP + sum(_width(column) for _, column in columns) + ETA <= WIDTH:
+            break
+        columns = [pair for pair in columns if pair[0].name != name]
+    return columns
 
 
 def _cell(metric: Metric, column: Column, value: float) -> str:

@@ -1,4 +1,4 @@
-"""Writes what a run logs: `metrics.jsonl`, TensorBoard events and the console's lines.
+"""Writes what a run logs: `metrics.jsonl`, TensorBoard events, Weights & Biases, the console's lines.
 
 `metrics.jsonl` has one JSON object per logged step: `step` and the metrics by name, null for a value
 that is not finite.
@@ -19,8 +19,10 @@ from tensorboardX.summary import hparams
 from drpo_jax.config import flatten, objective_hyper
 from drpo_jax.metrics.catalogue import describe
 from drpo_jax.metrics.console import Console
+from drpo_jax.metrics.health import Health
 from drpo_jax.metrics.records import missing_records, read_metrics, to_line
 from drpo_jax.metrics.shares import impossible_shares
+from drpo_jax.metrics.tracking import Tracker
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import Lines
 
@@ -41,8 +43,12 @@ class MetricLogger:
       console: whether to print a line per step.
       expected: the steps before `first_step` that the file must hold; warns if one is missing. None: not
         known.
-      config: the run's resolved config. TensorBoard shows it, and the console leaves out the columns of
-        weights that the objective cannot produce. Pass it on every process or on none.
+      config: the run's resolved config. TensorBoard shows it, the console leaves out the columns of
+        weights that the objective cannot produce, `log.wandb` names a project, and `Health` suggests
+        what to change. Pass it on every process or on none.
+
+    Raises:
+      BadInput: Weights & Biases refuses to start.
     """
 
     def __init__(
@@ -70,9 +76,17 @@ class MetricLogger:
         self._file = Lines(path, "".join(to_line(r) for r in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
         self._described: set[str] = set()  # Metrics described to TensorBoard.
-        self._console = Console(total_steps, without) if console else None
+        optional = _optional_columns(config["train"]) if config else []
+        self._console = Console(total_steps, without, optional) if console else None
+        self._tracker: Tracker | None = None
+        fields = flatten(config) if config else {}
+        self._health = Health(fields)
+        for record in kept:  # What they reported is not reported again.
+            self._health.add(record)
         if config:
-            self._write_config(flatten(config), first_step)
+            self._write_config(fields, first_step)
+            if project := config["log"]["wandb"]:
+                self._tracker = Tracker(project, workdir, fields)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes `metrics` (scalars by name) as the record of `step`; once per step, in order."""
@@ -84,8 +98,12 @@ class MetricLogger:
         for name, value in record.items():
             if name != "step" and math.isfinite(value):
                 self._write_scalar(name, value, step)
+        if self._tracker:
+            self._tracker.log(record)
         if self._console:
             print("\n".join(self._console.lines(record, time.monotonic())), flush=True)
+        for finding in self._health.add(record):
+            logging.warning("step %d: %s", finding.step, finding.text)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Writes a text, such as a sampled response, to TensorBoard, verbatim."""
@@ -106,6 +124,14 @@ class MetricLogger:
         if self._writes:
             self._file.close()
             self._board.close()
+
+    def end_tracking(self) -> None:
+        """Waits until Weights & Biases has received everything, which may take long.
+
+        A run calls this after its last checkpoint is committed, because a signal may end it meanwhile.
+        """
+        if self._writes and self._tracker:
+            self._tracker.close()
 
     def __enter__(self) -> "MetricLogger":
         return self
@@ -130,3 +156,11 @@ class MetricLogger:
         experiment, start, _ = hparams(dict(fields), dict.fromkeys(RESULTS, 0.0))
         for summary in (experiment, start):
             self._board.file_writer.add_summary(summary)
+
+
+def _optional_columns(train: Mapping[str, Any]) -> list[str]:
+    """Returns the console columns that the section `train` asks for."""
+    chooses = train.get("dynamic_sampling") or train.get("partial_tokens")
+    ahead = train.get("staleness") or train.get("partial_tokens")
+    columns = ["sampling/dropped", "sampling/carried"] if chooses else []
+    return columns + ["staleness/mean"] * bool(ahead)

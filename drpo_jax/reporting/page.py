@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup
 
 from drpo_jax.learner.record import load_rollout, response_advantages
-from drpo_jax.metrics import METRICS, SECTIONS, Section, describe, duration
+from drpo_jax.metrics import METRICS, SECTIONS, Section, describe, diagnose, duration
 from drpo_jax.reporting.charts import SHARES, line_chart, mu_chart, number, weight_map
 from drpo_jax.reporting.highlight import notable_rows, shade_key, token_spans
 from drpo_jax.reporting.runs import (
@@ -50,6 +50,7 @@ def render(groups: Sequence[Group]) -> str:
             avg=f"avg@{ks.pop()}" if len(ks) == 1 and None not in ks else "avg@k",
             accuracy=accuracy_table(groups),
             facts=[(group, facts(group)) for group in groups],
+            findings=[(group, rows) for group in groups if (rows := findings(group))],
             differences=differences(groups),
             shared=shared_fields(groups),
             sections=sections,
@@ -137,6 +138,15 @@ def _durations(runs: Sequence[Run]) -> str:
 def _software(start: dict[str, Any]) -> str:
     packages = ("drpo_jax", "jax", "jaxlib", "flax", "optax", "python")
     return ", ".join(f"{name} {start[name]}" for name in packages if start.get(name))
+
+
+def findings(group: Group) -> list[tuple[str, str]]:
+    """Returns (place, text) of the sicknesses of the group's runs, see `metrics.health`."""
+    return [
+        (f"seed {run.config.get('seed', '?')}, step {finding.step:,}", finding.text)
+        for run in group.runs
+        for finding in diagnose(run.records, run.config)
+    ]
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

@@ -1,0 +1,228 @@
+"""Signs that a run is sick, in words: what the numbers are, and which field to change.
+
+Each sickness is a row of `SICKNESSES` with a rule on the latest records. `Health` reads the records of a
+run in order and reports each sickness once, at the first record at which its rule holds. What it
+reports is a function of the records and the config, so a resumed run, which reads its earlier records
+first, does not repeat itself.
+
+A rule looks at the median of the last `WINDOW` records, because single rollouts of healthy runs differ
+widely: in `configs/tiny.py`, one effective sample size is 61 % beside a median above 99 %.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from drpo_jax.metrics.records import Record
+
+WINDOW = 5
+LEARNED = 0.95  # A run whose mean reward is higher may stop exploring.
+
+
+class Finding(NamedTuple):
+    """A sickness of a run: its name, the step at which it was found, and a text for the user."""
+
+    name: str
+    step: int
+    text: str
+
+
+class Health:
+    """Finds the sicknesses of a run in its records.
+
+    Args:
+      config: the flat fields of the run's config.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._records: list[Record] = []
+        self._found: set[str] = set()
+
+    def add(self, record: Record) -> list[Finding]:
+        """Reads the next record of the run; returns the sicknesses that are found for the first time."""
+        self._records.append(record)
+        new = []
+        for name, rule in SICKNESSES.items():
+            if name not in self._found and (text := rule(self._records, self._config)):
+                self._found.add(name)
+                new.append(Finding(name, int(record["step"]), text))
+        return new
+
+
+def diagnose(records: Iterable[Record], config: Mapping[str, Any]) -> list[Finding]:
+    """Returns the findings in the records of a run, in the order in which they appeared.
+
+    Args:
+      records: the records, by step.
+      config: the flat fields of the run's config.
+    """
+    health = Health(config)
+    return [finding for record in records for finding in health.add(record)]
+
+
+def _last(records: Sequence[Record], name: str, count: int = WINDOW) -> list[float]:
+    """Returns the last `count` finite values of a metric; [] if there are fewer.
+
+    A metric that is no longer logged has no last values: the latest of them must be that recent.
+    """
+    values: list[float] = []
+    for record in reversed(records):
+        if math.isfinite(value := record.get(name, math.nan)):
+            values.append(value)
+            if len(values) == count:
+                return values[::-1]
+    return []
+
+
+def _first(records: Sequence[Record], name: str) -> list[float]:
+    """Returns the first `WINDOW` finite values of a metric."""
+    values: list[float] = []
+    for record in records:
+        if math.isfinite(value := record.get(name, math.nan)):
+            values.append(value)
+            if len(values) == WINDOW:
+                break
+    return values
+
+
+def _entropy_gone(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """The samples of a problem are practically the same response.
+
+    With less than 0.1 nats in a whole response, it differs from the most likely one in about 2 % of the
+    draws, so eight samples are all equal in more than four of five groups. A fall to 1 % of the first
+    entropy is the same sign for long responses: what a policy can gain by spending its entropy H falls
+    with e^H (Cui et al. 2025, arXiv:2505.22617), and `configs/tiny.py` learns its task with 4 % left.
+    """
+    entropy, length = _last(records, "entropy"), _last(records, "response/length")
+    reward = _last(records, "reward/mean")
+    if not (entropy and length and reward) or statistics.median(reward) >= LEARNED:
+        return ""
+    now, tokens = statistics.median(entropy), statistics.median(length)
+    before = statistics.median(_first(records, "entropy"))
+    if now * tokens >= 0.1 and now >= 0.01 * before:
+        return ""
+    return (
+        f"the entropy is gone: {now:.2g} nats per token, {now * tokens:.2g} per response (it began "
+        f"with {before:.2g} per token), while the mean reward is {statistics.median(reward):.2f}. The "
+        "samples of a problem hardly differ any more, so little can be learned from comparing them. "
+        "Try a lower optimizer.learning_rate, or objective.entropy_bonus"
+    )
+
+
+def _no_signal(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """At most one group in twenty has mixed rewards, in every one of the last records.
+
+    The rest of the rollout costs as much and has no gradient.
+    """
+    last = [record for record in records[-WINDOW:] if "reward/informative_groups" in record]
+    shares = [_informative(record) for record in last]
+    reward = _last(records, "reward/mean")
+    if len(shares) < WINDOW or not reward or max(shares) > 0.05:
+        return ""
+    mean = statistics.median(reward)
+    easy = mean >= 0.5
+    if easy and mean >= LEARNED:
+        advice = "The problems are solved; use harder ones (data.problems)"
+    elif easy:
+        advice = "Leave out the problems that are always solved (data.rollouts with data.pass_high)"
+    else:
+        advice = (
+            "Leave out the problems that are never solved (data.rollouts with data.pass_low), sample "
+            "more responses to each (train.samples), or begin with supervised learning (`drpo sft`)"
+        )
+    return (
+        f"almost all groups have equal rewards: {100 * statistics.fmean(shares):.1f} % of the groups of "
+        f"the last {WINDOW} records have a gradient, and the mean reward is {mean:.2f}. {advice}"
+    )
+
+
+def _informative(record: Record) -> float:
+    """The share of the groups with mixed rewards among those that were sampled."""
+    drawn = record.get("sampling/drawn", 0)
+    kept = 1 - record.get("sampling/dropped", 0) / drawn if drawn else 1.0
+    return kept * record["reward/informative_groups"]
+
+
+def _at_the_limit(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """A quarter of the responses ended at the length limit.
+
+    Their reward is that of a missing answer, whatever they would have answered. With a quarter of
+    them, two of the eight responses in a group are compared by their length instead of their answer.
+    """
+    truncated = _last(records, "response/truncated")
+    if not truncated or statistics.median(truncated) < 0.25:
+        return ""
+    limit = config.get("sampler.max_response_length")
+    return (
+        f"lengths are at the limit: {100 * statistics.median(truncated):.0f} % of the responses ended "
+        f"at sampler.max_response_length = {limit} without an answer. Raise it, or penalize length with "
+        "reward.overlong_buffer"
+    )
+
+
+def _ratio_off(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """The mean ratio differs from 1 by more than a tenth.
+
+    It is 1 in expectation, whatever π is. In healthy runs the medians differ by less than 0.01 (FP8
+    rollouts included), so 0.1 is not noise: tokens with a large share of the mass are missing from the
+    rollout.
+    """
+    ratio = _last(records, "policy/ratio")
+    if not ratio or abs(statistics.median(ratio) - 1) <= 0.1:
+        return ""
+    return (
+        f"the mean ratio π/µ is {statistics.median(ratio):.3g}, but 1 in expectation: the policy has "
+        "moved too far from the one that sampled, or sampler and learner disagree (mismatch/logp). Try "
+        "a lower optimizer.learning_rate, fewer train.epochs, or larger train.mini_batch_prompts"
+    )
+
+
+def _few_samples_count(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """Half of the sampled tokens do not count: the effective sample size is below 50 %.
+
+    The variance of an estimate with these ratios is more than twice that of on-policy samples.
+    """
+    size = _last(records, "policy/effective_sample_size")
+    if not size or statistics.median(size) >= 0.5:
+        return ""
+    return (
+        f"the effective sample size is {100 * statistics.median(size):.0f} % of the tokens: a few large "
+        "ratios outweigh the rest. Try a lower optimizer.learning_rate, fewer train.epochs, or an "
+        "objective that bounds the ratio"
+    )
+
+
+def _mismatch_grows(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+    """Sampler and learner differ by five times as much as at first, and by more than 0.05 nats.
+
+    The mismatch of a format is a property of the model and changes little in healthy runs; a factor of
+    5 is more than the spread between two comparisons. Below 0.05 nats, a ratio is off by 5 % on
+    average, which no objective notices.
+    """
+    # With noise or staleness, the whole mismatch contains parts that are meant.
+    real = "mismatch/logp_real" in records[-1]
+    name = "mismatch/logp_real" if real else "mismatch/logp"
+    last, first = _last(records, name, 3), _first(records, name)[:3]
+    if len(_last(records, name, 6)) < 6:
+        return ""
+    now, before = statistics.median(last), statistics.median(first)
+    if now <= max(5 * before, 0.05):
+        return ""
+    return (
+        f"sampler and learner drift apart: mean |Δ log p| is {now:.2g} nats and was {before:.2g}. "
+        "Sample in a finer format (precision.recipe, precision.kv_cache), or set objective.behavior = "
+        "'rescored' with an objective.correction"
+    )
+
+
+Rule = Callable[[Sequence[Record], Mapping[str, Any]], str]
+SICKNESSES: dict[str, Rule] = {
+    "entropy": _entropy_gone,
+    "signal": _no_signal,
+    "length": _at_the_limit,
+    "ratio": _ratio_off,
+    "sample size": _few_samples_count,
+    "mismatch": _mismatch_grows,
+}

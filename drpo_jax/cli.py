@@ -26,7 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.commands import COMMANDS
-from drpo_jax.config import as_begun, field_types, resolve, suggest, to_json, type_name
+from drpo_jax.config import as_begun, field_types, load_plugin, resolve, suggest, to_json, type_name
 from drpo_jax.errors import BadInput, Interrupted, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, no_space, path_of
@@ -251,7 +251,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
     Raises:
       BadInput: Anything is wrong with the command line.
     """
-    argv = _locate_config(argv)
+    argv = _locate_config(argv)  # Loads the objective of objective.path, whose fields are its own.
     fields = field_types()
     _check_fields(argv, fields)
     try:
@@ -280,10 +280,25 @@ def _locate_config(argv: list[str]) -> list[str]:
         spec = argv[places[0] + 1]
     if len(places) != 1 or not spec:
         raise BadInput("give one --config=FILE[:VARIANT], for example --config=configs/tiny.py")
-    load_config(spec)
+    paths = _values_of(argv, "objective.path")
+    for path in paths:
+        load_plugin("objective", path)
+    config = load_config(spec)
+    if not paths and config.objective.path:
+        load_plugin("objective", config.objective.path)
     name, colon, variant = spec.partition(":")
     located = f"{flag}={find_config(name)}{colon}{variant}"
     return [*argv[: places[0]], located, *argv[places[0] + 1 + separate :]]
+
+
+def _values_of(argv: list[str], field: str) -> list[str]:
+    """Returns the values that the command line sets a text field to; "" is left out."""
+    values = []
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        match = re.fullmatch(rf"--?config\.{re.escape(field)}(=(.*))?", arg)
+        if match and (value := following if match[1] is None else match[2]):
+            values.append(value)
+    return values
 
 
 def _check_fields(argv: list[str], fields: Collection[str]) -> None:

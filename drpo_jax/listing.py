@@ -1,6 +1,7 @@
 """Lists fields, metrics, objectives, …: drpo list fields|metrics|objectives|rewards|variants [WORD]
 
-With a WORD, lists only the entries whose name or text contains it.
+With a WORD, lists only the entries whose name or text contains it. The WORD of objectives and rewards
+may be a plug-in, such as my_rewards.py:judge.
 """
 
 import ast
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from drpo_jax import cli
-from drpo_jax.config import field_table, type_name
+from drpo_jax.config import field_table, load_plugin, type_name
 from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics.catalogue import SECTIONS
@@ -110,6 +111,9 @@ LISTS: dict[str, Callable[[], list[Entry]]] = {
 }
 
 
+PLUGINS = {"objectives": "objective", "rewards": "reward"}  # The sections that load them.
+
+
 def render(entries: list[Entry]) -> str:
     """Returns the entries as text of at most 100 columns."""
     lines = []
@@ -132,6 +136,8 @@ def main(arguments: list[str]) -> None:
         raise BadInput(
             f"give one of {', '.join(LISTS)}{_suggestion(name, LISTS) or f', {example}'}"
         )
+    if name in PLUGINS and ":" in word:
+        word = load_plugin(PLUGINS[name], word).name
     entries = [entry for entry in LISTS[name]() if word.lower() in " ".join(entry).lower()]
     if not entries:
         words = {part for entry in LISTS[name]() for part in re.split(r"[./]", entry.name)}

@@ -375,7 +375,8 @@ def _rewardable(config, problems: Sequence[Problem], template: str | None = None
     template = template or reward.template
     prompts, answers = [p.prompt for p in problems], [p.answer for p in problems]
     responses = [template.replace("{answer}", answer) for answer in answers]
-    return readable & (rewards.submit(reward, prompts, responses, answers).result() == 1)
+    tokens = [[response] for response in responses] if reward.per_token else None
+    return readable & (rewards.submit(reward, prompts, responses, answers, tokens).result() == 1)
 
 
 def _check_instruction(config, sets: Mapping[str, Sequence[Problem]]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ class Run:
             tokenizer = data.make_tokenizer(config.data, config.model.path)
             _check_vocabulary(config, tokenizer)
             loaded = load(config, tokenizer, train)
+            reward = rewards.get_reward(config.reward.name, config.reward.extract)
+            _check_plugins(config, reward, loaded.heldout)
             stream = None
             if train and loaded.train is not None:
                 stream = _stream(config, loaded.train)
@@ -127,7 +130,7 @@ class Run:
             config=config,
             workdir=workdir,
             tokenizer=tokenizer,
-            reward=rewards.get_reward(config.reward.name, config.reward.extract),
+            reward=reward,
             train_problems=stream,
             heldout=loaded.heldout,
             examples=examples,
@@ -197,7 +200,8 @@ class Run:
                 continue
             texts, problem = rollouts.texts(self.tokenizer), problems[index]
             questions, answers = [problem.prompt] * len(texts), [problem.answer] * len(texts)
-            pending = rewards.submit(self.reward, questions, texts, answers)
+            tokens = _token_texts(rollouts, self.tokenizer) if self.reward.per_token else None
+            pending = rewards.submit(self.reward, questions, texts, answers, tokens)
             yield Group(index, rollouts, texts, pending)
 
 
@@ -257,6 +261,55 @@ def keep_report(report: str, path: Path) -> None:
         )
     path.write_text(report)
     print(f"{report.strip().splitlines()[-1]} ({path})")
+
+
+def _check_plugins(config, reward, problems):
+    """Checks the reward by path on a problem, and that all processes have the same sources.
+
+    Raises:
+      BadInput: the reward fails, or the source of a plug-in differs between hosts.
+    """
+    for section in ("reward", "objective"):
+        path = config[section].path
+        if not path:
+            continue
+        hashes = {
+            part["source"].item(): part["host"].item()
+            for part in multihost.gather(
+                f"{section}.path", source=config[section].source, host=socket.gethostname()
+            )
+        }
+        if len(hashes) > 1:
+            sources = ", ".join(f"{hash} on {host}" for hash, host in hashes.items())
+            raise BadInput(
+                f"{section}.path = {path!r}: the source differs between hosts: {sources}"
+            )
+    for field, conflicts in (
+        ("train.shuffle_rewards = True", config.train.shuffle_rewards),
+        ("objective.baseline = 'otb'", config.objective.baseline == "otb"),
+    ):
+        if reward.per_token and conflicts:
+            raise BadInput(
+                f"{field} takes the rewards of whole responses, but reward.path = "
+                f"{config.reward.path!r} rewards tokens"
+            )
+    if config.reward.path and problems:
+        try:
+            rewards.check_reward(reward, problems[0].prompt, problems[0].answer)
+        except ValueError as error:
+            raise BadInput(f"reward.path = {config.reward.path!r}: {error}") from error
+
+
+def _token_texts(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
+    """Returns the text of each token of each response, its stop token included."""
+    rows = [
+        rollouts.tokens[i, start : start + length].tolist()
+        for i, (start, length) in enumerate(
+            zip(rollouts.prompt_lengths, rollouts.response_lengths, strict=True)
+        )
+    ]
+    texts = {token: tokenizer.decode([token]) for row in rows for token in row}
+    return [[texts[token] for token in row] for row in rows]
 
 
 def _open_checkpoints(config, directory, *of_a_run):

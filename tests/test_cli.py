@@ -349,7 +349,7 @@ def test_print_config_prints_the_resolved_config_and_exits(command_line):
         (["--config=config/tiny.py", DIR], "did you mean configs/tiny.py?"),
         ([FILE, DIR, "--config.steps=3"], "did you mean"),
         ([FILE, DIR, "--config.optimizer.lr=3"], "optimizer has b1, "),
-        ([FILE, DIR, "--config.train=3"], "train has epochs, "),
+        ([FILE, DIR, "--config.train=3"], "train has accept_source, "),
         ([FILE, DIR, "--config.train.shuffle_rewards=maybe"], "must be true or false"),
         ([FILE, "--workdir=s3://bucket/run"], "--workdir=s3://bucket/run: must be a path"),
         ([FILE, "--workdir=runs/a[b]"], "runs/a[b]: the path of a run must not contain [ ]"),

@@ -397,7 +397,7 @@ def test_sets_beside_a_procedural_task_need_a_reward_by_name():
         ("help", "the sections are "),
         ("lr", "the sections are "),
         ("stpes", "did you mean train.steps or sft.steps?"),
-        ("train.help", "train has epochs, "),
+        ("train.help", "train has accept_source, "),
         ("train.micro_bach", "did you mean train.micro_batch?"),
         ("optimiser.eps", "did you mean optimizer.eps?"),
     ],

@@ -22,7 +22,8 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "launch/README.md", ROOT / "notebooks/README.md"]
     + list((ROOT / "docs").rglob("*.md"))
 )
-FIELDS = flatten(default_config())
+PLUGIN = "objective.width"  # The hyperparameter of the objective that docs/plugins.md shows.
+FIELDS = flatten(default_config()) | {PLUGIN: None}
 SECTIONS = {field.partition(".")[0] for field in FIELDS if "." in field}
 FENCE = re.compile(r"(?:<!-- (?P<note>[^>]*) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -219,3 +220,13 @@ def test_the_messages_of_the_troubleshooting_page_exist():
     for message in messages:
         for part in message.split("…"):
             assert part.strip() in source, f"{message}: no code says {part.strip()!r}"
+
+
+def test_the_page_on_plugins_shows_the_examples():
+    """Every function of the page is one of the files, which commands of the page name."""
+    sources = "".join(
+        (ROOT / f"examples/my_{x}.py").read_text("utf-8") for x in ("rewards", "objectives")
+    )
+    for _, code in snippets(ROOT / "docs/plugins.md"):
+        body = re.sub(r"^(import|from) .*\n", "", code, flags=re.MULTILINE).strip()
+        assert body in sources

@@ -11,6 +11,7 @@ Every field is one row in the `settings.py` of the package that uses it (see `dr
     sections    all sections together; nested and flat forms
     checks      ranges, and the rules between sections
     objective   the objective's hyperparameters and boundary
+    plugins     rewards and objectives by path
     resolve     derived fields
     workdir     config.json
     variants    what follows the colon in --config=FILE:VARIANT
@@ -22,6 +23,7 @@ be right.
 
 from drpo_jax.config.checks import validate
 from drpo_jax.config.objective import boundary, objective_hyper, objective_summary, with_hyper
+from drpo_jax.config.plugins import load_plugin
 from drpo_jax.config.resolve import has_warm_start, resolve
 from drpo_jax.config.sections import (
     default_config,
@@ -53,6 +55,7 @@ __all__ = [
     "from_dict",
     "from_json",
     "has_warm_start",
+    "load_plugin",
     "objective_hyper",
     "objective_summary",
     "resolve",

@@ -8,6 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax.config.checks import check_fields, validate
 from drpo_jax.config.objective import with_hyper
+from drpo_jax.config.plugins import with_plugins
 from drpo_jax.config.sections import flatten, from_dict
 from drpo_jax.errors import BadInput
 from drpo_jax.models import read_config
@@ -20,7 +21,8 @@ TOP_LOGPROBS = 20  # The k of DPPO's top-k divergences.
 def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> FrozenConfigDict:
     """Returns a validated, frozen copy of a config with its derived fields filled in.
 
-    Derived fields are the architecture, from model.path; the objective's hyperparameters, from
+    Derived fields are the architecture, from model.path; name and source of a reward or an objective
+    by path, which are loaded here; the objective's hyperparameters, from
     objective.threshold or their defaults; reward.name; objective.horizon; sampler.top_logprobs.
     Resolving a resolved config changes nothing.
 
@@ -35,7 +37,7 @@ def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> Frozen
       BadInput: lists every problem of the config, or says why model.path cannot be read, or which
         explicit fields contradict it.
     """
-    values = flatten(config)
+    values = with_plugins(flatten(config), explicit)
     check_fields(values)
     if values["model.path"]:
         values |= _checkpoint_architecture(values, explicit)

@@ -51,6 +51,12 @@ class TrainSettings:
         POSITIVE,
         **OPERATIONAL,
     )
+    accept_source: str = field(
+        "",
+        "Hash of a changed source of reward.path or objective.path with which the run may be resumed; "
+        "several are separated by commas.",
+        **OPERATIONAL,
+    )
     save_rollout_every: int = field(
         20,
         "Rollout steps between saved rollouts; 0: never.",

@@ -31,7 +31,10 @@ def from_json(text: str) -> ConfigDict:
       BadInput: the text is not a JSON object, or has unknown fields or values of the wrong type.
     """
     values = _parse_json(text, "the config")
-    check_fields(values)
+    # An objective by path has hyperparameters of its own, which are fields only while it is loaded.
+    rows = {row.path for row in field_table()}
+    own = {f for f in values if f.startswith("objective.") and f not in rows}
+    check_fields({f: v for f, v in values.items() if not (values["objective.path"] and f in own)})
     return from_dict(values)
 
 
@@ -149,6 +152,7 @@ def _checkpoints(workdir: Path) -> list[Path]:
 def _other_run(where: Path | str, differing: Sequence[str]) -> str:
     """The message that a directory holds another run."""
     stretched = any(line.startswith("train.steps") for line in differing)
+    sources = [line.rpartition(" -> ")[2].strip("'") for line in differing if ".source: '" in line]
     return (
         f"{where} holds a run with another config (its value -> this run's value):\n  "
         + "\n  ".join(differing)
@@ -157,6 +161,13 @@ def _other_run(where: Path | str, differing: Sequence[str]) -> str:
             " (A learning-rate schedule spans train.steps; with "
             "optimizer.schedule = 'constant' a run can be extended.)"
             if stretched
+            else ""
+        )
+        + (
+            " (The source of a plug-in has changed. Restore it, or add "
+            f"--config.train.accept_source={','.join(sources)} to go on with the new one; run.json "
+            "records both.)"
+            if any(sources)
             else ""
         )
     )
@@ -169,6 +180,10 @@ def _differences(path: Path, config: Mapping[str, Any]) -> list[str]:
         free.remove("train.steps")
     if config["objective"]["kl"] != "none":
         free.remove("model.path")  # The reference is read from there.
+    accepted = {text.strip() for text in config["train"]["accept_source"].split(",")}
+    for section in ("reward", "objective"):
+        if config[section]["source"] in accepted:
+            free.add(f"{section}.source")
     return [
         f"{field}: {old!r} -> {new!r}"
         for field, (old, new) in changed_fields(path.parent, config).items()

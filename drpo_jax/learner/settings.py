@@ -20,6 +20,13 @@ class ObjectiveSettings:
     """What the policy maximizes. `hyperparameter_fields` adds the objectives' hyperparameters."""
 
     name: str = field("drpo", "Objective, a name in drpo_jax.objectives.OBJECTIVES.", OBJECTIVES)
+    path: str = field(
+        "",
+        "Objective from a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
+    )
+    source: str = field(
+        "", "Hash of the source of path, filled in; part of what a run may not change."
+    )
     advantage: str = field("dr_grpo", "Turns the rewards of a group into advantages.", ADVANTAGES)
     baseline: str = field(
         "group",

@@ -15,10 +15,12 @@ from drpo_jax.learner import TokenTrace, TrainState
 from drpo_jax.metrics import reduce_pairs, reduce_values
 from drpo_jax.models import Transformer
 from drpo_jax.objectives import (
+    add_to_responses,
     advantages,
     mismatch_weight,
     optimal_token_baseline,
     reward_penalty,
+    token_advantages,
     with_spread,
 )
 from drpo_jax.parallel import multihost
@@ -63,7 +65,7 @@ def objective_inputs(
 
     Args:
       model: the policy before its updates.
-      reward: float32 [N], the reward to learn from.
+      reward: the reward to learn from, float32 [N], or [N, R] with NaN where a token has none.
       rescore: score the rollout with `model` even if the objective does not need it.
     """
     objective, arrays = run.config.objective, run.programs.objective.arrays
@@ -90,7 +92,11 @@ def objective_inputs(
             start = old.logp if rescored else rollouts.full_logp
             penalty = np.asarray(reward_penalty(start, ref_logp, rollouts.mask()))
             penalty = objective.kl_coefficient * penalty
-            reward, metrics = reward - penalty, {"reward/kl_penalty": penalty.mean()}
+            metrics = {"reward/kl_penalty": penalty.mean()}
+            if reward.ndim == 1:
+                reward = reward - penalty
+            else:
+                reward = add_to_responses(reward, -penalty, rollouts.response_lengths)
         else:
             inputs["ref_logp"] = ref_logp
     if objective.correction != "none":
@@ -106,7 +112,8 @@ def _advantage(config, reward, old, mask, correction):
     if objective.baseline == "otb":
         squares = old.sum_squares[..., 0]
         return optimal_token_baseline(reward, old.logp, squares, mask, samples, correction)
-    return np.asarray(advantages(objective.advantage, reward, samples))
+    compare = advantages if reward.ndim == 1 else token_advantages
+    return np.asarray(compare(objective.advantage, reward, samples))
 
 
 def _correction(objective, old_logp, rollouts):

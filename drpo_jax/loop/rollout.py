@@ -16,7 +16,9 @@ from drpo_jax.data import Problem
 from drpo_jax.errors import bad_input
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import add_to_responses
 from drpo_jax.parallel import multihost
+from drpo_jax.rewards import Verdict
 from drpo_jax.run import NOISE, SAMPLE, SHUFFLE, Group, Run
 from drpo_jax.sampler import Rollouts
 from drpo_jax.storage import pack_texts, unpack_texts
@@ -41,6 +43,8 @@ class Rollout:
       reward: float32 [N], the verifier's verdict.
       added: float32 [N], what `config.reward` adds to it.
       measured: metrics of the weight sync, the sampler and the verifier.
+      token_reward: float32 [N, R], the verdict by token, NaN where a token has none. None if the reward
+        is one of whole responses, else `reward` is the sum.
     """
 
     problems: Sequence[Problem]
@@ -48,6 +52,7 @@ class Rollout:
     reward: np.ndarray
     added: np.ndarray
     measured: Mapping[str, float]
+    token_reward: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of the rollout: reward/…, response/…, sampler/… and sync/…."""
@@ -97,6 +102,8 @@ class Rollout:
     def state(self) -> dict[str, np.ndarray]:
         """Returns the rollout as arrays without objects, of which `restore` makes the same rollout."""
         arrays = {"reward": self.reward, "added": self.added}
+        if self.token_reward is not None:
+            arrays["token_reward"] = self.token_reward
         arrays |= {
             f"responses.{f.name}": getattr(self.responses, f.name)
             for f in dataclasses.fields(Rollouts)
@@ -122,6 +129,7 @@ class Rollout:
             reward=arrays["reward"],
             added=arrays["added"],
             measured=measured,
+            token_reward=arrays.get("token_reward"),
         )
 
 
@@ -156,15 +164,15 @@ def sample_and_verify(
         counts = sampler.read_statistics()
         responses = Rollouts.concatenate([group.rollouts for group in groups])
     with timer("reward"):
-        reward, added, measured = _verify(run, groups, responses.response_lengths)
+        verdicts, measured = _verify(run, groups, responses)
     measured |= {
         "sync/gigabytes": synced_bytes / 1e9,
         "sampler/live_rows": counts["live_rows"] / max(counts["steps"], 1) / config.sampler.slots,
         "sampler/decode_steps": counts["steps"],
     }
-    run.train_problems.observe(problems, reward.reshape(len(problems), -1))
+    run.train_problems.observe(problems, verdicts["reward"].reshape(len(problems), -1))
     repeated = [problem for problem in problems for _ in range(config.train.samples)]
-    return Rollout(repeated, responses, reward, added, measured)
+    return Rollout(repeated, responses, measured=measured, **verdicts)
 
 
 def replayed(run: Run, step: int, timer: PhaseTimer) -> Rollout:
@@ -211,20 +219,25 @@ def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
     return problems
 
 
-def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
+def _verify(run: Run, groups: Sequence[Group], responses: Rollouts):
     """Waits for the rewards of this process's groups and gathers those of the other processes.
 
     Args:
       groups: in the order of the rollout.
-      lengths: int32 [N], tokens of each response.
+      responses: of all groups.
 
     Returns:
-      float32 [N] verdicts, float32 [N] what is added to them, and the metrics of the verifier.
+      reward, added and perhaps token_reward of the `Rollout`, by name; and the metrics of the verifier.
     """
     pending = [group.rewards for group in groups if group.rewards is not None]
     verdicts = [verdict for rewards in pending for verdict in rewards.verdicts()]
     texts = [text for group in groups for text in group.texts]
-    own_lengths = multihost.share(lengths.reshape(-1, run.config.train.samples)).reshape(-1)
+    lengths = responses.response_lengths.reshape(-1, run.config.train.samples)
+    own_lengths = multihost.share(lengths).reshape(-1)
+    by_token: dict[str, Any] = {}
+    if run.reward.per_token:
+        time = responses.sampled_logp.shape[1]
+        by_token["token_reward"] = _token_rewards(verdicts, own_lengths, time)
     parts = multihost.gather(
         "rewards",
         reward=np.array([verdict.value for verdict in verdicts], np.float32),
@@ -232,6 +245,7 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
         lost=np.array([verdict.lost for verdict in verdicts], np.float32),
         retries=np.array([verdict.retries for verdict in verdicts], np.int32),
         added=shaping(run.config, texts, own_lengths),
+        **by_token,
     )
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     metrics = {
@@ -239,7 +253,21 @@ def _verify(run: Run, groups: Sequence[Group], lengths: np.ndarray):
         "reward/lost": arrays["lost"].mean(),
         "reward/retries": arrays["retries"].sum(),
     }
-    return arrays["reward"], arrays["added"], metrics
+    return {name: arrays[name] for name in ("reward", "added", *by_token)}, metrics
+
+
+def _token_rewards(verdicts: Sequence[Verdict], lengths: np.ndarray, time: int) -> np.ndarray:
+    """Returns the rewards of the tokens, float32 [N, R], NaN where there is none.
+
+    A verdict of the whole response counts for its last token.
+    """
+    rewards_NxR = np.full((len(verdicts), time), np.nan, np.float32)
+    for row, (verdict, length) in enumerate(zip(verdicts, lengths, strict=True)):
+        if verdict.tokens is not None:
+            rewards_NxR[row, :length] = [np.nan if r is None else r for r in verdict.tokens]
+        elif length:
+            rewards_NxR[row, length - 1] = verdict.value
+    return rewards_NxR
 
 
 def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
@@ -258,10 +286,13 @@ def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray)
 
 
 def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
-    """Returns the reward to learn from, float32 [N]: verdict plus shaping.
+    """Returns the reward to learn from, float32 [N], or [N, R] with NaN: verdict plus shaping.
 
     The control experiment train.shuffle_rewards permutes it over the rollout.
     """
+    if rollout.token_reward is not None:
+        lengths = rollout.responses.response_lengths
+        return add_to_responses(rollout.token_reward, rollout.added, lengths)
     reward = rollout.reward + rollout.added
     if config.train.shuffle_rewards:
         reward = np.random.default_rng([config.seed, step, SHUFFLE, 1]).permutation(reward)

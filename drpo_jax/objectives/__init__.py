@@ -8,12 +8,15 @@ The modules:
     tokens       the form of a token that the equations take
     policy       the same objective under a custom_vjp that emits the coefficient
     advantages   rewards of grouped samples -> advantages
+    token_rewards   rewards of tokens -> advantages of tokens
     aggregation  token objectives -> one loss, with sums and denominators kept separate
     correction   importance weights for the mismatch of sampler and learner
     penalty      penalties on the distance to a reference policy and to µ
     sequences    sums, maxima and quantiles over the tokens of a response
     diagnostics  metrics of the weights
     dynamics     exact gradients over whole distributions, and where ascent takes a policy
+    by_path      objectives from files, as rows of the table
+    check        the checks that every objective has to pass
 """
 
 from drpo_jax.objectives.advantages import (
@@ -40,6 +43,7 @@ from drpo_jax.objectives.table import (
     token_objective,
     token_terms,
 )
+from drpo_jax.objectives.token_rewards import add_to_responses, token_advantages
 from drpo_jax.objectives.tokens import Token, beyond_clip
 
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "Hyperparameter",
     "Objective",
     "Token",
+    "add_to_responses",
     "advantages",
     "behavior_penalty",
     "beyond_clip",
@@ -68,6 +73,7 @@ __all__ = [
     "policy_objective",
     "resolve_hyper",
     "reward_penalty",
+    "token_advantages",
     "token_objective",
     "token_terms",
     "token_weights",

@@ -84,7 +84,16 @@ def load_run(workdir: Path) -> Run:
 def objective_text(config: Mapping[str, Any]) -> str:
     """Returns the objective of a flat config with its hyperparameters, or its name if it is unknown."""
     name = config.get("objective.name")
-    return objective_summary(config) if name in OBJECTIVES else str(name)
+    if name in OBJECTIVES and not config.get("objective.path"):
+        return objective_summary(config)
+    # The code of an objective by path is not run for a report.
+    rows = {row.path for row in field_table()}
+    own = {f: v for f, v in config.items() if f.startswith("objective.") and f not in rows}
+    hyper = [f"{f.partition('.')[2]} = {v}" for f, v in own.items() if v is not None]
+    source = config.get("objective.source")
+    return ", ".join([str(name), *hyper]) + (
+        f" ({config['objective.path']}, {source})" if source else ""
+    )
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:

@@ -9,7 +9,8 @@ row:
 
     REWARDS = {..., "ends_with_answer": Reward(ends_with_answer)}
 
-`--config.reward.name=ends_with_answer` selects it.
+`--config.reward.name=ends_with_answer` selects it. `--config.reward.path=my_rewards.py:NAME` takes a
+function from a file instead, see `by_path`.
 
 A response is whatever a model wrote. A reward parses it, never evaluates it, raises no exception
 and takes time linear in its length. A function that cannot guarantee linear time runs in worker
@@ -30,6 +31,7 @@ from drpo_jax.rewards.arithmetic import (
     integer_reward,
     last_integer,
 )
+from drpo_jax.rewards.by_path import batch, check_reward, limits, load_reward
 from drpo_jax.rewards.extraction import EXTRACTORS, last_box
 from drpo_jax.rewards.math import math_reward
 from drpo_jax.rewards.pool import Isolated, Pending, Pool
@@ -55,6 +57,8 @@ __all__ = [
     "Verdict",
     "after_hash",
     "arithmetic_reward",
+    "batch",
+    "check_reward",
     "countdown_reward",
     "expression_value",
     "format_reward",
@@ -62,6 +66,8 @@ __all__ = [
     "integer_reward",
     "last_box",
     "last_integer",
+    "limits",
+    "load_reward",
     "math_reward",
     "merge_votes",
     "overlong_penalty",

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from drpo_jax.errors import TrainingStopped
-from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt
+from drpo_jax.rewards import worker
+from drpo_jax.rewards.verdict import Verdict, as_reward, excerpt, function_name
 from drpo_jax.rewards.worker import Worker
 
 CPU_SECONDS = 1.0
@@ -50,8 +51,9 @@ class Pool:
 
     Args:
       function: (*texts) -> float, at the top level of an importable module that does not import
-        JAX. `result` raises RuntimeError if the function raises anything but MemoryError and
-        RecursionError, which count as exceeded limits, or if it returns what is not a reward.
+        JAX; or the `Call` of a plug-in, which returns `Results`. `result` raises RuntimeError if the
+        function raises anything but MemoryError and RecursionError, which count as exceeded limits,
+        or if it returns what is not a reward.
       warm: calls that every worker makes once, without limits, before the first real call.
       workers: number of processes. None: one per core available to this process, at most
         `MAX_WORKERS`.
@@ -64,15 +66,15 @@ class Pool:
 
     def __init__(
         self,
-        function: Callable[..., float],
+        function: Callable[..., Any],
         warm: Iterable[tuple[str, ...]] = (),
         workers: int | None = None,
         cpu_seconds: float = CPU_SECONDS,
         wall_seconds: float = WALL_SECONDS,
         cache: bool = True,
     ):
-        name = f"{function.__module__}.{function.__qualname__}"
-        if function.__module__ == "__main__" or "<" in function.__qualname__:
+        name = function_name(function)
+        if name.startswith("__main__.") or "<" in name:
             raise ValueError(
                 f"{name} runs in worker processes, which must be able to import it: define it "
                 "at the top level of a module, with a name"
@@ -89,7 +91,7 @@ class Pool:
         self._closed = False
         self._calls = self._lost = 0
 
-    def submit(self, calls: Iterable[Sequence[str]]) -> "Pending":
+    def submit(self, calls: Iterable[Sequence[Any]]) -> "Pending":
         """Starts calls, each a sequence of arguments, and returns without waiting for them.
 
         Raises:
@@ -174,9 +176,9 @@ class Pool:
             calls, total = self._calls, self._lost
         if lost and total > MAX_LOST and total > MAX_LOST_SHARE * calls:
             raise TrainingStopped(
-                f"{total} of {calls} calls of {self.function.__name__} have no result: each attempt "
-                f"reached the limit of {self.wall_seconds:g} s or ended its process. The last one was "
-                f"for {excerpt(call)}"
+                f"{total} of {calls} calls of {function_name(self.function)} have no result: each "
+                f"attempt reached the limit of {self.wall_seconds:g} s or ended its process. The last "
+                f"one was for {excerpt(call)}"
             )
 
     def _start(self) -> Worker:
@@ -260,11 +262,18 @@ class Isolated:
         return other
 
     def submit(
-        self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str],
+        tokens: Sequence[Sequence[str]] | None = None,
     ) -> Pending:
-        """Starts the rewards of N responses."""
+        """Starts the rewards of N responses; `tokens` is for rewards by path."""
         texts = zip(prompts, responses, answers, strict=True)
         values = [self.quick(*three) for three in texts]
+        if worker.inside:  # A plug-in calls this reward, under the limits of its own call.
+            direct = [self.pool.function(*v) if isinstance(v, tuple) else v for v in values]
+            return Pending([Verdict(as_reward(value)) for value in direct])
         calls = [value for value in values if isinstance(value, tuple)]
         futures = iter(self.pool.submit(calls).values)
         return Pending(
@@ -280,4 +289,8 @@ def _cores():
 
 
 def _characters(call):
-    return 100 + sum(len(text) for text in call if isinstance(text, str))
+    return 100 + sum(
+        len(part) if isinstance(part, str) else _characters(part)
+        for part in call
+        if isinstance(part, str | tuple)
+    )

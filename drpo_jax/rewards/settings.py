@@ -15,6 +15,13 @@ class RewardSettings:
         "Reward in drpo_jax.rewards.REWARDS. Empty: the task's own, or math for data.problems.",
         REWARDS,
     )
+    path: str = field(
+        "",
+        "Reward from a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
+    )
+    source: str = field(
+        "", "Hash of the source of path, filled in; part of what a run may not change."
+    )
     extract: str = field(
         "boxed",
         "Where the reward math looks for the answer of a response; the released runs use anywhere.",

@@ -36,6 +36,7 @@ class Reward:
         set.
       equal: ("", answer, answer) -> 1.0 if two extracted answers are one vote. None: equal texts are.
       is_answer: whether a text can be the known answer of a problem. By default any non-empty text can.
+      per_token: whether it takes the tokens of a response and may reward each of them.
       by_extract: this reward for each value of `reward.extract`; empty if it does not depend on it.
     """
 
@@ -46,6 +47,7 @@ class Reward:
     tasks: tuple[str, ...] = ()
     equal: Isolated | None = None
     is_answer: Callable[[str], bool] = bool
+    per_token: bool = False
     by_extract: Mapping[str, "Reward"] = dataclasses.field(default_factory=dict)
 
     def __call__(self, prompt: str, response: str, answer: str) -> float:
@@ -131,6 +133,7 @@ def submit(
     prompts: Sequence[str],
     responses: Sequence[str],
     answers: Sequence[str],
+    tokens: Sequence[Sequence[str]] | None = None,
 ) -> Pending:
     """Starts the rewards of a batch.
 
@@ -140,6 +143,7 @@ def submit(
     Args:
       reward: a row of `REWARDS`, or a function of a row.
       prompts, responses, answers: N texts each.
+      tokens: the texts of each response's tokens, for a row with `per_token`.
 
     Returns:
       The results, whose `.result()` waits for all rewards: float32 [N], in the order of the
@@ -151,7 +155,7 @@ def submit(
     """
     function = reward.function if isinstance(reward, Reward) else reward
     if isinstance(function, Isolated):
-        return function.submit(prompts, responses, answers)
+        return function.submit(prompts, responses, answers, tokens)
     values = []
     for texts in zip(prompts, responses, answers, strict=True):
         try:

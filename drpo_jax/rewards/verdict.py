@@ -4,6 +4,8 @@ import numbers
 import reprlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 LARGEST = 1e9  # Largest magnitude of a reward; its square is far from overflow in float32.
 
 
@@ -16,12 +18,50 @@ class Verdict(NamedTuple):
       lost: the call has no result, because every attempt reached the wall-time limit or ended its
         process.
       retries: attempts before the last one.
+      tokens: the reward of each token of the response, None where a token has none; `value` is their
+        sum. None for a reward of the whole response.
     """
 
     value: float
     limited: bool = False
     lost: bool = False
     retries: int = 0
+    tokens: tuple[float | None, ...] | None = None
+
+
+class Results(list):
+    """The rewards of several responses: for each a number, or a list with one per token."""
+
+
+class RewardFailed(Exception):
+    """A plug-in raised an error or returned what is not a reward; the message is complete."""
+
+
+def as_token_rewards(value: Any, count: int | None) -> float | list[float | None]:
+    """Returns what a reward function returned for a response whose tokens it takes.
+
+    Args:
+      value: a number, or a sequence with a number or None for each token.
+      count: number of tokens of the response; None: the function takes no tokens.
+
+    Raises:
+      ValueError: it is neither; names the token.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if count is None or not isinstance(value, list | tuple):
+        return as_reward(value)
+    if len(value) != count:
+        raise ValueError(
+            f"the function returned {len(value)} rewards for the {count} tokens of the response"
+        )
+    rewards: list[float | None] = []
+    for place, reward in enumerate(value):
+        try:
+            rewards.append(None if reward is None else as_reward(reward))
+        except ValueError as error:
+            raise ValueError(f"token {place}: {error}") from None
+    return rewards
 
 
 def as_reward(value: Any) -> float:
@@ -45,3 +85,8 @@ def as_reward(value: Any) -> float:
 def excerpt(texts: tuple) -> str:
     """Returns the arguments of a call for an error message, each cut to 200 characters."""
     return ", ".join(text if len(text) < 200 else f"{text[:200]}…" for text in map(repr, texts))
+
+
+def function_name(function: Any) -> str:
+    """Returns the name of a function in messages: its path if it is a plug-in, else MODULE.NAME."""
+    return getattr(function, "path", "") or f"{function.__module__}.{function.__qualname__}"

@@ -14,7 +14,8 @@ The protocol, in order:
     trainer -> worker   (function, warm, cpu_seconds, wall_seconds)
     worker -> trainer   ["ready", 0, null], or ["failed", 0, traceback] and the worker exits
     trainer -> child    (number of the call, its arguments)
-    child -> trainer    ["value", number, float] or ["raised", number, traceback]
+    child -> trainer    ["value", number, float or Results], ["raised", number, traceback], or
+                        ["failed", number, message] from a plug-in
     worker -> trainer   ["ended", number, exit status], in place of the child's answer, if the child
                         died; the number is 0 if it died between calls
 
@@ -40,7 +41,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from drpo_jax.rewards.verdict import as_reward, excerpt
+from drpo_jax.rewards.verdict import (
+    Results,
+    RewardFailed,
+    as_reward,
+    excerpt,
+    function_name,
+)
 
 START_SECONDS = 120.0  # Limit on importing the function and warming it up.
 MEMORY = 1 << 30  # Bytes that a call may allocate beyond those of the child at its start.
@@ -49,7 +56,9 @@ _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from drpo_jax.rewards.worker import serve; serve(int(sys.argv[2]))"
 )
-MAX_MESSAGE = 1 << 16  # Bytes of a message from a worker.
+MAX_MESSAGE = 1 << 24  # Bytes of a message from a worker: rewards of half a million tokens.
+MAX_TEXT = 1 << 12  # Characters of a traceback.
+inside = False  # Whether this process is a worker.
 _OUT_OF_MEMORY, _CLOSED = 99, 98  # Exit statuses of a child.
 
 
@@ -85,7 +94,7 @@ class Worker:
         )
         far_end.close()
         self.calls = 0
-        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.name = function_name(function)
         with contextlib.suppress(OSError):  # wait_until_ready reports a worker that has ended
             self.connection.send((function, warm, cpu_seconds, wall_seconds))
 
@@ -108,13 +117,13 @@ class Worker:
             )
         return f"{kind} (exit status {self.process.wait()})"
 
-    def run(self, call: tuple, wall_seconds: float) -> tuple[str, float]:
+    def run(self, call: tuple, wall_seconds: float) -> tuple[str, Any]:
         """Makes one call.
 
         Returns:
           What happened, and the value:
 
-          - "value": the function returned the value.
+          - "value": the function returned the value, a float or `Results`.
           - "limited": the call exceeded its CPU time or memory; the value is 0.0.
           - "died": the call ended its process in another way. The worker can be used again.
           - "hung": the call reached the wall-time limit. The worker must be replaced.
@@ -135,13 +144,15 @@ class Worker:
             return "hung", 0.0
         if number != self.calls:
             return "broken", 0.0
+        if kind == "failed":
+            raise RuntimeError(f"the reward {self.name} failed for {value}")
         if kind == "raised":
             raise RuntimeError(
                 f"{self.name} raised an error in its worker process for {excerpt(call)}:\n{value}"
             )
         if kind == "ended":  # The child ended; the worker has forked another one.
             return "limited" if value in (-signal.SIGPROF, _OUT_OF_MEMORY) else "died", 0.0
-        return kind, float(value)
+        return kind, value
 
     def _receive(self, seconds: float) -> tuple[str, int, Any]:
         """Returns the next message, or one of the kinds "hung" and "ended without a message"."""
@@ -174,6 +185,8 @@ def serve(fd: int) -> None:
     Args:
       fd: file descriptor of the worker's end of the socket.
     """
+    global inside
+    inside = True
     connection = multiprocessing.connection.Connection(fd)
     try:
         function, warm, cpu_seconds, wall_seconds = connection.recv()
@@ -202,7 +215,7 @@ def serve(fd: int) -> None:
 
 def _send(connection, kind, number, value=None):
     if isinstance(value, str):
-        value = value[-MAX_MESSAGE // 16 :]  # Escaping may lengthen a character to 12 bytes.
+        value = value[-MAX_TEXT:]
     connection.send_bytes(json.dumps([kind, number, value]).encode())
 
 
@@ -233,11 +246,14 @@ def _serve_calls(connection, function, current, cpu_seconds, wall_seconds):
         # A second limit of wall time, in case the trainer that enforces the first one is gone.
         signal.setitimer(signal.ITIMER_REAL, 2 * wall_seconds)
         try:
-            answer = "value", number, as_reward(function(*call))
+            value = function(*call)
+            answer = "value", number, value if isinstance(value, Results) else as_reward(value)
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         except RecursionError:
             answer = "limited", number, 0.0
+        except RewardFailed as error:
+            answer = "failed", number, str(error)
         except BaseException:
             answer = "raised", number, traceback.format_exc()
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -83,6 +83,38 @@ class Rollouts:
         """Returns bool [N, R], True for the response tokens that the model sampled."""
         return self._inside() & (self.version >= 0)
 
+    def append(self, inserted: Sequence[Sequence[int]]) -> "Rollouts":
+        """Returns the responses with tokens after them that the model did not sample.
+
+        The model reads these tokens when the responses go on (argument `begun` of `Sampler.stream`).
+        Their version is −1, so they are not part of `mask` and carry no loss.
+
+        Args:
+          inserted: token ids for each of the N responses, such as the output of a tool. A response with
+            [] stays as it is; any other is no longer finished.
+
+        Raises:
+          ValueError: a response would have more than R tokens; names it.
+        """
+        result = dataclasses.replace(
+            self,
+            tokens=self.tokens.copy(),
+            response_lengths=self.response_lengths.copy(),
+            finished=self.finished.copy(),
+        )
+        room = self.sampled_logp.shape[1]
+        for row, ids in enumerate(inserted):
+            start, end = self.response_lengths[row], self.response_lengths[row] + len(ids)
+            if end > room:
+                raise ValueError(
+                    f"response {row} has {start} tokens, and {len(ids)} more exceed max_tokens = {room}"
+                )
+            prompt = self.prompt_lengths[row]
+            result.tokens[row, prompt + start : prompt + end] = ids
+            result.response_lengths[row] = end
+            result.finished[row] &= not len(ids)
+        return result
+
     def finish_reasons(self) -> np.ndarray:
         """Returns str [N]: "stop" for a response that ended with a stop token, "length" for others."""
         return np.where(self.finished, "stop", "length")

@@ -209,7 +209,9 @@ def test_a_pool_that_loses_calls_stops(act, monkeypatch):
     monkeypatch.setattr(drpo_jax.rewards.pool, "MAX_LOST", 2)
     with Pool(act, workers=1, wall_seconds=0.2) as pool:
         pending = pool.submit([("sleep", str(n)) for n in range(60, 90)])
-        with pytest.raises(TrainingStopped, match=r"3 of 3 calls of act.*0.2 s.*'sleep', '62'"):
+        with pytest.raises(
+            TrainingStopped, match=r"3 of 3 calls of pool_acts.act.*0.2 s.*'sleep', '62'"
+        ):
             pending.result()
 
 

@@ -1,0 +1,147 @@
+"""Plug-ins: objects that a config names by file or module, such as my_rewards.py:judge.
+
+    FILE.py:NAME      a Python file; a relative path starts from the working directory
+    MODULE:NAME       an importable module, such as my_package.rewards
+
+A plug-in is trusted code: loading it executes it (docs/security.md).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """A named object in a source file. It can be pickled and loaded in another process.
+
+    Attributes:
+      path: as the config names it, FILE.py:NAME or MODULE:NAME.
+      file: the source file.
+      source: the bytes of the file when it was found. Other processes execute these bytes, so a file
+        that changes during a run has no effect on it. They import a module as usual and compare.
+    """
+
+    path: str
+    file: str
+    source: bytes = dataclasses.field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The part after the colon."""
+        return self.path.rpartition(":")[2]
+
+    @property
+    def hash(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of the source."""
+        return hashlib.sha256(self.source).hexdigest()[:16]
+
+    def defines(self, function: Any) -> bool:
+        """Returns whether a function was defined in the source and only `load` can import it."""
+        return function.__module__ == self.module().__name__ and _is_file(self.path)
+
+    def load(self) -> Any:
+        """Executes the source, once per process, and returns the object.
+
+        Raises:
+          ValueError: the source raises an error, differs from the one that was found, or does not
+            define the name.
+        """
+        return member(self.module(), self.path)
+
+    def module(self) -> ModuleType:
+        """Executes the source, once per process, and returns the module; raises as `load`."""
+        place = self.path.rpartition(":")[0]
+        if not _is_file(place):
+            module = self._execute(lambda: importlib.import_module(place))
+            if Path(self.file).read_bytes() != self.source:
+                raise ValueError(f"{self.path}: {self.file} has changed since the run started")
+            return module
+        name = f"{Path(self.file).stem}_{self.hash}"
+        if name in sys.modules:
+            return sys.modules[name]
+        module = ModuleType(name)
+        module.__file__ = self.file
+        sys.modules[name] = module  # Dataclasses and pickle look their module up.
+        try:
+            self._execute(lambda: exec(compile(self.source, self.file, "exec"), vars(module)))
+        except ValueError:
+            del sys.modules[name]
+            raise
+        return module
+
+    def _execute(self, code: Callable[[], Any]) -> Any:
+        try:
+            return code()
+        except (Exception, SystemExit) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == self.file]
+            if isinstance(error, SyntaxError):
+                lines = [error.lineno]
+            where = f"{self.file}, line {lines[-1]}" if lines else self.file
+            raise ValueError(f"{self.path}: {where}: {type(error).__name__}: {error}") from error
+
+
+def find(path: str) -> Plugin:
+    """Returns the plug-in that a config names, without executing its source.
+
+    Raises:
+      ValueError: the path has another form, or there is no such file or module.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name.isidentifier():
+        raise ValueError(
+            f"{path!r} must be FILE.py:NAME or MODULE:NAME, such as my_rewards.py:judge"
+        )
+    if not _is_file(place):
+        return Plugin(path, file := _module_file(path, place), Path(file).read_bytes())
+    file = str(Path(place).expanduser().absolute())
+    try:
+        return Plugin(path, file, Path(file).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {file}: {str(error.strerror).lower()}") from None
+
+
+def member(module: ModuleType, path: str) -> Any:
+    """Returns the object of a module that `path` names; raises ValueError if there is none."""
+    name = path.rpartition(":")[2]
+    if hasattr(module, name):
+        return getattr(module, name)
+    own = [
+        n
+        for n, value in vars(module).items()
+        if not n.startswith("_") and not inspect.ismodule(value)
+    ]
+    near = difflib.get_close_matches(name, own, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(own) or 'nothing'}"
+    raise ValueError(f"{path}: {module.__file__} does not define {name!r}; {hint}")
+
+
+def _is_file(path: str) -> bool:
+    place = path.rpartition(":")[0] or path
+    return place.endswith(".py") or "/" in place
+
+
+def _module_file(path: str, module: str) -> str:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        file = Path(*module.split(".")).with_suffix(".py")
+        hint = (
+            f"did you mean {file}:{path.rpartition(':')[2]}?"
+            if file.exists()
+            else "install it, or add its folder to PYTHONPATH"
+        )
+        raise ValueError(f"{path}: there is no Python module {module!r}; {hint}")
+    return spec.origin

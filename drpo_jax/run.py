@@ -117,7 +117,7 @@ class Run:
             _check_vocabulary(config, tokenizer)
             loaded = load(config, tokenizer, train)
             reward = rewards.get_reward(config.reward.name, config.reward.extract)
-            _check_plugins(config, reward, loaded.heldout[0])
+            _check_plugins(config, reward, loaded.heldout)
             stream = None
             if train and loaded.train is not None:
                 stream = _stream(config, loaded.train)
@@ -291,7 +291,7 @@ def keep_report(report: str, path: Path) -> None:
     print(f"{report.strip().splitlines()[-1]} ({path})")
 
 
-def _check_plugins(config, reward, problem):
+def _check_plugins(config, reward, problems):
     """Checks the reward by path on a problem, and that all processes have the same sources.
 
     Raises:
@@ -314,16 +314,16 @@ def _check_plugins(config, reward, problem):
             )
     for field, conflicts in (
         ("train.shuffle_rewards = True", config.train.shuffle_rewards),
-        ("objective.baseline = 'otb'", config.objective.get("baseline") == "otb"),
+        ("objective.baseline = 'otb'", config.objective.baseline == "otb"),
     ):
         if reward.per_token and conflicts:
             raise BadInput(
                 f"{field} takes the rewards of whole responses, but reward.path = "
                 f"{config.reward.path!r} rewards tokens"
             )
-    if config.reward.path:
+    if config.reward.path and problems:
         try:
-            rewards.check_reward(reward, problem.prompt, problem.answer)
+            rewards.check_reward(reward, problems[0].prompt, problems[0].answer)
         except ValueError as error:
             raise BadInput(f"reward.path = {config.reward.path!r}: {error}") from error
 

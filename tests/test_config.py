@@ -93,10 +93,6 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"train__micro_batch": 7}, "must divide train.mini_batch_prompts * 8 = 64"),
         ({"model__experts_per_token": 17}, "experts_per_token must be from 1 to experts"),
         ({"model__experts": 0}, "without experts"),
-        (
-            {"model__experts": 0, "model__load_balance": 0.1},
-            "model.load_balance = 0.1, model.experts",
-        ),
         ({"model__vocab_size": 16}, "must be at least the tokenizer's 32"),
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
         (

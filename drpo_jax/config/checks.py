@@ -136,9 +136,7 @@ def _experts(check: Check) -> None:
         check["model.mlp_size"] > 0, "model.mlp_size model.experts", f"must be above 0 {none}"
     )
     check.require(not any(check[f] for f in sizes.split()), sizes, f"all three must be 0 {none}")
-    for field, off in (
-        ("model.shared_expert_size", 0), ("model.load_balance", 0), ("mesh.expert", 1)
-    ):  # fmt: skip
+    for field, off in (("model.shared_expert_size", 0), ("mesh.expert", 1)):
         check.require(check[field] == off, f"{field} model.experts", f"must be {off} {none}")
     replay = "train.routing_replay"
     check.require(not check[replay], f"{replay} model.experts", f"{none} there are no routes")

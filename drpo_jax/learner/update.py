@@ -30,7 +30,7 @@ class UpdateSettings:
       micro_batches: number of parts of a mini-batch; divides its rows P.
       temperature: temperature of the sampling distribution, which divides the logits.
       entropy_bonus: coefficient of the entropy that is added to J.
-      load_balance: coefficient of the load-balancing loss of each micro-batch.
+      load_balance: coefficient of the load-balancing loss of each micro-batch; dense models have none.
       pack: rows may be empty. Micro-batches of empty rows are skipped.
       parts: the numbers of equal parts into which the rows of a micro-batch may be cut before they are
         computed: 1 first, each divides the next, and the last divides T. A micro-batch is cut into the
@@ -208,7 +208,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         objective, inputs = precomputed, {"J": J, "coefficient": c, "weight": w}
     loss, trace = loss_of(objective, operands, weight_PxT, inputs)
     total = loss
-    if settings.load_balance:
+    if settings.load_balance and out.router:
         balance = router_metrics(out.router)["router/balance_loss"]
         total += settings.load_balance * balance * share
     return total, (trace, loss, out.router)

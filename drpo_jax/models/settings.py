@@ -70,7 +70,7 @@ class ModelSettings(ModelConfig):
         may_change=True,
     )
     load_balance: float = field(
-        0.0, "Coefficient of the auxiliary load-balancing loss; 0: off.", NOT_NEGATIVE
+        0.0, "Coefficient of the auxiliary load-balancing loss of experts; 0: off.", NOT_NEGATIVE
     )
 
 

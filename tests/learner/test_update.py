@@ -351,6 +351,20 @@ def test_nothing_holds_the_logits_of_a_batch():
         assert largest <= max(weight, chunk) < rows * room * vocab / 4
 
 
+def test_a_dense_model_has_no_load_to_balance(batch):
+    config = ModelConfig(vocab_size=64, **SIZES, mlp_size=48)
+    state = jax.eval_shape(lambda: init_state(Transformer(config, jax.random.key(0)), SGD))
+    programs = {
+        str(
+            jax.make_jaxpr(
+                functools.partial(update, settings=settings, optimizer=SGD, schedule=ONE)
+            )(state, batch)
+        )
+        for settings in (SETTINGS, dataclasses.replace(SETTINGS, load_balance=0.5))
+    }
+    assert len(programs) == 1
+
+
 def all_shapes(jaxpr):
     """The shape of every array that the program computes, including nested programs."""
     for equation in jaxpr.eqns:

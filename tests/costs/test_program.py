@@ -87,7 +87,7 @@ def test_a_program_that_fits():
     assert cost.seconds == {
         "compute": pytest.approx(1e6 / 6e9),  # more than the compiled matmuls
         "memory": pytest.approx(cost.traffic / 2e9),
-        "links": pytest.approx(3 * x / 2 / 1e6),
+        "links": pytest.approx(3 * (x / 2 / 1e6 + CHIP.latency)),
     }
     assert cost.bound == cost.seconds["links"]
     assert measure(PROGRAM, CHIP, 8, "float32").seconds["compute"] == pytest.approx(1e-3)

@@ -354,7 +354,7 @@ def help_text(values: flags.FlagValues) -> str:
     width = max((len(flag.name) for flag in own), default=0) + 6
     for flag in own:
         text = re.sub(r";\s+repeat this option.*", "", flag.help)
-        if flag.default not in (None, False, []):
+        if flag.default not in (None, False, [], ""):
             text += f" Default: {flag.default}."
         first, *rest = textwrap.wrap(text, 98 - width)
         lines.append(f"{f'  --{flag.name}':<{width}}{first}")

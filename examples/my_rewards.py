@@ -10,6 +10,11 @@ def prefix(prompt, response, answer):
     return float(response.strip().startswith(answer))
 
 
+def after_hash(prompt, response, answer):
+    """The text after the last # is the answer, as in the problems of configs/tiny.py."""
+    return float(response.rpartition("#")[2].strip() == answer)
+
+
 @limits(cpu_seconds=5)
 @batch
 def shortest(prompts, responses, answers):

@@ -53,6 +53,16 @@ def test_each_sickness_is_found_once(name):
     assert all(field in CONFIG for field in fields)
 
 
+def test_parts_of_the_mismatch_that_are_meant_are_no_finding():
+    """Also between two comparisons: with noise, only the real part says that something is wrong."""
+    records = healthy()
+    for number, record in enumerate(records):
+        record.pop("mismatch/logp", None)
+        if number % 5 == 0:
+            record |= {"mismatch/logp": 0.01 * number, "mismatch/logp_real": 0.001}
+    assert M.diagnose(records, CONFIG) == []
+
+
 @pytest.mark.parametrize("name", health.SICKNESSES)
 def test_one_bad_record_is_no_finding(name):
     records, bad = healthy()[:60], sick(name)[40]

@@ -11,7 +11,8 @@ widely: in `configs/tiny.py`, one effective sample size is 61 % beside a median 
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from drpo_jax.metrics.records import Record
@@ -28,6 +29,41 @@ class Finding(NamedTuple):
     text: str
 
 
+class History:
+    """The metrics of a run so far.
+
+    Metrics are not logged in every record (comparisons with the learner, for example, only every
+    `log.mismatch_every` steps), so their last values may be older than the last records.
+
+    Attributes:
+      recent: the last `WINDOW` records.
+    """
+
+    def __init__(self) -> None:
+        self.recent: deque[Record] = deque(maxlen=WINDOW)
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, record: Record) -> None:
+        """Reads the next record."""
+        self.recent.append(record)
+        for name, value in record.items():
+            if math.isfinite(value):
+                self._values[name].append(value)
+
+    def has(self, name: str) -> bool:
+        """Returns whether a metric had a finite value."""
+        return bool(self._values.get(name))
+
+    def last(self, name: str, count: int = WINDOW) -> list[float]:
+        """Returns the last `count` finite values of a metric; [] if there are fewer."""
+        values = self._values.get(name, [])
+        return values[-count:] if len(values) >= count else []
+
+    def first(self, name: str, count: int = WINDOW) -> list[float]:
+        """Returns the first finite values of a metric, at most `count`."""
+        return self._values.get(name, [])[:count]
+
+
 class Health:
     """Finds the sicknesses of a run in its records.
 
@@ -37,15 +73,15 @@ class Health:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
-        self._records: list[Record] = []
+        self._history = History()
         self._found: set[str] = set()
 
     def add(self, record: Record) -> list[Finding]:
         """Reads the next record of the run; returns the sicknesses that are found for the first time."""
-        self._records.append(record)
+        self._history.add(record)
         new = []
         for name, rule in SICKNESSES.items():
-            if name not in self._found and (text := rule(self._records, self._config)):
+            if name not in self._found and (text := rule(self._history, self._config)):
                 self._found.add(name)
                 new.append(Finding(name, int(record["step"]), text))
         return new
@@ -62,32 +98,7 @@ def diagnose(records: Iterable[Record], config: Mapping[str, Any]) -> list[Findi
     return [finding for record in records for finding in health.add(record)]
 
 
-def _last(records: Sequence[Record], name: str, count: int = WINDOW) -> list[float]:
-    """Returns the last `count` finite values of a metric; [] if there are fewer.
-
-    A metric that is no longer logged has no last values: the latest of them must be that recent.
-    """
-    values: list[float] = []
-    for record in reversed(records):
-        if math.isfinite(value := record.get(name, math.nan)):
-            values.append(value)
-            if len(values) == count:
-                return values[::-1]
-    return []
-
-
-def _first(records: Sequence[Record], name: str) -> list[float]:
-    """Returns the first `WINDOW` finite values of a metric."""
-    values: list[float] = []
-    for record in records:
-        if math.isfinite(value := record.get(name, math.nan)):
-            values.append(value)
-            if len(values) == WINDOW:
-                break
-    return values
-
-
-def _entropy_gone(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _entropy_gone(history: History, config: Mapping[str, Any]) -> str:
     """The samples of a problem are practically the same response.
 
     With less than 0.1 nats in a whole response, it differs from the most likely one in about 2 % of the
@@ -95,12 +106,12 @@ def _entropy_gone(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     entropy is the same sign for long responses: what a policy can gain by spending its entropy H falls
     with e^H (Cui et al. 2025, arXiv:2505.22617), and `configs/tiny.py` learns its task with 4 % left.
     """
-    entropy, length = _last(records, "entropy"), _last(records, "response/length")
-    reward = _last(records, "reward/mean")
+    entropy, length = history.last("entropy"), history.last("response/length")
+    reward = history.last("reward/mean")
     if not (entropy and length and reward) or statistics.median(reward) >= LEARNED:
         return ""
     now, tokens = statistics.median(entropy), statistics.median(length)
-    before = statistics.median(_first(records, "entropy"))
+    before = statistics.median(history.first("entropy"))
     if now * tokens >= 0.1 and now >= 0.01 * before:
         return ""
     return (
@@ -111,14 +122,14 @@ def _entropy_gone(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     )
 
 
-def _no_signal(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _no_signal(history: History, config: Mapping[str, Any]) -> str:
     """At most one group in twenty has mixed rewards, in every one of the last records.
 
     The rest of the rollout costs as much and has no gradient.
     """
-    last = [record for record in records[-WINDOW:] if "reward/informative_groups" in record]
+    last = [record for record in history.recent if "reward/informative_groups" in record]
     shares = [_informative(record) for record in last]
-    reward = _last(records, "reward/mean")
+    reward = history.last("reward/mean")
     if len(shares) < WINDOW or not reward or max(shares) > 0.05:
         return ""
     mean = statistics.median(reward)
@@ -145,13 +156,13 @@ def _informative(record: Record) -> float:
     return kept * record["reward/informative_groups"]
 
 
-def _at_the_limit(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _at_the_limit(history: History, config: Mapping[str, Any]) -> str:
     """A quarter of the responses ended at the length limit.
 
     Their reward is that of a missing answer, whatever they would have answered. With a quarter of
     them, two of the eight responses in a group are compared by their length instead of their answer.
     """
-    truncated = _last(records, "response/truncated")
+    truncated = history.last("response/truncated")
     if not truncated or statistics.median(truncated) < 0.25:
         return ""
     limit = config.get("sampler.max_response_length")
@@ -162,14 +173,14 @@ def _at_the_limit(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     )
 
 
-def _ratio_off(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _ratio_off(history: History, config: Mapping[str, Any]) -> str:
     """The mean ratio differs from 1 by more than a tenth.
 
     It is 1 in expectation, whatever π is. In healthy runs the medians differ by less than 0.01 (FP8
     rollouts included), so 0.1 is not noise: tokens with a large share of the mass are missing from the
     rollout.
     """
-    ratio = _last(records, "policy/ratio")
+    ratio = history.last("policy/ratio")
     if not ratio or abs(statistics.median(ratio) - 1) <= 0.1:
         return ""
     return (
@@ -179,12 +190,12 @@ def _ratio_off(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     )
 
 
-def _few_samples_count(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _few_samples_count(history: History, config: Mapping[str, Any]) -> str:
     """Half of the sampled tokens do not count: the effective sample size is below 50 %.
 
     The variance of an estimate with these ratios is more than twice that of on-policy samples.
     """
-    size = _last(records, "policy/effective_sample_size")
+    size = history.last("policy/effective_sample_size")
     if not size or statistics.median(size) >= 0.5:
         return ""
     return (
@@ -194,7 +205,7 @@ def _few_samples_count(records: Sequence[Record], config: Mapping[str, Any]) -> 
     )
 
 
-def _mismatch_grows(records: Sequence[Record], config: Mapping[str, Any]) -> str:
+def _mismatch_grows(history: History, config: Mapping[str, Any]) -> str:
     """Sampler and learner differ by five times as much as at first, and by more than 0.05 nats.
 
     The mismatch of a format is a property of the model and changes little in healthy runs; a factor of
@@ -202,10 +213,10 @@ def _mismatch_grows(records: Sequence[Record], config: Mapping[str, Any]) -> str
     average, which no objective notices.
     """
     # With noise or staleness, the whole mismatch contains parts that are meant.
-    real = "mismatch/logp_real" in records[-1]
+    real = history.has("mismatch/logp_real")
     name = "mismatch/logp_real" if real else "mismatch/logp"
-    last, first = _last(records, name, 3), _first(records, name)[:3]
-    if len(_last(records, name, 6)) < 6:
+    last, first = history.last(name, 3), history.first(name)[:3]
+    if len(history.last(name, 6)) < 6:
         return ""
     now, before = statistics.median(last), statistics.median(first)
     if now <= max(5 * before, 0.05):
@@ -217,7 +228,7 @@ def _mismatch_grows(records: Sequence[Record], config: Mapping[str, Any]) -> str
     )
 
 
-Rule = Callable[[Sequence[Record], Mapping[str, Any]], str]
+Rule = Callable[[History, Mapping[str, Any]], str]
 SICKNESSES: dict[str, Rule] = {
     "entropy": _entropy_gone,
     "signal": _no_signal,

@@ -35,6 +35,8 @@ tokens:
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,19 +90,37 @@ def response_advantages(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def load_rollout(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a saved rollout by name."""
+    """Returns the arrays of a saved rollout by name.
+
+    Raises:
+      ValueError: the file is damaged; the message names it.
+      OSError: it cannot be read.
+    """
     with path.open("rb") as file:
-        return arrays_of(file)
+        try:
+            return arrays_of(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def arrays_of(file: BinaryIO) -> dict[str, np.ndarray]:
     """Returns the arrays of a saved rollout from an open file.
 
     Raises:
-      ValueError: the file is not a NumPy archive, or one with objects in it.
+      ValueError: the file is not a NumPy archive, is damaged, or has objects in it.
     """
-    with np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (
+        OSError,
+        EOFError,
+        AttributeError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"not a readable NumPy archive: {error}") from error
     if "response_ends" in arrays:
         texts = unpack_texts(arrays.pop("response_utf8"), arrays.pop("response_ends"))
         arrays["response"] = np.array(texts, dtype=object)

@@ -177,7 +177,14 @@ class _Check:
         if array is None:
             return None
         self.require(name, ~_nulls(array), lambda _: "the value is missing (null)")
-        return array.to_pylist() if COLUMNS[name].kind == "text" else array.to_numpy()
+        if COLUMNS[name].kind != "text":
+            return array.to_numpy()
+        try:
+            return array.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.where}, column {name}: a text is not UTF-8 ({error})"
+            ) from None
 
     def lists(self, name: str) -> np.ndarray | None:
         """Returns the values of all tokens of a column, one row after the other; None if absent."""

@@ -19,7 +19,6 @@ Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
 
 import dataclasses
 import io
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +136,11 @@ def load_table(content: bytes, where: Path | str, samples: int | None = None) ->
     if str(where).endswith(".npz"):
         try:
             return rollout_table(arrays_of(io.BytesIO(content)), samples)
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: not a rollout that a run saved (no array {error})"
+            ) from None
+        except (ValueError, TypeError, IndexError, pa.ArrowException) as error:
             raise ValueError(f"{where}: not a rollout that a run saved ({error})") from None
     try:
         return pq.read_table(pa.BufferReader(content))
@@ -171,7 +174,8 @@ def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None)
         if not samples:
             raise ValueError("it does not say which responses answer the same problem")
         arrays["group"] = np.arange(count) // samples
-    arrays.setdefault("full_logp", rollout.get("behavior_logp"))
+    if "full_logp" not in rollout:
+        arrays["full_logp"] = rollout["behavior_logp"]
     arrays["finish_reason"] = np.where(rollout["finished"], "stop", "length")
     places = np.arange(width)
     ends = starts + lengths

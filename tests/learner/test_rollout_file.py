@@ -207,3 +207,44 @@ def test_what_is_written_has_the_documented_types(tmp_path):
     assert {name: COLUMNS[name].type for name in table.column_names} == {
         field.name: field.type for field in table.schema
     }
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_column(tmp_path):
+    ends = pa.py_buffer(np.arange(5, dtype=np.int32))
+    column = pa.Array.from_buffers(pa.string(), 4, [None, ends, pa.py_buffer(b"\xff" * 4)])
+    with pytest.raises(ValueError, match="rollouts.parquet, column id: a text is not UTF-8"):
+        read(tmp_path, pa.table(rows()).append_column("id", column))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"full_logp": None, "behavior_logp": None}, "no array 'behavior_logp'"),
+        ({"prompt_lengths": np.array([3], np.int32)}, "not a rollout that a run saved"),
+        ({"full_logp": np.zeros(4, np.float32)}, "not a rollout that a run saved"),
+        ({"reward": np.array(["1"] * 4)}, "not a rollout that a run saved"),
+        ({"finished": np.array(True)}, "not a rollout that a run saved"),
+    ],
+)
+def test_an_archive_with_other_arrays_is_said(tmp_path, change, message):
+    arrays = saved(read(tmp_path, rows())) | change
+    path = save_rollout(tmp_path, 1, **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(ValueError, match=message) as error:
+        read_rollouts(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_damaged_archive_is_said(tmp_path):
+    """Bytes are changed anywhere: in the directory, in a header and in compressed data."""
+    path = save_rollout(tmp_path, 1, **saved(read(tmp_path, rows())))
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[random.integers(len(damaged), size=3)] = random.integers(256, size=3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            read_rollouts(path)
+        except ValueError as error:
+            refused += str(error).startswith(str(path))
+    assert refused > 100

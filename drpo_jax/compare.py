@@ -11,16 +11,21 @@ self-contained page, and as JSON next to it.
 import json
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli
-from drpo_jax.comparison import comparable, compare_objectives, table, to_json
+from drpo_jax.comparison import (
+    comparable,
+    compare_objectives,
+    file_advantages,
+    left_out,
+    table,
+    to_json,
+)
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.inspection import Analysis, open_model
 from drpo_jax.learner.rollout_checks import Limits, read_rollouts
-from drpo_jax.objectives import advantages
 from drpo_jax.parallel import multihost
 from drpo_jax.reporting.comparison import comparison_page
 from drpo_jax.storage import path_of, write_whole
@@ -55,29 +60,32 @@ def main(
         names = comparable(objectives, config)
         limits = Limits.of(config, samples=False)
         rollout = read_rollouts(path_of(rollouts), limits, config.train.samples)
-    samples = int(np.sum(rollout["group"] == rollout["group"][0]))
-    advantage = np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
+        advantage = file_advantages(rollout, config)
     if not advantage.any():
         raise BadInput(
             f"{rollouts}: the rewards of every group are equal, so no objective has a gradient; give a "
             "file with mixed groups"
         )
+    if config.train.overlong_filtering:
+        rollout["loss_mask"] = rollout["loss_mask"] & rollout["finished"][:, None]
     run, model, name = open_model(config, workdir, step)
     print(f"{len(names)} objectives on {len(advantage):,} responses, {name} …", flush=True)
     analysis = Analysis(run.config, run.mesh, run.programs)
     scored = analysis.score(model, rollout) | {"advantage": advantage}
     judgments = compare_objectives(analysis, model, scored, names)
     print(f"\n{table(judgments)}")
+    if without := left_out(config):
+        print(f"\nWithout effect here: {without}")
     if not output or not multihost.is_main():
         return
     with bad_input():
         page, summary = path_of(output), path_of(output).with_suffix(".json")
         facts = {
-            "rollouts": f"{rollouts}: {len(advantage):,} responses, {samples} to each prompt",
+            "rollouts": f"{rollouts}: {len(advantage):,} responses",
             "model": name,
             "advantage": config.objective.advantage,
             "aggregation": config.objective.aggregation,
-        }
+        } | ({"without effect": without} if without else {})
         write_whole(page, comparison_page(judgments, facts))
         write_whole(
             summary, json.dumps(facts | {"objectives": to_json(judgments)}, indent=2) + "\n"

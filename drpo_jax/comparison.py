@@ -15,14 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from drpo_jax.config import objective_hyper
+from drpo_jax.config import flatten, objective_hyper
 from drpo_jax.inspection import Analysis, Rollout, cosines, judge, norms
 from drpo_jax.metrics import reduce_pairs
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import OBJECTIVES, resolve_hyper, weight_summary
+from drpo_jax.objectives import OBJECTIVES, advantages, resolve_hyper, weight_summary
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.objectives.diagnostics import MU_BINS
 
+# Fields of the config that have no part in a comparison, and their values without effect.
+LEFT_OUT = {
+    "objective.baseline": "group",
+    "objective.behavior": "sampler",
+    "objective.correction": "none",
+    "objective.kl": "none",
+    "objective.kl_behavior": 0.0,
+    "objective.entropy_bonus": 0.0,
+    "model.load_balance": 0.0,
+    "reward.format": 0.0,
+    "reward.overlong_buffer": 0,
+}
 BINS = tuple(f"{low}-{high}" for low, high in zip(MU_BINS, MU_BINS[1:]))
 
 
@@ -75,6 +87,28 @@ def comparable(names: Sequence[str] | None, config: FrozenConfigDict) -> list[st
         if name in names[:i]:
             raise ValueError(f"The objective {name!r} is listed twice.")
     return list(names)
+
+
+def left_out(config: FrozenConfigDict) -> str:
+    """Returns the fields that the config sets and a comparison leaves out, as text; "" if none."""
+    values = flatten(config)
+    return ", ".join(f"{f} = {values[f]!r}" for f, off in LEFT_OUT.items() if values[f] != off)
+
+
+def file_advantages(rollout: Rollout, config: FrozenConfigDict) -> np.ndarray:
+    """Returns the advantages of the rewards in a file by the config's `objective.advantage`.
+
+    Args:
+      rollout: from `rollout_checks`, with equally many responses to each problem.
+
+    Returns:
+      float32 [N].
+
+    Raises:
+      ValueError: the advantage compares the responses to a problem, and there is one to each.
+    """
+    samples = int(np.sum(rollout["group"] == rollout["group"][0]))
+    return np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
 
 
 def hyper_of(name: str, config: FrozenConfigDict) -> dict[str, Any]:

@@ -11,16 +11,15 @@ it.
 import json
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli
+from drpo_jax.comparison import file_advantages
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.inspection import Analysis, open_model
 from drpo_jax.learner.rollout_checks import Limits, padded_arrays
 from drpo_jax.learner.rollout_file import load_table, with_tokens, write_rollouts
-from drpo_jax.objectives import advantages
 from drpo_jax.parallel import multihost
 from drpo_jax.reporting.mismatch import mismatch_report, mismatch_text
 from drpo_jax.storage import path_of, write_whole
@@ -53,13 +52,12 @@ def main(
         source, target = path_of(rollouts), path_of(output)
         table = load_table(source.read_bytes(), source, config.train.samples)
         rollout = padded_arrays(table, source, Limits.of(config, samples=False))
+        advantage = file_advantages(rollout, config)
     run, model, name = open_model(config, workdir, step)
     print(f"scoring {len(rollout['tokens']):,} responses with {name} …", flush=True)
     scored = Analysis(run.config, run.mesh, run.programs).score(model, rollout)
     if not multihost.is_main():
         return
-    samples = int(np.sum(rollout["group"] == rollout["group"][0]))
-    advantage = np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
     report = mismatch_report(scored, advantage, config, run.tokenizer.piece)
     summary = target.with_suffix(".json")
     with bad_input():

@@ -3,8 +3,18 @@
 import math
 
 import numpy as np
+import pytest
 
-from drpo_jax.comparison import BINS, Judgment, comparable, hyper_of, table, to_json
+from drpo_jax.comparison import (
+    BINS,
+    Judgment,
+    comparable,
+    file_advantages,
+    hyper_of,
+    left_out,
+    table,
+    to_json,
+)
 from drpo_jax.config import default_config, resolve
 from drpo_jax.inspection import judge
 from drpo_jax.objectives import OBJECTIVES
@@ -37,6 +47,19 @@ def test_hyperparameters_apply_where_the_boundary_is_of_the_same_kind():
     assert hyper_of("dppo_kl", ours) == OBJECTIVES["dppo_kl"].hyper  # nats
     assert hyper_of("grpo", ours) == OBJECTIVES["grpo"].hyper
     assert hyper_of("cppo", ours)["delta_b"] <= hyper_of("cppo", ours)["delta"] == 0.01
+
+
+def test_fields_that_a_comparison_leaves_out_are_said():
+    assert left_out(config()) == ""
+    ours = config(baseline="otb", entropy_bonus=0.1)
+    assert left_out(ours) == "objective.baseline = 'otb', objective.entropy_bonus = 0.1"
+
+
+def test_one_response_to_a_problem_has_no_advantage_in_its_group():
+    file = {"group": np.arange(3), "reward": np.array([0, 1, 1], np.float32)}
+    with pytest.raises(ValueError, match="use 'batch_norm'"):
+        file_advantages(file, config())
+    assert file_advantages(file, config(advantage="batch_norm")).shape == (3,)
 
 
 def judgment(name, norm, cosine):

@@ -178,6 +178,15 @@ def test_wrong_flags_of_compare_are_named(tmp_path, rollouts, objectives, output
         compare.main(config(), tmp_path, rollouts, objectives, output)
 
 
+@pytest.mark.parametrize("command", [score, compare])
+def test_single_responses_are_named_before_a_model_is_loaded(tmp_path, command):
+    path = tmp_path / "single.parquet"
+    write_groups(path, 0, 2, size=1)
+    output = tmp_path / ("page.html" if command is compare else "scored.parquet")
+    with pytest.raises(BadInput, match="use 'batch_norm'"):
+        command.main(config(), tmp_path, str(path), output=str(output))
+
+
 def test_wrong_flags_of_score_are_named(tmp_path):
     with pytest.raises(BadInput, match="--rollouts=FILE is missing"):
         score.main(config(), tmp_path, None, "scored.parquet")
@@ -190,9 +199,9 @@ def test_wrong_flags_of_score_are_named(tmp_path):
 # ------------------------------------------------------------------------------- the stream of groups
 
 
-def write_groups(path, first, count):
-    """Writes groups of two responses, numbered from `first`, which is the reward, too."""
-    numbers = np.repeat(np.arange(first, first + count), 2)
+def write_groups(path, first, count, size=2):
+    """Writes groups of `size` responses, numbered from `first`, which is the reward, too."""
+    numbers = np.repeat(np.arange(first, first + count), size)
     rollout = {
         "group": numbers,
         "tokens": np.full((len(numbers), 4), 5, np.int32),

@@ -99,6 +99,9 @@ def as_row(value: Any, path: str) -> Objective:
         if array not in ARRAYS:
             error = unknown("array", array, ARRAYS)
             raise ValueError(f"{path}: {error} A hyperparameter needs a default.")
+    top = {"topk_logp", "behavior_topk_logp"}
+    if top & set(row.arrays) not in (set(), top):
+        raise ValueError(f"{path} must take both or none of {' and '.join(sorted(top))}")
     if row.aggregation and row.aggregation not in AGGREGATIONS:
         raise ValueError(f"{path}: {unknown('aggregation', row.aggregation, AGGREGATIONS)}")
     if row.unbounded and row.unbounded not in OBJECTIVES:
@@ -121,6 +124,8 @@ def _on_tokens(function, rest):
 
 def _described(row, described, path):
     """Returns the rows of the hyperparameters that the file itself describes."""
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: HYPERPARAMETERS must be a dictionary, not {described!r:.80}")
     for key, value in described.items():
         if not isinstance(value, Hyperparameter):
             raise ValueError(f"{path}: HYPERPARAMETERS[{key!r}] must be a Hyperparameter")

@@ -41,6 +41,7 @@ def branches(t):
 def pair(t): return t.r, t.r
 def scalar(t): return t.r.sum(), t.r, t.r
 def unknown_array(t, mu_logp): return t.r, t.r, t.r
+def half(t, topk_logp): return t.r, t.r, t.r
 def keywords(t, **hyper): return t.r, t.r, t.r
 def arguments(advantage, logp): return logp, logp, logp
 def text(t, mode="soft"): return t.r, t.r, t.r
@@ -99,6 +100,7 @@ def test_a_ratio_that_overflows_has_no_influence(file):
         ("scalar", r"must return \(J, c, w\), each of the shape .* they are float32\[\], float32"),
         ("branches", "fails on arrays: ValueError: The truth value"),
         ("unknown_array", "Unknown array 'mu_logp'. .* A hyperparameter needs a default"),
+        ("half", "must take both or none of behavior_topk_logp and topk_logp"),
         ("keywords", r"must name its arguments, without \*hyper"),
         ("arguments", "must begin with logp, behavior_logp, advantage, or be one Token t"),
         ("text", "mode = 'soft' must be a number, True, False or None"),
@@ -120,6 +122,13 @@ def test_names_of_the_table_are_taken(tmp_path):
     path.write_text("def drpo(t): return t.r, t.r, t.r\n")
     with pytest.raises(ValueError, match="the table has an objective 'drpo'"):
         load_objective(f"{path}:drpo")
+
+
+def test_hyperparameters_are_described_in_a_dictionary(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def mine(t): return t.r, t.r, t.r\nHYPERPARAMETERS = ['width']\n")
+    with pytest.raises(ValueError, match="HYPERPARAMETERS must be a dictionary, not"):
+        load_objective(f"{path}:mine")
 
 
 def test_a_changed_file_replaces_its_row(file):

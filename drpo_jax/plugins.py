@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +94,8 @@ class Plugin:
 def find(path: str) -> Plugin:
     """Returns the plug-in that a config names, without executing its source.
 
+    The packages around a module are imported.
+
     Raises:
       ValueError: the path has another form, or there is no such file or module.
     """
@@ -109,6 +111,39 @@ def find(path: str) -> Plugin:
         return Plugin(path, file, Path(file).read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {file}: {str(error.strerror).lower()}") from None
+
+
+def enter(
+    path: str,
+    kind: str,
+    rows: MutableMapping[str, Any],
+    loaded: MutableMapping[str, Plugin],
+    row_of: Callable[[Plugin], Any],
+) -> Plugin:
+    """Adds a row for a plug-in to a table, under its name; a later one of that name replaces it.
+
+    Args:
+      path: FILE.py:NAME or MODULE:NAME.
+      kind: what the table holds, for messages.
+      rows: the table.
+      loaded: the plug-ins among its rows, which this function keeps up to date.
+      row_of: makes the row.
+
+    Raises:
+      ValueError: there is no such object, the table has a row of its own with this name, or `row_of`
+        raises it.
+    """
+    plugin = find(path)
+    if plugin.name in rows:
+        if plugin.name not in loaded:
+            raise ValueError(
+                f"{path}: the table has the {kind} {plugin.name!r}; choose another name"
+            )
+        if loaded[plugin.name] == plugin:
+            return plugin
+    rows[plugin.name] = row_of(plugin)
+    loaded[plugin.name] = plugin
+    return plugin
 
 
 def member(module: ModuleType, path: str) -> Any:
@@ -133,9 +168,11 @@ def _is_file(path: str) -> bool:
 
 def _module_file(path: str, module: str) -> str:
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)  # Imports the packages around the module.
     except (ImportError, ValueError):
         spec = None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         file = Path(*module.split(".")).with_suffix(".py")
         hint = (

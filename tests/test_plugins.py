@@ -105,10 +105,14 @@ def test_another_process_executes_the_source_that_was_found(tmp_path):
         ("no_module:short", "there is no Python module 'no_module'; install it"),
         ("fails.py:f", "fails.py, line 2: ZeroDivisionError: division by zero"),
         ("syntax.py:f", "syntax.py, line 1: SyntaxError"),
+        ("package.module:f", "package.module:f: ZeroDivisionError: division by zero"),
         ("leaves.py:f", "leaves.py, line 1: SystemExit: 0"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(files, path, message):
+def test_what_cannot_be_loaded_is_said(files, monkeypatch, path, message):
+    monkeypatch.syspath_prepend(files / "lib")
+    Path("lib/package").mkdir(parents=True)
+    Path("lib/package/__init__.py").write_text("1 / 0\n")
     Path("fails.py").write_text("x = 0\n1 / x\n")
     Path("syntax.py").write_text("def f(:\n")
     Path("leaves.py").write_text("raise SystemExit(0)\n")

@@ -50,12 +50,14 @@ def load_objective(path: str, reserved: Collection[str] = ()) -> plugins.Plugin:
     Raises:
       ValueError: there is no such object, or it cannot be an objective; the message says why.
     """
-    plugin = plugins.find(path)
-    if _loaded.get(plugin.name) == plugin and plugin.name in OBJECTIVES:
-        return plugin
-    if plugin.name in OBJECTIVES and plugin.name not in _loaded:
-        raise ValueError(f"{path}: the table has an objective {plugin.name!r}; choose another name")
-    row = as_row(plugin.load(), path)
+    return plugins.enter(
+        path, "objective", OBJECTIVES, _loaded, functools.partial(_row_of, reserved=reserved)
+    )
+
+
+def _row_of(plugin, reserved):
+    """Returns the row of a plug-in, after all checks, and describes its hyperparameters."""
+    path, row = plugin.path, as_row(plugin.load(), plugin.path)
     if taken := sorted(row.hyper.keys() & set(reserved)):
         raise ValueError(
             f"{path}: the config section objective has fields {', '.join(taken)} already; give these "
@@ -64,11 +66,9 @@ def load_objective(path: str, reserved: Collection[str] = ()) -> plugins.Plugin:
     described = _described(row, getattr(plugin.module(), "HYPERPARAMETERS", {}), path)
     _check_hyper(row, described, path)
     _trace(row, path)
-    OBJECTIVES[plugin.name] = row
     HYPERPARAMETERS.update(described)
     _own.update(described)
-    _loaded[plugin.name] = plugin
-    return plugin
+    return row
 
 
 def as_row(value: Any, path: str) -> Objective:

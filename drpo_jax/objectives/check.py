@@ -27,9 +27,8 @@ EXTREME = np.array([0.0, -1e-8, -1e-3, -1, -19.9, -20, -20.1, -50, -110, -1e4, -
 ADVANTAGES = np.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 100.0, -100.0])
 EXACT = 1e-7  # Tolerance of identities in float64, relative and absolute.
 ROUNDED = 1e-3  # Tolerance of float32, relative to r·|Â|·(1 + |w|).
-FLIPPED = (
-    5e-3  # Share of tokens so close to a boundary that float32 may put them on its other side.
-)
+# Share of tokens so close to a boundary that float32 may put them on its other side.
+FLIPPED = 5e-3
 
 
 class Tokens(NamedTuple):
@@ -97,7 +96,7 @@ def check(name: str, **hyper: Any) -> list[Outcome]:
     try:
         with jax.enable_x64(True):
             exact = program(tokens)
-        single, narrow = tokens.astype(np.float32), None
+        single = tokens.astype(np.float32)
         narrow = program(single)
         worst = [program(part) for part in hostile_tokens()]
     except Exception as error:

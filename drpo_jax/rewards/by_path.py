@@ -71,26 +71,21 @@ def load_reward(path: str) -> plugins.Plugin:
     Raises:
       ValueError: there is no such object, or it cannot be a reward; the message says why.
     """
-    plugin = plugins.find(path)
-    if _loaded.get(plugin.name) == plugin and plugin.name in REWARDS:
-        return plugin
-    if plugin.name in REWARDS and plugin.name not in _loaded:
-        raise ValueError(f"{path}: the table has a reward {plugin.name!r}; choose another name")
+    return plugins.enter(path, "reward", REWARDS, _loaded, _row_of)
+
+
+def _row_of(plugin):
     value, call = plugin.load(), Call(plugin)
     function = ByPath(call)
-    if isinstance(value, Reward):
-        if value.equal and plugin.defines(value.equal.pool.function):
-            raise ValueError(
-                f"{path}: workers must be able to import the function of `equal`; define it in a module "
-                "instead of this file"
-            )
-        row = replace(value, function=function, per_token=call.takes_tokens)
-    else:
+    if not isinstance(value, Reward):
         summary = (inspect.getdoc(value) or "").partition("\n")[0]
-        row = Reward(function, summary=summary, per_token=call.takes_tokens)
-    REWARDS[plugin.name] = row
-    _loaded[plugin.name] = plugin
-    return plugin
+        return Reward(function, summary=summary, per_token=call.takes_tokens)
+    if value.equal and plugin.defines(value.equal.pool.function):
+        raise ValueError(
+            f"{plugin.path}: workers must be able to import the function of `equal`; define it in a "
+            "module instead of this file"
+        )
+    return replace(value, function=function, per_token=call.takes_tokens)
 
 
 def check_reward(row: Reward, prompt: str, answer: str) -> None:
@@ -148,7 +143,7 @@ class Call:
         columns += [tokens or ()] if self.takes_tokens else []
         texts = list(zip(*columns, strict=True))
         if self.takes_batch:
-            values = self.function(*[list(column) for column in columns])
+            values = self._called([list(column) for column in columns])
             values = _run(values) if self.is_async else values
             values = self._checked_batch(values, len(texts))
         elif self.is_async:
@@ -157,9 +152,13 @@ class Call:
             values = [self._one(row) for row in texts]
         return Results(self._checked(value, row) for value, row in zip(values, texts))
 
+    def _called(self, columns):
+        """Calls the function with three texts, or lists of them, and with the tokens by keyword."""
+        return self.function(*columns[:3], **({"tokens": columns[3]} if columns[3:] else {}))
+
     def _one(self, row):
         try:
-            return self.function(*row[:3], **({"tokens": list(row[3])} if row[3:] else {}))
+            return self._called([*row[:3], *map(list, row[3:])])
         except _LIMITS:
             raise
         except (Exception, SystemExit) as error:

@@ -120,7 +120,7 @@ def test_what_cannot_be_an_objective_is_refused(file, name, message):
 def test_names_of_the_table_are_taken(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def drpo(t): return t.r, t.r, t.r\n")
-    with pytest.raises(ValueError, match="the table has an objective 'drpo'"):
+    with pytest.raises(ValueError, match="the table has the objective 'drpo'"):
         load_objective(f"{path}:drpo")
 
 

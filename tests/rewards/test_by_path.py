@@ -20,9 +20,9 @@ def tokens(prompt, response, answer, tokens):
     return 5 if response == "whole" else [None if t == " " else len(t) for t in tokens]
 
 @batch
-def best(prompts, responses, answers, tokens):
+def best(prompts, responses, answers, least=1.0, *, tokens):
     longest = max(map(len, tokens))
-    return [float(len(t) == longest) for t in tokens]
+    return [least * (len(t) == longest) for t in tokens]
 
 @limits(workers=1)
 async def waits(prompt, response, answer):
@@ -191,7 +191,7 @@ def test_what_cannot_be_a_reward_is_refused(file, name, message):
 def test_names_of_the_table_are_taken(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def math(prompt, response, answer): return 1.0\n")
-    with pytest.raises(ValueError, match="the table has a reward 'math'"):
+    with pytest.raises(ValueError, match="the table has the reward 'math'"):
         load_reward(f"{path}:math")
 
 

@@ -16,7 +16,7 @@ from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_start, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
-from drpo_jax.learner.replay import Replay, check_source
+from drpo_jax.learner.replay import Replay, check_replayable, check_source
 from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.metrics import check_tracking
@@ -127,7 +127,7 @@ class Run:
             mesh = make_mesh(**config.mesh)
             updates = examples.updates if examples else None
             programs = Programs(config, mesh, tokenizer.stop_ids, supervised_updates=updates)
-            files = None if replay is None else _open_replay(programs, replay)
+            files = None if replay is None else _open_replay(programs, reward, replay)
         return cls(
             config=config,
             workdir=workdir,
@@ -346,23 +346,10 @@ def _open_checkpoints(config, directory, *of_a_run):
     return Checkpoints(directory / "checkpoints", options.keep, options.best_metric, *of_a_run)
 
 
-def _open_replay(programs: Programs, directory: Path) -> Replay:
-    """Opens the files to learn from.
-
-    Raises:
-      ValueError: they do not fit the config, or the config needs what no file of rollouts holds.
-    """
+def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) -> Replay:
+    """Opens the files to learn from; raises ValueError if they do not fit the config."""
     config = programs.config
-    if config.train.routing_replay:
-        raise ValueError(
-            "train.routing_replay = True: files of rollouts do not hold the experts that the sampler "
-            "chose; set it to False, or train without --replay"
-        )
-    if "topk_logp" in programs.objective.arrays:
-        raise ValueError(
-            f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
-            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
-        )
+    check_replayable(config, "topk_logp" in programs.objective.arrays, reward.per_token)
     return Replay.open(directory, Limits.of(config), config.train.prompts)
 
 

@@ -16,7 +16,7 @@ from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
-from drpo_jax.learner.replay import Replay
+from drpo_jax.learner.replay import Replay, check_replayable
 from drpo_jax.learner.rollout_checks import Limits, read_rollouts
 from drpo_jax.learner.rollout_file import load_table, rollout_table, write_rollouts
 from drpo_jax.loop.rollout import Rollout, replayed
@@ -119,6 +119,15 @@ def test_the_files_of_a_replay_are_those_that_it_began_with(source, tmp_path):
                           model__mlp_size=0, train__routing_replay=True), workdir, files)  # fmt: skip
     with pytest.raises(BadInput, match="'dppo_topk_tv': it needs the logprobs of the most likely"):
         loop.train(config(objective__name="dppo_topk_tv"), workdir, files)
+
+
+def test_what_a_replay_cannot_do_is_said(caplog):
+    with pytest.raises(ValueError, match="mine.py:steps': it rewards tokens, but files"):
+        values = SimpleNamespace(reward=SimpleNamespace(path="mine.py:steps"), train=config().train)
+        check_replayable(values, topk=False, per_token=True)
+    with caplog.at_level("WARNING", "absl"):
+        check_replayable(config(train__staleness=2), topk=False, per_token=False)
+    assert "train.staleness = 2: without effect, because --replay samples" in caplog.text
 
 
 def source_of(workdir):

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from absl import logging
+from ml_collections import FrozenConfigDict
 
 from drpo_jax.learner.rollout_checks import Limits, padded_arrays
 from drpo_jax.learner.rollout_file import SUFFIXES, Rollout, load_table
@@ -108,6 +110,37 @@ class Replay:
     def __str__(self) -> str:
         files, groups = len(self.digests), sum(self.groups.values())
         return f"{groups:,} groups in {files:,} file{'s' * (files != 1)} of {self.directory}"
+
+
+def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> None:
+    """Checks that files of rollouts hold what a run needs; warns of fields that only sampling uses.
+
+    Args:
+      config: a resolved config.
+      topk: whether the objective needs the logprobs of the most likely tokens.
+      per_token: whether the reward rewards tokens.
+
+    Raises:
+      ValueError: the config needs what no file of rollouts holds.
+    """
+    if config.train.routing_replay:
+        raise ValueError(
+            "train.routing_replay = True: files of rollouts do not hold the experts that the sampler "
+            "chose; set it to False, or train without --replay"
+        )
+    if topk:
+        raise ValueError(
+            f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
+            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
+        )
+    if per_token:
+        raise ValueError(
+            f"reward.path = {config.reward.path!r}: it rewards tokens, but files of rollouts hold the "
+            "rewards of whole responses; choose another, or train without --replay"
+        )
+    fields, train = ("staleness", "dynamic_sampling", "partial_tokens"), config.train
+    if idle := [f"train.{field} = {train[field]}" for field in fields if train[field]]:
+        logging.warning("%s: without effect, because --replay samples nothing", ", ".join(idle))
 
 
 def check_source(workdir: Path, replays: bool, begun: bool) -> None:

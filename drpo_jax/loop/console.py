@@ -26,6 +26,7 @@ def introduction(run: Run) -> str:
     config, devices = run.config, run.mesh.devices
     train, sampler, evaluate = config.train, config.sampler, config.evaluate
     updates = run.programs.updates_per_epoch * train.epochs
+    age = train.staleness if run.replay is None else 0
     axes = " × ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     files = {
         "metrics.jsonl, tensorboard/": 1,
@@ -42,12 +43,16 @@ def introduction(run: Run) -> str:
         "precision": f"{config.compute.dtype} compute, precision recipe {config.precision.recipe!r}",
         "rollouts": f"{train.steps} of {train.prompts} prompts × {train.samples} responses "
         + _source(run),
-        **_groups(train),
+        **({} if run.replay is not None else _groups(train)),
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}"
-        + (f", {train.staleness} steps after the sampling" if train.staleness else ""),
+        + (
+            f", {train.staleness} steps after the sampling"
+            if train.staleness and run.replay is None
+            else ""
+        ),
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "

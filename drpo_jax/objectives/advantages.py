@@ -91,10 +91,10 @@ def optimal_token_baseline(
 
     1 − 2π + Σπ² is the squared norm of the gradient of log π with respect to the logits, which stands in
     for that with respect to the parameters. ρ is the importance weight of the token, if there is one.
-    Formulas and conventions are those of verl's implementation by the same authors: rewards come at
-    the end of a response, and a response is part of its own baseline. Where the group has a single
-    response of this length left, Â is therefore 0. Without energy (π = 1 up to here), the mean is
-    unweighted.
+    The formulas are those of verl's implementation by the same authors: rewards come at the end of a
+    response, and a response is part of its own baseline. Where the group has a single response of this
+    length left, Â is therefore 0, as in verl without `handle_zero_tail`; with it, Â = r there. Without
+    energy (π = 1 up to here), the mean is unweighted.
 
     Args:
       reward: [batch], groups contiguous.

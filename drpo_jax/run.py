@@ -21,6 +21,7 @@ from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.metrics import check_tracking
 from drpo_jax.models import Transformer
+from drpo_jax.objectives import OBJECTIVES
 from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
@@ -260,7 +261,10 @@ def claim(run: Run) -> Iterator[Run]:
             check_owner = stack.enter_context(hold(run.workdir))
             multihost.on_main("claim the workdir", write)
             if run.replay is not None:
-                _check_same_files(run.replay)
+                digests = json.dumps(dict(run.replay.digests))
+                _check_same(f"{run.replay.directory}: files of rollouts", digests)
+            if run.examples:
+                _check_same("the examples of supervised learning", run.examples.digest())
         interrupts = stack.enter_context(Interrupts.noted(run.config.checkpoint.grace_seconds))
         yield dataclasses.replace(
             run, check_owner=check_owner, interrupts=interrupts, changes=changes
@@ -315,6 +319,10 @@ def _check_plugins(config, reward, problems):
     for field, conflicts in (
         ("train.shuffle_rewards = True", config.train.shuffle_rewards),
         ("objective.baseline = 'otb'", config.objective.baseline == "otb"),
+        (
+            f"objective.name = {config.objective.name!r}",
+            OBJECTIVES[config.objective.name].fixed_aggregation,
+        ),
     ):
         if reward.per_token and conflicts:
             raise BadInput(
@@ -353,14 +361,13 @@ def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) ->
     return Replay.open(directory, Limits.of(config), config.train.prompts)
 
 
-def _check_same_files(replay: Replay) -> None:
-    """Raises ValueError unless all processes read the same files."""
-    files = json.dumps(dict(replay.digests))
-    parts = multihost.gather("files of the replay", files=files)
-    if differing := [i for i, part in enumerate(parts) if part["files"].item() != files]:
+def _check_same(what: str, text: str) -> None:
+    """Raises ValueError unless `text`, which describes `what` was read, is the same in all processes."""
+    parts = [part["text"].item() for part in multihost.gather(what, text=text)]
+    if differing := [str(i) for i, part in enumerate(parts) if part != parts[0]]:
         raise ValueError(
-            f"{replay.directory}: processes {', '.join(map(str, differing))} read other files there "
-            f"than process {multihost.process_id()}; --replay must name a directory that all share"
+            f"{what}: processes {', '.join(differing)} read others than process 0; all processes must "
+            "read the same files"
         )
 
 

@@ -237,9 +237,20 @@ def test_a_reward_is_tried_before_a_run_starts(files, tmp_path):
         Run.create(C.resolve(own(reward__path="mine.py:broken")), tmp_path / "run")
 
 
-def test_rewards_of_tokens_are_not_shuffled(files, tmp_path):
-    config = C.resolve(own(reward__path="mine.py:tokens", train__shuffle_rewards=True))
-    with pytest.raises(BadInput, match="shuffle_rewards = True .* 'mine.py:tokens' rewards tokens"):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(train__shuffle_rewards=True), "shuffle_rewards = True"),
+        (
+            dict(objective__path="", objective__name="gspo",
+                 objective__aggregation="seq-mean-token-mean"),
+            "objective.name = 'gspo'",
+        ),
+    ],
+)  # fmt: skip
+def test_rewards_of_tokens_exclude_what_needs_those_of_responses(files, tmp_path, changes, message):
+    config = C.resolve(own(reward__path="mine.py:tokens", **changes))
+    with pytest.raises(BadInput, match=f"{message} .* 'mine.py:tokens' rewards tokens"):
         Run.create(config, tmp_path / "run")
 
 

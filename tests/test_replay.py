@@ -23,7 +23,7 @@ from drpo_jax.loop.rollout import Rollout, replayed
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
-from drpo_jax.run import _check_same_files
+from drpo_jax.run import _check_same
 
 SMALLEST = str(Path(__file__).parent / "smallest.py")
 STEPS = 2
@@ -287,15 +287,13 @@ def test_a_replayed_rollout_has_what_a_step_needs(tmp_path):
     np.testing.assert_array_equal(read_rollouts(saved, limits)["tokens"], responses.tokens)
 
 
-def test_processes_that_read_other_files_are_named(tmp_path, monkeypatch):
-    write_groups(tmp_path / "a.parquet", 0, 2)
-    replay = Replay.open(tmp_path, LIMITS, prompts=1)
+def test_processes_that_read_other_files_are_named(monkeypatch):
     monkeypatch.setattr(
         "drpo_jax.run.multihost.gather",
-        lambda name, files: [{"files": np.array(files)}, {"files": np.array("{}")}],
+        lambda name, text: [{"text": np.array(text)}, {"text": np.array("{}")}],
     )
-    with pytest.raises(ValueError, match="processes 1 read other files there than process 0"):
-        _check_same_files(replay)
+    with pytest.raises(ValueError, match="the files: processes 1 read others than process 0; all"):
+        _check_same("the files", '{"a.parquet": "…"}')
 
 
 def test_explaining_a_batch_takes_no_replay(tmp_path):

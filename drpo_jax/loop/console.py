@@ -48,11 +48,7 @@ def introduction(run: Run) -> str:
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}"
-        + (
-            f", {train.staleness} steps after the sampling"
-            if train.staleness and run.replay is None
-            else ""
-        ),
+        + (f", {age} steps after the sampling" if age else ""),
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "

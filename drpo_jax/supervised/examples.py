@@ -96,7 +96,7 @@ class Examples:
         Raises:
           BadInput: the warm start in the directory began with other examples.
         """
-        digest = self._digest()
+        digest = self.digest()
         facts = {"updates": self.updates, "hash": digest, "counts": self.counts}
         path = directory / FACTS
         if path.exists() and json.loads(path.read_text())["hash"] != digest:
@@ -107,7 +107,8 @@ class Examples:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(facts, indent=2) + "\n")
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """Returns the first 16 hexadecimal digits of a SHA-256 of all examples."""
         digest = hashlib.sha256()
         for part in (self.train, self.heldout):
             digest.update(f"{len(part)}".encode())

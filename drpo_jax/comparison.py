@@ -171,14 +171,17 @@ def _metrics(judged: Rollout) -> dict[str, float]:
     return reduce_pairs(jax.device_get(sums))
 
 
+def plain(value: Any) -> Any:
+    """Returns nested mappings and lists with None, JSON's null, for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_json(judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
     """Returns the judgments as JSON, with null for numbers that are not finite."""
-
-    def plain(value):
-        if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return [plain(dataclasses.asdict(judgment)) for judgment in judgments]
 
 

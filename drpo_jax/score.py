@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli
-from drpo_jax.comparison import file_advantages
+from drpo_jax.comparison import file_advantages, plain
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.inspection import Analysis, open_model
 from drpo_jax.learner.rollout_checks import Limits, padded_arrays
@@ -62,7 +62,7 @@ def main(
     summary = target.with_suffix(".json")
     with bad_input():
         write_rollouts(target, with_tokens(table, scored, "logp", "entropy"))
-        write_whole(summary, json.dumps({"model": name} | report, indent=2) + "\n")
+        write_whole(summary, json.dumps({"model": name} | plain(report), indent=2) + "\n")
     print(f"\n{mismatch_text(report)}\n\n{target}, {summary}")
 
 

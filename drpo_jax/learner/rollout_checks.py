@@ -275,6 +275,8 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
         lambda i: f"{version[i]} must be a step of a run, from 0, or -1 for an inserted token",
     )
     mask = version >= 0
+    if not mask.any():
+        check.fail(0, "version", "all versions of the file are -1, so the model sampled no token")
     for name in ("full_logp", "sampled_logp", "logp"):
         values = flat[name]
         if values is None:

@@ -21,6 +21,7 @@ WORST = 10  # Tokens that the report lists.
 CONTEXT = 8  # Tokens shown before each of them.
 
 
+@np.errstate(over="ignore", invalid="ignore")  # An engine may record any finite log µ.
 def mismatch_report(
     rollout: Rollout,
     advantage: np.ndarray,

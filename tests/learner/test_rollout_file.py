@@ -123,6 +123,10 @@ def without(column):
             changed("version", 0, [3, -2, 3]),
             "row 1, column version: token 2 of 3: -2 must be a step",
         ),
+        (
+            rows() | {"version": [[-1] * len(ids) for ids in RESPONSES]},
+            "row 1, column version: all versions of the file are -1",
+        ),
         (changed("response_ids", 2, [1] * 6), "6 tokens, but sampler.max_response_length = 5"),
         (changed("prompt_ids", 3, [4] * 5), "5 tokens, but sampler.max_prompt_length = 4"),
         (rows() | {"group": [7, 3, 7, 3]}, "row 3, column group: group 7 began in row 1"),

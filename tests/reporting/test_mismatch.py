@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from drpo_jax.comparison import plain
 from drpo_jax.config import default_config, resolve
 from drpo_jax.reporting.mismatch import mismatch_report, mismatch_text
 
@@ -23,13 +24,15 @@ def config(**fields):
     return resolve(config)
 
 
-def report(advantage=(1.0, -1.0), **fields):
+def report(advantage=(1.0, -1.0), full_logp=None, **fields):
     rollout = {
         "tokens": np.arange(8, dtype=np.int32).reshape(2, 4),
         "prompt_lengths": np.array([1, 1]),
         "response_lengths": np.array([3, 2]),
         "response_mask": MASK,
-        "full_logp": np.where(MASK, np.log(MU), 0).astype(np.float32),
+        "full_logp": np.where(MASK, np.log(MU), 0).astype(np.float32)
+        if full_logp is None
+        else full_logp,
         "logp": np.where(MASK, np.log(PI), 0).astype(np.float32),
     }
     return mismatch_report(
@@ -78,3 +81,10 @@ def test_the_worst_tokens_come_with_their_text():
     assert (worst[0]["row"], worst[0]["token"]) == (1, 2)
     text = mismatch_text(json.loads(json.dumps(report())))
     assert "1 of 5 tokens with Â ≠ 0 (20.00 %" in text and "'<0><1>' → '<2>'" in text
+
+
+def test_an_impossible_logprob_of_the_engine_leaves_the_report_readable():
+    """Files may hold any finite logprob."""
+    ours = report(full_logp=np.where(MASK, -1e30, 0).astype(np.float32))
+    text = json.dumps(plain(ours), allow_nan=False)
+    assert json.loads(text)["ratio"]["max"] is None and "|Δlogp|" in mismatch_text(ours)

@@ -114,7 +114,11 @@ COMMANDS = {
     "list": Command(
         "drpo_jax.listing",
         "List the config fields, objectives, rewards, variants or metrics.",
-        "LIST [WORD]",
-        ("drpo list fields sampler", "drpo list objectives"),
+        "fields|metrics|objectives|rewards|variants [WORD]",
+        (
+            "drpo list objectives",
+            "drpo list fields sampler",
+            "drpo list rewards my_rewards.py:judge",
+        ),
     ),
 }

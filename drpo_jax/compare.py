@@ -69,7 +69,10 @@ def main(
     if config.train.overlong_filtering:
         rollout["loss_mask"] = rollout["loss_mask"] & rollout["finished"][:, None]
     run, model, name = open_model(config, workdir, step)
-    print(f"{len(names)} objectives on {len(advantage):,} responses, {name} …", flush=True)
+    print(
+        f"{len(names)} objective{'s' * (len(names) != 1)} on {len(advantage):,} responses, {name} …",
+        flush=True,
+    )
     analysis = Analysis(run.config, run.mesh, run.programs)
     scored = analysis.score(model, rollout) | {"advantage": advantage}
     judgments = compare_objectives(analysis, model, scored, names)

@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
         raise BadInput(
             f"give one of {', '.join(LISTS)}{_suggestion(name, LISTS) or f', {example}'}"
         )
-    if name in PLUGINS and ":" in word:
+    if name in PLUGINS and (":" in word or word.endswith(".py")):
         word = load_plugin(PLUGINS[name], word).name
     entries = [entry for entry in LISTS[name]() if word.lower() in " ".join(entry).lower()]
     if not entries:

@@ -88,7 +88,8 @@ class Plugin:
             if isinstance(error, SyntaxError):
                 lines = [error.lineno]
             where = f"{self.file}, line {lines[-1]}" if lines else self.file
-            raise ValueError(f"{self.path}: {where}: {type(error).__name__}: {error}") from error
+            message = error.msg if isinstance(error, SyntaxError) else error
+            raise ValueError(f"{self.path}: {where}: {type(error).__name__}: {message}") from error
 
 
 def find(path: str) -> Plugin:

@@ -42,14 +42,18 @@ def main(
       step: step of the checkpoint; None: the latest.
 
     Raises:
-      BadInput: a flag is missing, the file breaks a rule, or there is no such model.
+      BadInput: a flag is missing or wrong, the file breaks a rule, or there is no such model.
     """
     if not rollouts:
         raise BadInput("--rollouts=FILE is missing, for example --rollouts=rollouts.parquet")
-    if not output or not output.endswith(".parquet"):
-        raise BadInput(f"--output={output or ''}: must be a file that ends with .parquet")
+    if not output:
+        raise BadInput("--output=FILE is missing, for example --output=scored.parquet")
+    if not output.endswith(".parquet"):
+        raise BadInput(f"--output={output}: must be a file that ends with .parquet")
     with bad_input():
         source, target = path_of(rollouts), path_of(output)
+        if source == target:
+            raise BadInput(f"--output={output}: is the file to score; name another one")
         table = load_table(source.read_bytes(), source, config.train.samples)
         rollout = padded_arrays(table, source, Limits.of(config, samples=False))
         advantage = file_advantages(rollout, config)

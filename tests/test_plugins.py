@@ -174,6 +174,18 @@ def test_a_changed_source_must_be_accepted(files):
     claim_workdir(files / "run", changed)
 
 
+def test_another_plugin_is_not_a_changed_source(files):
+    claim_workdir(files / "run", C.resolve(own()))
+    with pytest.raises(BadInput, match="reward.path: 'mine.py:short' -> ''") as error:
+        claim_workdir(files / "run", C.resolve(own(reward__path="")))
+    assert "accept_source" not in str(error.value)
+
+
+def test_a_list_of_a_file_without_a_name_says_what_is_missing(files):
+    with pytest.raises(BadInput, match="'mine.py' must be FILE.py:NAME"):
+        main(["rewards", "mine.py"])
+
+
 def test_a_run_is_read_without_its_plugins(files):
     """An export or a report does not execute what a config.json names."""
     claim_workdir(files / "run", C.resolve(own()))

@@ -203,6 +203,10 @@ def test_wrong_flags_of_score_are_named(tmp_path):
         BadInput, match="--output=scored.npz: must be a file that ends with .parquet"
     ):
         score.main(config(), tmp_path, "rollouts.parquet", "scored.npz")
+    with pytest.raises(BadInput, match="--output=FILE is missing"):
+        score.main(config(), tmp_path, "rollouts.parquet", None)
+    with pytest.raises(BadInput, match="--output=a.parquet: is the file to score; name another"):
+        score.main(config(), tmp_path, "a.parquet", "a.parquet")
 
 
 # ------------------------------------------------------------------------------- the stream of groups

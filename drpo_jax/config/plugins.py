@@ -52,7 +52,8 @@ def load_plugin(section: str, path: str) -> Plugin:
     try:
         return LOADERS[section](path)
     except ValueError as error:
-        raise BadInput(f"{section}.path = {path!r}: {error}") from error
+        message = str(error).removeprefix(f"{path}: ")  # The field has its value beside it.
+        raise BadInput(f"{section}.path = {path!r}: {message}") from error
 
 
 def _load_objective(path: str) -> Plugin:

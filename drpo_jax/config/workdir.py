@@ -1,6 +1,7 @@
 """The workdir's copy of the config: `config.json`, written and compared when a run starts."""
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,12 @@ def _checkpoints(workdir: Path) -> list[Path]:
 def _other_run(where: Path | str, differing: Sequence[str]) -> str:
     """The message that a directory holds another run."""
     stretched = any(line.startswith("train.steps") for line in differing)
-    sources = [line.rpartition(" -> ")[2].strip("'") for line in differing if ".source: '" in line]
+    sources = [
+        match[2]
+        for line in differing
+        if (match := re.fullmatch(r"(\w+)\.source: '\w+' -> '(\w+)'", line))
+        and not any(other.startswith(f"{match[1]}.path: ") for other in differing)
+    ]
     return (
         f"{where} holds a run with another config (its value -> this run's value):\n  "
         + "\n  ".join(differing)
@@ -167,7 +173,7 @@ def _other_run(where: Path | str, differing: Sequence[str]) -> str:
             " (The source of a plug-in has changed. Restore it, or add "
             f"--config.train.accept_source={','.join(sources)} to go on with the new one; run.json "
             "records both.)"
-            if any(sources)
+            if sources
             else ""
         )
     )

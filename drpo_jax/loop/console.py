@@ -26,12 +26,11 @@ def introduction(run: Run) -> str:
     config, devices = run.config, run.mesh.devices
     train, sampler, evaluate = config.train, config.sampler, config.evaluate
     updates = run.programs.updates_per_epoch * train.epochs
-    age = train.staleness if run.replay is None else 0
     axes = " × ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     files = {
         "metrics.jsonl, tensorboard/": 1,
-        f"checkpoints/ every {config.checkpoint.every} steps": config.checkpoint.every,
-        f"rollouts/ every {train.save_rollout_every} steps": train.save_rollout_every,
+        f"checkpoints/ {_every(config.checkpoint.every)}": config.checkpoint.every,
+        f"rollouts/ {_every(train.save_rollout_every)}": train.save_rollout_every,
     }
     noun = "problem" if len(run.heldout) == 1 else "problems"
     lines = {
@@ -47,20 +46,23 @@ def introduction(run: Run) -> str:
         "lengths": f"prompts up to {sampler.max_prompt_length:,} tokens, responses up to "
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
-        f"each, learning rate {config.optimizer.learning_rate:g}"
-        + (f", {age} steps after the sampling" if age else ""),
+        f"each, learning rate {config.optimizer.learning_rate:g}",
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "
         + "by the rollout sampler, " * (evaluate.precision == "sampler")
         + "before and after training"
-        + f" and every {evaluate.every} steps" * bool(evaluate.every),
+        + f" and {_every(evaluate.every)}" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
         + (f", {axes}" if axes else ""),
         "seed": f"{config.seed}",
         "files": f"{run.workdir}: " + ", ".join(text for text, every in files.items() if every),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def _groups(train: ConfigDict) -> dict[str, str]:
@@ -80,8 +82,11 @@ def _source(run: Run) -> str:
     """Describes where the rollouts come from."""
     if run.replay is not None:
         return f"(not sampled, but read: {run.replay})"
-    data = run.config.data
-    return f"({data.problems or data.task}), reward {reward_summary(run.config.reward)}"
+    data, age = run.config.data, run.config.train.staleness
+    return (
+        f"({data.problems or data.task}), reward {reward_summary(run.config.reward)}"
+        + f", sampled {age} step{'s' * (age != 1)} ahead" * bool(age)
+    )
 
 
 def _penalties(config: ConfigDict) -> str:

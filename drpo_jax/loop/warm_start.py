@@ -101,7 +101,8 @@ def make_warm_start(run: Run) -> Transformer:
         clock, saved = CompileClock(), int(state.updates)
         save_every = max(total // 4, 1)
         noun = "examples" if run.examples else "demonstrations"
-        print(f"supervised warm start: {total} updates of {run.config.sft.batch} {noun}")
+        phase = "learning" if run.examples else "warm start"
+        print(f"supervised {phase}: {total} updates of {run.config.sft.batch} {noun}")
         print("compiling the supervised update …", flush=True)
         if step == 0 and (heldout := heldout_loss(run, state.model)):
             log.log(0, heldout)

@@ -80,7 +80,9 @@ def as_row(value: Any, path: str) -> Objective:
     row = value if isinstance(value, Objective) else None
     function = row.equation if row else value
     if not callable(function):
-        raise ValueError(f"{path} must be a function or an Objective, not {value!r}")
+        raise ValueError(
+            f"{path} must be a function or an Objective, not of type {type(value).__name__}"
+        )
     parameters = list(inspect.signature(function).parameters.values())
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -164,8 +166,7 @@ def _trace(row, path):
     arrays = dict(zip(ARRAYS, (array, jax.ShapeDtypeStruct(shape, jnp.int32), top, top)))
 
     def terms(logp, behavior_logp, advantage, needed):
-        J, c, w = row.equation(token(logp, behavior_logp, advantage), **needed, **row.hyper)
-        return J, c, w
+        return row.equation(token(logp, behavior_logp, advantage), **needed, **row.hyper)
 
     try:
         returned = jax.eval_shape(
@@ -174,9 +175,10 @@ def _trace(row, path):
     except Exception as error:
         message = str(error).partition("\n")[0]
         raise ValueError(f"{path} fails on arrays: {type(error).__name__}: {message}") from error
+    right = f"{path} must return (J, c, w), each of the shape and dtype of logp; "
+    if not isinstance(returned, tuple | list) or len(returned) != 3:
+        count = len(returned) if isinstance(returned, tuple | list) else returned is not None
+        raise ValueError(right + f"it returns {count:d} values")
     if any((x.shape, x.dtype) != (shape, jnp.float32) for x in returned):
         wrong = ", ".join(f"{x.dtype}{list(x.shape)}" for x in returned)
-        raise ValueError(
-            f"{path} must return (J, c, w), each of the shape and dtype of logp; for float32"
-            f"{list(shape)} they are {wrong}"
-        )
+        raise ValueError(right + f"for float32{list(shape)} they are {wrong}")

@@ -89,14 +89,18 @@ def _row_of(plugin):
 
 
 def check_reward(row: Reward, prompt: str, answer: str) -> None:
-    """Computes the reward of one response, the answer, as the run will compute it.
+    """Computes the reward of the answer as a response, as the run will compute it.
+
+    A batch function gets the answer twice, so one that returns too few rewards is noticed.
 
     Raises:
       ValueError: that fails, or exceeds the limits of a call.
     """
     try:
-        tokens = [[answer]] if row.per_token else None
-        [verdict] = submit(row, [prompt], [answer], [answer], tokens).verdicts()
+        count = 2 if isinstance(row.function, ByPath) and row.function.call.takes_batch else 1
+        answers = [answer] * count
+        tokens = [[answer]] * count if row.per_token else None
+        verdict, *_ = submit(row, [prompt] * count, answers, answers, tokens).verdicts()
     except RuntimeError as error:
         raise ValueError(f"a call for the first problem fails: {error}") from error
     if verdict.limited or verdict.lost:
@@ -123,7 +127,8 @@ class Call:
             self.function = self.function.pool.function
         if not callable(self.function):
             raise ValueError(
-                f"{self.path} must be a function or a Reward, not {self.function!r:.80}"
+                f"{self.path} must be a function or a Reward, not of type "
+                f"{type(self.function).__name__}"
             )
         self.takes_batch = getattr(self.function, "takes_batch", False)
         self.is_async = inspect.iscoroutinefunction(self.function)

@@ -41,6 +41,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from drpo_jax.errors import TrainingStopped
 from drpo_jax.rewards.verdict import (
     Results,
     RewardFailed,
@@ -131,8 +132,9 @@ class Worker:
             replaced, and the call may never have been made.
 
         Raises:
-          RuntimeError: the function raised an error, or returned what is not a reward; the message
-            has its traceback.
+          TrainingStopped: a reward from a file raised an error, or returned what is not a reward; the
+            message has the texts and the traceback inside that file.
+          RuntimeError: another function did; the message has its traceback.
         """
         self.calls += 1
         try:
@@ -145,7 +147,7 @@ class Worker:
         if number != self.calls:
             return "broken", 0.0
         if kind == "failed":
-            raise RuntimeError(f"the reward {self.name} failed for {value}")
+            raise TrainingStopped(f"the reward {self.name} failed for {value}")
         if kind == "raised":
             raise RuntimeError(
                 f"{self.name} raised an error in its worker process for {excerpt(call)}:\n{value}"

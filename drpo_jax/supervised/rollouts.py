@@ -42,9 +42,11 @@ def right_responses(config: ConfigDict, tokenizer: Any) -> tuple[list[Sampled], 
     """
     directory, sft = path_of(config.sft.rollouts), config.sft
     if not (files := saved_rollouts(directory)):
+        hint = "give the workdir of a run with train.save_rollout_every > 0"
+        if saved_rollouts(directory.parent):
+            hint = f"did you mean {directory.parent}?"
         raise ValueError(
-            f"sft.rollouts = {sft.rollouts!r}: there is no rollouts/step_….npz below it; give the "
-            "workdir of a run with train.save_rollout_every > 0"
+            f"sft.rollouts = {sft.rollouts!r}: there is no rollouts/step_….npz below it; {hint}"
         )
     names = ("responses", "wrong", "unfinished", "repeated", "beyond sft.per_problem")
     counts = dict.fromkeys(names, 0)

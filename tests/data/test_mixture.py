@@ -43,6 +43,7 @@ def test_sources_in_a_config(text, sources):
         ("a.jsonl:inf,gsm8k:1", "not 'inf'"),
         ("a.jsonl:3,b.jsonl", "b.jsonl has no weight, but other sources have one; write b.jsonl:1"),
         ("gsm8k,gsm8k", "gsm8k is named twice"),
+        ("a.jsonl:3,mth:1", r"'mth:1' is neither a file \(.*\) nor a data set .* mean 'math'"),
     ],
 )
 def test_wrong_weights_say_what_would_be_right(text, right):

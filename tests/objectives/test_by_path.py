@@ -96,7 +96,7 @@ def test_a_ratio_that_overflows_has_no_influence(file):
     "name, message",
     [
         ("plane", "does not define 'plane'; did you mean 'plain'"),
-        ("pair", "fails on arrays: ValueError: not enough values"),
+        ("pair", r"must return \(J, c, w\), .* it returns 2 values"),
         ("scalar", r"must return \(J, c, w\), each of the shape .* they are float32\[\], float32"),
         ("branches", "fails on arrays: ValueError: The truth value"),
         ("unknown_array", "Unknown array 'mu_logp'. .* A hyperparameter needs a default"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from drpo_jax.errors import TrainingStopped
 from drpo_jax.rewards import REWARDS, check_reward, load_reward, submit
 from drpo_jax.rewards.verdict import Verdict
 
@@ -155,7 +156,7 @@ def test_hangs_and_crashes_do_not_end_the_run(load):
     ],
 )
 def test_what_is_not_a_reward_names_problem_and_response(load, name, responses, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TrainingStopped, match=message):
         rewards(load(name), responses)
 
 
@@ -167,7 +168,7 @@ def test_what_is_not_a_reward_names_problem_and_response(load, name, responses, 
     ],
 )
 def test_rewards_per_token_fit_the_tokens(load, response, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TrainingStopped, match=message):
         rewards(load("per_token"), [response], [["a", "b"]])
 
 
@@ -202,6 +203,8 @@ def test_the_trial_call(load):
         ValueError, match="first problem fails: the reward .*:hostile .* returned nan"
     ):
         check_reward(load("hostile"), "p", "nan")
+    with pytest.raises(ValueError, match="a list of 2 results for 2 responses, not"):
+        check_reward(load("short"), "p", "a")
     with pytest.raises(ValueError, match="a call for the first problem has no result"):
         check_reward(load("hostile"), "p", "loop")
 

@@ -23,8 +23,8 @@ def parse_sources(text: str) -> dict[str, Fraction | None]:
       {name: weight} in the order of the text; the weights are None if it states none.
 
     Raises:
-      ValueError: a weight is not a positive number, some sources have one and others do not, a source is
-        named twice, or one of several sources is neither a file nor a data set.
+      ValueError: a weight is not a positive number, some sources have one and others do not, or a source
+        is named twice.
     """
     sources: dict[str, Fraction | None] = {}
     pieces = text.split(",")
@@ -39,15 +39,13 @@ def parse_sources(text: str) -> dict[str, Fraction | None]:
             raise ValueError(f"{name} is named twice; give it one larger weight instead")
         sources[name] = None if weight is None or not whole else _weight(name, weight)
     unweighted = [name for name, weight in sources.items() if weight is None]
-    known = [name for name in sources if _split(name)[0]]
-    if known and (unknown := [name for name in sources if name not in known]):
-        name = unknown[0].partition(":")[0]
-        near = difflib.get_close_matches(name, SETS, 1)
-        raise ValueError(
-            f"{unknown[0]!r} is neither a file ({' or '.join(SUFFIXES)}) nor a data set "
-            f"({', '.join(SETS)})" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
     if 0 < len(unweighted) < len(sources):
+        if unknown := [name for name in unweighted if not _split(name)[0]]:
+            near = difflib.get_close_matches(unknown[0].partition(":")[0], SETS, 1)
+            raise ValueError(
+                f"{unknown[0]!r} is neither a file ({' or '.join(SUFFIXES)}) nor a data set "
+                f"({', '.join(SETS)})" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         raise ValueError(
             f"{unweighted[0]} has no weight, but other sources have one; write {unweighted[0]}:1, or "
             "leave all weights out"

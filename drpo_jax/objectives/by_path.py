@@ -177,8 +177,9 @@ def _trace(row, path):
         raise ValueError(f"{path} fails on arrays: {type(error).__name__}: {message}") from error
     right = f"{path} must return (J, c, w), each of the shape and dtype of logp; "
     if not isinstance(returned, tuple | list) or len(returned) != 3:
-        count = len(returned) if isinstance(returned, tuple | list) else returned is not None
-        raise ValueError(right + f"it returns {count:d} values")
+        count = len(returned) if isinstance(returned, tuple | list) else 1
+        values = "nothing" if returned is None else f"{count} value{'s' * (count != 1)}"
+        raise ValueError(f"{right}it returns {values}")
     if any((x.shape, x.dtype) != (shape, jnp.float32) for x in returned):
         wrong = ", ".join(f"{x.dtype}{list(x.shape)}" for x in returned)
         raise ValueError(right + f"for float32{list(shape)} they are {wrong}")

@@ -80,9 +80,7 @@ def as_row(value: Any, path: str) -> Objective:
     row = value if isinstance(value, Objective) else None
     function = row.equation if row else value
     if not callable(function):
-        raise ValueError(
-            f"{path} must be a function or an Objective, not of type {type(value).__name__}"
-        )
+        raise ValueError(f"{path} must be a function or an Objective, not {value!r}")
     parameters = list(inspect.signature(function).parameters.values())
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -127,8 +127,7 @@ class Call:
             self.function = self.function.pool.function
         if not callable(self.function):
             raise ValueError(
-                f"{self.path} must be a function or a Reward, not of type "
-                f"{type(self.function).__name__}"
+                f"{self.path} must be a function or a Reward, not {self.function!r:.80}"
             )
         self.takes_batch = getattr(self.function, "takes_batch", False)
         self.is_async = inspect.iscoroutinefunction(self.function)

@@ -21,6 +21,11 @@ FIRST_STEP = {
 }
 
 
+def notices(run: Run) -> dict[str, str]:
+    """Returns what is printed as the phases of the first step begin; a replay samples nothing."""
+    return {k: text for k, text in FIRST_STEP.items() if run.replay is None or k == "update"}
+
+
 def introduction(run: Run) -> str:
     """Describes the run: model, objective, precision, batches, devices, files."""
     config, devices = run.config, run.mesh.devices

@@ -266,7 +266,7 @@ def rl_step(
       The new state, the metrics (host scalars), and one of the responses.
     """
     config = run.config
-    timer = PhaseTimer(console.FIRST_STEP if first else {}, run.programs.clock.idle_seconds)
+    timer = PhaseTimer(console.notices(run) if first else {}, run.programs.clock.idle_seconds)
     if run.replay is None:
         rollout = collector.collect(run, state.model, step, timer)
     else:

@@ -49,7 +49,11 @@ class Console:
         for metric, column in self._columns:
             # "reward  Reward: mean …" would say the same word twice.
             title = "" if metric.title.lower() == column.title else f"{metric.title}: "
-            unit = f", in {metric.unit}" if metric.unit not in ("", "%", column.title) else ""
+            unit = (
+                f", in {metric.unit}"
+                if metric.unit not in ("", "%", "groups", column.title)
+                else ""
+            )
             lines.append(f"  {column.title:<14}{title}{metric.definition}{unit}")
         return [*lines, f"  {'ETA':<14}time left at the median pace of the last {PACE} steps"]
 

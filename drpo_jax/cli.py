@@ -222,7 +222,10 @@ def define_flags(
     directory = None
     if workdir:
         directory = flags.DEFINE_string(
-            "workdir", None, "Directory of the run; train and sft resume the run that it holds.", flag_values=values
+            "workdir",
+            None,
+            "Directory of the run; train and sft resume the run that it holds.",
+            flag_values=values,
         )
     return config, directory, print_config
 

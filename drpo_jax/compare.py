@@ -102,7 +102,9 @@ def launch() -> None:
     objectives = flags.DEFINE_list(
         "objectives", None, "Objectives to compare, separated by commas; default: all."
     )
-    output = flags.DEFINE_string("output", None, "The HTML file to write; default: none.")
+    output = flags.DEFINE_string(
+        "output", None, "The HTML file to write, with a JSON file next to it; default: none."
+    )
     step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
     cli.launch(
         lambda config, workdir: main(

@@ -73,7 +73,9 @@ def main(
 def launch() -> None:
     """Defines the flags and runs `main`."""
     rollouts = flags.DEFINE_string("rollouts", None, "File of rollouts to score.")
-    output = flags.DEFINE_string("output", None, "The Parquet file to write; the tables go into a JSON file next to it.")
+    output = flags.DEFINE_string(
+        "output", None, "The Parquet file to write; the tables go into a JSON file next to it."
+    )
     step = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the latest.")
     cli.launch(
         lambda config, workdir: main(config, workdir, rollouts.value, output.value, step.value)

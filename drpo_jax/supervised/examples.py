@@ -86,7 +86,7 @@ class Examples:
         return (
             f"{read[1]:,} {read[0]}"
             + (f" (dropped: {losses})" if losses else "")
-            + f"; {len(self.train):,} examples to learn from, {len(self.heldout):,} held out; "
+            + f": {len(self.train):,} to learn from, {len(self.heldout):,} held out; "
             + f"{self.updates:,} updates of {self.size}, {epochs:.3g} epochs"
         )
 

@@ -79,6 +79,10 @@ class Curriculum:
         )  # False for NaN: unknown.
         return bool(outside) and epoch - self._tried[i] <= self._rest
 
+    def rewind(self, step: int) -> None:
+        """Forgets batch `step` and later ones, which were taken in advance and not used."""
+        self._read = self._read[: step + 1]
+
     def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:
         """Notes the pass rates of problems, in the order of the steps.
 

@@ -98,6 +98,18 @@ def test_a_batch_that_is_taken_again_follows_the_rates_of_now():
         curriculum.batch(4, 5)
 
 
+def test_batches_taken_in_advance_do_not_prolong_the_rest():
+    """Dynamic sampling takes more batches than it uses."""
+    eager, plain_ = new(), new()
+    for step in range(12):
+        used = eager.batch(step, 5)
+        for later in range(step + 1, step + 5):
+            eager.batch(later, 5)
+        eager.rewind(step + 1)
+        eager.observe(used, rewards(used))
+        assert [p.id for p in used] == learn(plain_, step)
+
+
 def test_a_mixture_keeps_its_proportions():
     lists = PROBLEMS[:6], PROBLEMS[6:]
     curriculum = new(source=Mixture(lists, (Fraction(3), Fraction(2))))

@@ -258,6 +258,7 @@ def synchronize(
     with timer("sync"):
         noise = run.key(step, NOISE)
         sampler.load(jax.block_until_ready(run.programs.sync(model, noise)), version=version)
+        sampler.read_statistics()  # Drops the counts of an evaluation with this sampler.
     return {"sync/gigabytes": sum(leaf.nbytes for leaf in jax.tree.leaves(sampler.model)) / 1e9}
 
 

@@ -6,7 +6,7 @@ has ended, and its reward is known). A step goes through the draws in the order 
 each of them gets one of three outcomes:
 
     LEARN  complete, with something to learn from
-    DROP   complete, and all rewards are equal (train.dynamic_sampling)
+    DROP   complete, with nothing to learn from, such as equal rewards (train.dynamic_sampling)
     WAIT   a response has used up its tokens of this step (train.partial_tokens)
 
 The rollout consists of the first `train.prompts` groups with the outcome LEARN. A group counts only once

@@ -38,7 +38,7 @@ import numpy as np
 from drpo_jax.config import learns_from_equal_rewards
 from drpo_jax.data import Problem
 from drpo_jax.loop.learn import make_loss_mask
-from drpo_jax.loop.rollout import verifier_metrics, verify
+from drpo_jax.loop.verdicts import verifier_metrics, verify
 from drpo_jax.objectives import add_to_responses, token_advantages
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
@@ -62,7 +62,7 @@ class Draw:
       number: position in the stream of problems.
       problem: the problem.
       rollouts: the responses so far, `Rollouts` with train.samples rows; None for a fresh draw.
-      verdicts: arrays [samples] by name, see `rollout.verify`; None unless the group is complete.
+      verdicts: arrays [samples] by name, see `verdicts.verify`; None unless the group is complete.
     """
 
     number: int

@@ -133,34 +133,31 @@ def no_space(error: BaseException | None) -> bool:
 
 
 class BackgroundWriter:
-    """Does work for files in a thread, one piece after the other."""
+    """Does work for files in a thread, one piece at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._submitted: list[Future[Any]] = []
+        self._latest: Future[Any] | None = None
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Starts a piece of work.
+        """Starts a piece of work, once the piece before it is done.
+
+        A slow disk thus slows the caller down, instead of filling the memory with what it is to write.
 
         Raises:
           Exception: that of earlier work, if it failed.
         """
-        running = []
-        for future in self._submitted:
-            if not future.done():
-                running.append(future)
-            elif error := future.exception():
-                raise error
-        self._submitted = [*running, self._pool.submit(work)]
+        self.wait()
+        self._latest = self._pool.submit(work)
 
     def wait(self) -> None:
         """Returns once all work is done; may be called from several threads.
 
         Raises:
-          Exception: that of the first work that failed.
+          Exception: that of the work that failed.
         """
-        for future in self._submitted:
-            future.result()
+        if self._latest:
+            self._latest.result()
 
 
 class Lines:

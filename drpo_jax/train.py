@@ -91,7 +91,8 @@ def explain_batch(config: FrozenConfigDict, workdir: Path) -> str:
       a warning if the run's warm start is missing and a random model takes its place.
     """
     changed = ConfigDict(config)
-    changed.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts, staleness=0)
+    changed.train.update(save_rollout_every=1, prompts=config.train.mini_batch_prompts)
+    changed.train.update(staleness=0, dynamic_sampling=False, partial_tokens=0)
     run = loop.Run.create(FrozenConfigDict(changed), workdir)
     print(run.report + "making one update: a minute or two on a CPU\n", flush=True)
     with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as directory:

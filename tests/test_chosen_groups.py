@@ -11,11 +11,13 @@ import pytest
 from drpo_jax import config as C
 from drpo_jax import loop, rewards
 from drpo_jax.cli import load_config
+from drpo_jax.errors import Interrupted
 from drpo_jax.learner.record import load_rollout, saved_rollouts
 from drpo_jax.loop.draws import Draws
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
+from tests.test_interrupts import signal_at
 
 pytestmark = pytest.mark.slow  # Compiles a model.
 
@@ -77,12 +79,30 @@ def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, mon
         patch.setattr(loop.loop, "rl_step", killed)
         loop.train(config(), tmp_path)
     loop.train(config(), tmp_path)
-    (ours, rollouts), (theirs, others) = results(tmp_path), results(whole)
+    same(tmp_path, whole)
+
+
+def same(workdir, other):
+    (ours, rollouts), (theirs, others) = results(workdir), results(other)
     assert ours == theirs and len(rollouts) == 5
     for one, two in zip(rollouts, others, strict=True):
         assert one.keys() == two.keys()
         for name, array in one.items():
             np.testing.assert_array_equal(array, two[name], err_msg=name)
+
+
+@pytest.mark.parametrize("call, saved", [(4, 2)])
+def test_a_signal_while_a_rollout_is_sampled_ahead_changes_nothing(
+    whole, tmp_path, monkeypatch, call, saved
+):
+    """The step is abandoned; what is saved holds the rollout and the groups for the next start."""
+    settings = config(**{"checkpoint.every": 5, "checkpoint.grace_seconds": 1e-3})
+    with monkeypatch.context() as patch:
+        signal_at(patch, Draws, "sample_and_verify", call)
+        with pytest.raises(Interrupted, match=f"the run is saved after step {saved} of 5"):
+            loop.train(settings, tmp_path)
+    loop.train(settings, tmp_path)
+    same(tmp_path, whole)
 
 
 def test_the_run_drops_carries_and_continues(whole):

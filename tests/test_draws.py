@@ -167,6 +167,9 @@ class Problems:
             int(problem.id): row for problem, row in zip(problems, reward, strict=True)
         }
 
+    def rewind(self, step):
+        pass
+
     def batch(self, step, count):
         numbers = range(step * count, (step + 1) * count)
         return [Problem(f"{n}+0=", str(n), "sum", str(n)) for n in numbers]
@@ -266,10 +269,27 @@ def test_a_rollout_is_full_once_no_earlier_group_is_open():
 def test_rewards_of_tokens_are_a_signal_though_their_sums_are_equal(tokens, signal):
     verdicts = {"reward": np.float32([1, 1]), "added": np.float32([0, 0])}
     if tokens:
-        verdicts["token_reward"] = np.float32(tokens)
-    assert has_signal(config(), np.array([2, 2]), verdicts) == signal
+        padding = np.full((2, LONGEST - 2), np.nan)
+        verdicts["token_reward"] = np.float32(np.hstack([tokens, padding]))
+    assert has_signal(config(), sampled([2, 2]), verdicts) == signal
     verdicts["added"][1] = -0.5  # A penalty on the second response's length.
-    assert has_signal(config(), np.array([2, 2]), verdicts)
+    assert has_signal(config(), sampled([2, 2]), verdicts)
+
+
+def sampled(lengths, finished=True):
+    """Responses of these lengths, of which all or some are finished."""
+    rollouts = Rollouts(**{name: array[: len(lengths)] for name, array in vars(empty(0)).items()})
+    rollouts.response_lengths[:], rollouts.finished[:] = lengths, finished
+    rollouts.version[np.arange(LONGEST) < rollouts.response_lengths[:, None]] = 0
+    return rollouts
+
+
+def test_a_group_that_overlong_filtering_masks_has_no_signal():
+    verdicts = {"reward": np.float32([0, 1]), "added": np.float32([0, 0])}
+    for filtering in (False, True):
+        settings = config(train__overlong_filtering=filtering)
+        assert has_signal(settings, sampled([LONGEST] * 2, [False, True]), verdicts)
+        assert has_signal(settings, sampled([LONGEST] * 2, False), verdicts) == (not filtering)
 
 
 @pytest.mark.parametrize("slots, steps", [(2, 1), (5, 4), (30, 16)])

@@ -109,8 +109,8 @@ def signal_at(monkeypatch, module, name, call):
             "the warm start is saved after update 3 of 4",
         ),
         (loop.loop, "evaluate", 1, 30, "no step is complete yet"),
-        (loop.loop, "collect", 3, 1000, "the run is saved after step 3 of 4"),
-        (loop.loop, "collect", 3, 1e-3, "the run is saved after step 2 of 4"),
+        (loop.Collector, "collect", 3, 1000, "the run is saved after step 3 of 4"),
+        (loop.Collector, "collect", 3, 1e-3, "the run is saved after step 2 of 4"),
         (loop.loop, "make_updates", 2, 1e-3, "the run is saved after step 2 of 4"),
         (loop.loop, "evaluate", 2, 1000, "the run is saved after step 2 of 4"),
         (loop.Run, "sample", 6, 1000, "the run is saved after step 2 of 4"),  # in its evaluation

@@ -564,9 +564,9 @@ def test_reward_shaping():
         reward__format=0.5, reward__overlong_buffer=4, sampler__max_response_length=40
     )
     texts = [r"so \boxed{1}", "so 1", "so 1"]
-    added = loop.rollout.shaping(settings, texts, np.array([30, 38, 40]))
+    added = loop.verdicts.shaping(settings, texts, np.array([30, 38, 40]))
     np.testing.assert_allclose(added, [0.5, -0.5, -1.0])
-    assert loop.rollout.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
+    assert loop.verdicts.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("parity", ["warn", "stop", "off"])

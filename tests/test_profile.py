@@ -53,6 +53,15 @@ def test_a_resumed_run_traces_the_rest_or_says_that_it_is_late(traces, tmp_path,
     assert len(traces) == 2 and "steps 2 to 3 are not traced" in caplog.text
 
 
+def test_a_run_that_ends_between_two_of_the_steps_keeps_the_trace(traces, tmp_path):
+    profiler = Profiler(range(2, 5), tmp_path)
+    run(profiler, 1, 3)
+    assert traces[-1] != "stop"
+    for _ in range(2):
+        profiler.close()
+        assert traces[1:] == ["stop"]
+
+
 def test_a_step_that_raises_ends_the_trace(traces, tmp_path):
     with pytest.raises(KeyboardInterrupt), Profiler(range(1, 4), tmp_path).step(1):
         raise KeyboardInterrupt

@@ -79,6 +79,10 @@ class Curriculum:
         )  # False for NaN: unknown.
         return bool(outside) and epoch - self._tried[i] <= self._rest
 
+    def rewind(self, step: int) -> None:
+        """Forgets batch `step` and later ones, which were taken in advance and not used."""
+        self._read = self._read[: step + 1]
+
     def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:
         """Notes the pass rates of problems, in the order of the steps.
 
@@ -90,7 +94,8 @@ class Curriculum:
             i = self._index[problem.id]
             source = int(np.searchsorted(self._offsets, i, side="right")) - 1
             self._rates[i] = rate
-            self._tried[i] = self._read[-1][source] // len(self._mixture.sources[source])
+            latest = self._read[-1][source] - 1  # The last position that was read.
+            self._tried[i] = latest // len(self._mixture.sources[source])
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what the next batches depend on besides the seed, for a checkpoint."""

@@ -80,6 +80,9 @@ class ProblemStream:
             epochs[source, epoch] = epoch_order(self._seed, epoch, length, source)
         return int(epochs[source, epoch][place])
 
+    def rewind(self, step: int) -> None:
+        """Does nothing; see `Curriculum.rewind`."""
+
     def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:
         """Ignores rewards; see `Curriculum.observe`."""
 

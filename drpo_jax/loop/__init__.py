@@ -23,6 +23,7 @@ The modules, in reading order, after `drpo_jax.run`, which holds what the phases
     choice      which groups make up a rollout: dynamic sampling, partial rollouts
     draws       the groups that stay for later steps
     rollout     sample and verify: `Rollout`, the record of one rollout
+    verdicts    the verifier's rewards, gathered from all processes
     learn       inputs of the objective, scoring, mini-batches, updates
     parity      how far the sampler's and the learner's logprobs of the same tokens differ
     warm_start  the model that RL starts from
@@ -35,7 +36,7 @@ All randomness is a function of (config.seed, step, purpose), so a run that is k
 computes what it would have computed without the interruption.
 """
 
-from drpo_jax.loop import collector, console, guard, learn, parity, rollout, warm_start
+from drpo_jax.loop import collector, console, guard, learn, parity, rollout, verdicts, warm_start
 from drpo_jax.loop.collector import Collector
 from drpo_jax.loop.loop import rl_step, train
 from drpo_jax.loop.warm_start import initial_model, make_warm_start
@@ -56,5 +57,6 @@ __all__ = [
     "rl_step",
     "rollout",
     "train",
+    "verdicts",
     "warm_start",
 ]

@@ -6,7 +6,7 @@ has ended, and its reward is known). A step goes through the draws in the order 
 each of them gets one of three outcomes:
 
     LEARN  complete, with something to learn from
-    DROP   complete, and all rewards are equal (train.dynamic_sampling)
+    DROP   complete, with nothing to learn from, such as equal rewards (train.dynamic_sampling)
     WAIT   a response has used up its tokens of this step (train.partial_tokens)
 
 The rollout consists of the first `train.prompts` groups with the outcome LEARN. A group counts only once
@@ -37,10 +37,8 @@ import numpy as np
 
 from drpo_jax.config import learns_from_equal_rewards
 from drpo_jax.data import Problem
-from drpo_jax.loop.rollout import (
-    verifier_metrics,
-    verify,
-)
+from drpo_jax.loop.learn import make_loss_mask
+from drpo_jax.loop.verdicts import verifier_metrics, verify
 from drpo_jax.objectives import add_to_responses, token_advantages
 from drpo_jax.parallel import multihost
 from drpo_jax.problems import encode
@@ -64,7 +62,7 @@ class Draw:
       number: position in the stream of problems.
       problem: the problem.
       rollouts: the responses so far, `Rollouts` with train.samples rows; None for a fresh draw.
-      verdicts: arrays [samples] by name, see `rollout.verify`; None unless the group is complete.
+      verdicts: arrays [samples] by name, see `verdicts.verify`; None unless the group is complete.
     """
 
     number: int
@@ -167,8 +165,7 @@ class Step:
             self.settle()
             self._take({places[i]: rollouts for i, rollouts in complete})
             if self._is_full():
-                for i, rollouts in flight.stop():
-                    self._grow(places[i], rollouts)
+                self._take({places[i]: rollouts for i, rollouts in flight.stop()})
                 return
         self.settle()
 
@@ -183,14 +180,11 @@ class Step:
                 lengths[row] = draw.rollouts.response_lengths
         return np.minimum(lengths + train.partial_tokens, longest)
 
-    def _grow(self, place: int, rollouts: Rollouts) -> None:
-        self.draws[place] = dataclasses.replace(self.draws[place], rollouts=rollouts)
-
     def _take(self, groups: Mapping[int, Rollouts]) -> None:
         """Notes groups that a device call ended, and starts verifying those that are complete."""
         complete = []
         for place, rollouts in sorted(groups.items()):
-            self._grow(place, rollouts)
+            self.draws[place] = dataclasses.replace(self.draws[place], rollouts=rollouts)
             longest = self.run.config.sampler.max_response_length
             if np.all(rollouts.finished | (rollouts.response_lengths >= longest)):
                 complete.append(place)
@@ -217,8 +211,7 @@ class Step:
                 self._settled.append(place)
                 self.draws[place] = dataclasses.replace(self.draws[place], verdicts=own)
                 if self.drops:
-                    lengths = group.rollouts.response_lengths
-                    signal = has_signal(self.run.config, lengths, own)
+                    signal = has_signal(self.run.config, group.rollouts, own)
                     self.outcomes[place] = Outcome.LEARN if signal else Outcome.DROP
         self._unverified = []
 
@@ -263,18 +256,21 @@ class Step:
         return [draws[place] for place in learn], [kept[place] for place in sorted(kept)]
 
 
-def has_signal(config: Any, lengths: np.ndarray, verdicts: Mapping[str, np.ndarray]) -> bool:
-    """Returns whether a group has an advantage that is not 0.
+def has_signal(config: Any, responses: Rollouts, verdicts: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether a token of a group carries a loss and has an advantage that is not 0.
 
     Args:
-      lengths: int32 [samples], tokens of each response.
+      responses: the group.
       verdicts: see `Draw`.
     """
+    mask, lengths = make_loss_mask(config, responses), responses.response_lengths
     if "token_reward" in verdicts:
         reward = add_to_responses(verdicts["token_reward"], verdicts["added"], lengths)
-        return bool(token_advantages(config.objective.advantage, reward, len(reward)).any())
+        advantage = token_advantages(config.objective.advantage, reward, len(reward))
+        return bool(np.any(advantage[mask]))
     reward = verdicts["reward"] + verdicts["added"]
-    return bool(np.any(reward != reward[0]))
+    differs = np.any(reward != reward[0])
+    return bool(differs and np.any(reward[mask.any(axis=1)] != reward.mean()))
 
 
 def too_few(step: int, work: Step) -> str:

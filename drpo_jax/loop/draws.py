@@ -53,13 +53,14 @@ class Draws:
             measured |= unload(run)
         with timer("reward"):
             work.settle()
-        assert run.train_problems is not None  # None only in an evaluation
-        run.train_problems.observe(*work.verified())
         learned, kept = work.split()
         if work.missing and not self._announced:
             self._announced = True
             print(choice.too_few(step, work), flush=True)
+        assert run.train_problems is not None  # None only in an evaluation
         self.batches = max([self.batches, *(n // size + 1 for n in work.begun)])
+        run.train_problems.rewind(self.batches)
+        run.train_problems.observe(*work.verified())
         self.pending = [d for d in kept + rest if d.number < self.batches * size]
         return _rollout(learned, samples, measured | work.metrics)
 

@@ -96,6 +96,7 @@ def _train(run: Run, profiler: Profiler) -> None:
         outer = stack.enter_context(contextlib.ExitStack())  # Exits after the checkpoints.
         stack.enter_context(jax.set_mesh(run.mesh))
         stack.callback(run.writer.wait)
+        stack.callback(profiler.close)
         checkpoints = stack.enter_context(run.checkpoints())
         run, state, collector, start = _start(run, checkpoints)
         profiler.skipped(start)

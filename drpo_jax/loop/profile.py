@@ -85,6 +85,11 @@ class Profiler:
                 self._steps[-1],
             )
 
+    def close(self) -> None:
+        """Writes the trace of a run that ends between two of the steps."""
+        if self._tracing:
+            self._stop()
+
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()

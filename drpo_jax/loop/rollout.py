@@ -25,7 +25,7 @@ from drpo_jax.storage import pack_texts, unpack_texts
 
 
 class Example(NamedTuple):
-    """One sampled response in readable form."""
+    """One sampled response as text."""
 
     prompt: str
     response: str
@@ -34,14 +34,14 @@ class Example(NamedTuple):
 
 
 class SamplingScores(NamedTuple):
-    """The learner's scores of a rollout by its weights at the time of sampling.
+    """The learner's scores of a rollout under its weights at the time of sampling.
 
     Attributes:
-      logp: float32 [N, R], by the learner's own weights.
-      synced_logp: float32 [N, R], by the weights that the sampler had. They differ from the learner's
-        only under precision.noise; otherwise this is `logp` itself.
-      version: version of these weights. Earlier ones have sampled other tokens of a rollout that holds
-        groups from earlier steps, see `loop.choice`.
+      logp: float32 [N, R], under the learner's own weights.
+      synced_logp: float32 [N, R], under the sampler's weights. They differ from the learner's only with
+        precision.noise; otherwise this is `logp` itself.
+      version: version of these weights. A rollout with groups from earlier steps also has tokens of
+        earlier versions, see `loop.choice`.
     """
 
     logp: Any
@@ -49,7 +49,7 @@ class SamplingScores(NamedTuple):
     version: int
 
     def own(self, responses: Rollouts) -> np.ndarray:
-        """Returns bool [N, R], True for the tokens that these weights have sampled."""
+        """Returns bool [N, R], True for the tokens that these weights sampled."""
         return responses.mask() & (responses.version == self.version)
 
 
@@ -63,10 +63,10 @@ class Rollout:
       reward: float32 [N], the verifier's verdict.
       added: float32 [N], what `config.reward` adds to it.
       measured: metrics of the weight sync, the sampler and the verifier.
-      scores: the scores by the weights that sampled it, if these may no longer be the learner's
-        (train.staleness) and something is measured with them; else None.
-      token_reward: float32 [N, R], the verdict by token, NaN where a token has none. None if the reward
-        is one of whole responses, else `reward` is the sum.
+      scores: the scores under the sampling weights, if these may differ from the learner's
+        (train.staleness) and a measurement needs them; else None.
+      token_reward: float32 [N, R], the verdict on each token, NaN where a token has none; `reward` is
+        the sum. None if the reward is per response.
     """
 
     problems: Sequence[Problem]
@@ -99,7 +99,7 @@ class Rollout:
         return {"staleness/mean": age.mean(), "staleness/max": age.max()}
 
     def arrays(self, tokenizer: Any, samples: int) -> dict[str, Any]:
-        """Returns the arrays of `learner.record` except for the learner's view of the rollout.
+        """Returns the arrays of `learner.record` except those that the learner computes.
 
         Args:
           samples: responses to each problem.
@@ -132,11 +132,11 @@ class Rollout:
         return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the rollout as arrays without objects, of which `restore` makes the same rollout."""
-        arrays = {"reward": self.reward, "added": self.added}
-        arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
-        arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
-        if self.token_reward is not None:
+        """Returns the rollout as arrays of plain dtypes, from which `restore` creates the same
+        rollout.""" arrays = {"reward": self.reward, "added": self.added} arrays |=
+        {f"responses.{name}": a for name, a in vars(self.responses).items()} arrays |=
+        {f"problems.{name}": a for name, a in pack_problems(self.problems).items()} if self.token_reward
+        is not None:
             arrays["token_reward"] = self.token_reward
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)
@@ -149,7 +149,7 @@ class Rollout:
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Rollout":
-        """Returns the rollout whose `state` the arrays are."""
+        """Returns the rollout whose `state` is in the arrays."""
         measured = {name: float(value) for name, value in below(arrays, "measured").items()}
         scores: SamplingScores | None = None
         if parts := below(arrays, "scores"):
@@ -167,9 +167,9 @@ class Rollout:
 
 
 def pack_problems(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Returns problems as arrays without objects, of which `unpack_problems` makes equal problems.
+    """Returns problems as arrays of plain dtypes, from which `unpack_problems` creates equal problems.
 
-    The token ids of encoded problems are left out, because they follow from the texts.
+    The token ids of encoded problems are omitted, because the texts determine them.
     """
     arrays = {}
     for f in dataclasses.fields(Problem):
@@ -188,7 +188,7 @@ def unpack_problems(arrays: Mapping[str, np.ndarray]) -> list[Problem]:
 
 
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Returns the arrays whose names are `prefix.NAME`, by NAME."""
+    """Returns the arrays named `prefix.NAME`, by NAME."""
     start = f"{prefix}."
     return {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
 
@@ -250,7 +250,7 @@ def sample(run: Run, model: Transformer, step: int, version: int, timer: PhaseTi
 def synchronize(
     run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
 ) -> dict[str, float]:
-    """Loads the policy's weights into the sampler; returns metrics.
+    """Loads the policy's weights into the sampler and returns metrics.
 
     Args: as for `sample`.
     """
@@ -262,7 +262,7 @@ def synchronize(
 
 
 def unload(run: Run) -> dict[str, float]:
-    """Frees the memory of the sampler's weights, which the updates need; returns its metrics."""
+    """Frees the memory of the sampler's weights for the updates, and returns the sampler's metrics."""
     sampler = run.programs.sampler
     sampler.load(None)
     counts = sampler.read_statistics()
@@ -306,7 +306,7 @@ def replayed(run: Run, step: int, timer: PhaseTimer) -> Rollout:
 
 
 def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
-    """Returns the problem of every response of a replay; texts that the files lack are empty."""
+    """Returns the problem of every response of a replay; texts that are not in the files are empty."""
     problems: list[Problem] = []
     samples = run.config.train.samples
     for row in range(0, len(arrays["group"]), samples):
@@ -325,8 +325,9 @@ def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
       groups: in the order of their indices; each has `rewards` on one process.
 
     Returns:
-      Arrays over all N responses: reward, the verdicts, float32; added, what is added to them, float32;
-      limited, lost and retries of each verdict; token_reward of the `Rollout` if the reward has any.
+      Arrays over all N responses: reward, the verdicts, float32; added, the shaping terms, float32;
+      limited, lost and retries of each verdict; token_reward, as in `Rollout`, if the reward is per
+      token.
     """
     own = [group for group in groups if group.rewards is not None]
     verdicts = [v for group in own if group.rewards for v in group.rewards.verdicts()]
@@ -354,7 +355,7 @@ def verify(run: Run, groups: Sequence[Group]) -> dict[str, np.ndarray]:
 
 
 def verifier_metrics(verdicts: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns metrics of verdicts, see `verify`."""
+    """Returns the metrics of verdicts from `verify`."""
     return {
         "reward/limited": verdicts["limited"].mean(),
         "reward/lost": verdicts["lost"].mean(),
@@ -363,9 +364,9 @@ def verifier_metrics(verdicts: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _token_rewards(verdicts: Sequence[Verdict], lengths: np.ndarray, time: int) -> np.ndarray:
-    """Returns the rewards of the tokens, float32 [N, R], NaN where there is none.
+    """Returns the rewards per token, float32 [N, R], NaN where there is none.
 
-    A verdict of the whole response counts for its last token.
+    A verdict on the whole response is placed at its last token.
     """
     rewards_NxR = np.full((len(verdicts), time), np.nan, np.float32)
     for row, (verdict, length) in enumerate(zip(verdicts, lengths, strict=True)):
@@ -381,7 +382,7 @@ def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray)
 
     Args:
       texts: N responses.
-      lengths: int32 [N], their tokens.
+      lengths: int32 [N], their numbers of tokens.
     """
     added = np.zeros(len(texts), np.float32)
     if config.reward.format:
@@ -392,7 +393,7 @@ def shaping(config: FrozenConfigDict, texts: Sequence[str], lengths: np.ndarray)
 
 
 def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
-    """Returns the reward to learn from, float32 [N], or [N, R] with NaN: verdict plus shaping.
+    """Returns the training reward, verdict plus shaping terms: float32 [N], or [N, R] with NaN.
 
     The control experiment train.shuffle_rewards permutes it over the rollout.
     """

@@ -320,17 +320,18 @@ class Checkpoints:
         self._before_commit()
 
     def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier: all processes digest the files that they wrote before Orbax's process 0
-        commits.""" process = ocp.multihost.process_index() if "async_write_complete" in key:
+        """Orbax's barrier: all processes digest their files before Orbax's process 0 commits."""
+        process = ocp.multihost.process_index()
+        if "async_write_complete" in key:
             self._before_commit()
             if process:
                 digests.write(self._temporary(), process, multihost.process_count())
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _temporary(self) -> Path:
-        """Returns the directory of the save in progress. Only on a disk does Orbax rename it at the
-        commit.""" temporary = self.directory / f"{self._saving}{digests.TEMPORARY}" return temporary if
-        temporary.exists() else self.directory / str(self._saving)
+        """Returns the directory of the save in progress, which Orbax renames only on a disk."""
+        temporary = self.directory / f"{self._saving}{digests.TEMPORARY}"
+        return temporary if temporary.exists() else self.directory / str(self._saving)
 
     def _wait(self) -> None:
         """Waits for a save in progress, and makes its commit durable.
@@ -392,8 +393,8 @@ class Checkpoints:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Returns the steps with a complete checkpoint, ascending. Unlike `Checkpoints`, initializes no
-    device.""" return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    """Returns the steps with a complete checkpoint, ascending; initializes no device."""
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def last_complete(directory: Path) -> int | None:

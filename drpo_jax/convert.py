@@ -1,7 +1,7 @@
 """Converts files of other programs and of runs.
 
 drpo convert FILE.gguf DIRECTORY      a llama.cpp model to a Hugging Face directory
-drpo convert FILE.npz FILE.parquet    a rollout that a run saved to a file of rollouts
+drpo convert FILE.npz FILE.parquet    a saved rollout to a rollout file
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
 
 def convert_rollout(source: Path, target: Path) -> None:
-    """Writes a rollout that a run saved as a Parquet file of rollouts.
+    """Writes a saved rollout as a Parquet rollout file.
 
     Raises:
       ValueError: it is not such a rollout, or `target` does not end with .parquet.

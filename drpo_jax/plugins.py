@@ -59,8 +59,9 @@ class Plugin:
         return member(self.module(), self.path)
 
     def module(self) -> ModuleType:
-        """Executes the source, once per process, and returns the module; raises the same errors as
-        `load`.""" place = self.path.rpartition(":")[0] if not _is_file(place):
+        """Executes the source, once per process, and returns the module. Raises: as `load`."""
+        place = self.path.rpartition(":")[0]
+        if not _is_file(place):
             module = self._execute(lambda: importlib.import_module(place))
             if Path(self.file).read_bytes() != self.source:
                 raise ValueError(f"{self.path}: {self.file} has changed since the run started")

@@ -35,9 +35,10 @@ class Retention:
         return {*steps[-max(self._keep, 2) :], *([] if best is None else [best])}
 
     def best(self, steps: Iterable[int]) -> int | None:
-        """Returns the step with the highest score, the latest among equals; None if no step has a
-        score.""" scores = [(self._scores.get(step, math.nan), step) for step in steps] scored = [pair
-        for pair in scores if math.isfinite(pair[0])] return max(scored)[1] if scored else None
+        """Returns the step with the highest score, the latest among equals; None without scores."""
+        scores = [(self._scores.get(step, math.nan), step) for step in steps]
+        scored = [pair for pair in scores if math.isfinite(pair[0])]
+        return max(scored)[1] if scored else None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint whether to keep it; Orbax calls this."""

@@ -125,7 +125,7 @@ def _parquet_rows(path, columns, needed, example) -> Iterator[Record]:
                     number += 1
                     yield f"{path}, row {number}", record
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error})") from None
+            raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
 
 
 def text_field(

@@ -259,7 +259,7 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
         "finish_reason",
         np.array([reason in FINISH_REASONS for reason in reasons]),
         lambda i: (
-            f"{reasons[i]!r} must be {' or '.join(FINISH_REASONS)}; remove other responses"
+            f"{reasons[i]!r} must be {' or '.join(FINISH_REASONS)}; leave out other responses"
         ),
     )
     check.require(

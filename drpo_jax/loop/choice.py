@@ -284,6 +284,6 @@ def too_few(step: int, work: Step) -> str:
     return (
         f"step {step + 1}: only {size - work.missing} of {len(work.draws)} groups have responses with "
         f"different rewards, so {work.missing} of the rollout's {size} groups have no gradient. "
-        "A higher train.max_draws allows more draws. This notice appears once; reward/informative_groups "
-        "shows the share at every step"
+        "A higher train.max_draws allows more draws. This notice appears once; "
+        "reward/informative_groups shows the share at every step"
     )

@@ -132,11 +132,11 @@ class Rollout:
         return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the rollout as arrays of plain dtypes, from which `restore` creates the same
-        rollout.""" arrays = {"reward": self.reward, "added": self.added} arrays |=
-        {f"responses.{name}": a for name, a in vars(self.responses).items()} arrays |=
-        {f"problems.{name}": a for name, a in pack_problems(self.problems).items()} if self.token_reward
-        is not None:
+        """Returns the rollout as arrays of plain dtypes, from which `restore` recreates it."""
+        arrays = {"reward": self.reward, "added": self.added}
+        arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
+        arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
+        if self.token_reward is not None:
             arrays["token_reward"] = self.token_reward
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)

@@ -254,10 +254,11 @@ class ByPath(Isolated):
         )
 
     def _columns(self, prompts, responses, answers, tokens=None):
-        """Returns the arguments of a call for several responses; by default, each response is one
-        token.""" columns = tuple(prompts), tuple(responses), tuple(answers) tokens = [[response] for
-        response in responses] if tokens is None else tokens by_token = (tuple(tuple(texts) for texts in
-        tokens),) if self.call.takes_tokens else () return columns + by_token
+        """Returns the arguments of a call for several responses, by default of one token each."""
+        columns = tuple(prompts), tuple(responses), tuple(answers)
+        tokens = [[response] for response in responses] if tokens is None else tokens
+        by_token = (tuple(tuple(texts) for texts in tokens),) if self.call.takes_tokens else ()
+        return columns + by_token
 
 
 def _run(coroutine):

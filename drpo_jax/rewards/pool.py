@@ -157,7 +157,7 @@ class Pool:
                 lost = kind not in ("value", "limited")
                 self._count(lost, call)
                 future.set_result(Verdict(value, kind == "limited", lost, attempt))
-            except Exception as error:  # The caller waits for this future, so every error goes there.
+            except Exception as error:  # The caller waits for this future.
                 future.set_exception(error)
         if process:
             self._end(process)

@@ -213,7 +213,7 @@ def test_parquet(tmp_path):
         with pytest.raises(ValueError, match=f"problems.parquet.*{message}"):
             load(wrong)
     path.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="problems.parquet: not a readable parquet file"):
+    with pytest.raises(ValueError, match="problems.parquet: not a readable Parquet file"):
         load_problems(path)
 
 

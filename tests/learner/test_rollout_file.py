@@ -185,7 +185,7 @@ def test_a_rollout_of_an_earlier_version_is_read(tmp_path):
     for name in ("full_logp", "version"):
         np.testing.assert_array_equal(again[name], rollout[name])
     assert read_rollouts(path, samples=2)["group"].tolist() == [0, 0, 1, 1]
-    with pytest.raises(BadInput, match="does not say which responses answer the same problem"):
+    with pytest.raises(BadInput, match="does not show which responses answer the same problem"):
         convert.main([str(path), str(tmp_path / "six.parquet")])
     assert load_rollout(path)["step"] == 5
 

@@ -178,7 +178,7 @@ def _groups(check: Check) -> None:
     check.require(
         not (dynamic and check["train.shuffle_rewards"]),
         "train.dynamic_sampling train.shuffle_rewards",
-        "groups would be selected by the rewards that the control experiment hides; set only one of the two",
+        "groups would be selected by the rewards that the control experiment hides; set only one",
     )
     check.require(
         check["train.partial_tokens"] < check["sampler.max_response_length"],

@@ -136,8 +136,8 @@ class SftSettings:
     heldout_files: str = field("", "Separate files with held-out examples, in the format of files.")
     max_length: int = field(
         0,
-        "Maximum tokens of prompt plus response; longer examples are dropped. 0: sampler.max_prompt_length + "
-        "sampler.max_response_length.",
+        "Maximum tokens of prompt plus response; longer examples are dropped. 0: "
+        "sampler.max_prompt_length + sampler.max_response_length.",
         NOT_NEGATIVE,
     )
     pack: bool = field(False, "Pack several examples into each row of an update.")

@@ -47,7 +47,7 @@ def introduction(run: Run) -> str:
         f"{sampler.max_response_length:,}",
         "updates": f"{updates} per rollout, on {train.mini_batch_prompts * train.samples} responses "
         f"each, learning rate {config.optimizer.learning_rate:g}"
-        + (f", {train.staleness} steps after the sampling" if train.staleness else ""),
+        + (f", {train.staleness} steps after sampling" if train.staleness else ""),
         "evaluation": f"{len(run.heldout)} held-out {noun}, {evaluate.samples} sampled"
         + " and 1 greedy" * evaluate.greedy
         + f" response{'s' * (evaluate.samples > 1 and not evaluate.greedy)} to each, "
@@ -63,12 +63,12 @@ def introduction(run: Run) -> str:
 
 
 def _groups(train: ConfigDict) -> dict[str, str]:
-    """Returns the line on dynamic sampling and partial rollouts, {} without them."""
+    """Returns the line about dynamic sampling and partial rollouts; {} without them."""
     parts = []
     if train.dynamic_sampling:
         parts.append("groups with equal rewards are replaced")
     if train.partial_tokens:
-        parts.append(f"responses get {train.partial_tokens:,} tokens per step")
+        parts.append(f"responses get up to {train.partial_tokens:,} tokens per step")
     if not parts:
         return {}
     most = train.max_draws * train.prompts
@@ -76,9 +76,9 @@ def _groups(train: ConfigDict) -> dict[str, str]:
 
 
 def _source(run: Run) -> str:
-    """Describes where the rollouts come from."""
+    """Describes the source of the rollouts."""
     if run.replay is not None:
-        return f"(not sampled, but read: {run.replay})"
+        return f"(replayed: {run.replay})"
     data = run.config.data
     return f"({data.problems or data.task}), reward {reward_summary(run.config.reward)}"
 

@@ -1,4 +1,4 @@
-"""Advantages of tokens from rewards of tokens: process supervision as in GRPO.
+"""Advantages per token from rewards per token: process supervision as in GRPO.
 
 A reward array [batch, time] has a number at each rewarded token and NaN elsewhere. The samples of a
 prompt are contiguous. Each reward is compared with those of its group, and the advantage of a token is

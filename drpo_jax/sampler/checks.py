@@ -206,8 +206,8 @@ def check_begun(
         ):
             if got != right:
                 raise ValueError(
-                    f"begun[{index}] was sampled with a different SamplingParams.{name}: its arrays have "
-                    f"the size {got}, those of this call have {right}"
+                    f"begun[{index}] was sampled with a different SamplingParams.{name}: its arrays "
+                    f"have the size {got}, those of this call have {right}"
                 )
         prompt = np.asarray(prompts[index])
         same = np.all(rollouts.tokens[:, : len(prompt)] == prompt)

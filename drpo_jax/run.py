@@ -61,13 +61,13 @@ class Run:
       reward: the verifier, a row of `rewards.REWARDS`.
       train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
-      examples: what the warm start learns from; None: the task's demonstrations, or nothing.
+      examples: the examples of the warm start; None: the task's demonstrations, or no warm start.
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
       mesh: the device mesh.
       programs: the functions that the run compiles.
-      replay: the files to learn from instead of sampling; None: the run samples.
+      replay: the rollout files to learn from instead of sampling; None: the run samples.
       reference: the model that a KL penalty refers to; None without a penalty.
-      writer: writes saved rollouts; they are complete before the next commit of a checkpoint.
+      writer: writes saved rollouts, which are complete before the next checkpoint is committed.
       check_owner: raises if another process owns the workdir; see `claim`.
       interrupts: the signals that ask the run to stop; see `claim`.
       changes: the config fields that changed since the last start, {path: [old, new]}; on the first
@@ -105,7 +105,7 @@ class Run:
           config: a resolved config.
           workdir: directory of the run; nothing is written there.
           train: False for an evaluation, which needs no training problems.
-          replay: directory of files to learn from instead of sampling.
+          replay: directory of rollout files to learn from instead of sampling.
 
         Raises:
           BadInput: the problems, the warm start, the mesh or the files do not fit the config.
@@ -207,10 +207,10 @@ class Run:
     def verification(
         self, index: int, problem: data.Problem, rollouts: Rollouts, own: bool
     ) -> Group:
-        """Starts verifying the responses to a problem, if that is this process's task.
+        """Starts verifying the responses to a problem, if this process is responsible for it.
 
         Args:
-          index: identifies the group among others.
+          index: index of the group.
           problem: the problem.
           rollouts: all responses to it.
           own: whether this process verifies them; False if another one does.
@@ -225,7 +225,7 @@ class Run:
 
 
 def _stream(config, problems) -> data.ProblemStream | data.Curriculum:
-    """Returns the stream of training problems, a curriculum if the config sets a window."""
+    """Returns the stream of training problems; a curriculum if the config sets a window."""
     stream, section = data.ProblemStream(problems, config.seed), config.data
     if (section.window_low, section.window_high) == (0, 1):
         return stream
@@ -268,10 +268,11 @@ def claim(run: Run) -> Iterator[Run]:
 
 
 def due(step: int, every: int) -> bool:
-    """Returns whether something happens at a step that happens every `every` steps.
+    """Returns whether `step` is a multiple of `every`.
 
     Args:
-      every: 0: never.
+      step: number of completed steps.
+      every: interval in steps; 0: never.
     """
     return bool(every) and step % every == 0
 
@@ -292,7 +293,7 @@ def keep_report(report: str, path: Path) -> None:
 
 
 def _check_plugins(config, reward, problems):
-    """Checks the reward by path on a problem, and that all processes have the same sources.
+    """Checks a reward plug-in on a problem, and that all processes have the same sources.
 
     Raises:
       BadInput: the reward fails, or the source of a plug-in differs between hosts.
@@ -318,7 +319,7 @@ def _check_plugins(config, reward, problems):
     ):
         if reward.per_token and conflicts:
             raise BadInput(
-                f"{field} takes the rewards of whole responses, but reward.path = "
+                f"{field} needs rewards per response, but reward.path = "
                 f"{config.reward.path!r} rewards tokens"
             )
     if config.reward.path and problems:
@@ -329,7 +330,7 @@ def _check_plugins(config, reward, problems):
 
 
 def _token_texts(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
-    """Returns the text of each token of each response, its stop token included."""
+    """Returns the text of each token of each response, including its stop token."""
     rows = [
         rollouts.tokens[i, start : start + length].tolist()
         for i, (start, length) in enumerate(
@@ -347,21 +348,22 @@ def _open_checkpoints(config, directory, *of_a_run):
 
 
 def _open_replay(programs: Programs, directory: Path) -> Replay:
-    """Opens the files to learn from.
+    """Opens the files of a replay.
 
     Raises:
-      ValueError: they do not fit the config, or the config needs what no file of rollouts holds.
+      ValueError: they do not fit the config, or the config needs data that rollout files do not
+      contain.
     """
     config = programs.config
     if config.train.routing_replay:
         raise ValueError(
-            "train.routing_replay = True: files of rollouts do not hold the experts that the sampler "
+            "train.routing_replay = True: rollout files do not contain the experts that the sampler "
             "chose; set it to False, or train without --replay"
         )
     if "topk_logp" in programs.objective.arrays:
         raise ValueError(
             f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
-            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
+            "tokens, which rollout files do not contain; choose another, or train without --replay"
         )
     return Replay.open(directory, Limits.of(config), config.train.prompts)
 
@@ -372,8 +374,8 @@ def _check_same_files(replay: Replay) -> None:
     parts = multihost.gather("files of the replay", files=files)
     if differing := [i for i, part in enumerate(parts) if part["files"].item() != files]:
         raise ValueError(
-            f"{replay.directory}: processes {', '.join(map(str, differing))} read other files there "
-            f"than process {multihost.process_id()}; --replay must name a directory that all share"
+            f"{replay.directory}: processes {', '.join(map(str, differing))} read different files "
+            f"than process {multihost.process_id()}; --replay must name a shared directory"
         )
 
 

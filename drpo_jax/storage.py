@@ -99,14 +99,14 @@ def synchronize(path: Path) -> None:
 def pack_texts(
     texts: Iterable[str], errors: str = "surrogatepass"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts as arrays. A NumPy array of strings would pad each one to the length of the longest.
+    """Returns texts as arrays. A NumPy array of strings would pad each text to the longest one.
 
     Args:
       texts: N texts.
-      errors: how to encode lone surrogates, which UTF-8 does not have, see `str.encode`.
+      errors: handling of lone surrogates, which UTF-8 cannot encode; see `str.encode`.
 
     Returns:
-      All texts in UTF-8, uint8, and the end of each of them in bytes, int64 [N].
+      All texts in UTF-8, uint8, and the byte offset of each text's end, int64 [N].
     """
     encoded = [text.encode("utf-8", errors) for text in texts]
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
@@ -133,17 +133,17 @@ def no_space(error: BaseException | None) -> bool:
 
 
 class BackgroundWriter:
-    """Does work for files in a thread, one piece after the other."""
+    """Runs tasks that write files in a background thread, one after another."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._submitted: list[Future[Any]] = []
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Starts a piece of work.
+        """Queues a task.
 
         Raises:
-          Exception: that of earlier work, if it failed.
+          Exception: the exception of an earlier task that failed.
         """
         running = []
         for future in self._submitted:
@@ -154,10 +154,10 @@ class BackgroundWriter:
         self._submitted = [*running, self._pool.submit(work)]
 
     def wait(self) -> None:
-        """Returns once all work is done; may be called from several threads.
+        """Waits for all tasks; may be called from several threads.
 
         Raises:
-          Exception: that of the first work that failed.
+          Exception: the exception of the first task that failed.
         """
         for future in self._submitted:
             future.result()

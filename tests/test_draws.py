@@ -444,7 +444,7 @@ def test_groups_with_equal_rewards_stay_where_they_have_a_gradient(fields, becau
     [
         (dict(train__samples=1, train__micro_batch=2), "set samples to at least 2"),
         (dict(train__shuffle_rewards=True), "the control experiment hides"),
-        (dict(train__partial_tokens=LONGEST), "at or above the limit of a response"),
+        (dict(train__partial_tokens=LONGEST), "at or above the length limit"),
         (dict(train__max_draws=0), "train.max_draws = 0"),
     ],
 )  # fmt: skip

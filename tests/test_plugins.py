@@ -159,7 +159,7 @@ def test_a_changed_source_must_be_accepted(files):
     Path("mine.py").write_text(REWARD + "\n# changed\n")
     changed = C.resolve(own())
     new = changed.reward.source
-    message = f"reward.source: '{old}' -> '{new}'.*--config.train.accept_source={new} to go on"
+    message = f"reward.source: '{old}' -> '{new}'.*--config.train.accept_source={new} to continue"
     with pytest.raises(BadInput, match=re.compile(message, re.DOTALL)):
         claim_workdir(files / "run", changed)
     with pytest.raises(BadInput, match="accept_source"):

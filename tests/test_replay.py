@@ -114,7 +114,7 @@ def test_the_files_of_a_replay_are_those_that_it_began_with(source, tmp_path):
     shutil.rmtree(again / "checkpoints" / "2")
     with pytest.raises(BadInput, match="this run samples; resume it without --replay=DIR"):
         loop.train(config(), again, files)
-    with pytest.raises(BadInput, match="routing_replay = True: files of rollouts do not hold"):
+    with pytest.raises(BadInput, match="routing_replay = True: rollout files do not contain"):
         loop.train(config(model__experts=2, model__experts_per_token=1, model__expert_size=32,
                           model__mlp_size=0, train__routing_replay=True), workdir, files)  # fmt: skip
     with pytest.raises(BadInput, match="'dppo_topk_tv': it needs the logprobs of the most likely"):
@@ -220,7 +220,7 @@ def test_steps_take_the_groups_in_turn_and_begin_anew(tmp_path):
 
 
 def test_a_directory_that_is_no_replay_is_said(tmp_path):
-    with pytest.raises(ValueError, match="there is no such directory; --replay=DIR holds"):
+    with pytest.raises(ValueError, match="no such directory; --replay=DIR takes"):
         Replay.open(tmp_path / "nowhere", LIMITS, 2)
     (tmp_path / "rollouts").mkdir()
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_processes_that_read_other_files_are_named(tmp_path, monkeypatch):
 
 
 def test_explaining_a_batch_takes_no_replay(tmp_path):
-    with pytest.raises(BadInput, match="--explain_batch samples .*; leave --replay out"):
+    with pytest.raises(BadInput, match="--explain_batch samples .*; remove --replay"):
         train.main(config(), tmp_path, explained=True, replay="files")
 
 

@@ -143,7 +143,7 @@ def test_other_examples_are_refused(whole, files):
     extra = Path(files).with_name("c.jsonl")
     extra.write_text('{"prompt": "1+1=", "response": "#2"}\n')
     try:
-        with pytest.raises(BadInput, match="no longer those that the warm start began with"):
+        with pytest.raises(BadInput, match="differ from those that the warm start began with"):
             learn(config(files), workdir)
     finally:
         extra.unlink()

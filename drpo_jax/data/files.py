@@ -1,4 +1,4 @@
-"""Problems from files: JSON lines and parquet, in this project's schema or in that of DAPO-Math-17k."""
+"""Problems from files: JSON Lines and parquet, in this project's schema or in that of DAPO-Math-17k."""
 
 import collections
 import dataclasses
@@ -27,9 +27,9 @@ _GSM8K = re.compile(r"\S.*\n#### *(\S[^\n]*?)\s*", re.DOTALL)
 
 
 def load_problems(path: str | os.PathLike) -> list[Problem]:
-    """Reads problems from files: parquet if the name ends in .parquet (needs pyarrow), else JSON lines.
+    """Reads problems from files: parquet if the name ends in .parquet (needs pyarrow), else JSON Lines.
 
-    JSON lines are UTF-8 text with one object per line. The first line decides which of two schemas
+    JSON Lines are UTF-8 text with one object per line. The first line decides which of two schemas
     the file has. Field names are case-insensitive, and null counts as absent.
 
     - This project's: `prompt` (or `question`, or `problem`) is a string that is not empty. The

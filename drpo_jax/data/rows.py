@@ -107,7 +107,7 @@ def _parquet_rows(path, columns, needed, example) -> Iterator[Record]:
     except ImportError:
         raise ValueError(
             f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert the file to "
-            f"JSON lines such as {example}"
+            f"JSON Lines such as {example}"
         ) from None
     with path.open("rb") as file:
         try:

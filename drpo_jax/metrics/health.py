@@ -107,7 +107,8 @@ def _entropy_gone(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     return (
         f"the entropy has collapsed: {now:.2g} nats per token, {now * tokens:.2g} per response "
         f"(initially {before:.2g} per token), while the mean reward is "
-        f"{statistics.median(reward):.2f}. The samples of a problem hardly differ, so comparing them teaches little. "
+        f"{statistics.median(reward):.2f}. The samples of a problem hardly differ, so comparing them "
+        "teaches little. "
         "Try a lower optimizer.learning_rate, or objective.entropy_bonus"
     )
 
@@ -176,7 +177,8 @@ def _ratio_off(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     return (
         f"the mean ratio π/µ is {statistics.median(ratio):.3g}, but its expectation is 1: the policy "
         "has moved too far from the one that sampled, or sampler and learner disagree "
-        "(mismatch/logp). Try a lower optimizer.learning_rate, fewer train.epochs, or larger train.mini_batch_prompts"
+        "(mismatch/logp). Try a lower optimizer.learning_rate, fewer train.epochs, or larger "
+        "train.mini_batch_prompts"
     )
 
 

@@ -92,9 +92,7 @@ def test_a_batch_that_is_taken_again_follows_the_rates_of_now():
     assert curriculum.batch(3, 5) == ahead
     curriculum.observe(first[:1], np.ones((1, 4)))
     assert first[0] not in curriculum.batch(2, 5)
-    with pytest.raises(
-        ValueError, match="step is 4; a curriculum goes through the batches in order"
-    ):
+    with pytest.raises(ValueError, match="step is 4, but a curriculum takes its batches in order"):
         curriculum.batch(4, 5)
 
 
@@ -107,5 +105,5 @@ def test_a_mixture_keeps_its_proportions():
 
 
 def test_a_state_of_other_problems_is_refused():
-    with pytest.raises(ValueError, match="pass rates of 10 problems, and there are 4"):
+    with pytest.raises(ValueError, match="pass rates of 10 problems, but there are 4"):
         new(source=PROBLEMS[:4]).restore(new().state())

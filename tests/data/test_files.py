@@ -224,7 +224,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 
 def write_as(kind, rows, tmp_path):
-    """Writes rows as JSON lines or parquet."""
+    """Writes rows as JSON Lines or parquet."""
     if kind == "jsonl":
         return write_lines(tmp_path, rows)
     pyarrow = pytest.importorskip("pyarrow")

@@ -284,8 +284,11 @@ def test_what_does_not_belong_to_the_call_raises(unbroken):
     params, begun = params_of(name), by_prompt(whole)
     for wrong, message in (
         ({5: begun[0]}, "begun: keys must be positions of prompts, 0 to 4, got 5"),
-        ({0: whole}, r"begun\[0\] was sampled with other SamplingParams.samples: .* 15, .* 3"),
-        ({1: begun[0]}, r"begun\[1\] has another prompt than prompts\[1\]"),
+        (
+            {0: whole},
+            r"begun\[0\] was sampled with a different SamplingParams.samples: .* 15, .* 3",
+        ),
+        ({1: begun[0]}, r"begun\[1\] has a different prompt than prompts\[1\]"),
         ({0: whole.tokens}, r"begun\[0\] must be the Rollouts of prompt 0, got ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -295,7 +298,7 @@ def test_what_does_not_belong_to_the_call_raises(unbroken):
             continue  # An error of its own: the model has no experts.
         other = dataclasses.replace(params, **change)
         (field,) = change
-        with pytest.raises(ValueError, match=f"other SamplingParams.{field}: its arrays"):
+        with pytest.raises(ValueError, match=f"different SamplingParams.{field}: its arrays"):
             sampler.stream(PROMPTS, other, KEY, begun=begun)
 
 

@@ -187,7 +187,7 @@ def test_a_warm_start_keeps_its_examples(tmp_path):
     for _ in range(2):
         examples.claim(tmp_path / "sft")
     assert recorded_updates(tmp_path / "sft") == 2
-    with pytest.raises(BadInput, match="no longer those that the warm start began with"):
+    with pytest.raises(BadInput, match="differ from those that the warm start began with"):
         numbered(5, 2, updates=2).claim(tmp_path / "sft")
 
 
@@ -266,10 +266,16 @@ def test_unusable_rollouts_are_named(tmp_path, monkeypatch):
     "fields, message",
     [
         (dict(sft__steps=1, sft__files="x"), "set one of the two to 0"),
-        (dict(sft__epochs=0, sft__files="x"), "set sft.epochs, the passes over the examples"),
+        (
+            dict(sft__epochs=0, sft__files="x"),
+            "set sft.epochs, the number of passes over the examples",
+        ),
         (dict(sft__files="x", sft__rollouts="y"), "set only one of the two"),
         (dict(), "only sft.files and sft.rollouts have epochs and held-out examples"),
-        (dict(sft__files="x", sft__heldout=0.1, sft__heldout_files="y"), "a share of the examples"),
+        (
+            dict(sft__files="x", sft__heldout=0.1, sft__heldout_files="y"),
+            "a fraction of the examples",
+        ),
         (dict(sft__files="x", sft__turns="first"), "must be one of all, last"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Plug-ins by path: how they are found, and how a config, a command line and a run hold them."""
+"""Plug-ins: how they are found, and how configs, command lines and runs use them."""
 
 import json
 import pickle
@@ -171,7 +171,7 @@ def test_a_changed_source_must_be_accepted(files):
 
 
 def test_a_run_is_read_without_its_plugins(files):
-    """An export or a report does not execute what a config.json names."""
+    """Exports and reports do not execute the plug-ins of a config.json."""
     claim_workdir(files / "run", C.resolve(own()))
     for table in (OBJECTIVES, REWARDS):
         table.pop("gained", None), table.pop("short", None)

@@ -1,4 +1,4 @@
-"""A run that learns from the rollouts of another one: the same bits, and refusals of other files."""
+"""A run that learns from the rollouts of another run: the same bits, and errors for other files."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def config(**fields):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model receives as well."""
+    """One device, and a reward that an untrained model earns, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2)  # noqa: E731
@@ -59,7 +59,7 @@ def source(tmp_path_factory):
 
 
 def learned(workdir):
-    """The records without times, and without what only sampling and verifying measure."""
+    """The records without times and without the metrics of sampling and verification."""
     other = ("time/", "compile/", "tokens_per_second", "sync/", "sampler/")
     other += ("reward/limited", "reward/lost", "reward/retries")
     records = read_metrics(workdir)
@@ -191,7 +191,7 @@ def test_wrong_flags_of_score_are_named(tmp_path):
 
 
 def write_groups(path, first, count):
-    """Writes groups of two responses, numbered from `first`, which is the reward, too."""
+    """Writes groups of two responses, numbered from `first`; the number is also the reward."""
     numbers = np.repeat(np.arange(first, first + count), 2)
     rollout = {
         "group": numbers,

@@ -411,8 +411,8 @@ SECTIONS: tuple[Section, ...] = (
             Metric(
                 "time/idle", "Idle devices",
                 "fraction of the step's wall time during which no device program is in flight. A "
-                "program is in flight from its dispatch until the host knows that its result is ready; on "
-                "a CPU, also while it waits for a core", "%",
+                "program is in flight from its dispatch until the host knows that its result is ready; "
+                "on a CPU, also while it waits for a core", "%",
             ),
             Metric(
                 "batch/padding", "Padding",

@@ -1,4 +1,4 @@
-"""The online curriculum: which problems rest, for how long, and what a checkpoint needs of it."""
+"""The online curriculum: which problems rest, for how long, and its state in a checkpoint."""
 
 from fractions import Fraction
 
@@ -33,7 +33,7 @@ def plain(count):
 def test_problems_outside_the_window_rest_for_an_epoch():
     curriculum = new()
     read = [problem for step in range(2) for problem in learn(curriculum, step)]
-    assert read == plain(10)  # Nothing is known of any problem in the first epoch.
+    assert read == plain(10)  # No pass rates are known in the first epoch.
     inside = {name for name, rate in RATES.items() if 0.25 <= rate <= 0.75}
     second = [name for name in plain(20)[10:] if name in inside]
     assert [*learn(curriculum, 2), *learn(curriculum, 3, 1)] == second
@@ -74,11 +74,11 @@ def test_the_state_is_all_that_the_next_batches_depend_on():
         first, second = new(), new()
         for step in range(stop):
             learn(first, step)
-        first.batch(stop, 5)  # Taken, and given up by a signal before there were rewards.
+        first.batch(stop, 5)  # A signal abandoned this batch before its rewards.
         state = first.state()
         assert all(isinstance(a, np.ndarray) and a.dtype != object for a in state.values())
         second.restore(state)
-        learn(first, stop)  # Changes nothing in the state that was returned.
+        learn(first, stop)  # Does not change the returned state.
         assert [learn(second, step) for step in range(stop, 9)] == read[stop:]
 
 

@@ -1,4 +1,4 @@
-"""Files of rollouts: what is written is read, and what is wrong is named by file, row and column."""
+"""Rollout files: round trips, and errors that name file, row and column."""
 
 import re
 
@@ -156,7 +156,7 @@ def test_a_large_integer_is_named_with_its_column(tmp_path):
 
 
 def saved(rollout):
-    """The arrays that a run saves of a rollout."""
+    """The arrays of a saved rollout."""
     extra = {"logp": rollout["full_logp"] - 0.1, "response": np.array(["a", "", "∑", "b"], object)}
     return rollout | extra | {"id": np.array(["1", "1", "2", "2"]), "kind": np.array([""] * 4)}
 

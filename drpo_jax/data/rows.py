@@ -106,7 +106,7 @@ def _parquet_rows(path, columns, needed, example) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert the file to "
+            f"{path}: reading Parquet needs pyarrow (pip install pyarrow); or convert the file to "
             f"JSON Lines such as {example}"
         ) from None
     with path.open("rb") as file:

@@ -77,7 +77,9 @@ COLUMNS: dict[str, Column] = {
         "top-k and top-p, nats; any number for tokens of version -1.",
     ),
     "reward": Column(
-        "number", "", "Verdict of the verifier, without what the config's section reward adds."
+        "number",
+        "",
+        "Verdict of the verifier, without the shaping terms of the config section reward.",
     ),
     "finish_reason": Column("text", "", "stop: ended with a stop token. length: cut off."),
     "version": Column(

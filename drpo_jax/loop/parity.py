@@ -30,7 +30,7 @@ def check_parity(run: Run, rollouts: Rollouts, scores: SamplingScores) -> None:
     Tokens that earlier weights sampled are excluded.
 
     Args:
-      scores: by the weights that sampled the rollout.
+      scores: scores under the sampling weights.
 
     Raises:
       TrainingStopped: the mean difference exceeds the bound and sampler.parity is "stop".

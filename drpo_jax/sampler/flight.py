@@ -137,9 +137,9 @@ class Flight:
         """Ends the call.
 
         Returns:
-          (index of the prompt, Rollouts) of the groups that are begun but were not yielded, in the
-          order of their prompts. They contain every sampled token, and `Sampler.stream` can continue
-          them. Prompts that were neither yielded nor returned are not begun.
+          (index of the prompt, Rollouts) of the groups that were begun but not yielded, in the order of
+          their prompts. They contain every sampled token, and `Sampler.stream` can continue them.
+          Prompts that were neither yielded nor returned are not begun.
         """
         if self.sampled is not None:
             self._read()

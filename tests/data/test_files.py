@@ -219,7 +219,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="problems.parquet: reading parquet needs pyarrow"):
+    with pytest.raises(ValueError, match="problems.parquet: reading Parquet needs pyarrow"):
         load_problems(tmp_path / "problems.parquet")
 
 

@@ -4,15 +4,17 @@
 
 Floor: the baseline model of benchmarks.cpu_baseline samples 128 sequences of 16 prompt tokens and 64
 response tokens in 128 slots. It alternates with two jitted loops: the model's matmuls alone, and one
-read of the keys and values alone (rings of 56 columns, the mean). transformers (if torch is installed):
-its `generate` with the same weights, alternating with ours. Recording: the same without logprobs and
-entropy, with the token alone. Long tail: four times as many responses as slots, 95 % of them 16 tokens
-long and 5 % 256. Static batches come from the same sampler, called with one batch of its slots at a
-time. Partial rollouts: responses of lognormal lengths, 32 tokens at the median and 256 at most. Without
-a budget, a step samples as many whole responses as there are slots. With a budget, it samples at most
-32 tokens of each response, continues the unfinished responses of the previous step, and begins new
-groups in the free slots. Bandwidth (on GPU): decode steps of a 1.7B-shaped and a 4B-shaped model in
-bfloat16, relative to the time in which the memory delivers weights and caches once.
+read of the keys and values alone (rings of 56 columns, the mean).
+transformers (if torch is installed): its `generate` with the same weights, alternating with ours.
+Recording: the same without logprobs and entropy, with the token alone.
+Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256. Static batches
+come from the same sampler, called with one batch of its slots at a time.
+Partial rollouts: responses with lognormal lengths, 32 tokens at the median and 256 at most. Without a
+budget, a step samples as many whole responses as there are slots. With a budget, it samples at most 32
+tokens of each response, continues the unfinished responses of the previous step, and begins new groups
+in the free slots.
+Bandwidth (on GPU): decode steps of a 1.7B-shaped and a 4B-shaped model in bfloat16, relative to the time
+in which the memory delivers weights and caches once.
 """
 
 import dataclasses

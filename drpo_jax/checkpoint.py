@@ -112,7 +112,7 @@ class Checkpoints:
 
         Raises:
           TrainingStopped: the disk is full, or another process owns the run; possibly raised only by
-          the next save.
+            the next save.
         """
         metrics, best_metric = metrics or {}, self._retention.best_metric
         if step and "eval/avg" in metrics and best_metric not in metrics:

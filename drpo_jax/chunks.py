@@ -1,8 +1,8 @@
 """Finds the files of a checkpoint that contain the chunks of arrays that this process reads.
 
 Orbax stores every array in chunks, which are the shards at the time of saving. The index is a B-tree in
-TensorStore's OCDBT format. It maps each chunk of each array to a part of a file
-(https://google.github.io/tensorstore/kvstore/ocdbt/).
+TensorStore's OCDBT format (https://google.github.io/tensorstore/kvstore/ocdbt/). It maps each chunk of
+each array to a part of a file.
 """
 
 import json

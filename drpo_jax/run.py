@@ -352,7 +352,7 @@ def _open_replay(programs: Programs, directory: Path) -> Replay:
 
     Raises:
       ValueError: they do not fit the config, or the config needs data that rollout files do not
-      contain.
+        contain.
     """
     config = programs.config
     if config.train.routing_replay:

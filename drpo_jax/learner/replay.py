@@ -49,7 +49,8 @@ class Replay:
 
         Raises:
           ValueError: there are no files, a file fails its checks (`rollout_checks`), or the files
-          together have fewer groups than a step needs. OSError: a file cannot be read.
+            together have fewer groups than a step needs.
+          OSError: a file cannot be read.
         """
         digests, groups = {}, {}
         for path in _files(directory):

@@ -28,8 +28,8 @@ class Draws:
 
     Attributes:
       pending: the draws carried over and the fresh ones, ascending.
-      batches: number of batches of train.prompts problems taken from the stream. The next step takes
-        batches again of which no draw was begun.
+      batches: number of batches of train.prompts problems taken from the stream. Batches without a
+        begun draw are taken again by the next step.
     """
 
     def __init__(self, pending: Sequence[Draw] = (), batches: int = 0):

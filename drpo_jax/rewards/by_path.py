@@ -43,8 +43,8 @@ def limits(**values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     Args:
       **values: cpu_seconds, wall_seconds, workers and cache are arguments of `Pool`. warm is a list of
-      (prompt, response, answer). Every worker makes these calls once, without limits, before the first
-      real call.
+        (prompt, response, answer). Every worker makes these calls once, without limits, before the first
+        real call.
     """
     if wrong := set(values) - {"cpu_seconds", "wall_seconds", "workers", "cache", "warm"}:
         raise ValueError(

@@ -220,7 +220,8 @@ class Pending:
 
         Raises:
           RuntimeError: a call raised an error (the message has its traceback) or returned something
-          that is not a reward, or no worker starts. TrainingStopped: too many calls are lost.
+            that is not a reward, or no worker starts.
+          TrainingStopped: too many calls are lost.
         """
         return [value.result() if isinstance(value, Future) else value for value in self.values]
 

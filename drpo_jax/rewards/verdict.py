@@ -70,7 +70,7 @@ def as_reward(value: Any) -> float:
 
     Raises:
       ValueError: the value is not a finite number of at most `LARGEST` in magnitude. Bools and arrays
-      without axes count as numbers; None, strings and other arrays do not.
+        without axes count as numbers; None, strings and other arrays do not.
     """
     if getattr(value, "shape", None) == ():
         value = value.item()

@@ -50,7 +50,8 @@ def read_texts(path: str | os.PathLike) -> Iterator[Pair | Chat]:
 
     Raises:
       ValueError: there are no rows, or a row is malformed; the message names the file, the line (the
-      row of a Parquet file) and the field, and shows a correct example. OSError: a file cannot be read.
+        row of a Parquet file) and the field, and shows a correct example.
+      OSError: a file cannot be read.
     """
     empty = True
     for file in matching_files(path_of(path)):

@@ -80,15 +80,15 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The step of the latest checkpoint; None without any."""
+        """Returns the step of the latest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps with a checkpoint, ascending."""
+        """Returns the steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest `best_metric`; the latest one if none was evaluated."""
+        """Returns the step with the highest `best_metric`; the latest one if none was evaluated."""
         best = self._retention.best(self.steps())
         return self.latest_step() if best is None else best
 

@@ -149,7 +149,7 @@ class Analysis:
         loss_mask: np.ndarray,
         pack: bool = False,
     ):
-        """`Programs.batch` of N ≤ rows sequences, padded with empty ones."""
+        """Returns `Programs.batch` of N ≤ rows sequences, padded with empty ones."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
         (tokens, prompt_lengths, response_lengths), inputs, loss_mask = jax.tree.map(

@@ -86,14 +86,14 @@ def _sampled(rollout: Mapping[str, np.ndarray], rows: np.ndarray) -> Iterator[Sa
 
 
 def _draw(seed: int, sampled: Sampled) -> bytes:
-    """A number drawn from the seed and the tokens of a response, which the response is sorted by."""
+    """Returns the sort key of a response, a hash of the seed and its tokens."""
     return hashlib.sha256(repr((seed, sampled.prompt, sampled.response)).encode()).digest()
 
 
 def _check_tokenizer(
     tokenizer: Any, rollout: Mapping[str, np.ndarray], rows: np.ndarray, path: Path
 ) -> None:
-    """Raises ValueError if the tokenizer does not read a response as the run that sampled it did."""
+    """Raises ValueError if the tokenizer decodes a response differently than its run did."""
     for sampled in _sampled(rollout, rows[:1]):
         text, saved = tokenizer.decode(sampled.response), str(rollout["response"][rows[0]])
         if text != saved:

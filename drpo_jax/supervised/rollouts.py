@@ -43,7 +43,7 @@ def right_responses(config: ConfigDict, tokenizer: Any) -> tuple[list[Sampled], 
     directory, sft = path_of(config.sft.rollouts), config.sft
     if not (files := saved_rollouts(directory)):
         raise ValueError(
-            f"sft.rollouts = {sft.rollouts!r}: there is no rollouts/step_….npz below it; give the "
+            f"sft.rollouts = {sft.rollouts!r}: there is no rollouts/step_….npz below it; set the "
             "workdir of a run with train.save_rollout_every > 0"
         )
     names = ("responses", "wrong", "unfinished", "repeated", "beyond sft.per_problem")

@@ -1,13 +1,13 @@
-"""What each dial of off-policyness makes of |π − µ|, the ratio and the effective sample size.
+"""The effect of each off-policyness dial on |π − µ|, the ratio and the effective sample size.
 
     python -m benchmarks.dials [--steps=16] [--workdir=runs/dials] [--parallel=2] [--output=FILE.json]
         [--config=configs/tiny.py:float32] [--only=base,staleness …] [--train_flag=…]
 
-Trains the small job from one warm start with one dial turned at a time: epochs, mini-batches per
+Trains the small job from one warm start with one dial changed at a time: epochs, mini-batches per
 rollout, `train.staleness`, `precision.noise`, FP8. The base has one epoch, four mini-batches, no
 staleness, no noise and no FP8, at a constant learning rate. Figures are means over the second half of
-the steps, in which every rollout has its full age; maxima are the largest of these steps. A finished
-run is not repeated, and an interrupted run resumes.
+the steps, in which every rollout has its full age; for maxima, the largest value of these steps. A
+finished run is not repeated, and an interrupted run resumes.
 """
 
 import sys
@@ -24,7 +24,7 @@ from drpo_jax.metrics import describe, read_metrics
 from drpo_jax.storage import path_of
 
 STEPS = flags.DEFINE_integer("steps", 16, "Rollout steps of every run.", lower_bound=2)
-ONLY = flags.DEFINE_list("only", [], "Beginnings of the names of the runs to make; default: all.")
+ONLY = flags.DEFINE_list("only", [], "Prefixes of the names of the runs; default: all runs.")
 flags.set_default(CONFIG, "configs/tiny.py:float32")
 flags.set_default(WORKDIR, "runs/dials")
 flags.set_default(OUTPUT, "benchmarks/results/dials.json")
@@ -72,7 +72,7 @@ def markdown(results: Mapping[str, Mapping[str, float]]) -> str:
     titles = [f"{m.title}{', %' if m.unit == '%' else ''}" for m in rows]
     lines = [f"| dial | {' | '.join(titles)} |", "|---" * (len(names) + 1) + "|"]
     for dial, values in results.items():
-        # Without noise and staleness, the real part is the whole mismatch.
+        # Without noise and staleness, the real component is the whole mismatch.
         values = {"mismatch/shift_real": values["mismatch/shift"]} | dict(values)
         cells = [f"{m.scale * values[m.name]:.3g}" if m.name in values else "" for m in rows]
         lines.append(f"| {dial} | {' | '.join(cells)} |")
@@ -82,7 +82,7 @@ def markdown(results: Mapping[str, Mapping[str, float]]) -> str:
 def measure(
     name: str, changes: Mapping[str, float | str], fixed: Sequence[str]
 ) -> dict[str, float]:
-    """Makes one run and returns its `figures`."""
+    """Trains one run and returns its `figures`."""
     folder = name.replace(" ", "-")
     run(folder, [*fixed, *(f"--config.{field}={value}" for field, value in changes.items())])
     records = read_metrics(path_of(WORKDIR.value) / folder)
@@ -105,7 +105,7 @@ def main(_: Sequence[str]) -> None:
         f"--config.checkpoint.every={STEPS.value}",
         f"--config.evaluate.every={STEPS.value}",
     ]
-    results = {BASE: measure(BASE, {}, fixed)}  # Makes the warm start of all.
+    results = {BASE: measure(BASE, {}, fixed)}  # Creates the warm start of all runs.
     fixed.append(f"--config.data.init_from={path_of(WORKDIR.value) / BASE}")
     chosen = {
         name: changes

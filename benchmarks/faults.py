@@ -41,9 +41,7 @@ STARTS = 6  # A trial that needs more starts than this has failed.
 KILLS = flags.DEFINE_integer(
     "kills", 50, "Trials of SIGKILL at a random time; others in proportion."
 )
-JOBS = flags.DEFINE_integer(
-    "jobs", 2, "Trials at the same time; those of two processes mostly wait."
-)
+JOBS = flags.DEFINE_integer("jobs", 2, "Concurrent trials; trials of two processes mostly wait.")
 ONLY = flags.DEFINE_string(
     "only", "", "Only the faults whose name matches this regular expression."
 )
@@ -130,7 +128,7 @@ class Faults:
 
     Args:
       directory: of the reference runs, which are made when they are first needed.
-      jobs: trials at the same time, which slow each other down.
+      jobs: number of concurrent trials, which slow each other down.
     """
 
     def __init__(self, directory: Path, jobs: int = 1):
@@ -157,7 +155,7 @@ class Faults:
 
     @property
     def half(self) -> Path:
-        """The run that SIGTERM stopped after step 5; trials at the same time share it."""
+        """The run that SIGTERM stopped after step 5; concurrent trials share it."""
         with self.lock:
             return self._half
 
@@ -192,7 +190,7 @@ class Faults:
 
     def kill(self, workdir: Path) -> None:
         while not self.wait(process := start(workdir)):
-            shutil.rmtree(workdir)  # The run was complete before its time came.
+            shutil.rmtree(workdir)  # The run finished before the kill.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         finish(workdir)
@@ -363,7 +361,7 @@ def trials(faults: Faults, kills: int) -> dict[str, tuple[int, Callable[[Path], 
 
 
 def trial(faults: Faults, inject: Callable[[Path], None], reference: str, workdir: Path) -> str:
-    """Makes one trial in `workdir`; returns its outcome."""
+    """Runs one trial in `workdir` and returns its outcome."""
     try:
         inject(workdir)
         if reference:

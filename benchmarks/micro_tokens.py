@@ -1,11 +1,12 @@
-"""Updates on responses of long-tailed length: rows by count, packed rows, and rows by tokens.
+"""Updates on responses with long-tailed lengths: unpacked rows, packed rows, and micro-batches by
+tokens.
 
     python -m benchmarks.micro_tokens [--length=1024] [--sequences=64] [--output=FILE.json]
 
 The model is that of `benchmarks.cpu_baseline`, and the programs are those that `train` runs. Response
-lengths are lognormal (σ = 1) with a median of an eighth of the row, cut at the row. All layouts compute
-the same updates on the same sequences, in micro-batches of two rows' positions, in turn on the same
-machine: compare ratios, not seconds. A call includes laying out the batch and placing it.
+lengths are lognormal (σ = 1) with a median of an eighth of the row, clipped to the row. All layouts
+compute the same updates on the same sequences, in micro-batches of two rows' positions, alternating on
+the same machine: compare ratios, not seconds. A call includes laying out and placing the batch.
 """
 
 import time
@@ -48,7 +49,7 @@ def sequences(rng):
     count, room = SEQUENCES.value, LENGTH.value - PROMPT
     responses = np.exp(rng.normal(np.log(LENGTH.value / 8), 1, count)).astype(np.int32)
     responses = np.clip(responses, 1, room)
-    responses[0] = room  # the longest that there is, as in nearly every rollout
+    responses[0] = room  # The maximum length, as in nearly every rollout.
     inputs = {
         "behavior_logp": rng.normal(-4, 0.5, size=(count, room)).astype(np.float32),
         "advantage": rng.normal(size=count).astype(np.float32),
@@ -76,7 +77,9 @@ def main(_):
             started = time.perf_counter()
             loss[name], padding[name] = update(name)
             print(f"{name}: first call, with compilation: {time.perf_counter() - started:.1f} s")
-        for _ in range(ROUNDS.value):  # In turn, so that a busy moment affects all of them.
+        for _ in range(
+            ROUNDS.value
+        ):  # Alternating, so that load on the machine affects all layouts.
             for name in LAYOUTS:
                 started = time.perf_counter()
                 update(name)
@@ -88,7 +91,7 @@ def main(_):
         "mean length": round(float(lengths.mean()), 1),
     }
     print(
-        f"{len(lengths)} sequences of {lengths.mean():.0f} tokens in the mean, {LENGTH.value} at most"
+        f"{len(lengths)} sequences of {lengths.mean():.0f} tokens on average, {LENGTH.value} at most"
     )
     print(
         f"{'':<10}{'padding':>9}{'tokens/s':>10}{'s':>8}{'by tokens is faster by':>25}{'loss':>14}"

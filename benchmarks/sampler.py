@@ -9,10 +9,10 @@ transformers (if torch is installed): its `generate` with the same weights, alte
 Recording: the same without logprobs and entropy, with the token alone.
 Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256. Static batches
 come from the same sampler, called with one batch of its slots at a time.
-Partial rollouts: responses of lognormal lengths, 32 tokens at the median and 256 at most. Without a
+Partial rollouts: responses with lognormal lengths, 32 tokens at the median and 256 at most. Without a
 budget, a step samples as many whole responses as there are slots. With a budget, it samples at most 32
-tokens of each response, continues what the step before has left unfinished, and begins new groups in
-the slots that this leaves free.
+tokens of each response, continues the unfinished responses of the previous step, and begins new groups
+in the free slots.
 Bandwidth (on GPU): decode steps of a 1.7B-shaped and a 4B-shaped model in bfloat16, relative to the time
 in which the memory delivers weights and caches once.
 """
@@ -192,7 +192,7 @@ def long_tail(model, compute, count=4):
 
 
 def partial_rollouts(model, compute, steps=8, budget=32):
-    """Returns figures, and lines to print, of steps that leave long responses to the next step."""
+    """Returns figures and printed lines for steps that leave long responses to the next step."""
     rng, samples = np.random.default_rng(0), SEQUENCES // 16
     prompts = rng.integers(1, 128, size=(steps * 16, PROMPT)).tolist()
     lengths = np.exp(rng.normal(np.log(32), 1, size=(len(prompts), samples)))

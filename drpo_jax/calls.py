@@ -93,8 +93,8 @@ def _warm_start(programs: Programs) -> list[Program]:
 def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
     """Returns the sampler's calls for all responses of a rollout.
 
-    A decode call runs `decode_steps` steps. With train.partial_tokens, the rows to prefill are as long
-    as those that continue a response; their number is that of a step that continues none.
+    A decode call runs `decode_steps` steps. With train.partial_tokens, prefilled rows are as long as
+    those of continued responses; their number is that of a step that continues none.
 
     Args:
       resident: name → the learner's arrays, which stay in device memory.

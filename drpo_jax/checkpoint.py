@@ -1,13 +1,13 @@
-"""Checkpoints through Orbax: saved asynchronously, verified, and restored onto any mesh.
+"""Checkpoints with Orbax: saved asynchronously, verified, and restored onto any mesh.
 
 The latest checkpoints and the best one are kept. A checkpoint maps the path of each leaf in the state
-(`model.blocks.attention.q_proj`) to its array, so that it can be read without this code and a mismatch
-names the leaf. All randomness of a run is a function of (seed, step): a resume needs the state, the step
-and what was sampled for later steps, and nothing else.
+(`model.blocks.attention.q_proj`) to its array. It can therefore be read without this code, and errors
+name the leaf that differs. All randomness of a run is a function of (seed, step), so a resume needs
+only the state, the step and the pending rollouts.
 
-Next to the arrays, a checkpoint holds the run's `config.json`, the steps whose metrics were logged by
-then (`logged.json`), what was sampled for later steps (`pending.npz`, if there is anything), and the
-digests of its files (`drpo_jax.digests`), which every restore verifies.
+Besides the arrays, a checkpoint contains the run's `config.json`, the steps whose metrics had been
+logged (`logged.json`), the pending rollouts, which were sampled for later steps (`pending.npz`, if
+there are any), and the digests of its files (`drpo_jax.digests`), which every restore verifies.
 """
 
 import contextlib
@@ -42,12 +42,12 @@ class Checkpoints:
     """The checkpoints of a run, in `directory`.
 
     Args:
-      directory: where the checkpoints are; the first save creates it.
-      keep: number of latest checkpoints that are kept, besides the best one; 1 counts as 2.
+      directory: directory of the checkpoints; the first save creates it.
+      keep: number of latest checkpoints to keep, in addition to the best one; 1 counts as 2.
       best_metric: name of a metric; the checkpoint with its highest value is the best one.
-      config: the run's config as JSON, of which every checkpoint gets a copy; "": none.
-      before_commit: called before every commit; raises if another process owns the run, or if files
-        that the checkpoint implies could not be written.
+      config: the run's config as JSON, copied into every checkpoint; "": none.
+      before_commit: called before every commit; raises an error if another process owns the run, or if
+        files that belong to the checkpoint could not be written.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The step of the latest checkpoint; None without any."""
+        """Returns the step of the latest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The steps with a checkpoint, ascending."""
+        """Returns the steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the highest `best_metric`; the latest one if none was evaluated."""
+        """Returns the step with the highest `best_metric`; the latest one if none was evaluated."""
         best = self._retention.best(self.steps())
         return self.latest_step() if best is None else best
 
@@ -106,13 +106,13 @@ class Checkpoints:
           step: number of completed steps.
           state: a pytree of arrays.
           metrics: the metrics of the step, which may contain `best_metric`.
-          logged: the steps whose metrics are in `metrics.jsonl`, durably.
-          pending: arrays on the host that later steps need; equal on all processes. They are written in
-            the background and must not change.
+          logged: the steps whose metrics are durably in `metrics.jsonl`.
+          pending: host arrays that later steps need; equal on all processes. They are written in the
+            background and must not be modified.
 
         Raises:
-          TrainingStopped: the disk is full, or another process owns the run; this may be noticed at the
-            next save only.
+          TrainingStopped: the disk is full, or another process owns the run; possibly raised only by
+            the next save.
         """
         metrics, best_metric = metrics or {}, self._retention.best_metric
         if step and "eval/avg" in metrics and best_metric not in metrics:
@@ -148,7 +148,7 @@ class Checkpoints:
         """Verifies and reads the checkpoint of `step`; every process calls it.
 
         Args:
-          like: a pytree of arrays or of `jax.ShapeDtypeStruct` with shardings. It may be a part of the
+          like: a pytree of arrays or of `jax.ShapeDtypeStruct` with shardings. It may be part of the
             saved state, for example {"model": …}; the rest is not read.
 
         Returns:
@@ -186,12 +186,12 @@ class Checkpoints:
             restored = self._manager.restore(step, args=arguments)
         except Exception as error:
             if digests.exist(self.directory / str(step)):
-                raise  # The files are whole, so this is another error.
+                raise  # The files are intact, so this is another error.
             raise self._damaged(step, _first_line(error)) from error
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
-        """Reads the latest whole checkpoint and sets later, damaged ones aside under another name.
+        """Reads the latest intact checkpoint and renames later, damaged ones.
 
         Only a process that owns the run may call it.
 
@@ -202,7 +202,7 @@ class Checkpoints:
           The step and the state; None if there is no checkpoint.
 
         Raises:
-          BadInput: there are checkpoints, but none is whole. They keep their names.
+          BadInput: there are checkpoints, but none is intact. They keep their names.
         """
         problems: dict[int, DamagedCheckpoint] = {}
         for step in reversed(self.steps()):
@@ -227,10 +227,10 @@ class Checkpoints:
         return None
 
     def set_aside(self, step: int, reason: str) -> str:
-        """Renames a checkpoint, so that the run continues from an older one; every process calls it.
+        """Renames a checkpoint so that the run continues from an older one; every process calls it.
 
         Args:
-          reason: a part of the new name.
+          reason: part of the new name.
 
         Returns:
           The new name, `STEP.REASON-1` or a higher number.
@@ -246,7 +246,7 @@ class Checkpoints:
         return name
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of an evaluation that took place after the checkpoint was saved."""
+        """Adds the metrics of an evaluation that ran after the checkpoint was saved."""
         best = float(metrics.get(self._retention.best_metric, math.nan))
         if math.isfinite(best):
             self._retention.add(step, best)
@@ -256,15 +256,15 @@ class Checkpoints:
             )
 
     def logged(self, step: int) -> list[int] | None:
-        """The steps in `metrics.jsonl` when the checkpoint of `step` was saved.
+        """Returns the steps in `metrics.jsonl` when the checkpoint of `step` was saved.
 
-        None if the checkpoint does not say so: an earlier version saved it, or the file is damaged.
+        None if they are unknown: an earlier version saved the checkpoint, or the file is damaged.
         """
         path = self.directory / str(step)
         return json.loads((path / LOGGED).read_text()) if digests.intact(path, LOGGED) else None
 
     def pending(self, step: int) -> dict[str, np.ndarray]:
-        """The `pending` arrays that the checkpoint of `step` was saved with; {} if there were none.
+        """Returns the `pending` arrays of the checkpoint of `step`; {} if there are none.
 
         `restore` verifies the file.
         """
@@ -291,9 +291,9 @@ class Checkpoints:
         self.close()
 
     def _make_room(self, step: int, needed: int) -> None:
-        """Deletes what retention deletes after this save anyway, if it would not fit otherwise.
+        """If space is short, deletes checkpoints that retention would delete after this save.
 
-        The latest checkpoint stays until the new one is complete.
+        The latest checkpoint is kept until the new one is complete.
 
         Args:
           needed: bytes of the state, without compression.
@@ -320,7 +320,7 @@ class Checkpoints:
         self._before_commit()
 
     def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
-        """Orbax's barrier; all processes digest what they wrote before Orbax's process 0 commits."""
+        """Orbax's barrier: all processes digest their files before Orbax's process 0 commits."""
         process = ocp.multihost.process_index()
         if "async_write_complete" in key:
             self._before_commit()
@@ -329,7 +329,7 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _temporary(self) -> Path:
-        """The directory of the save in progress; Orbax renames it at the commit on a disk only."""
+        """Returns the directory of the save in progress, which Orbax renames only on a disk."""
         temporary = self.directory / f"{self._saving}{digests.TEMPORARY}"
         return temporary if temporary.exists() else self.directory / str(self._saving)
 
@@ -337,7 +337,7 @@ class Checkpoints:
         """Waits for a save in progress, and makes its commit durable.
 
         Raises:
-          TrainingStopped: it failed for lack of space, or because another process owns the run.
+          TrainingStopped: the save failed because the disk is full or another process owns the run.
         """
         try:
             self._manager.wait_until_finished()
@@ -378,13 +378,13 @@ class Checkpoints:
                 raise self._damaged(step, part["problem"].item())
 
     def _unread(self, directory: Path, leaves: Mapping[str, Any]) -> set[str]:
-        """The files with array data for other processes only."""
+        """Returns the files whose array data only other processes read."""
         if multihost.process_count() == 1:
             return set()
         try:
             return {f"{ARRAYS}/{name}" for name in unread(directory / ARRAYS, leaves)}
         except (ValueError, LookupError, OSError):
-            return set()  # The index is damaged, and the digest of its file will say so.
+            return set()  # The index is damaged; the digest of its file reveals that.
 
     def _damaged(self, step: int, problem: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(
@@ -393,12 +393,12 @@ class Checkpoints:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps with a complete checkpoint, ascending; unlike `Checkpoints`, initializes no device."""
+    """Returns the steps with a complete checkpoint, ascending; initializes no device."""
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def last_complete(directory: Path) -> int | None:
-    """The step of the latest checkpoint with all its files; the contents of arrays are not read."""
+    """Returns the step of the latest checkpoint with all its files; does not read array data."""
     for step in reversed(saved_steps(directory)):
         path = directory / str(step)
         if not digests.damage(path, skip=digests.array_data(path)):
@@ -407,7 +407,7 @@ def last_complete(directory: Path) -> int | None:
 
 
 def _quiet(record: standard_logging.LogRecord) -> bool:
-    """Drops the traceback that Orbax logs of every error that it also raises."""
+    """Drops the traceback that Orbax logs for every error that it also raises."""
     return not (record.exc_info and "/orbax/" in record.pathname)
 
 
@@ -422,6 +422,6 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A tree path as dotted names, without the `value` below an `nnx.Param`."""
+    """Returns a tree path as dotted names, without the `value` below an `nnx.Param`."""
     names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
     return ".".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)

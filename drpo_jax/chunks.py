@@ -1,8 +1,8 @@
-"""Which files of a checkpoint hold the chunks of the arrays that this process reads.
+"""Finds the files of a checkpoint that contain the chunks of arrays that this process reads.
 
-Orbax stores every array in chunks, the shards with which it was saved. The index is a B-tree in
-TensorStore's OCDBT format, which maps each chunk of each array to a part of a file
-(https://google.github.io/tensorstore/kvstore/ocdbt/).
+Orbax stores every array in chunks, which are the shards at the time of saving. The index is a B-tree in
+TensorStore's OCDBT format (https://google.github.io/tensorstore/kvstore/ocdbt/). It maps each chunk of
+each array to a part of a file.
 """
 
 import json
@@ -16,11 +16,11 @@ from drpo_jax.storage import is_remote
 
 
 def unread(directory: Path, leaves: Mapping[str, Any]) -> set[str]:
-    """Returns the files that hold chunks of the arrays, but none that this process reads.
+    """Returns the files with array chunks, none of which this process reads.
 
     Args:
       directory: Orbax's directory of the arrays.
-      leaves: what is read, by path: arrays or `jax.ShapeDtypeStruct` with shardings.
+      leaves: the leaves to be read, by path: arrays or `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
       Names of files relative to `directory`.
@@ -41,7 +41,7 @@ def unread(directory: Path, leaves: Mapping[str, Any]) -> set[str]:
 
 
 def _index(directory: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yields the keys of the arrays' key-value store with their entries, in order."""
+    """Yields the keys of the arrays' key-value store and their entries, in order."""
     on_disk = {"driver": "file", "path": f"{directory}/"}
     base = ts.KvStore.open(f"{directory}/" if is_remote(directory) else on_disk).result()
 

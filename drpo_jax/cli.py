@@ -254,7 +254,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
     Raises:
       BadInput: Anything is wrong with the command line.
     """
-    argv = _locate_config(argv)  # Loads the objective of objective.path, whose fields are its own.
+    argv = _locate_config(argv)  # Loads objective.path, whose hyperparameters become fields.
     fields = field_types()
     _check_fields(argv, fields)
     try:
@@ -295,7 +295,7 @@ def _locate_config(argv: list[str]) -> list[str]:
 
 
 def _values_of(argv: list[str], field: str) -> list[str]:
-    """Returns the values that the command line sets a text field to; "" is left out."""
+    """Returns the nonempty values that the command line sets a text field to."""
     values = []
     for arg, following in zip(argv, [*argv[1:], ""]):
         match = re.fullmatch(rf"--?config\.{re.escape(field)}(=(.*))?", arg)

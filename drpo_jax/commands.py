@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "sft": Command(
         "drpo_jax.sft",
-        "Fine-tune on files, on the right responses of a run, or on demonstrations.",
+        "Fine-tune on files, on the correct responses of a run, or on demonstrations.",
         f"{RUN} [--from_rollouts=DIR]",
         (
             "drpo sft --config=configs/tiny.py --workdir=runs/warm",
@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "score": Command(
         "drpo_jax.score",
-        "Add a model's logprobs to a file of rollouts and compare them with the engine's.",
+        "Add a model's logprobs to a rollout file and compare them with the engine's.",
         f"{RUN} --rollouts=FILE --output=FILE.parquet",
         (
             "drpo score --config=configs/tiny.py --workdir=runs/tiny "

@@ -1,11 +1,11 @@
-"""Judges the same rollouts under several objectives.
+"""Evaluates several objectives on the same rollouts.
 
     drpo compare --config=configs/tiny.py --workdir=runs/tiny --rollouts=FILE --output=PAGE.html
 
-The model is a checkpoint of the run in the workdir, or that in model.path if the workdir holds no run.
-The file is Parquet (`learner.rollout_file`) or a rollout that a run saved. Prints a table of gradient
-norms, cosines, shares of masked and corrected tokens, and Σ|c| by µ; --output writes it as a
-self-contained page, and as JSON next to it.
+The model is a checkpoint of the run in the workdir, or model.path if the workdir contains no run. The
+file is Parquet (`learner.rollout_file`) or a saved rollout of a run. The command prints a table of
+gradient norms, cosines, fractions of masked and corrected tokens, and Σ|c| by µ. --output writes it as
+a self-contained page, and as JSON next to the page.
 """
 
 import json
@@ -44,13 +44,13 @@ def main(
     Args:
       config: a resolved config, whose advantage, aggregation and hyperparameters apply.
       workdir: directory of a run, or one without a run if model.path is set.
-      rollouts: the file of rollouts.
-      objectives: names in `OBJECTIVES`; None: all that a file has the arrays for.
+      rollouts: the rollout file.
+      objectives: names in `OBJECTIVES`; None: all whose arrays a file contains.
       output: the HTML file to write; None: none.
       step: step of the checkpoint; None: the latest.
 
     Raises:
-      BadInput: a flag is missing or wrong, the file breaks a rule, or there is no such model.
+      BadInput: a flag is missing or wrong, the file fails a check, or there is no such model.
     """
     if not rollouts:
         raise BadInput("--rollouts=FILE is missing, for example --rollouts=rollouts.parquet")
@@ -63,7 +63,7 @@ def main(
         advantage = file_advantages(rollout, config)
     if not advantage.any():
         raise BadInput(
-            f"{rollouts}: the rewards of every group are equal, so no objective has a gradient; give a "
+            f"{rollouts}: the rewards of every group are equal, so no objective has a gradient; use a "
             "file with mixed groups"
         )
     if config.train.overlong_filtering:
@@ -98,7 +98,7 @@ def main(
 
 def launch() -> None:
     """Defines the flags and runs `main`."""
-    rollouts = flags.DEFINE_string("rollouts", None, "File of rollouts to judge.")
+    rollouts = flags.DEFINE_string("rollouts", None, "Rollout file to compare on.")
     objectives = flags.DEFINE_list(
         "objectives", None, "Objectives to compare, separated by commas; default: all."
     )

@@ -1,8 +1,8 @@
-"""The same rollout under several objectives: gradients, cosines, and where the gradient comes from.
+"""Several objectives on the same rollout: gradients, cosines, and the tokens that contribute to them.
 
-All objectives are judged at the same π, the model's, against the same µ, the engine's, with the
-advantages and the aggregation of one config. Each costs one gradient pass; only its score coefficients
-differ (`inspection`).
+All objectives are evaluated with the model as π and the engine's logprobs as µ, with the advantages and
+the aggregation of one config. Each costs one gradient pass; only the score coefficients differ
+(`inspection`).
 """
 
 import dataclasses
@@ -40,14 +40,15 @@ BINS = tuple(f"{low}-{high}" for low, high in zip(MU_BINS, MU_BINS[1:]))
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What an objective makes of a rollout.
+    """The evaluation of an objective on a rollout.
 
     Attributes:
-      name: of the objective.
+      name: name of the objective.
       hyper: its hyperparameters with their values.
       norm: L2 norm of its gradient.
-      metrics: those of `objectives.weight_summary` that are means, NaN without any token.
-      cosines: with the gradient of each objective by name, itself included; NaN where one is zero.
+      metrics: the means of `objectives.weight_summary`; NaN for means over no tokens.
+      cosines: cosines with the gradients of all objectives by name, itself included; NaN if either is
+        zero.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Judgment:
 
     @property
     def setting(self) -> str:
-        """The hyperparameters in words; those that are off are left out."""
+        """The hyperparameters as text, without those that are off."""
         values = {k: v for k, v in self.hyper.items() if v is not None and v is not False}
         return ", ".join(f"{k} {v:g}" if v is not True else k for k, v in values.items())
 
@@ -67,11 +68,12 @@ def comparable(names: Sequence[str] | None, config: FrozenConfigDict) -> list[st
     """Returns the objectives to compare.
 
     Args:
-      names: the objectives; None: all that a file of rollouts has the arrays for, the config's first.
+      names: the objectives; None: all whose arrays a rollout file contains, the config's objective
+        first.
       config: a resolved config.
 
     Raises:
-      ValueError: a name is not in the table, occurs twice, or needs arrays that files lack.
+      ValueError: a name is unknown, occurs twice, or needs arrays that rollout files do not contain.
     """
     able = [name for name, row in OBJECTIVES.items() if "topk_logp" not in row.arrays]
     if names is None:
@@ -81,8 +83,8 @@ def comparable(names: Sequence[str] | None, config: FrozenConfigDict) -> list[st
             raise unknown("objective", name, OBJECTIVES)
         if name not in able:
             raise ValueError(
-                f"The objective {name!r} needs the logprobs of the most likely tokens, which files of "
-                "rollouts do not hold."
+                f"The objective {name!r} needs the logprobs of the most likely tokens, which rollout "
+                "files do not contain."
             )
         if name in names[:i]:
             raise ValueError(f"The objective {name!r} is listed twice.")
@@ -115,7 +117,7 @@ def hyper_of(name: str, config: FrozenConfigDict) -> dict[str, Any]:
     """Returns the hyperparameters of an objective for a comparison.
 
     A value that the config sets applies to every objective whose boundary limits the same quantity; the
-    others have their defaults. A budget per token, δ_b, is lowered to the boundary where it exceeds it.
+    others use their defaults. A budget per token, δ_b, is reduced to the boundary if it exceeds it.
     """
     row = OBJECTIVES[name]
     same = row.boundary == OBJECTIVES[config.objective.name].boundary
@@ -129,12 +131,12 @@ def hyper_of(name: str, config: FrozenConfigDict) -> dict[str, Any]:
 def compare_objectives(
     analysis: Analysis, model: Transformer, rollout: Rollout, names: Sequence[str]
 ) -> list[Judgment]:
-    """Judges a rollout under several objectives.
+    """Evaluates several objectives on a rollout.
 
-    Keeps the gradients of all of them at once, each as large as the float32 model.
+    Keeps all gradients in memory at the same time, each as large as the float32 model.
 
     Args:
-      analysis: of the config whose aggregation and hyperparameters apply.
+      analysis: the `Analysis` of the config whose aggregation and hyperparameters apply.
       model: the model to differentiate.
       rollout: from `Analysis.score`, with `advantage`. Without `old_logp`, π_old is the engine's µ.
       names: from `comparable`.

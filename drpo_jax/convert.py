@@ -1,7 +1,7 @@
 """Converts files of other programs and of runs.
 
 drpo convert FILE.gguf DIRECTORY      a llama.cpp model to a Hugging Face directory
-drpo convert FILE.npz FILE.parquet    a rollout that a run saved to a file of rollouts
+drpo convert FILE.npz FILE.parquet    a saved rollout to a rollout file
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from drpo_jax.storage import path_of
 
 
 def main(arguments: list[str]) -> None:
-    """Converts a file; `arguments` are the file and what to write.
+    """Converts a file; `arguments` are the source and the target.
 
     Raises:
       BadInput: An argument is missing, or the file cannot be converted.
     """
     if len(arguments) != 2:
         raise BadInput(
-            "give a GGUF file and the directory to write (drpo convert FILE.gguf DIRECTORY), or a saved "
-            "rollout and the file to write (drpo convert FILE.npz FILE.parquet)"
+            "specify a GGUF file and the output directory (drpo convert FILE.gguf DIRECTORY), or a "
+            "saved rollout and the output file (drpo convert FILE.npz FILE.parquet)"
         )
     with bad_input():
         source, target = map(path_of, arguments)
@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> None:
 
 
 def convert_rollout(source: Path, target: Path) -> None:
-    """Writes a rollout that a run saved as a Parquet file of rollouts.
+    """Writes a saved rollout as a Parquet rollout file.
 
     Raises:
-      ValueError: it is not such a rollout, or `target` does not end with .parquet.
+      ValueError: the source is not a saved rollout, or `target` does not end with .parquet.
       OSError: a file cannot be read or written.
     """
     if target.suffix != ".parquet":

@@ -2,11 +2,11 @@
 
 They are written before Orbax marks the checkpoint as complete. Every process reads back the array data
 that it wrote and writes `SHA256SUMS.process_1`, …; process 0 covers everything else, these files
-included, in `SHA256SUMS`. Every file is synchronized to the disk before it is read. On a disk, the
-command `sha256sum --check SHA256SUMS` inside a checkpoint repeats the check by hand.
+included, in `SHA256SUMS`. Every file is synchronized to the disk before it is read. On a local disk,
+`sha256sum --check SHA256SUMS` inside a checkpoint repeats the check manually.
 
-The two files that Orbax writes at the commit itself, `_CHECKPOINT_METADATA` and `commit_success.txt`,
-have no digest. They hold no part of the state.
+The two files that Orbax writes during the commit, `_CHECKPOINT_METADATA` and `commit_success.txt`, have
+no digest. They contain no part of the state.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ def write(directory: Path, process: int = 0, processes: int = 1) -> None:
     """Writes the digests of the files that a process is responsible for, and synchronizes them.
 
     Args:
-      directory: the checkpoint, complete but for the files of the commit.
+      directory: the checkpoint, complete except for the files of the commit.
       process: index of the process, as Orbax counts them.
-      processes: number of processes; process 0 comes last, when the others have returned.
+      processes: number of processes; process 0 calls this last, after the others have returned.
     """
     own = [name for name in _names(directory) if _owner(name, processes) == process]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -53,7 +53,7 @@ def write(directory: Path, process: int = 0, processes: int = 1) -> None:
 
 
 def exist(directory: Path) -> bool:
-    """Returns whether the checkpoint has digests; one of an earlier version does not."""
+    """Returns whether the checkpoint has digests; those of earlier versions have none."""
     return (directory / SUMS).exists()
 
 
@@ -62,11 +62,11 @@ def damage(directory: Path, skip: Collection[str] = ()) -> str:
 
     Args:
       directory: a checkpoint.
-      skip: names of files, relative to the directory, of which only the existence is checked.
+      skip: names of files, relative to the directory, that are only checked for existence.
 
     Returns:
-      What is wrong with the first damaged file; "" if all are whole, and for a checkpoint of an earlier
-      version, which has no digests.
+      What is wrong with the first damaged file; "" if all are intact, or if the checkpoint is of an
+      earlier version and has no digests.
     """
     if not exist(directory):
         return f"{SUMS} is missing" if _had_digests(directory) else ""
@@ -95,12 +95,12 @@ def intact(directory: Path, name: str) -> bool:
 
 
 def array_data(directory: Path) -> set[str]:
-    """Returns the names of the files that hold the bulk of a checkpoint: what processes wrote."""
+    """Returns the names of the files with array data, which are the bulk of a checkpoint."""
     return {name for name in _names(directory) if re.search(r"ocdbt\.process_\d+/d/", name)}
 
 
 def _names(directory: Path) -> Iterable[str]:
-    """The files below a checkpoint that have digests, relative to it, with "/"."""
+    """Returns the files of a checkpoint that have digests, as relative paths with "/"."""
     names = []
     for folder, _, files in epath.Path(directory).walk():
         below = os.path.relpath(str(folder), str(directory))
@@ -109,16 +109,17 @@ def _names(directory: Path) -> Iterable[str]:
 
 
 def _owner(name: str, processes: int) -> int:
-    """The process that writes the digest of a file."""
+    """Returns the process that writes the digest of a file."""
     match = re.search(r"ocdbt\.process_(\d+)/", name)
     process = int(match[1]) if match else 0
     return process if process < processes else 0
 
 
 def _had_digests(directory: Path) -> bool:
-    """Returns whether a checkpoint without digests was saved with them, as Orbax's metadata says.
+    """Returns whether a checkpoint that lacks digests was saved with them, according to Orbax's
+    metadata.
 
-    A directory without readable metadata counts as well, because it holds no whole checkpoint.
+    True for a directory without readable metadata, because it contains no complete checkpoint.
     """
     try:
         metadata = json.loads((directory / METADATA).read_text())
@@ -128,7 +129,7 @@ def _had_digests(directory: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Returns {name: digest} of a file of digests."""
+    """Reads a file of digests; returns {name: digest}."""
     lines = re.findall(r"^([0-9a-f]{64})  (.+)\n", text := path.read_text(), re.MULTILINE)
     if len(lines) != text.count("\n") or not lines or not text.endswith("\n"):
         raise ValueError(f"{path.name} is damaged")
@@ -136,7 +137,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _compare(directory: Path, name: str, digest: str | None) -> str:
-    """Returns what is wrong with a file; without a digest only whether it exists."""
+    """Returns what is wrong with a file; without a digest, only its existence is checked."""
     path = directory / name
     try:
         if digest is None:

@@ -56,7 +56,7 @@ class Analysis:
     Args:
       config: a resolved config.
       mesh: the device mesh.
-      programs: the programs of both.
+      programs: the compiled programs for both.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Analysis:
         loss_mask: np.ndarray,
         pack: bool = False,
     ):
-        """`Programs.batch` of N ≤ rows sequences, padded with empty ones."""
+        """Returns `Programs.batch` of N ≤ rows sequences, padded with empty ones."""
         empty = rows - len(rollout["tokens"])
         names = ("tokens", "prompt_lengths", "response_lengths")
         (tokens, prompt_lengths, response_lengths), inputs, loss_mask = jax.tree.map(
@@ -239,15 +239,15 @@ class Spread:
 def open_model(
     config: FrozenConfigDict, workdir: Path, step: int | None = None
 ) -> tuple[Run, Transformer, str]:
-    """Opens the model that a command analyses: a checkpoint in the workdir, or model.path.
+    """Opens the model that a command analyzes: a checkpoint in the workdir, or model.path.
 
     Args:
-      config: a resolved config, which may differ from the run's in everything but the model.
+      config: a resolved config; only its model must agree with the run's.
       workdir: directory of a run, or one without a run if model.path is set.
       step: step of the checkpoint; None: the latest.
 
     Returns:
-      The config's mesh, programs and tokenizer as a `Run`; the model; and where it was read.
+      The config's mesh, programs and tokenizer as a `Run`; the model; and its path.
 
     Raises:
       BadInput: there is no such model, or it does not fit the config.

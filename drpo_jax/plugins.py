@@ -25,10 +25,10 @@ class Plugin:
     """A named object in a source file. It can be pickled and loaded in another process.
 
     Attributes:
-      path: as the config names it, FILE.py:NAME or MODULE:NAME.
+      path: FILE.py:NAME or MODULE:NAME, as in the config.
       file: the source file.
-      source: the bytes of the file when it was found. Other processes execute these bytes, so a file
-        that changes during a run has no effect on it. They import a module as usual and compare.
+      source: the bytes of the file when it was found. Other processes execute these bytes, so changing
+        the file during a run has no effect. They import modules as usual and compare the source.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Plugin:
         return hashlib.sha256(self.source).hexdigest()[:16]
 
     def defines(self, function: Any) -> bool:
-        """Returns whether a function was defined in the source and only `load` can import it."""
+        """Returns whether a function is defined in the source, from where only `load` can import it."""
         return function.__module__ == self.module().__name__ and _is_file(self.path)
 
     def load(self) -> Any:
@@ -59,7 +59,7 @@ class Plugin:
         return member(self.module(), self.path)
 
     def module(self) -> ModuleType:
-        """Executes the source, once per process, and returns the module; raises as `load`."""
+        """Executes the source, once per process, and returns the module. Raises: as `load`."""
         place = self.path.rpartition(":")[0]
         if not _is_file(place):
             module = self._execute(lambda: importlib.import_module(place))
@@ -98,7 +98,7 @@ def find(path: str) -> Plugin:
     The packages around a module are imported.
 
     Raises:
-      ValueError: the path has another form, or there is no such file or module.
+      ValueError: the path is malformed, or there is no such file or module.
     """
     place, _, name = path.rpartition(":")
     if not place or not name.isidentifier():

@@ -265,9 +265,9 @@ def step_figures(measured: Sequence[Cost], chip: Chip, dtype: str) -> dict[str, 
 def step_limits(
     programs: Programs, listed: Sequence[Program], chip: Chip
 ) -> dict[str, float | None]:
-    """Returns the least seconds of decoding and of the updates of a rollout step, see `costs.limits`.
+    """Returns the hardware limits of decoding and of the updates of a rollout step, in seconds.
 
-    Both are None on a chip whose peak rates are unknown.
+    See `costs.limits`. Both are None on a chip whose peak rates are unknown.
     """
     config, devices = programs.config, programs.mesh.size
     if not chip.bandwidth:
@@ -303,9 +303,9 @@ def step_line(step: Mapping[str, Any], limits: Mapping[str, float | None]) -> st
     if decode is None or update is None:
         return "The lower bound on the time of a step is unknown."
     least = (
-        f"The limit of these chips, whatever the program, is {decode + update:.3g} s: decoding "
-        f"{decode:.3g} s, if every\nweight is read once per decode step and only live keys and values "
-        f"are, and updates {update:.3g} s, by their FLOPs."
+        f"The hardware limit, for any program, is {decode + update:.3g} s: {decode:.3g} s for "
+        f"decoding, if each step\nreads every weight once and only live keys and values, and "
+        f"{update:.3g} s for the updates at peak FLOP/s."
     )
     if not step["seconds"]:
         return least

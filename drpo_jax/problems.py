@@ -29,8 +29,7 @@ class Problems(NamedTuple):
     """The problems of a run.
 
     Attributes:
-      train: a procedural task, the problems of files and data sets, or several of them with weights;
-        None if they were not needed.
+      train: a procedural task, a list of problems, or several lists with weights; None if not needed.
       heldout: the problems to evaluate on.
       report: what was dropped and why, the n-grams that training and held-out problems share, and a
         hash of all problems, as text; empty for a procedural task.

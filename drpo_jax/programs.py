@@ -51,7 +51,7 @@ from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.sampler.checks import check_split
 from drpo_jax.weights import perturb, sampler_weights
 
-# The programs of a rollout step besides the samplers'.
+# The programs of a rollout step other than the samplers'.
 STEP_PROGRAMS = (
     "sync", "sync_exact", "perturbed", "rescore", "policy_update", "summarize", "mismatch",
 )  # fmt: skip
@@ -65,7 +65,7 @@ class Programs:
 
     Learner programs:
       init(key): a TrainState for supervised learning, sharded.
-      begin(model): the same for supervised learning that begins with `model`.
+      begin(model): the same for supervised learning that starts from `model`.
       restart(model): the TrainState of a policy run that begins with `model`.
       supervised_update(state, batch), policy_update(state, batch): one optimizer update of a
         mini-batch [P, T]. Both donate `state`. Returns: (TrainState, `learner.Report`).
@@ -100,10 +100,10 @@ class Programs:
       state_shardings: the shardings of the policy's TrainState.
       abstract_state, abstract_sft_state: both TrainStates as ShapeDtypeStructs with shardings.
       abstract_weights: the result of `sync` as ShapeDtypeStructs with shardings.
-      supervised_updates: number of updates of supervised learning, which its schedule spans.
+      supervised_updates: number of supervised updates; the schedule spans them.
       supervised_width: tokens of a row of supervised learning.
       sequences_per_update: N of a policy update.
-      update_shape: (P, T) of a policy update, as long as its batch has `sequences_per_update` sequences.
+      update_shape: (P, T) of a policy update with `sequences_per_update` sequences.
       micro_batch: rows of a micro-batch of a policy update.
       updates_per_epoch: mini-batches of a rollout.
 
@@ -155,7 +155,7 @@ class Programs:
         self._watch()
 
     def _watch(self):
-        """Lets the clock follow the programs of a rollout step."""
+        """Makes the clock track the programs of a rollout step."""
         self.clock = DeviceClock()
         for name in STEP_PROGRAMS:
             setattr(self, name, self.clock.watch(getattr(self, name)))
@@ -163,7 +163,7 @@ class Programs:
             sampler.programs = {n: self.clock.watch(p) for n, p in sampler.programs.items()}
 
     def _build_shapes(self):
-        """The shapes of the policy's updates, and whether the mesh divides all batches."""
+        """Sets the shapes of the policy's updates and checks that the mesh divides all batches."""
         train, sampler, shards = self.config.train, self.config.sampler, batch_shards(self.mesh)
         width = sampler.max_prompt_length + sampler.max_response_length
         self.micro_batch = train.micro_batch
@@ -356,8 +356,8 @@ class Programs:
           tokens: int32 [N, T], prompt and response without a gap.
           prompt_lengths, response_lengths: int32 [N], tokens.
           inputs: name → [N] or [N, R, …], see `learner.Batch`.
-          pack: lay the sequences out as the policy's updates do: by `train.micro_tokens` if it is set,
-            or several in a row if `train.pack` is.
+          pack: lay out the sequences as in policy updates: by `train.micro_tokens` if it is set, or
+            several per row if `train.pack` is set.
           routes: int16 [N, T, L, k], see `learner.Batch`.
           loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
 
@@ -383,7 +383,7 @@ class Programs:
 
         Args:
           tokens: int32 [N, supervised_width], prompt and response without a gap.
-          prompt_lengths, response_lengths: int32 [N], tokens; a row without an example has 1 and 0.
+          prompt_lengths, response_lengths: int32 [N], tokens; 1 and 0 for rows without an example.
           loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
         """
         sft = self.config.sft

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SCORE = "score.json"  # The score of a checkpoint, if it was measured after the save.
+SCORE = "score.json"  # The score of a checkpoint that was evaluated after the save.
 
 
 class Retention:
-    """A preservation policy of Orbax.
+    """A preservation policy for Orbax.
 
     Args:
-      directory: where the checkpoints are.
-      steps: those that exist; their scores are read.
-      keep: number of latest checkpoints to keep, besides the best one; 1 counts as 2.
-      best_metric: name of the metric; checkpoints without a finite value are never the best one.
+      directory: directory of the checkpoints.
+      steps: steps of the existing checkpoints, whose scores are read.
+      keep: number of latest checkpoints to keep, in addition to the best one; 1 counts as 2.
+      best_metric: name of the metric; a checkpoint without a finite value is never the best one.
     """
 
     def __init__(self, directory: Path, steps: Iterable[int], keep: int, best_metric: str):
@@ -24,29 +24,29 @@ class Retention:
         self._scores = {step: self._read(directory / str(step)) for step in steps}
 
     def add(self, step: int, score: float) -> None:
-        """Takes the score of a new checkpoint into account, NaN for none."""
+        """Records the score of a new checkpoint; NaN: none."""
         self._scores[step] = score
 
     def kept(self, steps: Iterable[int]) -> set[int]:
-        """Returns the steps to keep, out of those that have a checkpoint."""
+        """Returns the steps to keep, among those with a checkpoint."""
         steps = sorted(steps)
         best = self.best(steps)
-        # The last one is not known to be good before a later update was finite.
+        # The last checkpoint is known to be good only once a later update is finite.
         return {*steps[-max(self._keep, 2) :], *([] if best is None else [best])}
 
     def best(self, steps: Iterable[int]) -> int | None:
-        """Returns the step with the highest score, the latest of equals; None if none has a score."""
+        """Returns the step with the highest score, the latest among equals; None without scores."""
         scores = [(self._scores.get(step, math.nan), step) for step in steps]
         scored = [pair for pair in scores if math.isfinite(pair[0])]
         return max(scored)[1] if scored else None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns which checkpoints are kept, as Orbax asks for it."""
+        """Returns for each checkpoint whether to keep it; Orbax calls this."""
         kept = self.kept(info.step for info in checkpoints)
         return [info.step in kept for info in checkpoints]
 
     def _read(self, checkpoint: Path) -> float:
-        """The score with which a checkpoint was saved; NaN if there is none, or it is damaged."""
+        """Returns the score of a checkpoint; NaN if there is none or its file is damaged."""
         try:
             if (checkpoint / SCORE).exists():
                 return float(json.loads((checkpoint / SCORE).read_text()))

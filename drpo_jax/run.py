@@ -62,13 +62,13 @@ class Run:
       reward: the verifier, a row of `rewards.REWARDS`.
       train_problems: the stream of training problems; None for an evaluation.
       heldout: the problems to evaluate on.
-      examples: what the warm start learns from; None: the task's demonstrations, or nothing.
+      examples: the examples of the warm start; None: the task's demonstrations, or no warm start.
       report: what was dropped when the problems were loaded, see `problems.load`; may be "".
       mesh: the device mesh.
       programs: the functions that the run compiles.
-      replay: the files to learn from instead of sampling; None: the run samples.
+      replay: the rollout files to learn from instead of sampling; None: the run samples.
       reference: the model that a KL penalty refers to; None without a penalty.
-      writer: writes saved rollouts; they are complete before the next commit of a checkpoint.
+      writer: writes saved rollouts, which are complete before the next checkpoint is committed.
       check_owner: raises if another process owns the workdir; see `claim`.
       interrupts: the signals that ask the run to stop; see `claim`.
       changes: the config fields that changed since the last start, {path: [old, new]}; on the first
@@ -106,7 +106,7 @@ class Run:
           config: a resolved config.
           workdir: directory of the run; nothing is written there.
           train: False for an evaluation, which needs no training problems.
-          replay: directory of files to learn from instead of sampling.
+          replay: directory of rollout files to learn from instead of sampling.
 
         Raises:
           BadInput: the problems, the warm start, the mesh or the files do not fit the config.
@@ -208,10 +208,10 @@ class Run:
     def verification(
         self, index: int, problem: data.Problem, rollouts: Rollouts, own: bool
     ) -> Group:
-        """Starts verifying the responses to a problem, if that is this process's task.
+        """Starts verifying the responses to a problem, if this process is responsible for it.
 
         Args:
-          index: identifies the group among others.
+          index: index of the group.
           problem: the problem.
           rollouts: all responses to it.
           own: whether this process verifies them; False if another one does.
@@ -226,7 +226,7 @@ class Run:
 
 
 def _stream(config, problems) -> data.ProblemStream | data.Curriculum:
-    """Returns the stream of training problems, a curriculum if the config sets a window."""
+    """Returns the stream of training problems; a curriculum if the config sets a window."""
     stream, section = data.ProblemStream(problems, config.seed), config.data
     if (section.window_low, section.window_high) == (0, 1):
         return stream
@@ -272,10 +272,11 @@ def claim(run: Run) -> Iterator[Run]:
 
 
 def due(step: int, every: int) -> bool:
-    """Returns whether something happens at a step that happens every `every` steps.
+    """Returns whether `step` is a multiple of `every`.
 
     Args:
-      every: 0: never.
+      step: number of completed steps.
+      every: interval in steps; 0: never.
     """
     return bool(every) and step % every == 0
 
@@ -296,7 +297,7 @@ def keep_report(report: str, path: Path) -> None:
 
 
 def _check_plugins(config, reward, problems):
-    """Checks the reward by path on a problem, and that all processes have the same sources.
+    """Checks a reward plug-in on a problem, and that all processes have the same sources.
 
     Raises:
       BadInput: the reward fails, or the source of a plug-in differs between hosts.
@@ -326,7 +327,7 @@ def _check_plugins(config, reward, problems):
     ):
         if reward.per_token and conflicts:
             raise BadInput(
-                f"{field} takes the rewards of whole responses, but reward.path = "
+                f"{field} needs rewards per response, but reward.path = "
                 f"{config.reward.path!r} rewards tokens"
             )
     if config.reward.path and problems:
@@ -337,7 +338,7 @@ def _check_plugins(config, reward, problems):
 
 
 def _token_texts(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
-    """Returns the text of each token of each response, its stop token included."""
+    """Returns the text of each token of each response, including its stop token."""
     rows = [
         rollouts.tokens[i, start : start + length].tolist()
         for i, (start, length) in enumerate(

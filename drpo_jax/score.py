@@ -1,11 +1,11 @@
-"""Adds a model's logprobs to a file of rollouts, and compares them with the engine's.
+"""Adds a model's logprobs to a rollout file, and compares them with the engine's.
 
     drpo score --config=configs/tiny.py --workdir=runs/tiny --rollouts=FILE --output=SCORED.parquet
 
-The model is a checkpoint of the run in the workdir, or that in model.path if the workdir holds no run.
-The file is Parquet (`learner.rollout_file`) or a rollout that a run saved. The output is the same file
-with the columns `logp` and `entropy`; a table of the mismatch is printed, and written as JSON next to
-it.
+The model is a checkpoint of the run in the workdir, or model.path if the workdir contains no run. The
+file is Parquet (`learner.rollout_file`) or a saved rollout of a run. The output is the same file with
+the columns `logp` and `entropy`. The command prints a table of the mismatch and writes it as JSON next
+to the output.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(
     Args:
       config: a resolved config.
       workdir: directory of a run, or one without a run if model.path is set.
-      rollouts: the file of rollouts.
+      rollouts: the rollout file.
       output: the Parquet file to write.
       step: step of the checkpoint; None: the latest.
 

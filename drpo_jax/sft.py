@@ -1,9 +1,9 @@
 """Supervised learning: python -m drpo_jax.sft --config=configs/tiny.py --workdir=runs/warm
 
-Learns from chats or prompts with responses (`sft.files`), from the right responses of another run
-(`--from_rollouts=DIR`, which sets `sft.rollouts`), or from the task's demonstrations, and saves
-checkpoints that RL starts from with `--config.data.init_from=runs/warm`. Without data.init_from,
-`drpo_jax.train` does the same before RL.
+Trains on chats or prompts with responses (`sft.files`), on the correct responses of another run
+(`--from_rollouts=DIR`, which sets `sft.rollouts`), or on the task's demonstrations. RL starts from the
+saved checkpoints with `--config.data.init_from=runs/warm`. Without data.init_from, `drpo_jax.train`
+does the same before RL.
 """
 
 from pathlib import Path
@@ -20,13 +20,13 @@ from drpo_jax.evaluation import evaluate
 FROM_ROLLOUTS = flags.DEFINE_string(
     "from_rollouts",
     None,
-    "Learn from the right responses among the saved rollouts of the run in this directory "
+    "Train on the correct responses in the saved rollouts of the run in this directory "
     "(rejection sampling); sets sft.rollouts.",
 )
 
 
 def main(config: FrozenConfigDict, workdir: Path) -> None:
-    """Learns in `workdir` and prints the held-out accuracy.
+    """Trains in `workdir` and prints the held-out accuracy.
 
     Raises:
       BadInput: the config has no supervised updates or starts from another warm start, the examples are
@@ -36,7 +36,7 @@ def main(config: FrozenConfigDict, workdir: Path) -> None:
     if not has_warm_start(config):
         raise BadInput(
             "sft.steps = 0, sft.epochs = 0: set the number of supervised updates, or of passes over "
-            "sft.files"
+            "the examples"
         )
     if config.data.init_from:
         raise BadInput(

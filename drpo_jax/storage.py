@@ -99,14 +99,14 @@ def synchronize(path: Path) -> None:
 def pack_texts(
     texts: Iterable[str], errors: str = "surrogatepass"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns texts as arrays. A NumPy array of strings would pad each one to the length of the longest.
+    """Returns texts as arrays. A NumPy array of strings would pad each text to the longest one.
 
     Args:
       texts: N texts.
-      errors: how to encode lone surrogates, which UTF-8 does not have, see `str.encode`.
+      errors: handling of lone surrogates, which UTF-8 cannot encode; see `str.encode`.
 
     Returns:
-      All texts in UTF-8, uint8, and the end of each of them in bytes, int64 [N].
+      All texts in UTF-8, uint8, and the byte offset of each text's end, int64 [N].
     """
     encoded = [text.encode("utf-8", errors) for text in texts]
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
@@ -145,13 +145,13 @@ class BackgroundWriter:
         A slow disk thus slows the caller down, instead of filling the memory with what it is to write.
 
         Raises:
-          Exception: that of earlier work, if it failed.
+          Exception: the exception of an earlier task that failed.
         """
         self.wait()
         self._latest = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Returns once all work is done; may be called from several threads.
+        """Waits for all tasks; may be called from several threads.
 
         Raises:
           Exception: that of the work that failed.

@@ -6,8 +6,8 @@ and after training and a plot, and writes `learning.png`.
 With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
 one of them contributes to the gradient; the workdir is left unchanged.
 
-With --replay=DIR it learns from files of rollouts (`learner.rollout_file`) instead of sampling: those
-that a run saved, or another engine's.
+With --replay=DIR, it learns from rollout files (`learner.rollout_file`) instead of sampling. Runs save
+such files, and other engines can write them.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ EXPLAIN = flags.DEFINE_bool(
     "Make one update, print how one problem contributes to it, and leave the workdir unchanged.",
 )
 REPLAY = flags.DEFINE_string(
-    "replay", None, "Directory of files of rollouts to learn from instead of sampling."
+    "replay", None, "Directory of rollout files to learn from instead of sampling."
 )
 PROFILE = flags.DEFINE_string(
     "profile",
     "",
-    "Steps to trace for xprof, such as 3, or 3:5 for 3 to 5; written to profile/ in the workdir.",
+    "Steps to trace for xprof, such as 3, or 3:5 for steps 3 to 5; written to profile/ in the workdir.",
 )
 
 
@@ -57,7 +57,7 @@ def main(
       config: a resolved config.
       workdir: directory of the run.
       explained: explain one update instead, see `explain_batch`.
-      replay: directory of files of rollouts to learn from instead of sampling.
+      replay: directory of rollout files to learn from instead of sampling.
       profile: the steps to trace, see `loop.profile`.
 
     Raises:
@@ -66,7 +66,7 @@ def main(
     """
     if explained:
         if replay is not None:
-            raise BadInput("--explain_batch samples the batch that it explains; leave --replay out")
+            raise BadInput("--explain_batch samples the batch that it explains; remove --replay")
         if page := explain_batch(config, workdir):
             print(page)
         return

@@ -1,7 +1,7 @@
 """Two turns with a tool: python examples/two_turns.py [STEPS]
 
 A model with random weights learns to call a calculator. It writes a few tokens, the calculator appends
-the value of the last sum or difference among them, and the model goes on. The tokens of the calculator
+the value of the last sum or difference among them, and the model continues. The calculator's tokens
 carry no loss.
 """
 
@@ -24,9 +24,8 @@ from drpo_jax.rewards import last_integer
 from drpo_jax.run import NOISE, SAMPLE, Run
 from drpo_jax.sampler import Rollouts
 
-FIRST_TURN = (
-    8  # Tokens after which the calculator answers even if the model has not ended its turn.
-)
+# Tokens after which the calculator answers even if the model has not ended its turn.
+FIRST_TURN = 8
 CALL = re.compile(r"(\d+)([+-])(\d+)")
 
 
@@ -44,7 +43,7 @@ def get_config() -> FrozenConfigDict:
 
 
 def calculator(text: str) -> str:
-    """Returns what the tool appends to a first turn: the value of its last call, or a question mark."""
+    """Returns the tool's output after a first turn: the value of its last call, or a question mark."""
     calls = CALL.findall(text)
     if not calls:
         return "?\n"
@@ -65,7 +64,7 @@ def two_turns(run: Run, model: Transformer, step: int) -> tuple[Rollouts, np.nda
       step: number of completed steps, which determines problems and random numbers.
 
     Returns:
-      The responses, with the calculator's tokens inside, and their rewards, float32 [N].
+      The responses, including the calculator's tokens, and their rewards, float32 [N].
     """
     sampler, params, tokenizer = run.programs.sampler, run.programs.sampling_params, run.tokenizer
     sampler.load(run.programs.sync(model, run.key(step, NOISE)), version=step)
@@ -92,13 +91,13 @@ def two_turns(run: Run, model: Transformer, step: int) -> tuple[Rollouts, np.nda
 def update(
     run: Run, state: TrainState, rollouts: Rollouts, rewards: np.ndarray, step: int
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """Makes an update; only the tokens that the model sampled carry a loss.
+    """Runs an update in which only the tokens that the model sampled carry a loss.
 
     Args:
       state: donated.
 
     Returns:
-      The new state, and the learner's view of the tokens, float32 [N, R] by name.
+      The new state, and the update's trace of the tokens, float32 [N, R] by name.
     """
     inputs = objective_inputs(run, state.model, rollouts, rewards, step, rescore=False).arrays
     mask = make_loss_mask(run.config, rollouts)  # Without tokens of version −1.
@@ -107,7 +106,7 @@ def update(
 
 
 def main(steps: int) -> None:
-    """Trains for some steps and prints the reward, an example, and the share of the tool's tokens."""
+    """Trains for some steps; prints the reward, an example, and the fraction of the tool's tokens."""
     with tempfile.TemporaryDirectory() as directory:
         run = Run.create(get_config(), Path(directory))
         with jax.set_mesh(run.mesh):

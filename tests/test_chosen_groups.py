@@ -33,7 +33,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model receives for about half of its responses."""
+    """One device, and a reward that an untrained model earns for about half of its responses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         patch.setitem(rewards.REWARDS, "arithmetic", lambda p, text, a: float(len(text) % 2))
@@ -46,7 +46,7 @@ def config(**fields):
 
 
 def results(workdir):
-    """Metrics but times and compilations, and the saved rollouts."""
+    """Metrics except times and compilations, and the saved rollouts."""
     clocks = ("time/", "compile/", "tokens_per_second")
     records = [
         {k: v for k, v in record.items() if not k.startswith(clocks)}
@@ -67,7 +67,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, monkeypatch):
-    """The checkpoint holds rollouts that are ready, surplus and unfinished groups."""
+    """The checkpoint has ready rollouts, surplus groups and unfinished groups."""
     original = loop.rl_step
 
     def killed(run, collector, state, step, first):
@@ -112,11 +112,11 @@ def test_the_run_drops_carries_and_continues(whole):
     assert not any(r.get("sampling/returned") for r in records)
     assert all(r["reward/informative_groups"] == 1 for r in records[1:])
     versions = [set(row) - {-1} for r in rollouts for row in r["version"].tolist()]
-    assert max(map(len, versions)) > 1  # Responses that two versions of the weights have sampled.
+    assert max(map(len, versions)) > 1  # Two versions sampled some responses.
 
 
 def test_without_updates_the_groups_are_those_of_an_unbroken_sampler(tmp_path):
-    """Broken off every few tokens, or never: each draw has the same responses."""
+    """Interrupted every few tokens or never, each draw has the same responses."""
     run = loop.Run.create(config(), tmp_path)
     responses = {}
     with jax.set_mesh(run.mesh):

@@ -1,4 +1,4 @@
-"""The collector: what later steps need survives a checkpoint; damage to it is noticed."""
+"""The collector: its state survives a checkpoint, and damage to it is detected."""
 
 import shutil
 from types import SimpleNamespace

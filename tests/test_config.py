@@ -97,12 +97,12 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
         (
             {"train__micro_tokens": 512},
-            "train.micro_batch = 64, train.micro_tokens = 512: one of the two must be 0",
+            "train.micro_batch = 64, train.micro_tokens = 512: exactly one of the two must be 0",
         ),
         ({"train__micro_batch": 0}, "one of the two must be 0"),
         (
             {"train__micro_batch": 0, "train__micro_tokens": 20},
-            "must hold the longest prompt with the longest response",
+            "must be at least the longest prompt plus the longest response",
         ),
         (
             {"train__samples": 1, "train__micro_batch": 1},
@@ -111,7 +111,10 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"data__operations": "+/"}, "data.operations is '+/'"),
         ({"data__digits": 9}, "sampler.max_prompt_length"),
         ({"data__ids": "ids.txt"}, "set data.problems to the problems that the ids belong to"),
-        ({"data__window_low": 0.2}, "problems made from the seed never return; set data.problems"),
+        (
+            {"data__window_low": 0.2},
+            "the problems of a procedural task never recur; set data.problems",
+        ),
         (
             {"data__window_low": 0.8, "data__window_high": 0.2},
             "window_low must not exceed window_high",

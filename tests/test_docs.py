@@ -224,7 +224,7 @@ def test_the_messages_of_the_troubleshooting_page_exist():
 
 
 def test_the_page_on_plugins_shows_the_examples():
-    """Every function of the page is one of the files, which commands of the page name."""
+    """Every function on the page is in the example files that its commands name."""
     sources = "".join(
         (ROOT / f"examples/my_{x}.py").read_text("utf-8") for x in ("rewards", "objectives")
     )

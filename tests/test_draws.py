@@ -1,4 +1,4 @@
-"""Which groups a step learns from, with a sampler whose lengths and rewards are scripted."""
+"""The groups that a step learns from, with scripted lengths and rewards."""
 
 import random
 import threading
@@ -139,7 +139,7 @@ def copied(rollouts):
 
 
 class Reward(Isolated):
-    """Scripted rewards, which arrive after random times if `delays` is given."""
+    """Scripted rewards, which arrive after random delays if `delays` is set."""
 
     def __init__(self, script, delays=None):
         self.script, self.delays, self.per_token = script, delays, False
@@ -161,7 +161,7 @@ class Problems:
         self.observed = {}
 
     def observe(self, problems, reward):
-        """Notes verdicts by problem; a problem is observed once."""
+        """Records verdicts by problem; a problem is observed once."""
         assert self.observed.keys().isdisjoint(int(problem.id) for problem in problems)
         self.observed |= {
             int(problem.id): row for problem, row in zip(problems, reward, strict=True)
@@ -247,7 +247,7 @@ def check(rollout, script):
 
 
 def same(a, b):
-    """Whether two runs have learned from the same rollouts and have the same left."""
+    """Whether two runs learned from the same rollouts and have the same draws left."""
     assert a.learned == b.learned
     states = [[r.state() for r in steps.rollouts] + [steps.draws.state()] for steps in (a, b)]
     for one, two in zip(*states, strict=True):
@@ -327,7 +327,7 @@ def test_what_a_step_cannot_finish_begins_again_with_the_same_random_numbers():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_partial_rollouts_learn_from_the_first_groups_that_are_done(dynamic):
-    """A group of the next step is done if none of its responses needs more than the budget."""
+    """A group is complete in the next step if no response needs more than the budget."""
     script, budget = Script(seed=3), 6
     settings = config(
         train__dynamic_sampling=dynamic, train__partial_tokens=budget, train__max_draws=20
@@ -351,7 +351,7 @@ def test_partial_rollouts_learn_from_the_first_groups_that_are_done(dynamic):
     numbers = taken.flat()
     assert waited and len(set(numbers)) == len(numbers)
     ages = [len(set(row) - {-1}) for r in taken.rollouts for row in r.responses.version.tolist()]
-    assert max(ages) > 1  # tokens of several versions
+    assert max(ages) > 1  # Tokens of several versions.
 
 
 def test_waiting_groups_go_on_where_no_more_may_be_drawn():
@@ -393,7 +393,7 @@ def test_slow_verdicts_change_nothing(fields):
 
 @pytest.mark.parametrize("fields", [dict(train__dynamic_sampling=True), EVERYTHING])
 def test_the_draws_survive_a_checkpoint(fields):
-    """A run that is restored after any step goes on as if it had not been interrupted."""
+    """A run restored after any step continues as if it had not been interrupted."""
     script, settings = Script(seed=7), config(**fields)
     whole = Steps(make_run(script, settings)).take(6)
     broken = Steps(make_run(script, settings))
@@ -423,7 +423,7 @@ def test_an_abandoned_step_leaves_the_draws_as_they_were(monkeypatch):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_that_learn_from_equal_rewards(name):
-    """Some have a gradient at Â = 0, by a penalty without the factor |Â|."""
+    """Some have a gradient at Â = 0, from a penalty without the factor |Â|."""
     rng = np.random.default_rng(0)
     row = OBJECTIVES[name]
     arrays = {
@@ -464,7 +464,7 @@ def test_groups_with_equal_rewards_stay_where_they_have_a_gradient(fields, becau
     [
         (dict(train__samples=1, train__micro_batch=2), "set samples to at least 2"),
         (dict(train__shuffle_rewards=True), "the control experiment hides"),
-        (dict(train__partial_tokens=LONGEST), "at or above the limit of a response"),
+        (dict(train__partial_tokens=LONGEST), "at or above the length limit"),
         (dict(train__max_draws=0), "train.max_draws = 0"),
     ],
 )  # fmt: skip

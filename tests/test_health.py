@@ -1,4 +1,4 @@
-"""Sick runs are named once, with numbers and a field to change; healthy runs are not."""
+"""Each sign of trouble is reported once, with numbers and a field to change; healthy runs have none."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def healthy():
 
 
 def sick(name):
-    """A history in which one thing goes wrong after step 20, and how it does."""
+    """A history in which one sign appears after step 20."""
     records = healthy()[:60]
     for record in records[20:]:
         if name == "entropy":

@@ -377,7 +377,7 @@ def test_overlong_filtering_and_the_token_baseline(tmp_path, monkeypatch):
 
 
 def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
-    """Problems of two files, chosen by pass rates: a run killed after step 2 equals one that was not."""
+    """Problems of two files, selected by pass rates: a run killed after step 2 equals a whole one."""
     for name, sign in ("a", "+"), ("b", "-"):
         lines = [{"prompt": f"{i}{sign}1=", "answer": f"{i}", "id": f"p{i}"} for i in range(1, 6)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

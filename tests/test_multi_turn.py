@@ -1,4 +1,4 @@
-"""The two-turn example: where its tokens come from, and that the tool's tokens carry no loss."""
+"""The two-turn example: the sources of its tokens, and no loss at the tool's tokens."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""Plug-ins by path: how they are found, and how a config, a command line and a run hold them."""
+"""Plug-ins: how they are found, and how configs, command lines and runs use them."""
 
 import json
 import pickle
@@ -163,7 +163,7 @@ def test_a_changed_source_must_be_accepted(files):
     Path("mine.py").write_text(REWARD + "\n# changed\n")
     changed = C.resolve(own())
     new = changed.reward.source
-    message = f"reward.source: '{old}' -> '{new}'.*--config.train.accept_source={new} to go on"
+    message = f"reward.source: '{old}' -> '{new}'.*--config.train.accept_source={new} to continue"
     with pytest.raises(BadInput, match=re.compile(message, re.DOTALL)):
         claim_workdir(files / "run", changed)
     with pytest.raises(BadInput, match="accept_source"):
@@ -187,7 +187,7 @@ def test_a_list_of_a_file_without_a_name_says_what_is_missing(files):
 
 
 def test_a_run_is_read_without_its_plugins(files):
-    """An export or a report does not execute what a config.json names."""
+    """Exports and reports do not execute the plug-ins of a config.json."""
     claim_workdir(files / "run", C.resolve(own()))
     for table in (OBJECTIVES, REWARDS):
         table.pop("gained", None), table.pop("short", None)

@@ -1,4 +1,4 @@
-"""Runs with plug-ins: the same equations by path yield the same numbers as the rows of the table."""
+"""Runs with plug-ins: equations by path yield the same numbers as rows of the table."""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ same = Objective(equation, boundary="probability")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, compile_quickly):
-    """A function that makes two steps with changed fields (a__b for a.b) and returns the workdir."""
+    """A function that runs two steps with changed fields (a__b for a.b) and returns the workdir."""
     folder = tmp_path_factory.mktemp("plugins")
     (folder / "mine.py").write_text(FILE)
     (folder / "objectives.py").write_text(OBJECTIVE)

@@ -81,7 +81,7 @@ def test_eight_cpu_devices(tmp_path):
 
 
 def test_partial_rollouts_prefill_prompt_and_response():
-    """The rows of prompts grow by the response, and so does the memory that they take."""
+    """Prefilled rows grow by the response, and so does their memory."""
     whole, partial = (
         {p.name: p for p in preflight.program_list(new_programs(train__partial_tokens=tokens))}
         for tokens in (0, 8)
@@ -286,7 +286,7 @@ DELTA_NET = {
     ids=["dense", "mixture", "hybrid"],
 )
 def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
-    """Rings that exceed a core's own memory are read whole, weights once, states are also written."""
+    """Rings larger than a core's memory are read whole, weights once; states are also written."""
     if not has_libtpu():
         pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
     changed = {

@@ -123,7 +123,7 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
 
 
 def test_both_choose_the_same_groups(tmp_path):
-    """Each process verifies every second draw; what is dropped, carried and continued is the same."""
+    """Each process verifies every second draw; both drop, carry and continue the same groups."""
     fields = "train.dynamic_sampling=True train.partial_tokens=12 sampler.decode_steps=8".split()
     runs = [tmp_path / "one", tmp_path / "two"]
     for processes, workdir in enumerate(runs, 1):

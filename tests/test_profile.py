@@ -1,4 +1,4 @@
-"""Which steps --profile traces, and what becomes of runs that end early or resume later."""
+"""The steps that --profile traces, also in runs that end early or resume later."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run that learns from the rollouts of another one: the same bits, and refusals of other files."""
+"""A run that learns from the rollouts of another run: the same bits, and errors for other files."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def config(**fields):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model receives as well."""
+    """One device, and a reward that an untrained model earns, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         reward = lambda prompt, text, answer: float(len(text) % 2)  # noqa: E731
@@ -59,7 +59,7 @@ def source(tmp_path_factory):
 
 
 def learned(workdir):
-    """The records without times, and without what only sampling and verifying measure."""
+    """The records without times and without the metrics of sampling and verification."""
     other = ("time/", "compile/", "tokens_per_second", "sync/", "sampler/")
     other += ("reward/limited", "reward/lost", "reward/retries")
     records = read_metrics(workdir)
@@ -114,7 +114,7 @@ def test_the_files_of_a_replay_are_those_that_it_began_with(source, tmp_path):
     shutil.rmtree(again / "checkpoints" / "2")
     with pytest.raises(BadInput, match="this run samples; resume it without --replay=DIR"):
         loop.train(config(), again, files)
-    with pytest.raises(BadInput, match="routing_replay = True: files of rollouts do not hold"):
+    with pytest.raises(BadInput, match="routing_replay = True: rollout files do not contain"):
         loop.train(config(model__experts=2, model__experts_per_token=1, model__expert_size=32,
                           model__mlp_size=0, train__routing_replay=True), workdir, files)  # fmt: skip
     with pytest.raises(BadInput, match="'dppo_topk_tv': it needs the logprobs of the most likely"):
@@ -242,7 +242,7 @@ def test_steps_take_the_groups_in_turn_and_begin_anew(tmp_path):
 
 
 def test_a_directory_that_is_no_replay_is_said(tmp_path):
-    with pytest.raises(ValueError, match="there is no such directory; --replay=DIR holds"):
+    with pytest.raises(ValueError, match="no such directory; --replay=DIR takes"):
         Replay.open(tmp_path / "nowhere", LIMITS, 2)
     (tmp_path / "rollouts").mkdir()
     with pytest.raises(
@@ -301,7 +301,7 @@ def test_processes_that_read_other_files_are_named(monkeypatch):
 
 
 def test_explaining_a_batch_takes_no_replay(tmp_path):
-    with pytest.raises(BadInput, match="--explain_batch samples .*; leave --replay out"):
+    with pytest.raises(BadInput, match="--explain_batch samples .*; remove --replay"):
         train.main(config(), tmp_path, explained=True, replay="files")
 
 

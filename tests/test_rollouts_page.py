@@ -1,4 +1,4 @@
-"""The guide to files of rollouts: its table, and its snippets on the objects of vLLM and SGLang."""
+"""The guide to rollout files: its table, and its snippets with the objects of vLLM and SGLang."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def check(path, rows, snippets):
     assert rollout["version"].tolist()[3] == [8, 8, -1]
 
 
-# Of every response: text, token ids, logprobs, finish reason.
+# For each response: text, token ids, logprobs, finish reason.
 RESPONSES = [
     [("4", [4, 0], [-0.5, -0.25], "stop"), ("55", [5, 5], [-1.5, -2.5], "length")],
     [("7", [7, 7, 0], [-1, -1, -1], "stop"), ("6", [6, 0], [-0.5, -0.5], "stop")],
@@ -45,7 +45,7 @@ PROMPTS = [[11, 12], [13, 14]]
 
 
 def test_the_snippet_for_vllm(tmp_path, snippets):
-    """The dict of a position also has more likely tokens, if the sampling parameters ask for them."""
+    """The dict of a position may also have more likely tokens, depending on the sampling parameters."""
 
     def completion(text, ids, logps, reason):
         sampled = [

@@ -51,7 +51,7 @@ def config(files, **fields):
 
 
 def learn(config, workdir):
-    """Makes the warm start; returns its weights and its records without clocks."""
+    """Runs the warm start; returns its weights and its records without times."""
     run = Run.create(config, workdir)
     with loop.claim(run) as run, jax.set_mesh(run.mesh):
         model = jax.device_get(loop.make_warm_start(run))
@@ -107,7 +107,7 @@ def test_packing_changes_no_loss(whole, files, tmp_path):
 
 
 def test_only_tokens_that_are_learned_count(files, tmp_path):
-    """The likelihood of a batch is the sum over its learned tokens, in any row and beside any other."""
+    """The likelihood of a batch is the sum over its tokens with a loss, in any row and packing."""
     run = Run.create(config(files), tmp_path)
     prompt, response = run.tokenizer.encode("1+1="), run.tokenizer.response("#2")
     with jax.set_mesh(run.mesh):
@@ -143,7 +143,7 @@ def test_other_examples_are_refused(whole, files):
     extra = Path(files).with_name("c.jsonl")
     extra.write_text('{"prompt": "1+1=", "response": "#2"}\n')
     try:
-        with pytest.raises(BadInput, match="no longer those that the warm start began with"):
+        with pytest.raises(BadInput, match="differ from those that the warm start began with"):
             learn(config(files), workdir)
     finally:
         extra.unlink()

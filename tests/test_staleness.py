@@ -1,4 +1,4 @@
-"""train.staleness: which weights sample a rollout, resuming with pending rollouts, what is measured."""
+"""train.staleness: the sampling weights, resuming with pending rollouts, and the metrics."""
 
 import contextlib
 import shutil
@@ -23,7 +23,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model receives as well."""
+    """One device, and a reward that an untrained model earns, too."""
     with pytest.MonkeyPatch.context() as patch:
         one = partial(make_mesh, devices=jax.devices()[:1])
         patch.setattr("drpo_jax.run.make_mesh", one)
@@ -44,7 +44,7 @@ def config(staleness, steps=STEPS):
 
 
 def records(workdir):
-    """The records without what differs between two equal runs: times and compilations."""
+    """The records without times and compilations, which differ between equal runs."""
     clocks = ("time/", "compile/", "tokens_per_second")
     return [
         {name: value for name, value in record.items() if not name.startswith(clocks)}
@@ -126,14 +126,14 @@ def checkpoint(workdir, step):
 
 
 def test_rollouts_that_are_missing_are_sampled_with_the_current_weights(runs, tmp_path):
-    """A run whose train.steps was raised has sampled nothing beyond its old end."""
+    """A run whose train.steps is raised has sampled nothing beyond its previous end."""
     workdir = shutil.copytree(runs[2], tmp_path / "run")
     loop.train(config(2, steps=STEPS + 2), workdir)
     assert [r["staleness/max"] for r in records(workdir)[1:]] == [0, 1, 2, 2, 0, 1]
 
 
 def test_the_parts_of_the_mismatch(runs):
-    """Sampler and learner agree to rounding; age and drift are what the updates have moved."""
+    """Sampler and learner agree up to rounding; age and drift are the effect of the updates."""
     for step in (2, 4):
         record = records(runs[2])[step]
         assert record["mismatch/logp_real"] < 2e-6 < 1e-3 < record["mismatch/logp_age"]

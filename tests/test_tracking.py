@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per workdir over all starts, its config, metrics and summary."""
+"""Weights & Biases: one run per workdir across all starts, with config, metrics and summary."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from drpo_jax.errors import BadInput
 
 
 class Project:
-    """Stands for the package wandb: remembers what it receives."""
+    """A fake wandb package that records its inputs."""
 
     def __init__(self):
         self.starts, self.records, self.axes, self.finished = [], [], [], 0

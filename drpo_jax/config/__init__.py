@@ -11,7 +11,7 @@ Every field is one row in the `settings.py` of the package that uses it (see `dr
     sections    all sections together; nested and flat forms
     checks      ranges, and the rules between sections
     objective   the objective's hyperparameters and boundary
-    plugins     rewards and objectives by path
+    plugins     rewards and objectives that the config names by path
     resolve     derived fields
     workdir     config.json
     variants    what follows the colon in --config=FILE:VARIANT

@@ -156,34 +156,34 @@ def _batches(check: Check) -> None:
     check.require(
         (check[rows] == 0) != (check[tokens] == 0),
         f"{rows} {tokens}",
-        "one of the two must be 0, the other one sets the size of a forward and backward pass",
+        "exactly one of the two must be 0; the other sets the size of a forward and backward pass",
     )
     lengths = "sampler.max_prompt_length", "sampler.max_response_length"
     width = sum(check[f] for f in lengths)
     check.require(
         0 == check[tokens] or check[tokens] >= width,
         " ".join([tokens, *lengths]),
-        f"{tokens} must hold the longest prompt with the longest response, {width} tokens",
+        f"{tokens} must be at least the longest prompt plus the longest response, {width} tokens",
     )
 
 
 def _groups(check: Check) -> None:
-    """Dynamic sampling compares the rewards of a group; a budget of tokens ends before the limit."""
+    """Dynamic sampling compares rewards within a group; a token budget is below the length limit."""
     dynamic = check["train.dynamic_sampling"]
     check.require(
         not dynamic or check["train.samples"] >= 2,
         "train.dynamic_sampling train.samples",
-        "the rewards of a group are compared; set samples to at least 2",
+        "dynamic sampling compares the rewards of a group; set samples to at least 2",
     )
     check.require(
         not (dynamic and check["train.shuffle_rewards"]),
         "train.dynamic_sampling train.shuffle_rewards",
-        "groups would be chosen by the rewards that the control experiment hides; set one of them",
+        "groups would be selected by the rewards that the control experiment hides; set only one",
     )
     check.require(
         check["train.partial_tokens"] < check["sampler.max_response_length"],
         "train.partial_tokens sampler.max_response_length",
-        "a budget at or above the limit of a response has no effect; set 0, or a lower one",
+        "a budget at or above the length limit has no effect; set 0 or a smaller budget",
     )
 
 
@@ -321,7 +321,7 @@ def _problems(check: Check) -> None:
     check.require(
         problems or (check["data.window_low"], check["data.window_high"]) == (0, 1),
         f"{window} data.problems",
-        "problems made from the seed never return; set data.problems, or the window from 0 to 1",
+        "the problems of a procedural task never recur; set data.problems, or the window from 0 to 1",
     )
     check.require(
         check["reward.overlong_buffer"] <= check["sampler.max_response_length"],
@@ -377,26 +377,26 @@ def _text(check: Check) -> None:
 
 
 def _examples(check: Check) -> None:
-    """Supervised learning has one source of examples, and one bound on its updates."""
+    """Supervised learning has one source of examples, and one limit on its updates."""
     files, rollouts = check["sft.files"], check["sft.rollouts"]
     steps, epochs = check["sft.steps"], check["sft.epochs"]
     check.require(not (files and rollouts), "sft.files sft.rollouts", "set only one of the two")
     check.require(not (steps and epochs), "sft.steps sft.epochs", "set one of the two to 0")
     if files or rollouts:
         source = "sft.files" if files else "sft.rollouts"
-        right = "set sft.epochs, the passes over the examples, or sft.steps"
+        right = "set sft.epochs, the number of passes over the examples, or sft.steps"
         check.require(steps or epochs, f"{source} sft.epochs sft.steps", right)
     else:
         right = "only sft.files and sft.rollouts have epochs and held-out examples"
         for field in ("sft.epochs", "sft.heldout", "sft.heldout_files"):
             check.require(not check[field], f"{field} sft.files sft.rollouts", right)
-    right = "set one of the two: a share of the examples, or files of their own"
+    right = "set only one of the two: a fraction of the examples, or separate files"
     both = check["sft.heldout"] and check["sft.heldout_files"]
     check.require(not both, "sft.heldout sft.heldout_files", right)
 
 
 def _learns_demonstrations(check: Check) -> bool:
-    """Whether supervised learning is on the demonstrations of the task."""
+    """Whether supervised learning uses the demonstrations of the task."""
     return bool(check["sft.steps"] and not (check["sft.files"] or check["sft.rollouts"]))
 
 

@@ -55,7 +55,7 @@ def boundary(config: Mapping[str, Any]) -> float:
 
 
 def learns_from_equal_rewards(config: Mapping[str, Any]) -> str:
-    """Returns the field because of which groups with equal rewards have a gradient, or ""."""
+    """Returns the field that gives groups with equal rewards a gradient, or ""."""
     values = flatten(config)
     reasons = {
         "objective.name": OBJECTIVES[values["objective.name"]].always_penalizes,

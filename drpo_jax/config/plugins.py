@@ -1,4 +1,4 @@
-"""Rewards and objectives that a config names by path: loaded, and entered into their tables."""
+"""Loads the rewards and objectives that a config names by path, and adds them to their tables."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -12,13 +12,13 @@ from drpo_jax.rewards.by_path import load_reward
 
 
 def with_plugins(values: Mapping[str, Any], explicit: Collection[str] = ()) -> dict[str, Any]:
-    """Returns flat fields in which the plug-ins set the name and source of their sections.
+    """Returns flat fields with the names and sources of the plug-ins filled in.
 
-    The hyperparameters of an objective by path become fields, which are None where they are missing.
-    Fields that are missing or have the wrong type are left for `checks.check_fields`.
+    The hyperparameters of an objective plug-in become fields; missing ones are None.
+    `checks.check_fields` reports other fields that are missing or have the wrong type.
 
     Args:
-      values: flat fields, not checked.
+      values: flat fields, unchecked.
       explicit: dotted names of the fields that were set on the command line.
 
     Raises:
@@ -44,10 +44,10 @@ def with_plugins(values: Mapping[str, Any], explicit: Collection[str] = ()) -> d
 
 
 def load_plugin(section: str, path: str) -> Plugin:
-    """Loads the plug-in that the field `path` of a section names, and enters it into the table.
+    """Loads the plug-in that the field `path` of a section names, and adds it to the table.
 
     Raises:
-      BadInput: it cannot be loaded; names the field.
+      BadInput: it cannot be loaded; the message names the field.
     """
     try:
         return LOADERS[section](path)
@@ -57,7 +57,7 @@ def load_plugin(section: str, path: str) -> Plugin:
 
 
 def _load_objective(path: str) -> Plugin:
-    """Loads an objective whose hyperparameters have names that the section leaves free."""
+    """Loads an objective; its hyperparameters must not have the names of fields of the section."""
     return load_objective(path, {field.name for field in dataclasses.fields(ObjectiveSettings)})
 
 

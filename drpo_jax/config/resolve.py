@@ -22,9 +22,9 @@ def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> Frozen
     """Returns a validated, frozen copy of a config with its derived fields filled in.
 
     Derived fields are the architecture, from model.path; name and source of a reward or an objective
-    by path, which are loaded here; the objective's hyperparameters, from
-    objective.threshold or their defaults; reward.name; objective.horizon; sampler.top_logprobs.
-    Resolving a resolved config changes nothing.
+    that is loaded from a path; the objective's hyperparameters, from objective.threshold or their
+    defaults; reward.name; objective.horizon; sampler.top_logprobs. Resolving a resolved config changes
+    nothing.
 
     model.path sets the architecture; the config file's own values apply to runs without a
     checkpoint. Only fields that the user set explicitly must agree with it.
@@ -56,7 +56,7 @@ def resolve(config: Mapping[str, Any], explicit: Collection[str] = ()) -> Frozen
 
 
 def has_warm_start(config: Mapping[str, Any]) -> bool:
-    """Returns whether a nested config asks for supervised learning."""
+    """Returns whether a nested config requests supervised learning."""
     return bool(config["sft"]["steps"] or config["sft"]["epochs"])
 
 

@@ -35,7 +35,7 @@ class TrainSettings:
     micro_tokens: int = field(
         0,
         "Token positions per forward and backward pass, padding included, on all devices together. Rows "
-        "are packed, and their width follows the lengths of the responses. 0: see micro_batch.",
+        "are packed, and their width adapts to the lengths of the responses. 0: see micro_batch.",
         NOT_NEGATIVE,
     )
     pack: bool = field(
@@ -47,23 +47,23 @@ class TrainSettings:
     epochs: int = field(1, "Passes over each rollout.", POSITIVE)
     dynamic_sampling: bool = field(
         False,
-        "Replace groups whose rewards are all equal, until the rollout holds train.prompts others.",
+        "Replace groups whose rewards are all equal, until the rollout has train.prompts other groups.",
     )
     max_draws: int = field(
         4,
-        "Most problems of a step with dynamic_sampling or partial_tokens, in multiples of "
-        "train.prompts; those that earlier steps left count as well.",
+        "Maximum number of problems per step with dynamic_sampling or partial_tokens, in multiples of "
+        "train.prompts; those carried over from earlier steps count as well.",
         POSITIVE,
     )
     keep_surplus: bool = field(
         True,
-        "Complete groups that do not fit into the rollout stay for the next one, instead of being "
-        "dropped.",
+        "Carry complete groups that do not fit into the rollout over to the next one, instead of "
+        "dropping them.",
     )
     partial_tokens: int = field(
         0,
-        "Tokens that a response gets per step; the next steps continue it with their weights. 0: "
-        "every response ends in the step that begins it.",
+        "Token budget of a response per step; later steps continue it with their weights. 0: every "
+        "response ends in the step that begins it.",
         NOT_NEGATIVE,
     )
     max_skipped: int = field(
@@ -74,8 +74,8 @@ class TrainSettings:
     )
     accept_source: str = field(
         "",
-        "Hash of a changed source of reward.path or objective.path with which the run may be resumed; "
-        "several are separated by commas.",
+        "Hash of the changed source of reward.path or objective.path that the run may resume with; "
+        "commas separate several hashes.",
         **OPERATIONAL,
     )
     save_rollout_every: int = field(
@@ -86,8 +86,8 @@ class TrainSettings:
     )
     staleness: int = field(
         0,
-        "Steps k by which rollouts are older than the policy: step t learns from responses of the "
-        "weights after step t - k, and the first k steps from those of the initial weights.",
+        "Number of steps k that rollouts lag behind the policy: step t learns from responses that the "
+        "weights after step t - k sampled, and the first k steps from those of the initial weights.",
         NOT_NEGATIVE,
     )
     overlong_filtering: bool = field(
@@ -109,35 +109,35 @@ class SftSettings:
     )
     epochs: int = field(
         0,
-        "Passes over the examples of files or rollouts, each in an order of its own; 0: steps.",
+        "Passes over the examples of files or rollouts, each in a different order; 0: steps.",
         NOT_NEGATIVE,
     )
     files: str = field(
         "",
-        "Chats or prompts with responses to learn from: a file (.jsonl or .parquet), or several by a "
-        "pattern such as chats/*.parquet. Empty: rollouts, or the task's demonstrations.",
+        "Training examples, chats or prompts with responses: one file (.jsonl or .parquet), or several "
+        "by a pattern such as chats/*.parquet. Empty: rollouts, or the task's demonstrations.",
     )
     rollouts: str = field(
-        "", "Workdir of a run whose saved rollouts are learned from: its right responses."
+        "", "Workdir of a run. The correct responses in its saved rollouts are the examples."
     )
-    min_reward: float = field(1.0, "Lowest reward of a right response (rollouts).")
+    min_reward: float = field(1.0, "Minimum reward of a correct response (rollouts).")
     per_problem: int = field(
-        4, "Most responses to one problem (rollouts); 0: no limit.", NOT_NEGATIVE
+        4, "Maximum number of responses to one problem (rollouts); 0: no limit.", NOT_NEGATIVE
     )
     turns: str = field(
         "all",
-        "Turns of the assistant that are learned from a chat: all, each after the messages before it, "
-        "or the last.",
+        "Assistant turns of a chat that become examples: all, each with the preceding messages as its "
+        "prompt, or only the last.",
         ("all", "last"),
     )
     heldout: float = field(
-        0.0, "Share of the examples that is held out to measure its loss.", BELOW_ONE
+        0.0, "Fraction of the examples that is held out to measure the loss on it.", BELOW_ONE
     )
-    heldout_files: str = field("", "Held-out examples from files of their own, as in files.")
+    heldout_files: str = field("", "Separate files with held-out examples, in the format of files.")
     max_length: int = field(
         0,
-        "Tokens of prompt and response; longer examples are dropped. 0: sampler.max_prompt_length + "
-        "sampler.max_response_length.",
+        "Maximum tokens of prompt plus response; longer examples are dropped. 0: "
+        "sampler.max_prompt_length + sampler.max_response_length.",
         NOT_NEGATIVE,
     )
     pack: bool = field(False, "Pack several examples into each row of an update.")
@@ -216,7 +216,7 @@ class LogSettings:
 
     wandb: str = field(
         "",
-        "Project in Weights & Biases that also receives the metrics; empty: none. Needs the package "
+        "Weights & Biases project that also receives the metrics; empty: none. Requires the package "
         "wandb.",
         **OPERATIONAL,
     )

@@ -32,7 +32,7 @@ def from_json(text: str) -> ConfigDict:
       BadInput: the text is not a JSON object, or has unknown fields or values of the wrong type.
     """
     values = _parse_json(text, "the config")
-    # An objective by path has hyperparameters of its own, which are fields only while it is loaded.
+    # The hyperparameters of an objective plug-in are fields only while it is loaded.
     rows = {row.path for row in field_table()}
     own = {f for f in values if f.startswith("objective.") and f not in rows}
     check_fields({f: v for f, v in values.items() if not (values["objective.path"] and f in own)})
@@ -171,7 +171,7 @@ def _other_run(where: Path | str, differing: Sequence[str]) -> str:
         )
         + (
             " (The source of a plug-in has changed. Restore it, or add "
-            f"--config.train.accept_source={','.join(sources)} to go on with the new one; run.json "
+            f"--config.train.accept_source={','.join(sources)} to continue with the new one; run.json "
             "records both.)"
             if sources
             else ""

@@ -6,7 +6,7 @@ The modules:
     hlo      parser for the text of a compiled program
     counts   collectives, matmul FLOPs and memory traffic of that text
     flops    FLOPs by the equations of the model
-    limits   least times of decoding and of updates, by the equations of the model
+    limits   lower bounds on the times of decoding and updates, from the model's equations
     program  one program of a run, compiled and counted
     table    the results as tables and as JSON
 """

@@ -25,7 +25,7 @@ class Chip:
       flops: peak FLOP/s by operand dtype: bfloat16, and float8 and int8 where they are faster.
       bandwidth: HBM bandwidth in bytes/s, reads and writes together.
       links: bytes/s that the device can send to others, over all its links together.
-      latency: seconds that a collective takes besides its bytes.
+      latency: seconds that a collective takes in addition to moving its bytes.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Chip:
 # Memory is what the compiler (libtpu 0.0.42) reports as available when a program is too large. The
 # other figures are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; `links` is half of the
 # bidirectional interconnect bandwidth. v4 has six links of 50 GB/s (Jouppi et al., arXiv 2304.01433).
-# The latency is that of a small all-gather over four v5e chips, as profiled in "How to Scale Your Model"
+# The latency is that of a small all-gather over four v5e chips, profiled in "How to Scale Your Model"
 # (jax-ml.github.io/scaling-book/sharding, "AllGather time"); other chips and larger groups differ.
 CHIPS = {
     "v4": Chip("v4", 30.75 * GIB, {"bfloat16": 275e12}, 1200e9, 300e9),

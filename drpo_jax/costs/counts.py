@@ -217,11 +217,11 @@ def _read(place, shapes, inside, module):
 
 
 def _used(place, inside, module):
-    """How a computation uses its parameter number `place`.
+    """Determines how a computation uses its parameter number `place`.
 
     Returns:
-      The bytes of the slices that it reads, or infinity if it reads the whole parameter; and what its
-      result is: the "same" array, the array "updated" in place, or "" for anything else.
+      The bytes of the slices that it reads, or infinity if it reads the whole parameter; and the kind
+      of its result: the "same" array, the array "updated" in place, or "" for anything else.
     """
     read, root = 0, root_of(inside)
     results = root.operands if root.opcode == "tuple" else [root.name]

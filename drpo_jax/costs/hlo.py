@@ -2,7 +2,7 @@
 
 The trip count of a loop is XLA's annotation `known_trip_count`. On TPU the text lacks this annotation,
 and the trip count follows from a counter that runs from one constant to another. For all other loops the
-caller supplies it. Of a conditional, the branch that computes most counts.
+caller supplies it. A conditional counts as its most expensive branch.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class Module:
                 yield from self._visit(callee, times, certain, deeper, loop)
 
     def _computed(self, name, loop):
-        """What a computation computes, to compare branches: bytes of its matmuls, and of all results."""
+        """Returns a computation's cost for comparing branches: bytes of matmuls and of all results."""
         matmuls = total = 0.0
         for site in self._visit(name, 1, True, False, loop):
             size = site.times * sum(shape.bytes for shape in site.instruction.shapes)

@@ -1,9 +1,9 @@
-"""Least times of a rollout step, from the equations of the model and the peak rates of the chips.
+"""Lower bounds on the times of a rollout step, from the model's equations and the chips' peak rates.
 
-A limit assumes that all chips always work at their peak rates and that nothing is read twice. A decode
+A limit assumes that all chips always run at their peak rates and that nothing is read twice. A decode
 step reads every weight once, spread over all chips, and the live keys and values of the sequences; it
 reads and writes their recurrent states. An update executes its FLOPs. Links, latencies and layouts do
-not count, so a compiled program can approach a limit and never beat it.
+not count, so a compiled program can approach a limit but never beat it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from drpo_jax.models import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes that decoding moves, summed over all devices.
+    """Memory traffic of decoding, summed over all devices.
 
     Attributes:
       weights: bytes of the weights that a decode step reads.
@@ -28,14 +28,14 @@ class DecodeBytes:
     state: float
 
     def step(self, sequences: float, context: float) -> float:
-        """Bytes of a decode step of `sequences` sequences with `context` tokens each on average."""
+        """Returns the bytes of a decode step of sequences with `context` tokens each on average."""
         return self.weights + sequences * (self.token * context + 2 * self.state)
 
 
 def decode_bytes(
     config: ModelConfig, weights: float, size: int = 2, float8_cache: bool = False
 ) -> DecodeBytes:
-    """Returns the bytes that decoding moves.
+    """Returns the memory traffic of decoding.
 
     Args:
       config: the architecture.
@@ -66,11 +66,11 @@ def decode_seconds(
     prompt: int,
     response: int,
 ) -> float:
-    """Returns the least seconds in which `devices` chips decode responses of full length.
+    """Returns the minimum seconds in which `devices` chips decode responses of full length.
 
     Args:
       moved: from `decode_bytes`.
-      chip, devices: the kind and the number of chips.
+      chip, devices: type and number of the chips.
       slots: sequences decoded at the same time.
       sequences: responses to decode.
       prompt, response: tokens; half of the response is in the cache on average.
@@ -80,5 +80,5 @@ def decode_seconds(
 
 
 def compute_seconds(work: Work, chip: Chip, devices: int, dtype: str) -> float:
-    """Returns the least seconds of the FLOPs that a program executes, recomputation included."""
+    """Returns the minimum seconds for the FLOPs that a program executes, recomputation included."""
     return work.executed / (devices * chip.peak(dtype))

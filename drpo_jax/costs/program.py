@@ -67,8 +67,8 @@ class Cost:
       reported_flops: the compiler's own count, which counts a loop body once.
       traffic: bytes from and to HBM.
       collectives: the collectives that the device takes part in.
-      seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links"; the latency of
-        every collective is a part of the last.
+      seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links"; the last
+        includes the latency of every collective.
       problem: the reason why it did not compile; "" if it did.
     """
 

@@ -1,4 +1,4 @@
-"""An online curriculum: pass rates that training observes choose the problems of later steps."""
+"""An online curriculum: pass rates observed in training select the problems of later steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,19 +10,19 @@ from drpo_jax.data.stream import ProblemStream
 
 
 class Curriculum:
-    """A stream of problems that leaves out those that are too easy or too hard at the moment.
+    """A stream of problems that skips those that are currently too easy or too hard.
 
-    The problems come in the order of the plain stream. A problem whose last pass rate lies outside the
+    The problems come in the order of the plain stream. A problem whose latest pass rate is outside the
     window rests for some epochs and is then tried again, because the policy has changed. A problem
-    without a pass rate is always taken. If every problem of a list rests, the next one is taken
-    nevertheless. The proportions of a mixture stay as they are.
+    without a pass rate is always eligible. If all problems of a list are resting, the next one is used
+    anyway. The proportions of a mixture do not change.
 
-    The problems of a step are a function of the seed and of the rewards that were observed before.
+    The problems of a step are a function of the seed and of the rewards observed before.
 
     Args:
-      stream: the plain stream; not of a procedural task, whose problems never return.
+      stream: the plain stream; not of a procedural task, whose problems never recur.
       low, high: the smallest and the largest pass rate in the window.
-      rest: epochs of its list for which a problem outside the window rests.
+      rest: number of epochs of its list that a problem outside the window rests.
     """
 
     def __init__(self, stream: ProblemStream, low: float, high: float, rest: int):
@@ -36,14 +36,14 @@ class Curriculum:
         assert len(self._index) == len(problems), "ids are unique"
         self._rates = np.full(len(problems), np.nan, np.float32)
         self._tried = np.zeros(len(problems), np.int64)
-        # How far each list was read before each batch, and after the last one: [batches + 1, lists].
+        # Read positions of the lists before each batch and after the last one: [batches + 1, lists].
         self._read = np.zeros((1, len(lengths)), np.int64)
 
     def batch(self, step: int, count: int) -> list[Problem]:
         """Returns the `count` problems of batch `step`.
 
-        Batches are taken in order. An earlier batch may be taken again; it then contains what the rates
-        observed until now choose, and the batches after it follow it.
+        Batches are taken in order. An earlier batch may be taken again; the current rates then select
+        its problems, and later batches continue from there.
 
         Args:
           step: at most one more than that of the last batch.
@@ -51,7 +51,7 @@ class Curriculum:
         """
         if not 0 <= step < len(self._read):
             raise ValueError(
-                f"step is {step}; a curriculum goes through the batches in order, and the next one is "
+                f"step is {step}, but a curriculum takes its batches in order, and the next one is "
                 f"{len(self._read) - 1}"
             )
         read = self._read[step].copy()
@@ -64,7 +64,7 @@ class Curriculum:
         return problems
 
     def _next(self, source: int, read: np.ndarray, epochs: dict) -> Problem:
-        """The next problem of a list that does not rest; `read` advances beyond it."""
+        """Returns the next problem of a list that is not resting; advances `read` beyond it."""
         problems = self._mixture.sources[source]
         positions = range(int(read[source]), int(read[source]) + len(problems))
         chosen = next((n for n in positions if not self._rests(source, n, epochs)), positions[0])
@@ -74,9 +74,8 @@ class Curriculum:
     def _rests(self, source: int, position: int, epochs: dict) -> bool:
         i = self._offsets[source] + self._stream.index(source, position, epochs)
         epoch = position // len(self._mixture.sources[source])
-        outside = (
-            self._rates[i] < self._low or self._rates[i] > self._high
-        )  # False for NaN: unknown.
+        # An unknown rate is NaN and never outside.
+        outside = self._rates[i] < self._low or self._rates[i] > self._high
         return bool(outside) and epoch - self._tried[i] <= self._rest
 
     def rewind(self, step: int) -> None:
@@ -84,10 +83,10 @@ class Curriculum:
         self._read = self._read[: step + 1]
 
     def observe(self, problems: Sequence[Problem], reward: np.ndarray) -> None:
-        """Notes the pass rates of problems, in the order of the steps.
+        """Records the pass rates of problems, in the order of the steps.
 
         Args:
-          problems: of which responses were rewarded; one per group.
+          problems: the problem of each group.
           reward: float32 [groups, samples], the verdicts.
         """
         for problem, rate in zip(problems, np.asarray(reward, np.float32).mean(axis=1)):
@@ -98,7 +97,7 @@ class Curriculum:
             self._tried[i] = latest // len(self._mixture.sources[source])
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns what the next batches depend on besides the seed, for a checkpoint."""
+        """Returns what the next batches depend on in addition to the seed, for a checkpoint."""
         return {
             "rates": self._rates.copy(),
             "tried": self._tried.copy(),
@@ -106,14 +105,14 @@ class Curriculum:
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Continues from what `state` returned.
+        """Restores a `state`.
 
         Raises:
-          ValueError: it belongs to other problems.
+          ValueError: the state belongs to other problems.
         """
         if arrays["rates"].shape != self._rates.shape:
             raise ValueError(
-                f"the checkpoint has pass rates of {len(arrays['rates'])} problems, and there are "
+                f"the checkpoint has pass rates of {len(arrays['rates'])} problems, but there are "
                 f"{len(self._rates)}"
             )
         self._rates, self._tried = arrays["rates"].copy(), arrays["tried"].copy()

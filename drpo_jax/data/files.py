@@ -1,4 +1,4 @@
-"""Problems from files: JSON lines and parquet, in this project's schema or in that of DAPO-Math-17k."""
+"""Problems from files: JSON Lines and Parquet, in this project's schema or in that of DAPO-Math-17k."""
 
 import collections
 import dataclasses
@@ -27,9 +27,9 @@ _GSM8K = re.compile(r"\S.*\n#### *(\S[^\n]*?)\s*", re.DOTALL)
 
 
 def load_problems(path: str | os.PathLike) -> list[Problem]:
-    """Reads problems from files: parquet if the name ends in .parquet (needs pyarrow), else JSON lines.
+    """Reads problems from files: Parquet if the name ends in .parquet (needs pyarrow), else JSON Lines.
 
-    JSON lines are UTF-8 text with one object per line. The first line decides which of two schemas
+    JSON Lines are UTF-8 text with one object per line. The first line decides which of two schemas
     the file has. Field names are case-insensitive, and null counts as absent.
 
     - This project's: `prompt` (or `question`, or `problem`) is a string that is not empty. The
@@ -58,7 +58,7 @@ def load_problems(path: str | os.PathLike) -> list[Problem]:
       ValueError: the file is empty, or parquet without pyarrow; or a line is malformed, empty (but
         not at the end) or not UTF-8, lacks a field, has a field of the wrong type or two fields
         that contradict each other, or repeats an id for another text. The message names the file, the
-        line (the row of a parquet file) and the field, and shows a correct example.
+        line (the row of a Parquet file) and the field, and shows a correct example.
       OSError: the file cannot be read.
     """
     paths = matching_files(path_of(path))

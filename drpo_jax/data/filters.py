@@ -192,7 +192,7 @@ def normalized_text(text: str) -> str:
 def pass_rates(path: str | pathlib.Path) -> dict[str, float]:
     """Returns {id: mean reward} of the problems in a file of rollouts, over responses of mode "avg".
 
-    The file has JSON lines with the fields id, mode and reward, such as the responses.jsonl of an
+    The file has JSON Lines with the fields id, mode and reward, such as the responses.jsonl of an
     evaluation.
 
     Raises:

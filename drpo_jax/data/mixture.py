@@ -1,4 +1,4 @@
-"""Several sources of problems: how a config names them, and the proportions in which they are drawn."""
+"""Several sources of problems: their names in a config, and their proportions in the stream."""
 
 import dataclasses
 import difflib
@@ -15,12 +15,12 @@ SUFFIXES = (".jsonl", ".parquet")
 def parse_sources(text: str) -> dict[str, Fraction | None]:
     """Returns the sources that `data.problems` lists, with their weights.
 
-    Sources are separated by commas: "train/a.jsonl:3, gsm8k:1". A name ends in .jsonl or .parquet, or is
-    one of `SETS`. Only what follows such an end separates, so the paths themselves may contain commas
-    and colons.
+    Sources are separated by commas: "train/a.jsonl:3, gsm8k:1". A name ends in .jsonl or .parquet, or
+    is one of `SETS`. Commas and colons are separators only after such a name, so paths may contain
+    them.
 
     Returns:
-      {name: weight} in the order of the text; the weights are None if it states none.
+      {name: weight} in the order of the text; the weights are None if the text has none.
 
     Raises:
       ValueError: a weight is not a positive number, some sources have one and others do not, or a source
@@ -29,7 +29,7 @@ def parse_sources(text: str) -> dict[str, Fraction | None]:
     sources: dict[str, Fraction | None] = {}
     pieces = text.split(",")
     while pieces:
-        # The shortest run of pieces that is a whole name; the whole rest if none is.
+        # The fewest pieces that form a complete name; all of the rest if there is none.
         ends = (n for n in range(1, len(pieces)) if _split(",".join(pieces[:n]))[0])
         count = next(ends, len(pieces))
         entry, pieces = ",".join(pieces[:count]), pieces[count:]
@@ -54,7 +54,7 @@ def parse_sources(text: str) -> dict[str, Fraction | None]:
 
 
 def _split(entry: str) -> tuple[bool, str, str | None]:
-    """(whether the entry is a whole name with an optional weight, the name, the weight)."""
+    """Returns (whether the entry is a complete name with an optional weight, name, weight)."""
     entry = entry.strip()
     if entry.endswith(SUFFIXES) or entry in SETS:
         return True, entry, None
@@ -89,15 +89,15 @@ class Mixture:
 
     @cached_property
     def _shares(self) -> list[Fraction]:
-        """The share of each source in what the sources before it leave over."""
+        """The share of each source in the positions that the sources before it leave."""
         return [weight / sum(self.weights[i:]) for i, weight in enumerate(self.weights)]
 
     def place(self, position: int) -> tuple[int, int]:
-        """Returns the source of a position of the stream, and the position in that source's own stream.
+        """Returns the source of a position of the stream, and the position within that source.
 
-        Sources take turns as evenly as their weights allow: of every n successive positions, each of
-        two sources has its share of n up to 1, and each of S sources up to S − 1. No random number is
-        involved, and no earlier position has to be visited.
+        Sources alternate as evenly as their weights allow. In every n successive positions, each of two
+        sources has its share of n to within 1, and each of S sources to within S − 1. The result needs
+        neither random numbers nor a pass over earlier positions.
         """
         for source, share in enumerate(self._shares):
             before = int(position * share)

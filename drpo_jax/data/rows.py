@@ -1,4 +1,4 @@
-"""Rows of JSON lines and parquet files, and checks of their fields with messages that name the place."""
+"""Rows of JSON Lines and Parquet files, and checks of their fields that name the place of an error."""
 
 import codecs
 import json
@@ -12,11 +12,11 @@ from etils import epath
 
 from drpo_jax.storage import path_of
 
-Record = tuple[str, dict[str, Any]]  # (file and line, for messages; the fields)
+Record = tuple[str, dict[str, Any]]  # (file and line for messages, fields).
 
 
 def matching_files(path: Path | epath.Path) -> list[Path | epath.Path]:
-    """Returns the files that match a path with "*" in its last part, or else the path itself."""
+    """Returns the files that match a path with "*" in its last part; otherwise the path itself."""
     if "*" not in path.name or path.exists():
         return [path]
     pattern = re.sub(r"[\[?]", r"[\g<0>]", path.name)
@@ -29,19 +29,19 @@ def matching_files(path: Path | epath.Path) -> list[Path | epath.Path]:
 def read_rows(
     path: Path | epath.Path, columns: Collection[str], needed: Collection[str], example: str
 ) -> Iterator[Record]:
-    """Yields (where, record) for each row of a file: parquet if its name ends so, else JSON lines.
+    """Yields (where, record) for each row of a file: Parquet if it ends in .parquet, else JSON Lines.
 
     Args:
       path: the file.
-      columns: the fields to read, in lower case; those of JSON lines are all read.
-      needed: a parquet file without any of these columns is refused; the first one is named.
+      columns: the fields to read, in lower case; all fields of JSON Lines are read.
+      needed: a Parquet file must have at least one of these columns; the error names the first.
       example: a correct line, for messages.
 
     Yields:
-      The file and line (row), and the fields, whose names are in lower case.
+      The file and line (row), and the fields with lower-case names.
 
     Raises:
-      ValueError: as `read_jsonl`; or parquet is unreadable or lacks all the columns that are needed.
+      ValueError: as `read_jsonl`; or a Parquet file is unreadable or has none of the needed columns.
     """
     if path.suffix == ".parquet":
         rows = _parquet_rows(path, columns, needed, example)
@@ -106,8 +106,8 @@ def _parquet_rows(path, columns, needed, example) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path}: reading parquet needs pyarrow (pip install pyarrow); or convert the file to "
-            f"JSON lines such as {example}"
+            f"{path}: reading Parquet needs pyarrow (pip install pyarrow); or convert the file to "
+            f"JSON Lines such as {example}"
         ) from None
     with path.open("rb") as file:
         try:
@@ -125,7 +125,7 @@ def _parquet_rows(path, columns, needed, example) -> Iterator[Record]:
                     number += 1
                     yield f"{path}, row {number}", record
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error})") from None
+            raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
 
 
 def text_field(

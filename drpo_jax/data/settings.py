@@ -51,16 +51,16 @@ class DataSettings:
     pass_high: float = field(1.0, "Highest pass rate kept.", SHARE)
     window_low: float = field(
         0.0,
-        "Online curriculum: problems whose last pass rate in training lies below this rest for "
+        "Online curriculum: problems whose latest pass rate in training is below this rest for "
         "window_rest epochs.",
         SHARE,
     )
     window_high: float = field(
-        1.0, "Online curriculum: the same for problems whose last pass rate lies above this.", SHARE
+        1.0, "Online curriculum: the same for problems whose latest pass rate is above this.", SHARE
     )
     window_rest: int = field(
         1,
-        "Epochs for which a problem outside the window rests before it is tried again.",
+        "Epochs that a problem outside the window rests before it is tried again.",
         POSITIVE,
     )
     tokenizer: str = field(

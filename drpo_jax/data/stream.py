@@ -12,8 +12,8 @@ from drpo_jax.data.problem import Problem, ProceduralTask
 def epoch_order(seed: int, epoch: int, length: int, source: int = 0) -> np.ndarray:
     """Returns the order of the `length` items of a list in an epoch, int64 [length].
 
-    It is the same on every platform and for every version of NumPy, because it sorts raw draws of
-    PCG64, which NumPy keeps stable.
+    It is the same on every platform and with every version of NumPy, because it sorts raw draws of
+    PCG64, whose stream NumPy keeps stable.
 
     Args:
       source: number of the list, if there are several.
@@ -31,10 +31,9 @@ class ProblemStream:
 
     Args:
       source: a procedural task, which returns new training problems at every step; or a list of
-        problems, which is read in epochs. Each epoch is shuffled differently, and the next one
-        follows without a gap. The order depends only on the seed, the epoch and the length of the
-        list, see `epoch_order`. The sources of a `Mixture` are read in this way, each in epochs of its
-        own.
+        problems, which is read in epochs. Each epoch is shuffled differently, and the next one follows
+        without a gap. The order depends only on the seed, the epoch and the length of the list, see
+        `epoch_order`. The sources of a `Mixture` are read in the same way, each with its own epochs.
       seed: a non-negative integer.
 
     Raises:
@@ -66,12 +65,12 @@ class ProblemStream:
         return [self.source.sources[s][self.index(s, n, epochs)] for s, n in places]
 
     def index(self, source: int, position: int, epochs: dict[tuple[int, int], np.ndarray]) -> int:
-        """Returns which problem of a list is at a position of its concatenated epochs.
+        """Returns the index of the problem at a position of a list's concatenated epochs.
 
         Args:
           source: number of the list in the mixture.
           position: counted from 0.
-          epochs: the orders of the epochs that were needed so far, which is extended.
+          epochs: cache of epoch orders, which is extended.
         """
         assert isinstance(self.source, Mixture)
         length = len(self.source.sources[source])

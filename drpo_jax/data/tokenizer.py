@@ -160,8 +160,8 @@ class TextTokenizer:
     def response(self, text: str) -> list[int]:
         """Returns the token ids of a complete response: its text and the token that ends it.
 
-        With `chat`, that token closes the assistant's turn, if the template has one; it is the end of
-        sequence otherwise.
+        With `chat`, this token closes the assistant's turn if the template has such a token; otherwise
+        it is the end of sequence.
         """
         return [*self.encode(text), self._end]
 
@@ -170,21 +170,21 @@ class TextTokenizer:
     ) -> tuple[list[int], list[int]]:
         """Returns the token ids of a chat up to an assistant's turn, and those of the turn.
 
-        The prompt is what the model receives when it is asked for this turn. The turn is `response` of
-        the answer as it is, and not the template's rendering of it, which may drop thoughts. If the
-        template opens the thought in the prompt (DeepSeek-R1) and the answer opens it again, the
-        second opening is left out.
+        The prompt is what the model receives when it generates this turn. The turn is `response` of the
+        unchanged answer. The template's rendering is not used, because it may drop thinking. If the
+        template opens the thinking block in the prompt (DeepSeek-R1) and the answer opens it again, the
+        second opening is removed.
 
         Args:
-          messages: the messages before the turn, with role and content. `system` of the tokenizer opens
-            the chat unless a system message does.
+          messages: the messages before the turn, with role and content. The tokenizer's `system` opens
+            the chat unless the messages start with a system message.
           answer: content of the turn.
 
         Raises:
           ValueError: the tokenizer has no chat, or the template fails.
         """
         if not self._chat:
-            raise ValueError("a chat needs the tokenizer's chat template; set data.chat = True")
+            raise ValueError("chats need the tokenizer's chat template; set data.chat = True")
         prompt = self._render([dict(message) for message in messages], True)
         if opening := re.search(r"<\w+>\s*$", prompt):
             rest = answer.removeprefix(opening[0])

@@ -9,8 +9,8 @@ The modules:
     packing         where the sequences of a batch lie in its rows
     record          saved rollouts
     rollout_file    rollouts in Parquet, which any engine can write
-    rollout_checks  the rules that such a file must keep
-    replay          such files as the rollouts of a run
+    rollout_checks  the checks of such a file
+    replay          reads the rollouts of a run from such files
 """
 
 from drpo_jax.learner.head import Policy, TokenTrace, head_loss, likelihood, policy

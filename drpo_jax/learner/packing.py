@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The numbers of parts into which rows are cut where micro-batches hold tokens. The update compiles one
-# forward and backward pass for each of them, so this is the bound on compiled shapes. Rows of an eighth
-# of the width leave little attention to save.
+# Numbers of parts that train.micro_tokens may cut rows into. The update compiles one forward and
+# backward pass for each of them, so this bounds the compiled shapes. Cuts beyond an eighth of the width
+# would save little attention.
 PARTS = (1, 2, 4, 8)
 
 
@@ -29,8 +29,8 @@ class Layout:
       numbers: int32 [N], the number of each sequence in its row, from 1.
       prompt_lengths, response_lengths: int32 [N], tokens. Prompts are never empty.
       shape: (P, T).
-      micro_batches: number of micro-batches n. Row r belongs to micro-batch r mod n, so that the rows
-        of a micro-batch are on all devices.
+      micro_batches: number of micro-batches n. Row r belongs to micro-batch r mod n, so that every
+        micro-batch has rows on all devices.
     """
 
     rows: np.ndarray
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def padding(self) -> tuple[int, int]:
-        """How many of the positions that are computed are padding, and how many are computed.
+        """Returns the numbers of padding positions and of all positions among the computed ones.
 
         Micro-batches without a sequence are not computed.
         """
@@ -102,8 +102,8 @@ def lay_out(
 ) -> Layout:
     """Lays out N sequences in N rows of `width` tokens. Packing leaves some rows empty.
 
-    Packing is first-fit decreasing. Rows are filled one micro-batch after the other, so that whole
-    micro-batches stay empty and the update skips them.
+    Packing is first-fit decreasing. Rows are filled one micro-batch after another, so that whole
+    micro-batches stay empty and the update can skip them.
 
     Args:
       prompt_lengths, response_lengths: int [N], tokens. Their sums are at most `width`.
@@ -137,18 +137,18 @@ def lay_out_by_tokens(
     shape: tuple[int, int],
     micro_batches: int,
 ) -> Layout:
-    """Lays out N sequences in micro-batches of equally many token positions and different widths.
+    """Lays out N sequences in micro-batches of equal token positions and varying widths.
 
-    The longest sequence that does not fit into the micro-batches so far opens the next one, whose rows
-    are cut into the most parts of `PARTS` that still hold it. Shorter sequences fill what is left of any
-    part (first-fit decreasing), so a part is never wider than its longest sequence requires, and a
-    micro-batch is opened only after every part of the others holds a sequence. N sequences therefore
-    need no more micro-batches than N rows that are not packed.
+    The longest sequence that does not fit into the existing micro-batches opens a new one. Its rows are
+    cut into the largest number of `PARTS` for which the sequence still fits. Shorter sequences fill the
+    remaining room of any part (first-fit decreasing). A part is therefore never wider than its longest
+    sequence requires, and a micro-batch is opened only after every part of the others has a sequence. N
+    sequences thus need no more micro-batches than N unpacked rows.
 
     Args:
       prompt_lengths, response_lengths: int [N], tokens. Their sums are at most T.
       shape: (P, T). `PARTS` divide T, and `micro_batches` divides P.
-      micro_batches: number of micro-batches of the update. Those at the end stay empty.
+      micro_batches: number of micro-batches of the update. Unused ones at the end stay empty.
 
     Returns:
       The Layout. In every row, the sequences are numbered from left to right.
@@ -163,14 +163,14 @@ def lay_out_by_tokens(
         raise ValueError(f"{count} sequences do not fit into a mini-batch of {shape[0]} rows")
     per_batch = shape[0] // micro_batches
     rows, starts = np.zeros((2, count), np.int32)
-    # The parts of all micro-batches so far: their rows and the first free column there, and their room.
+    # Parts of all micro-batches so far: their rows, their first free columns, and their room.
     places, room, opened = np.zeros((2, 0), np.int32), np.zeros(0, np.int32), 0
     for i in np.argsort(-lengths, kind="stable"):
         fitting = np.flatnonzero(room >= lengths[i])
         part = fitting[0] if fitting.size else len(room)
         if not fitting.size:
             narrow = width // max(p for p in PARTS if lengths[i] <= width // p)
-            # First one part of every row, so that all devices get sequences.
+            # Starts with one part of every row, so that all devices get sequences.
             column, row = np.divmod(np.arange(per_batch * width // narrow), per_batch)
             new = np.stack([row * micro_batches + opened, column * narrow])
             places = np.concatenate([places, new.astype(np.int32)], axis=1)
@@ -180,7 +180,7 @@ def lay_out_by_tokens(
         places[1, part] += lengths[i]
         room[part] -= lengths[i]
     order = np.lexsort((starts, rows))
-    first = np.searchsorted(rows[order], rows[order])  # the place of the row's first sequence
+    first = np.searchsorted(rows[order], rows[order])  # Index of the row's first sequence.
     numbers = np.zeros(count, np.int32)
     numbers[order] = np.arange(count) - first + 1
     return Layout(rows, starts, numbers, prompt_lengths, response_lengths, shape, micro_batches)

@@ -82,7 +82,7 @@ def pieces(rollout: Mapping[str, np.ndarray], row: int) -> list[str]:
 
 
 def response_advantages(rollout: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns Â of each response, float32 [N]; its mean over the response where tokens differ in Â."""
+    """Returns Â of each response, float32 [N]: with Â per token, the mean over the response."""
     advantage, mask = rollout["advantage"], rollout["response_mask"]
     if advantage.ndim == 1:
         return advantage
@@ -124,6 +124,6 @@ def arrays_of(file: BinaryIO) -> dict[str, np.ndarray]:
     if "response_ends" in arrays:
         texts = unpack_texts(arrays.pop("response_utf8"), arrays.pop("response_ends"))
         arrays["response"] = np.array(texts, dtype=object)
-    if "response_mask" in arrays:  # Files of earlier versions have no loss mask of their own.
+    if "response_mask" in arrays:  # Earlier versions saved no loss mask.
         arrays.setdefault("loss_mask", arrays["response_mask"])
     return arrays

@@ -1,9 +1,9 @@
-"""Rollouts to learn from instead of sampling: the files of a directory as one stream of groups.
+"""Rollouts from files instead of sampling: the files of a directory as one stream of groups.
 
 The files (`rollout_file`) are read in the order of their names. Step t takes the next train.prompts
-groups, wherever a file ends, and after the last group the stream begins anew. A step's rollout is
-therefore a function of the files and of the step. The files are checked when the run starts, and
-`replay.json` in the workdir holds their digests.
+groups, across file boundaries, and after the last group the stream starts over. The rollout of a step
+is therefore a function of the files and the step. The files are checked when the run starts, and
+`replay.json` in the workdir records their digests.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ FLAG = "--replay=DIR"
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """The files of a directory, checked; `Replay.open` makes one.
+    """The checked rollout files of a directory; see `Replay.open`.
 
     Attributes:
-      directory: where they are.
-      limits: what they fit.
-      digests: SHA-256 of each file by its name, in the order of the stream.
-      groups: number of groups of each file by its name.
+      directory: directory of the files.
+      limits: the limits that the files respect.
+      digests: SHA-256 of each file by name, in the order of the stream.
+      groups: number of groups of each file by name.
     """
 
     directory: Path
@@ -46,12 +46,12 @@ class Replay:
         """Reads and checks all files of a directory.
 
         Args:
-          limits: of the config, with `samples`.
+          limits: limits of the config, including `samples`.
           prompts: train.prompts.
 
         Raises:
-          ValueError: there is no file, a file breaks a rule (`rollout_checks`), or all of
-            them have fewer groups than a step needs.
+          ValueError: there are no files, a file fails its checks (`rollout_checks`), or the files
+            together have fewer groups than a step needs.
           OSError: a file cannot be read.
         """
         digests, groups = {}, {}
@@ -74,7 +74,7 @@ class Replay:
           prompts: train.prompts.
 
         Raises:
-          ValueError: a file is no longer the one that the run began with.
+          ValueError: a file has changed since the run started.
         """
         names = [name for name, count in self.groups.items() for _ in range(count)]
         within = [i for count in self.groups.values() for i in range(count)]
@@ -89,10 +89,10 @@ class Replay:
         return {key: np.concatenate([part[key] for part in parts]) for key in shared}
 
     def claim(self, workdir: Path) -> None:
-        """Writes the digests into the workdir, or compares them with those that it holds.
+        """Writes the digests to the workdir, or compares them with those already there.
 
         Raises:
-          ValueError: the run began with other files; the message names the first that differs.
+          ValueError: the run began with other files; the message names those that differ.
         """
         path = workdir / FILE
         record = {"files": dict(self.digests)}
@@ -144,7 +144,7 @@ def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> N
 
 
 def check_source(workdir: Path, replays: bool, begun: bool) -> None:
-    """Checks that a run that learns from files is resumed from files, and one that samples is not.
+    """Checks that a run from files is resumed with --replay, and a run that samples without it.
 
     Args:
       workdir: directory of the run.
@@ -152,7 +152,7 @@ def check_source(workdir: Path, replays: bool, begun: bool) -> None:
       begun: whether the run has a checkpoint.
 
     Raises:
-      ValueError: the run began in the other way.
+      ValueError: the run began the other way.
     """
     recorded = (workdir / FILE).exists()
     if recorded and not replays:
@@ -162,9 +162,11 @@ def check_source(workdir: Path, replays: bool, begun: bool) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Returns the files of rollouts in a directory by name."""
+    """Returns the rollout files in a directory, ordered by name."""
     if not directory.is_dir():
-        raise ValueError(f"{directory}: there is no such directory; {FLAG} holds files of rollouts")
+        raise ValueError(
+            f"{directory}: no such directory; {FLAG} takes a directory of rollout files"
+        )
     paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES)
     kinds = {path.suffix for path in paths}
     if not paths:
@@ -173,13 +175,13 @@ def _files(directory: Path) -> list[Path]:
         raise ValueError(f"{directory}: there is no file *{' or *'.join(SUFFIXES)}{hint}")
     if len(kinds) > 1:
         raise ValueError(
-            f"{directory}: it holds *{' and *'.join(sorted(kinds))}; keep one kind, so that no rollout "
-            "is learned from twice"
+            f"{directory}: it contains *{' and *'.join(sorted(kinds))}; keep one kind, so that no "
+            "rollout is used twice"
         )
     return paths
 
 
-@lru_cache(maxsize=2)  # A step takes groups of a file and the next one.
+@lru_cache(maxsize=2)  # A step may take groups from two files.
 def _arrays(path: Path, digest: str, limits: Limits) -> Rollout:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:

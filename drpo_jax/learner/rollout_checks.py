@@ -1,4 +1,4 @@
-"""Checks of files of rollouts, and the padded arrays of the rows that pass them.
+"""Checks of rollout files, and the padded arrays of the checked rows.
 
 Every rule has a message that names the file, the row (from 1) and the column, and says what would be
 right. Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
@@ -30,12 +30,12 @@ _TEXTS = tuple(name for name, c in COLUMNS.items() if c.kind == "text" and not c
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a file must fit to be learned from; None leaves it open.
+    """The limits that a file must respect; None: no limit.
 
     Attributes:
       vocab_size: token ids are below it.
       prompt_tokens, response_tokens: maximum lengths, and P and R of the arrays.
-      samples: responses to each problem; None: as many as to the first problem.
+      samples: responses per problem; None: as many as the first problem has.
     """
 
     vocab_size: int | None = None
@@ -55,10 +55,10 @@ class Limits:
 
 
 def read_rollouts(path: Path, limits: Limits = Limits(), samples: int | None = None) -> Rollout:
-    """Reads and checks a file of rollouts.
+    """Reads and checks a rollout file.
 
     Args:
-      limits: what it must fit.
+      limits: the limits that it must respect.
       samples: responses to each problem of a saved rollout that does not number its groups; None:
         those of the limits.
 
@@ -79,7 +79,7 @@ def padded_arrays(table: pa.Table, where: Path | str, limits: Limits = Limits())
     Args:
       table: from `load_table`.
       where: path of its file, for messages.
-      limits: what it must fit.
+      limits: the limits that it must respect.
 
     Raises:
       ValueError: a column is missing or has another type, or a row breaks a rule; the message names
@@ -157,7 +157,7 @@ class _Check:
         """Raises the error about the first value, of a response or a token, for which `holds` is False.
 
         Args:
-          problem: from the index of the value to what is wrong.
+          problem: returns what is wrong, from the index of the value.
         """
         if holds.all():
             return
@@ -187,7 +187,7 @@ class _Check:
             ) from None
 
     def lists(self, name: str) -> np.ndarray | None:
-        """Returns the values of all tokens of a column, one row after the other; None if absent."""
+        """Returns the values of all tokens of a column, concatenated over rows; None if absent."""
         array = self._column(name)
         if array is None:
             return None
@@ -202,7 +202,7 @@ class _Check:
         if name not in self.table.column_names:
             return None
         expected, column = COLUMNS[name], self.table.column(name)
-        if pa.types.is_dictionary(column.type):  # pandas writes categories so.
+        if pa.types.is_dictionary(column.type):  # As pandas writes categories.
             column = column.cast(column.type.value_type)
         value, nested = column.type, False
         if _is_list(value):
@@ -266,7 +266,7 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
         "finish_reason",
         np.array([reason in FINISH_REASONS for reason in reasons]),
         lambda i: (
-            f"{reasons[i]!r} must be {' or '.join(FINISH_REASONS)}; leave other responses out"
+            f"{reasons[i]!r} must be {' or '.join(FINISH_REASONS)}; leave out other responses"
         ),
     )
     check.require(
@@ -289,7 +289,7 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
 
 
 def _check_groups(check: _Check, group: np.ndarray, prompts: np.ndarray, limits: Limits) -> None:
-    """Checks that groups are adjacent, equally large, and of one prompt each.
+    """Checks that groups are contiguous, of equal size, and have one prompt each.
 
     Args:
       group: int [N].
@@ -312,7 +312,7 @@ def _check_groups(check: _Check, group: np.ndarray, prompts: np.ndarray, limits:
             starts[i],
             "group",
             f"group {group[starts[i]]} has {sizes[i]} responses, but {source}; all groups must have "
-            "equally many",
+            "the same number",
         )
     differs = np.any(prompts != prompts[np.repeat(starts, sizes)], axis=1)
     for row in np.flatnonzero(differs)[:1]:

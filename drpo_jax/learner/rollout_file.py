@@ -1,18 +1,18 @@
-"""Files of rollouts: Parquet, one row per response, for learning and scoring outside of the run.
+"""Rollout files: Parquet with one row per response, for learning and scoring outside of a run.
 
 Any engine can write such a file, and `drpo train --replay`, `drpo score` and `drpo compare` read it.
 `COLUMNS` lists the columns with their types; other columns are ignored. Responses to the same problem
-are adjacent, and there are equally many to every problem. The rollouts that a run saves
-(`learner.record`) are read in the same way, and `drpo convert` writes them as Parquet. The rules that a
-file must keep are in `rollout_checks`.
+are adjacent, and every problem has the same number of responses. The rollouts that a run saves
+(`learner.record`) are read in the same way, and `drpo convert` writes them as Parquet. `rollout_checks`
+checks the files.
 
-In memory, a rollout is a dict of padded arrays with the names of `learner.record`, and with
+In memory, a rollout is a dict of padded arrays with the names of `learner.record`, and with:
 
     group      int64 [N]       number of the problem; equal for the responses to the same problem
     full_logp  float32 [N, R]  log µ as the engine recorded it, before top-k and top-p
     version    int32 [N, R]    version of the weights that sampled each token, −1 where none did
     loss_mask  bool [N, R]     where the model sampled a token
-    logp, entropy              only where the file has them
+    logp, entropy              only if the file has them
 
 Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
 """
@@ -40,9 +40,9 @@ class Column:
     """A column of the file.
 
     Attributes:
-      kind: what a value is; see `KINDS` for the Arrow types that are accepted.
+      kind: kind of a value; `KINDS` has the accepted Arrow types.
       tokens: "" for one value per response; "prompt" or "response" for a list with one value per token
-        of it.
+        of the prompt or response.
       meaning: one sentence, with the unit.
       required: whether every file has it.
     """
@@ -76,7 +76,9 @@ COLUMNS: dict[str, Column] = {
         "top-k and top-p, nats; any number for tokens of version -1.",
     ),
     "reward": Column(
-        "number", "", "Verdict of the verifier, without what the config's section reward adds."
+        "number",
+        "",
+        "Verdict of the verifier, without the shaping terms of the config section reward.",
     ),
     "finish_reason": Column("text", "", "stop: ended with a stop token. length: cut off."),
     "version": Column(
@@ -123,12 +125,12 @@ PER_TOKEN = tuple(
 
 
 def load_table(content: bytes, where: Path | str, samples: int | None = None) -> pa.Table:
-    """Returns the table in a file, unchecked.
+    """Returns the table in a file, without checking it.
 
     Args:
       content: the file: Parquet, or a rollout that a run saved if `where` ends with ".npz".
       where: its path, for messages.
-      samples: responses to each problem of a saved rollout that does not number its groups.
+      samples: responses per problem, for saved rollouts without group numbers.
 
     Raises:
       ValueError: the file cannot be read.
@@ -145,7 +147,7 @@ def load_table(content: bytes, where: Path | str, samples: int | None = None) ->
     try:
         return pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{where}: not a readable parquet file ({error})") from None
+        raise ValueError(f"{where}: not a readable Parquet file ({error})") from None
 
 
 def write_rollouts(path: Path, table: pa.Table) -> None:
@@ -160,11 +162,11 @@ def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None)
 
     Args:
       rollout: the arrays of the module's docstring, or those of `learner.record`. Earlier versions did
-        not save `full_logp` and `group`; `behavior_logp` and `samples` then take their place.
+        not save `full_logp` and `group`; `behavior_logp` and `samples` then replace them.
       samples: responses to each problem.
 
     Raises:
-      ValueError: the rollout does not number its groups and `samples` is None.
+      ValueError: the rollout has no group numbers and `samples` is None.
     """
     tokens, starts = rollout["tokens"], rollout["prompt_lengths"]
     lengths = rollout["response_lengths"]
@@ -172,7 +174,7 @@ def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None)
     arrays: dict[str, Any] = dict(rollout)
     if "group" not in rollout:
         if not samples:
-            raise ValueError("it does not say which responses answer the same problem")
+            raise ValueError("it does not show which responses answer the same problem")
         arrays["group"] = np.arange(count) // samples
     if "full_logp" not in rollout:
         arrays["full_logp"] = rollout["behavior_logp"]

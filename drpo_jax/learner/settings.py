@@ -22,16 +22,16 @@ class ObjectiveSettings:
     name: str = field("drpo", "Objective, a name in drpo_jax.objectives.OBJECTIVES.", OBJECTIVES)
     path: str = field(
         "",
-        "Objective from a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
+        "Objective in a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
     )
     source: str = field(
-        "", "Hash of the source of path, filled in; part of what a run may not change."
+        "", "Hash of the source of path, filled in automatically; a run may not change it."
     )
     advantage: str = field("dr_grpo", "Turns the rewards of a group into advantages.", ADVANTAGES)
     baseline: str = field(
         "group",
-        "Baseline of the advantages. group: that of objective.advantage. otb: the optimal token "
-        "baseline, one mean over the group per token, weighted by squared gradients of log π.",
+        "Baseline of the advantages. group: as in objective.advantage. otb: the optimal token baseline, "
+        "for each token a mean over the group that is weighted by squared gradients of log π.",
         ("group", "otb"),
     )
     aggregation: str = field(

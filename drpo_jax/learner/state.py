@@ -46,7 +46,7 @@ class Batch:
       tokens: int32 [P, T]. A sequence is a prompt and its response without a gap.
       segment_ids: int32 [P, T], the number of the sequence in its row, from 1; 0 is padding.
       positions: int32 [P, T], counted from 0 in every sequence.
-      mask: int32 [P, T], the segment id at positions that predict a response token with a loss, 0
+      mask: int32 [P, T], the segment id at positions that predict a response token with a loss; 0
         elsewhere. The position before a token predicts it. Tokens without a loss are context only.
       inputs: name → float32 [P, T, …], the objective's inputs for each response token besides logp, at
         the position that predicts the token: behavior_logp, advantage, and others by name (topk_ids

@@ -32,12 +32,13 @@ class UpdateSettings:
       entropy_bonus: coefficient of the entropy that is added to J.
       load_balance: coefficient of the load-balancing loss of each micro-batch; dense models have none.
       pack: rows may be empty. Micro-batches of empty rows are skipped.
-      parts: the numbers of equal parts into which the rows of a micro-batch may be cut before they are
-        computed: 1 first, each divides the next, and the last divides T. A micro-batch is cut into the
-        most parts for which no cut goes through a sequence. More than one number requires `pack`.
+      parts: possible numbers of equal parts into which the rows of a micro-batch are cut before
+        computation. The first is 1, each divides the next, and the last divides T. A micro-batch is cut
+        into the largest number of parts for which no cut splits a sequence. More than one number
+        requires `pack`.
       compute: how the learner computes the forward pass.
       head_chunk: tokens per chunk of the head; None: see `head.chunk_tokens`.
-      sum_squares: the trace has Σπ² of each token.
+      sum_squares: whether the trace includes Σπ² of each token.
     """
 
     objective: Callable
@@ -137,10 +138,10 @@ def gradients(
 ) -> tuple[Transformer, TokenTrace, dict[str, jax.Array]]:
     """The gradient of the loss of one mini-batch, which the optimizer descends.
 
-    The weights of the tokens and the denominator come from the whole mini-batch, so neither the number
-    of micro-batches nor their widths change the loss. Load balancing is the exception: its loss is a
-    mean over micro-batches of a function that is not linear in their tokens. Micro-batches weigh the
-    same, except that those cut by tokens (`settings.parts`) weigh as much as they have tokens.
+    Token weights and the denominator are computed over the whole mini-batch, so neither the number of
+    micro-batches nor their widths change the loss. Load balancing is the exception: its loss is a mean
+    over micro-batches of a function that is not linear in their tokens. Micro-batches have equal
+    weight, or weights proportional to their tokens if rows are cut (`settings.parts`).
 
     Returns:
       A pytree like `model`, float32; the TokenTrace [P, T]; the loss and the router metrics by name.
@@ -215,7 +216,7 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
 
 
 def _computed(step, settings):
-    """`step` on the narrowest rows that a micro-batch allows; zeros where packing left it empty.
+    """Applies `step` to the narrowest rows that a micro-batch allows; zeros if it is empty.
 
     Args:
       step: (Batch, weight [P, T]) → (sums over the micro-batch, TokenTrace [P, T]).
@@ -227,7 +228,7 @@ def _computed(step, settings):
 
     def narrow(piece):
         ids = piece[0].segment_ids
-        # Every number of parts divides the next, so what holds for one holds for the smaller ones.
+        # Every number of parts divides the next, so rows that allow one also allow the smaller ones.
         return jax.lax.switch(sum(_uncut(ids, parts) for parts in narrower), steps, piece)
 
     def run(piece):
@@ -239,19 +240,19 @@ def _computed(step, settings):
 
 
 def _uncut(ids_PxT, parts):
-    """1 if no sequence lies on both sides of a cut of the rows into equal parts, otherwise 0."""
+    """Returns 1 if no cut of the rows into equal parts splits a sequence, otherwise 0."""
     cuts = ids_PxT.reshape(ids_PxT.shape[0], parts, -1)
     last, first = cuts[:, :-1, -1], cuts[:, 1:, 0]
     return jnp.all((last != first) | (last == 0)).astype(jnp.int32)
 
 
 def _in_parts(step, parts, piece):
-    """`step` on rows [P · parts, T / parts]. The trace that it returns is [P, T] again."""
+    """Applies `step` to rows [P · parts, T / parts]. The returned trace is [P, T] again."""
     rows, width = piece[1].shape
     cut = rows * parts, width // parts
     batch, weight = jax.tree.map(lambda a: a.reshape(*cut, *a.shape[2:]), piece)
     ids = batch.segment_ids
-    # The sequences of a row are numbered from left to right. Those of a part begin with 1 again.
+    # The sequences of a row are numbered from left to right. Numbers restart at 1 in each part.
     before = jnp.min(jnp.where(ids > 0, ids, width), axis=1, keepdims=True) - 1
     batch = dataclasses.replace(
         batch,

@@ -13,15 +13,15 @@ tokens, T prompt and response tokens. One step, `loop.rl_step`, as the host sees
                  advantage, … (`learner.Batch.inputs`); and which tokens carry a loss
     updates      one optimizer update per mini-batch of whole groups, all against the same µ
     metrics      one record per step -> metrics.jsonl, TensorBoard, console
-    checkpoint   model, optimizer state, step number and what the collector keeps, every
+    checkpoint   model, optimizer state, step number and the collector's state, every
                  checkpoint.every steps
 
 The modules, in reading order, after `drpo_jax.run`, which holds what the phases share:
 
     loop        `train` and `rl_step`
-    collector   which rollout a step learns from, and what it leaves for later steps
-    choice      which groups make up a rollout: dynamic sampling, partial rollouts
-    draws       the groups that stay for later steps
+    collector   the rollout that a step learns from, and what is sampled for later steps
+    choice      the groups of a rollout: dynamic sampling, partial rollouts
+    draws       the groups that are carried over to later steps
     rollout     sample and verify: `Rollout`, the record of one rollout
     verdicts    the verifier's rewards, gathered from all processes
     learn       inputs of the objective, scoring, mini-batches, updates
@@ -30,7 +30,7 @@ The modules, in reading order, after `drpo_jax.run`, which holds what the phases
     guard       stops a run whose updates are no longer finite
     console     what `train` prints besides the metrics
     timer       seconds per phase
-    profile     a trace of some steps
+    profile     profiler traces of some steps
 
 All randomness is a function of (config.seed, step, purpose), so a run that is killed and restarted
 computes what it would have computed without the interruption.

@@ -1,31 +1,32 @@
 """Which groups a step learns from: dynamic sampling and partial rollouts.
 
 Problems are drawn in the order of the stream, and their numbers count from 0 over the whole run. A draw
-is fresh, begun (its group has tokens, and at least one response can go on), or complete (every response
-has ended, and its reward is known). A step goes through the draws in the order of their numbers, and
-each of them gets one of three outcomes:
+is fresh, begun (its group has tokens, and at least one response can be continued), or complete (every
+response has ended, and its reward is known). A step goes through the draws in the order of their
+numbers and assigns each of them one of three outcomes:
 
     LEARN  complete, with something to learn from
     DROP   complete, with nothing to learn from, such as equal rewards (train.dynamic_sampling)
     WAIT   a response has used up its tokens of this step (train.partial_tokens)
 
-The rollout consists of the first `train.prompts` groups with the outcome LEARN. A group counts only once
-all groups before it have an outcome, so a long response never loses its place to a short one that
-finished sooner. Sampling stops when the rollout is full. Later draws have been begun by then, because
-slots that become free take the next ones. They are kept for later steps:
+The rollout consists of the first `train.prompts` groups with the outcome LEARN. A group counts only
+once all groups before it have an outcome, so a long response never loses its place to a short one that
+finished sooner. Sampling stops when the rollout is full. By then, later draws have been begun, because
+free slots take the next ones. They are carried over to later steps:
 
     complete  with their rewards (train.keep_surplus); otherwise they are dropped
     begun     with their tokens under train.partial_tokens; otherwise the draws are fresh again
 
-A step has at most `train.max_draws` · `train.prompts` draws, the kept ones included. If all of them have
-outcomes and the rollout is not full, the waiting groups go on with the tokens of another step. If none
-waits, the rollout is filled up with the first groups that were to be dropped.
+A step has at most `train.max_draws` · `train.prompts` draws, including those carried over. If all of
+them have outcomes and the rollout is not full, the waiting groups get the token budget of another step.
+If none is waiting, the rollout is filled up with the first of the groups that would be dropped.
 
-Outcomes depend on weights, numbers and budgets alone. Verdicts are awaited at fixed points: those of the
-groups that a device call completes, after the next device call. The time at which a verdict arrives
-therefore never decides what is drawn or learned from, and all processes agree. A response depends on
-the weights and on the number of its draw, not on the step. A draw that is fresh again thus uses the same
-random numbers, and a response that was interrupted because it is long does not become a shorter one.
+Outcomes depend only on weights, numbers and budgets. Verdicts are awaited at fixed points: the verdicts
+on groups that a device call completes are awaited after the next device call. The time at which a
+verdict arrives therefore never influences the selection, and all processes agree. A response depends on
+the weights and on the number of its draw, not on the step. A draw that is fresh again therefore uses
+the same random numbers, so a response that was discarded because it is long is not replaced by a
+shorter one.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from drpo_jax.sampler import Rollouts
 
 
 class Outcome(enum.Enum):
-    """What a step makes of a group."""
+    """What a step does with a group."""
 
     LEARN = enum.auto()
     DROP = enum.auto()
@@ -56,10 +57,10 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A problem that was drawn, and the group of responses to it as far as it exists.
+    """A problem that was drawn, and the responses to it so far.
 
     Attributes:
-      number: position in the stream of problems.
+      number: position of the problem in the stream.
       problem: the problem.
       rollouts: the responses so far, `Rollouts` with train.samples rows; None for a fresh draw.
       verdicts: arrays [samples] by name, see `verdicts.verify`; None unless the group is complete.
@@ -77,12 +78,12 @@ def drops_groups(config: Any) -> bool:
 
 
 def chooses_groups(config: Any) -> bool:
-    """Whether a rollout has other groups than those of the next problems of the stream."""
+    """Whether a rollout may differ from the groups of the next problems in the stream."""
     return drops_groups(config) or config.train.partial_tokens > 0
 
 
 def is_full(outcomes: Iterable[Outcome | None], size: int) -> bool:
-    """Whether `size` groups are to be learned from, and none before the last of them is undecided.
+    """Whether `size` groups have the outcome LEARN, and none before the last of them is undecided.
 
     Args:
       outcomes: in the order of the draws; None: undecided.
@@ -104,10 +105,10 @@ class Step:
       draws: ascending.
 
     Attributes:
-      draws: their groups grow with the step.
-      outcomes: what the step makes of each draw; None: undecided.
-      begun: numbers of the draws that were begun by this step.
-      missing: groups without a signal in the rollout, for lack of others; known after `split`.
+      draws: the draws; their responses grow during the step.
+      outcomes: the outcome of each draw; None: undecided.
+      begun: numbers of the draws that this step began.
+      missing: number of groups without a signal that fill up the rollout; known after `split`.
       metrics: sampling/…, and those of the verifier; known after `split`.
     """
 
@@ -170,7 +171,7 @@ class Step:
         self.settle()
 
     def _limits(self, draws: Sequence[Draw]) -> np.ndarray | None:
-        """Returns the tokens that each response may have after this step, [draws, samples], or None."""
+        """Returns the maximum length of each response after this step, [draws, samples], or None."""
         train, longest = self.run.config.train, self.run.config.sampler.max_response_length
         if not train.partial_tokens:
             return None
@@ -181,7 +182,7 @@ class Step:
         return np.minimum(lengths + train.partial_tokens, longest)
 
     def _take(self, groups: Mapping[int, Rollouts]) -> None:
-        """Notes groups that a device call ended, and starts verifying those that are complete."""
+        """Records groups that a device call ended, and starts verifying the complete ones."""
         complete = []
         for place, rollouts in sorted(groups.items()):
             self.draws[place] = dataclasses.replace(self.draws[place], rollouts=rollouts)
@@ -201,7 +202,7 @@ class Step:
         return self.run.verification(place, draw.problem, draw.rollouts, own)
 
     def settle(self) -> None:
-        """Waits for all verdicts and decides about their groups."""
+        """Waits for all verdicts and decides the outcomes of their groups."""
         for groups in self._unverified:
             verdicts = verify(self.run, groups)
             self._verified.append(verdicts)
@@ -223,7 +224,7 @@ class Step:
         return [draw.problem for draw in draws], np.array(verdicts).reshape(-1, samples)
 
     def split(self) -> tuple[list[Draw], list[Draw]]:
-        """Returns the draws to learn from, train.prompts of them, and those to keep; both ascending."""
+        """Returns train.prompts draws to learn from, and the draws for later steps; both ascending."""
         train, draws = self.run.config.train, self.draws
         learn, drop, wait, undecided = (
             [place for place, o in enumerate(self.outcomes) if o is outcome]

@@ -1,9 +1,9 @@
 """Which rollout a step learns from, and what a step leaves for later steps.
 
 With train.staleness = k, step s samples the rollout of step s + k with its own weights, before its
-updates, and learns from the rollout that step s - k sampled. No copy of older weights is needed: what
-depends on the weights that sampled a rollout is computed when it is sampled. Its verdicts are awaited
-only when a step or a checkpoint needs them, so the verifier works while the devices learn.
+updates, and learns from the rollout that step s - k sampled. No copy of older weights is needed: scores
+under the sampling weights are computed when a rollout is sampled. Verdicts are awaited only when a step
+or a checkpoint needs them, so verification overlaps with the updates.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from drpo_jax.run import Run
 
 
 class Collector:
-    """Provides the rollout of every step, and owns what is sampled for steps to come.
+    """Provides the rollout of every step, and owns what is sampled for later steps.
 
-    A checkpoint holds the collector's `state`, of which `restore` makes an equal collector. All
+    A checkpoint stores the collector's `state`, from which `restore` creates an equal collector. All
     processes of a run have equal collectors.
 
     Attributes:
-      sampled: rollouts of steps to come whose verdicts may be in flight, by step, counted from 0.
-      ready: verified rollouts of steps to come.
-      draws: the groups that dynamic sampling and partial rollouts leave for steps to come.
+      sampled: rollouts of later steps whose verdicts may be in flight, by step, counted from 0.
+      ready: verified rollouts of later steps.
+      draws: the groups that dynamic sampling and partial rollouts carry over to later steps.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Collector:
           timer: measures the phases sync, sample and reward.
 
         Raises:
-          AbandonStep: a signal stops the run. The collector holds what `state` can save.
+          AbandonStep: a signal stops the run. The collector is in a state that `state` can save.
         """
         train = run.config.train
         assert run.train_problems is not None  # None only in an evaluation
@@ -65,9 +65,8 @@ class Collector:
             with timer("reward"):
                 self.ready[step] = self.sampled.pop(step).verify()
         rollout = self.ready.pop(step)
-        if not chooses_groups(
-            run.config
-        ):  # Otherwise the stream has seen all groups, also dropped ones.
+        # When groups are chosen, the stream has already observed all of them, dropped ones included.
+        if not chooses_groups(run.config):
             samples = train.samples
             run.train_problems.observe(
                 rollout.problems[::samples], rollout.reward.reshape(-1, samples)
@@ -75,7 +74,7 @@ class Collector:
         return rollout
 
     def _scored(self, run, model, step, version, sampled, timer):
-        """Adds scores by the weights that sampled a rollout, if anything is measured with them later.
+        """Adds scores under the sampling weights, if a later step needs them for a measurement.
 
         Args:
           step: the step that learns from the rollout.
@@ -95,10 +94,10 @@ class Collector:
         return dataclasses.replace(sampled, scores=scores)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns what later steps need as arrays without objects; {} if nothing is pending.
+        """Returns what later steps need as arrays of plain dtypes; {} if nothing is pending.
 
-        Waits for the verdicts of all processes; every process calls it. The arrays must not be changed,
-        and the collector does not change them either.
+        Waits for the verdicts of all processes; every process calls it. Neither the caller nor the
+        collector may modify the arrays.
         """
         for step in sorted(self.sampled):
             self.ready[step] = self.sampled.pop(step).verify()
@@ -111,7 +110,7 @@ class Collector:
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Collector":
-        """Returns the collector whose `state` the arrays are."""
+        """Returns the collector whose `state` is in the arrays."""
         collector = cls()
         parts: dict[int, dict[str, np.ndarray]] = {}
         for name, array in below(arrays, "ready").items():

@@ -71,12 +71,12 @@ def _every(steps: int) -> str:
 
 
 def _groups(train: ConfigDict) -> dict[str, str]:
-    """Returns the line on dynamic sampling and partial rollouts, {} without them."""
+    """Returns the line about dynamic sampling and partial rollouts; {} without them."""
     parts = []
     if train.dynamic_sampling:
         parts.append("groups with equal rewards are replaced")
     if train.partial_tokens:
-        parts.append(f"responses get {train.partial_tokens:,} tokens per step")
+        parts.append(f"responses get up to {train.partial_tokens:,} tokens per step")
     if not parts:
         return {}
     most = train.max_draws * train.prompts
@@ -84,7 +84,7 @@ def _groups(train: ConfigDict) -> dict[str, str]:
 
 
 def _source(run: Run) -> str:
-    """Describes where the rollouts come from."""
+    """Describes the source of the rollouts."""
     if run.replay is not None:
         return f"(not sampled, but read: {run.replay})"
     data, age = run.config.data, run.config.train.staleness

@@ -1,6 +1,6 @@
-"""The draws that outlast a step: what dynamic sampling and partial rollouts leave for later steps.
+"""The draws that dynamic sampling and partial rollouts carry over to later steps.
 
-`loop.choice` has the rule by which a step chooses its groups.
+`loop.choice` describes how a step selects its groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from drpo_jax.sampler import Rollouts
 
 
 class Draws:
-    """The draws that no step has learned from yet.
+    """The draws that are left for later steps.
 
     Attributes:
-      pending: the draws that are kept, and fresh ones, ascending.
-      batches: batches of train.prompts problems taken from the stream. Those without a draw that was
-        begun are taken again by the next step.
+      pending: the draws carried over and the fresh ones, ascending.
+      batches: number of batches of train.prompts problems taken from the stream. Batches without a
+        begun draw are taken again by the next step.
     """
 
     def __init__(self, pending: Sequence[Draw] = (), batches: int = 0):
@@ -65,7 +65,7 @@ class Draws:
         return _rollout(learned, samples, measured | work.metrics)
 
     def _draw(self, run: Run) -> tuple[list[Draw], list[Draw]]:
-        """Returns the draws of a step, and the rest of the last batch of the stream."""
+        """Returns the draws of a step, and the remaining draws of the last batch."""
         assert run.train_problems is not None  # None only in an evaluation
         size = run.config.train.prompts
         most = run.config.train.max_draws * size
@@ -77,7 +77,7 @@ class Draws:
         return draws[:most], draws[most:]
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the draws as arrays without objects; {} if nothing was drawn yet."""
+        """Returns the draws as arrays of plain dtypes; {} if nothing has been drawn yet."""
         if not self.batches:
             return {}
         arrays = {
@@ -98,12 +98,12 @@ class Draws:
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Draws":
-        """Returns the draws whose `state` the arrays are."""
+        """Returns the draws whose `state` is in the arrays."""
         if not arrays:
             return cls()
         begun, complete = arrays["begun"], arrays["complete"]
         responses, verdicts = below(arrays, "responses"), below(arrays, "verdicts")
-        groups = np.cumsum(begun) - 1  # The row of each begun draw among the begun ones.
+        groups = np.cumsum(begun) - 1  # The index of each begun draw among the begun ones.
         judged = np.cumsum(complete) - 1
         pending = []
         problems = unpack_problems(below(arrays, "problems"))

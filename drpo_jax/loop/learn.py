@@ -44,10 +44,10 @@ class Inputs(NamedTuple):
 
 
 def make_loss_mask(config: FrozenConfigDict, rollouts: Rollouts) -> np.ndarray:
-    """Returns which response tokens carry a loss, bool [N, R].
+    """Returns bool [N, R], True for response tokens that carry a loss.
 
-    These are the tokens that the model sampled. Under train.overlong_filtering, the responses that ended
-    at the length limit have none.
+    These are the tokens that the model sampled, except in truncated responses under
+    train.overlong_filtering.
     """
     mask = rollouts.mask()
     return mask & rollouts.finished[:, None] if config.train.overlong_filtering else mask
@@ -65,7 +65,7 @@ def objective_inputs(
 
     Args:
       model: the policy before its updates.
-      reward: the reward to learn from, float32 [N], or [N, R] with NaN where a token has none.
+      reward: the training reward, float32 [N], or [N, R] with NaN where a token has none.
       rescore: score the rollout with `model` even if the objective does not need it.
     """
     objective, arrays = run.config.objective, run.programs.objective.arrays

@@ -32,7 +32,7 @@ from drpo_jax.objectives import by_token, informative
 from drpo_jax.parallel import multihost
 from drpo_jax.run import Run, claim, due
 
-PROBLEMS = "problems"  # Prefix of the arrays of the stream of problems in a checkpoint.
+PROBLEMS = "problems"  # Prefix of the problem stream's arrays in a checkpoint.
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
     Args:
       config: a resolved config.
       workdir: directory of the run.
-      replay: directory of files to learn from instead of sampling, see `learner.replay`.
+      replay: directory of rollout files to learn from instead of sampling, see `learner.replay`.
       profile: the steps to trace, see `profile.parse_steps`.
 
     Returns:
@@ -212,7 +212,7 @@ def _show(
 
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collector, int]:
-    """Returns what to continue from.
+    """Returns the state from which the run continues.
 
     Returns:
       The run with its KL reference, the policy's state, the collector, and the number of completed
@@ -238,13 +238,13 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, Collect
 
 
 def _save(run: Run, step: int, rollout: Rollout, view: Mapping[str, np.ndarray]) -> None:
-    """Saves a rollout with the learner's view of it, see `learner.record`."""
+    """Saves a rollout and the arrays that the learner computed for it, see `learner.record`."""
     arrays = rollout.arrays(run.tokenizer, run.config.train.samples)
     save_rollout(run.workdir, step, **arrays, **view)
 
 
 def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
-    """Returns what a checkpoint holds besides the policy: the collector, and the stream of problems."""
+    """Returns the states of the collector and the problem stream for a checkpoint."""
     assert run.train_problems is not None  # None only in an evaluation
     stream = run.train_problems.state()
     return collector.state() | {f"{PROBLEMS}.{name}": array for name, array in stream.items()}
@@ -253,10 +253,10 @@ def _pending(run: Run, collector: Collector) -> dict[str, np.ndarray]:
 def rl_step(
     run: Run, collector: Collector, state: TrainState, step: int, first: bool = False
 ) -> tuple[TrainState, dict[str, float], Example]:
-    """Collects one rollout, or reads it from the files of a replay, and makes its updates.
+    """Collects one rollout, or reads it from the files of a replay, and runs its updates.
 
     Args:
-      collector: provides the rollout, and keeps what later steps need.
+      collector: provides the rollout, and owns what is sampled for later steps.
       state: donated.
       step: number of completed steps, which the random keys depend on. Logs and files call this one
         step + 1.
@@ -275,8 +275,8 @@ def rl_step(
     responses = rollout.responses
     with timer("update"):
         measure = parity.is_measured(config, step)
-        # Older rollouts are compared when they are sampled, by the weights of that time. The weights
-        # that sampled the files of a replay need not be those of this run.
+        # Older rollouts are compared at the time of sampling, with the weights of that time. The files
+        # of a replay may have been sampled with other weights than those of this run.
         sampled_now = not config.train.staleness and run.replay is None
         check = first and config.sampler.parity != "off" and sampled_now
         reward = training_reward(config, rollout, step)

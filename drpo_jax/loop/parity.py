@@ -27,10 +27,10 @@ PARITY_BOUND = {"float32": 1e-4, "bfloat16": 0.05, "fp8": 0.3}
 def check_parity(run: Run, rollouts: Rollouts, scores: SamplingScores) -> None:
     """Compares the sampler's logprobs of a rollout with the learner's, and warns about a difference.
 
-    Tokens that earlier weights sampled are left out.
+    Tokens that earlier weights sampled are excluded.
 
     Args:
-      scores: by the weights that sampled the rollout.
+      scores: scores under the sampling weights.
 
     Raises:
       TrainingStopped: the mean difference exceeds the bound and sampler.parity is "stop".
@@ -63,7 +63,7 @@ def is_measured(config: FrozenConfigDict, step: int) -> bool:
     """Returns whether the rollout of a step is compared with the learner's scores, or saved.
 
     Args:
-      step: number of steps completed before.
+      step: number of completed steps.
     """
     return due(step, config.train.save_rollout_every) or due(step, config.log.mismatch_every)
 
@@ -76,13 +76,13 @@ def score_at_sampling(
     version: int,
     old_logp: Any = None,
 ) -> SamplingScores:
-    """Scores a rollout by the weights that sampled it.
+    """Scores a rollout under the weights that sampled it.
 
     Args:
       model: the policy that sampled the rollout, before later updates.
       step: the step that learns from the rollout.
       version: version of the policy, the number of completed steps.
-      old_logp: float32 [N, R], its score by `model`, if it is known already.
+      old_logp: float32 [N, R], the score under `model`, if already known.
     """
     if old_logp is None:
         old_logp = score(run, model, rollouts, step, {}).logp
@@ -102,26 +102,25 @@ def mismatch(
     inputs: Mapping[str, np.ndarray],
     loss_mask: np.ndarray,
 ) -> dict[str, float]:
-    """Measures how far the sampler's logprobs are from the learner's own, and where this comes from.
+    """Measures the distance between the sampler's and the learner's logprobs, and its causes.
 
-    From µ to π, a token's logprob changes in up to four parts. They add up:
+    Between µ and π, a token's logprob changes by the sum of up to four components:
 
-        real      sampler -> learner, at the weights of the sampler
+        real      sampler -> learner, with the sampler's weights
         injected  the noise of precision.noise -> the weights without it
-        age       the weights that sampled -> those before the updates (train.staleness)
+        age       the sampling weights -> those before the updates (train.staleness)
         drift     the weights before the updates -> those at the update that used the token
 
-    Parts that are 0 by construction are neither computed nor logged, and "real" is logged only where
-    it differs from the whole distance between µ and `old_logp`. If the rollout holds groups from earlier
-    steps, all parts but the drift are measured over the tokens that its latest weights have sampled.
+    Components that are 0 by construction are neither computed nor logged, and "real" is logged only if
+    it differs from the total distance between µ and `old_logp`. If the rollout has groups from earlier
+    steps, all components but the drift are measured over the tokens that its latest weights sampled.
 
     Args:
-      scores: by the weights that sampled the rollout. None: not known, because the comparison of an
-        older rollout became due only after it was sampled; then only the whole and the drift are
-        measured.
-      old_logp, logp: float32 [N, R], by the learner before the updates and at the update.
+      scores: scores under the sampling weights. None: unknown, because the comparison of an older
+        rollout became due only after sampling; then only the total and the drift are measured.
+      old_logp, logp: float32 [N, R], the learner's scores before the updates and at the update.
       inputs: `Inputs.arrays`.
-      loss_mask: bool [N, R], the tokens that count, which have a `logp`.
+      loss_mask: bool [N, R], the tokens that count; only they have a `logp`.
     """
     advantage, mask = by_token(inputs["advantage"]), loss_mask
     compare = run.programs.mismatch

@@ -1,4 +1,4 @@
-"""A trace of some steps for xprof or TensorBoard, with the phases of the loop by name."""
+"""Profiler traces of some steps for xprof or TensorBoard, with the phases of the loop by name."""
 
 import contextlib
 import re
@@ -17,7 +17,7 @@ def parse_steps(text: str, total: int) -> range:
     """Returns the steps that --profile=STEPS names: "3", or "3:5" for 3, 4 and 5.
 
     Args:
-      text: the value of the flag; "" for none.
+      text: value of the flag; "" for none.
       total: the last step of the run.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_steps(text: str, total: int) -> range:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         raise BadInput(
-            f"--profile={text}: must be a step such as 3, or its first and last step such as 3:5; steps "
+            f"--profile={text}: must be a step such as 3, or a first and last step such as 3:5; steps "
             "count from 1"
         )
     if last > total:
@@ -51,9 +51,9 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Surrounds a step; traces it if it is one of `steps`.
+        """Context manager around a step; traces it if it is one of `steps`.
 
-        A run that resumes among the steps traces the rest of them. A step that raises ends the trace.
+        A run that resumes within the steps traces the remaining ones. An exception ends the trace.
         """
         if step not in self._steps:
             yield
@@ -70,13 +70,13 @@ class Profiler:
         if step == self._steps[-1]:
             self._stop()
             print(
-                f"trace of the steps up to {step}: {self._directory}; to read it, pip install xprof and "
+                f"trace of the steps up to {step}: {self._directory}; to view it, pip install xprof and "
                 f"run `xprof --logdir={self._directory}`",
                 flush=True,
             )
 
     def skipped(self, start: int) -> None:
-        """Warns if a run that continues after step `start` has none of the steps left."""
+        """Warns if none of the steps remain for a run that continues after step `start`."""
         if self._steps and self._steps[-1] <= start:
             logging.warning(
                 "--profile: the run continues after step %d, so steps %d to %d are not traced",

@@ -23,7 +23,7 @@ from drpo_jax.storage import pack_texts, unpack_texts
 
 
 class Example(NamedTuple):
-    """One sampled response in readable form."""
+    """One sampled response as text."""
 
     prompt: str
     response: str
@@ -32,14 +32,14 @@ class Example(NamedTuple):
 
 
 class SamplingScores(NamedTuple):
-    """The learner's scores of a rollout by its weights at the time of sampling.
+    """The learner's scores of a rollout under its weights at the time of sampling.
 
     Attributes:
-      logp: float32 [N, R], by the learner's own weights.
-      synced_logp: float32 [N, R], by the weights that the sampler had. They differ from the learner's
-        only under precision.noise; otherwise this is `logp` itself.
-      version: version of these weights. Earlier ones have sampled other tokens of a rollout that holds
-        groups from earlier steps, see `loop.choice`.
+      logp: float32 [N, R], under the learner's own weights.
+      synced_logp: float32 [N, R], under the sampler's weights. They differ from the learner's only with
+        precision.noise; otherwise this is `logp` itself.
+      version: version of these weights. A rollout with groups from earlier steps also has tokens of
+        earlier versions, see `loop.choice`.
     """
 
     logp: Any
@@ -47,7 +47,7 @@ class SamplingScores(NamedTuple):
     version: int
 
     def own(self, responses: Rollouts) -> np.ndarray:
-        """Returns bool [N, R], True for the tokens that these weights have sampled."""
+        """Returns bool [N, R], True for the tokens that these weights sampled."""
         return responses.mask() & (responses.version == self.version)
 
 
@@ -61,10 +61,10 @@ class Rollout:
       reward: float32 [N], the verifier's verdict.
       added: float32 [N], what `config.reward` adds to it.
       measured: metrics of the weight sync, the sampler and the verifier.
-      scores: the scores by the weights that sampled it, if these may no longer be the learner's
-        (train.staleness) and something is measured with them; else None.
-      token_reward: float32 [N, R], the verdict by token, NaN where a token has none. None if the reward
-        is one of whole responses, else `reward` is the sum.
+      scores: the scores under the sampling weights, if these may differ from the learner's
+        (train.staleness) and a measurement needs them; else None.
+      token_reward: float32 [N, R], the verdict on each token, NaN where a token has none; `reward` is
+        the sum. None if the reward is per response.
     """
 
     problems: Sequence[Problem]
@@ -97,7 +97,7 @@ class Rollout:
         return {"staleness/mean": age.mean(), "staleness/max": age.max()}
 
     def arrays(self, tokenizer: Any, samples: int) -> dict[str, Any]:
-        """Returns the arrays of `learner.record` except for the learner's view of the rollout.
+        """Returns the arrays of `learner.record` except those that the learner computes.
 
         Args:
           samples: responses to each problem.
@@ -130,7 +130,7 @@ class Rollout:
         return Example(problem.prompt, text, problem.answer, float(self.reward[0]))
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the rollout as arrays without objects, of which `restore` makes the same rollout."""
+        """Returns the rollout as arrays of plain dtypes, from which `restore` recreates it."""
         arrays = {"reward": self.reward, "added": self.added}
         arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
         arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
@@ -147,7 +147,7 @@ class Rollout:
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> "Rollout":
-        """Returns the rollout whose `state` the arrays are."""
+        """Returns the rollout whose `state` is in the arrays."""
         measured = {name: float(value) for name, value in below(arrays, "measured").items()}
         scores: SamplingScores | None = None
         if parts := below(arrays, "scores"):
@@ -165,9 +165,9 @@ class Rollout:
 
 
 def pack_problems(problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Returns problems as arrays without objects, of which `unpack_problems` makes equal problems.
+    """Returns problems as arrays of plain dtypes, from which `unpack_problems` creates equal problems.
 
-    The token ids of encoded problems are left out, because they follow from the texts.
+    The token ids of encoded problems are omitted, because the texts determine them.
     """
     arrays = {}
     for f in dataclasses.fields(Problem):
@@ -186,7 +186,7 @@ def unpack_problems(arrays: Mapping[str, np.ndarray]) -> list[Problem]:
 
 
 def below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Returns the arrays whose names are `prefix.NAME`, by NAME."""
+    """Returns the arrays named `prefix.NAME`, by NAME."""
     start = f"{prefix}."
     return {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
 
@@ -248,7 +248,7 @@ def sample(run: Run, model: Transformer, step: int, version: int, timer: PhaseTi
 def synchronize(
     run: Run, model: Transformer, step: int, version: int, timer: PhaseTimer
 ) -> dict[str, float]:
-    """Loads the policy's weights into the sampler; returns metrics.
+    """Loads the policy's weights into the sampler and returns metrics.
 
     Args: as for `sample`.
     """
@@ -261,7 +261,7 @@ def synchronize(
 
 
 def unload(run: Run) -> dict[str, float]:
-    """Frees the memory of the sampler's weights, which the updates need; returns its metrics."""
+    """Frees the memory of the sampler's weights for the updates, and returns the sampler's metrics."""
     sampler = run.programs.sampler
     sampler.load(None)
     counts = sampler.read_statistics()
@@ -305,7 +305,7 @@ def replayed(run: Run, step: int, timer: PhaseTimer) -> Rollout:
 
 
 def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
-    """Returns the problem of every response of a replay; texts that the files lack are empty."""
+    """Returns the problem of every response of a replay; texts that are not in the files are empty."""
     problems: list[Problem] = []
     samples = run.config.train.samples
     for row in range(0, len(arrays["group"]), samples):
@@ -318,7 +318,7 @@ def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:
 
 
 def training_reward(config: FrozenConfigDict, rollout: Rollout, step: int) -> np.ndarray:
-    """Returns the reward to learn from, float32 [N], or [N, R] with NaN: verdict plus shaping.
+    """Returns the training reward, verdict plus shaping terms: float32 [N], or [N, R] with NaN.
 
     The control experiment train.shuffle_rewards permutes it over the rollout.
     """

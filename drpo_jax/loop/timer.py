@@ -15,10 +15,10 @@ class PhaseTimer:
             ...
         timer.metrics()  # {"time/step": 3.2, "time/sample": 2.9}
 
-    In a trace of the profiler, every phase has its name.
+    Phases appear by name in profiler traces.
 
     Args:
-      notices: texts by phase; each is printed when its phase begins for the first time.
+      notices: messages by phase; each is printed when its phase first begins.
       idle_seconds: returns the seconds without a device program in flight, see `DeviceClock`.
     """
 
@@ -43,7 +43,7 @@ class PhaseTimer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """Returns the seconds since construction and in every phase, and the idle share of the devices.
+        """Returns the seconds since construction and per phase, and the idle fraction of the devices.
 
         By name: time/step; time/PHASE, the sum over all occurrences of the phase; time/idle.
         """

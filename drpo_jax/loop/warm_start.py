@@ -25,8 +25,9 @@ from drpo_jax.supervised import Example
 def initial_model(run: Run) -> Transformer:
     """Returns the model that RL starts from.
 
-    The first of these applies: the weights of the warm start in data.init_from; those of the run's own
-    warm start, which is made now if it does not exist; the weights in model.path; random weights.
+    The first of these applies: the weights of the warm start in data.init_from; the weights of the
+    run's own warm start, which runs now if it does not exist; the weights in model.path; random
+    weights.
     """
     model = existing_model(run)
     if model is not None:
@@ -80,7 +81,7 @@ def make_warm_start(run: Run) -> Transformer:
       The model after `programs.supervised_updates` updates.
 
     Raises:
-      BadInput: the examples are not those that the warm start began with.
+      BadInput: the examples differ from those that the warm start began with.
       TrainingStopped: too many updates in a row were not finite.
     """
     programs, total = run.programs, run.programs.supervised_updates

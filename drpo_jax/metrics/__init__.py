@@ -7,7 +7,7 @@ The modules:
     log          writes records to `metrics.jsonl`, TensorBoard, Weights & Biases and the console
     console      the console's lines, and the summary at the end
     tracking     sends records to Weights & Biases
-    health       signs that a run is sick, in words
+    health       warnings about the health of a run
     shares       the kinds of gradient weight that an objective can produce
     clock        counts compilations
     environment  records devices, package versions and the commit in `run.json`

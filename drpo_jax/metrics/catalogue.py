@@ -115,21 +115,21 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
-        "Choice of groups",
-        "What dynamic sampling and partial rollouts make of the drawn problems: "
+        "Selection of groups",
+        "What dynamic sampling and partial rollouts do with the drawn problems: "
         "carried before + drawn = train.prompts + dropped + carried + returned.",
         (
             Metric(
                 "sampling/drawn", "Drawn problems",
-                "problems to which the step has begun to sample responses", "groups",
+                "problems for which the step began to sample responses", "groups",
             ),
             Metric(
                 "sampling/dropped", "Dropped groups",
-                "complete groups that no step learns from: all rewards are equal, or they are surplus "
-                "that is not kept", "groups",
+                "complete groups that no step learns from: their rewards are all equal, or they are "
+                "surplus that is not kept", "groups",
             ),
             Metric(
-                "sampling/carried", "Carried groups", "groups that stay for later steps", "groups"
+                "sampling/carried", "Carried groups", "groups carried over to later steps", "groups"
             ),
             Metric(
                 "sampling/unfinished", "Unfinished groups",
@@ -137,11 +137,11 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "sampling/returned", "Returned problems",
-                "problems whose unfinished groups are discarded and sampled anew by the next step",
+                "problems whose unfinished groups are discarded, to be sampled again by a later step",
                 "groups",
             ),
             Metric(
-                "sampling/reward", "Reward before the choice",
+                "sampling/reward", "Reward before the selection",
                 "mean over all responses that the step has verified, dropped groups included",
             ),
         ),
@@ -251,12 +251,12 @@ SECTIONS: tuple[Section, ...] = (
         "Mismatch of sampler and learner",
         "The logprobs that the sampler recorded (`full_logp`) against the learner's own score of the "
         "same tokens with the same weights (`old_logp`), compared every `log.mismatch_every` steps. "
-        "The parts of the distance between π and µ: *real*, between sampler and learner at the weights "
-        "of the sampler; *injected*, the effect of `precision.noise`; *age*, between the weights that "
-        "sampled and those before the updates (`train.staleness`); *drift*, during the updates of the "
-        "rollout, in the first epoch. Without noise and staleness, the real part is the metric without "
-        "a suffix; with them, that metric covers real, injected and age together. The tokens "
-        "of groups from earlier steps (dynamic sampling, partial rollouts) count in the drift only.",
+        "The components of the distance between π and µ: *real*, between sampler and learner with the "
+        "sampler's weights; *injected*, the effect of `precision.noise`; *age*, between the sampling "
+        "weights and those before the updates (`train.staleness`); *drift*, during the updates on the "
+        "rollout, in the first epoch. Without noise and staleness, the real component is the metric "
+        "without a suffix; with them, that metric covers real, injected and age together. Tokens of "
+        "groups from earlier steps (dynamic sampling, partial rollouts) count only in the drift.",
         (
             Metric("mismatch/shift", "Mean |Δp|", "mean difference of the probabilities"),
             Metric("mismatch/logp", "Mean |Δ log p|", "mean difference of the logprobs", "nats"),
@@ -280,19 +280,19 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric("mismatch/shift_real", "Mean |Δp|, real", "at equal weights"),
             Metric("mismatch/shift_injected", "Mean |Δp|, injected", "effect of the weight noise"),
-            Metric("mismatch/shift_age", "Mean |Δp|, age", "effect of updates since the sampling"),
-            Metric("mismatch/shift_drift", "Mean |Δp|, drift", "effect of updates on the rollout"),
+            Metric("mismatch/shift_age", "Mean |Δp|, age", "effect of the updates since sampling"),
+            Metric("mismatch/shift_drift", "Mean |Δp|, drift", "effect of the updates on the rollout"),
             Metric("mismatch/logp_real", "Mean |Δ log p|, real", "at equal weights", "nats"),
             Metric(
                 "mismatch/logp_injected", "Mean |Δ log p|, injected", "effect of the weight noise",
                 "nats",
             ),
             Metric(
-                "mismatch/logp_age", "Mean |Δ log p|, age", "effect of updates since the sampling",
+                "mismatch/logp_age", "Mean |Δ log p|, age", "effect of the updates since sampling",
                 "nats",
             ),
             Metric(
-                "mismatch/logp_drift", "Mean |Δ log p|, drift", "effect of updates on the rollout",
+                "mismatch/logp_drift", "Mean |Δ log p|, drift", "effect of the updates on the rollout",
                 "nats",
             ),
             Metric("mismatch/kl_real", "KL, real", "at equal weights", "nats", log_axis=True),
@@ -301,11 +301,11 @@ SECTIONS: tuple[Section, ...] = (
                 log_axis=True,
             ),
             Metric(
-                "mismatch/kl_age", "KL, age", "effect of updates since the sampling", "nats",
+                "mismatch/kl_age", "KL, age", "effect of the updates since sampling", "nats",
                 log_axis=True,
             ),
             Metric(
-                "mismatch/kl_drift", "KL, drift", "effect of updates on the rollout", "nats",
+                "mismatch/kl_drift", "KL, drift", "effect of the updates on the rollout", "nats",
                 log_axis=True,
             ),
             Metric(
@@ -410,14 +410,14 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "time/idle", "Idle devices",
-                "share of the step's wall time in which no device program is in flight: none whose "
-                "dispatch has begun and whose result the host does not know to be ready. On a CPU, a "
-                "program is in flight while it waits for cores, too", "%",
+                "fraction of the step's wall time during which no device program is in flight. A "
+                "program is in flight from its dispatch until the host knows that its result is ready; "
+                "on a CPU, also while it waits for a core", "%",
             ),
             Metric(
                 "batch/padding", "Padding",
-                "padding among the token positions that the updates compute; scoring computes those of "
-                "the first epoch", "%",
+                "padding among the token positions that the updates compute; scoring computes the "
+                "positions of the first epoch", "%",
             ),
             Metric("time/{phase}", "Time of {phase}", "wall time of this phase of the step", "s"),
             Metric(
@@ -440,7 +440,7 @@ SECTIONS: tuple[Section, ...] = (
             ),
             Metric(
                 "heldout/loss", "Held-out loss",
-                "mean −log p of a token of the examples that are held out from supervised learning",
+                "mean −log p per token of the examples held out from supervised learning",
                 "nats",
             ),
             Metric("eval/length", "Held-out response length", "mean of the samples", "tokens"),

@@ -13,12 +13,13 @@ NOTHING = "–"  # Stands for a value that is missing or not a number.
 STEP = 12  # Characters in the step column.
 ETA = 9  # Characters in the ETA column.
 WIDTH = 120  # Characters of a line.
-# Columns of runs that choose groups or sample ahead, and those that make room for them, in this order.
+# Columns of runs that choose groups or sample ahead.
 OPTIONAL = {
     "sampling/dropped": Column("dropped", "9.0f"),
     "sampling/carried": Column("carried", "9.0f"),
     "staleness/mean": Column("age", "6.1f"),
 }
+# Columns that make room for them, in this order.
 YIELDING = ("weight/attenuated", "weight/masked", "loss")
 
 
@@ -30,7 +31,7 @@ class Console:
     Args:
       total_steps: the steps of the run, for the step column and the ETA.
       without: metrics that get no column, such as the shares of w that the objective cannot produce.
-      optional: names in `OPTIONAL` that get a column.
+      optional: names in `OPTIONAL` that have a column.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Console:
 
 
 def _fitting(columns: list[tuple[Metric, Column]]) -> list[tuple[Metric, Column]]:
-    """Returns the columns without those of `YIELDING` that would make the lines too long."""
+    """Drops columns of `YIELDING`, in order, until the lines fit."""
     for name in YIELDING:
         if STEP + sum(_width(column) for _, column in columns) + ETA <= WIDTH:
             break

@@ -1,12 +1,12 @@
-"""Signs that a run is sick, in words: what the numbers are, and which field to change.
+"""Health warnings of a run: signs of trouble, with their numbers and a field to change.
 
-Each sickness is a row of `SICKNESSES` with a rule on the latest records. `Health` reads the records of a
-run in order and reports each sickness once, at the first record at which its rule holds. What it
-reports is a function of the records and the config, so a resumed run, which reads its earlier records
-first, does not repeat itself.
+Each sign is a row of `SICKNESSES` with a rule on the latest records. `Health` reads the records of a
+run in order and reports each sign once, at the first record for which its rule holds. The reports are a
+function of the records and the config. A resumed run reads its earlier records first, so it does not
+repeat a warning.
 
-A rule looks at the median of the last `WINDOW` records, because single rollouts of healthy runs differ
-widely: in `configs/tiny.py`, one effective sample size is 61 % beside a median above 99 %.
+A rule uses the median of the last `WINDOW` records, because individual rollouts of healthy runs vary
+widely: in `configs/tiny.py`, one effective sample size is 61 %, while the median is above 99 %.
 """
 
 import math
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from drpo_jax.metrics.records import Record
 
 WINDOW = 5
-LEARNED = 0.95  # A run whose mean reward is higher may stop exploring.
+LEARNED = 0.95  # A run with a higher mean reward may stop exploring.
 
 
 class Finding(NamedTuple):
-    """A sickness of a run: its name, the step at which it was found, and a text for the user."""
+    """A sign of trouble in a run: its name, the step at which it was found, and the warning."""
 
     name: str
     step: int
@@ -65,7 +65,7 @@ class History:
 
 
 class Health:
-    """Finds the sicknesses of a run in its records.
+    """Finds the signs of trouble in the records of a run.
 
     Args:
       config: the flat fields of the run's config.
@@ -88,7 +88,7 @@ class Health:
 
 
 def diagnose(records: Iterable[Record], config: Mapping[str, Any]) -> list[Finding]:
-    """Returns the findings in the records of a run, in the order in which they appeared.
+    """Returns the findings in the records of a run, in order of appearance.
 
     Args:
       records: the records, by step.
@@ -101,10 +101,11 @@ def diagnose(records: Iterable[Record], config: Mapping[str, Any]) -> list[Findi
 def _entropy_gone(history: History, config: Mapping[str, Any]) -> str:
     """The samples of a problem are practically the same response.
 
-    With less than 0.1 nats in a whole response, it differs from the most likely one in about 2 % of the
-    draws, so eight samples are all equal in more than four of five groups. A fall to 1 % of the first
-    entropy is the same sign for long responses: what a policy can gain by spending its entropy H falls
-    with e^H (Cui et al. 2025, arXiv:2505.22617), and `configs/tiny.py` learns its task with 4 % left.
+    With less than 0.1 nats per response, a response differs from the most likely one in about 2 % of
+    the draws, so eight samples are all equal in more than four of five groups. A drop to 1 % of the
+    initial entropy is the same sign for long responses: the reward that a policy can still gain by
+    spending its entropy H falls with e^H (Cui et al. 2025, arXiv:2505.22617), and `configs/tiny.py`
+    learns its task with 4 % of the entropy left.
     """
     entropy, length = history.last("entropy"), history.last("response/length")
     reward = history.last("reward/mean")
@@ -115,9 +116,10 @@ def _entropy_gone(history: History, config: Mapping[str, Any]) -> str:
     if now * tokens >= 0.1 and now >= 0.01 * before:
         return ""
     return (
-        f"the entropy is gone: {now:.2g} nats per token, {now * tokens:.2g} per response (it began "
-        f"with {before:.2g} per token), while the mean reward is {statistics.median(reward):.2f}. The "
-        "samples of a problem hardly differ any more, so little can be learned from comparing them. "
+        f"the entropy has collapsed: {now:.2g} nats per token, {now * tokens:.2g} per response "
+        f"(initially {before:.2g} per token), while the mean reward is "
+        f"{statistics.median(reward):.2f}. The samples of a problem hardly differ, so comparing them "
+        "teaches little. "
         "Try a lower optimizer.learning_rate, or objective.entropy_bonus"
     )
 
@@ -125,7 +127,7 @@ def _entropy_gone(history: History, config: Mapping[str, Any]) -> str:
 def _no_signal(history: History, config: Mapping[str, Any]) -> str:
     """At most one group in twenty has mixed rewards, in every one of the last records.
 
-    The rest of the rollout costs as much and has no gradient.
+    The other groups cost as much but have no gradient.
     """
     last = [record for record in history.recent if "reward/informative_groups" in record]
     shares = [_informative(record) for record in last]
@@ -137,11 +139,11 @@ def _no_signal(history: History, config: Mapping[str, Any]) -> str:
     if easy and mean >= LEARNED:
         advice = "The problems are solved; use harder ones (data.problems)"
     elif easy:
-        advice = "Leave out the problems that are always solved (data.rollouts with data.pass_high)"
+        advice = "Leave out problems that are always solved (data.rollouts with data.pass_high)"
     else:
         advice = (
-            "Leave out the problems that are never solved (data.rollouts with data.pass_low), sample "
-            "more responses to each (train.samples), or begin with supervised learning (`drpo sft`)"
+            "Leave out problems that are never solved (data.rollouts with data.pass_low), sample "
+            "more responses to each (train.samples), or start with supervised learning (`drpo sft`)"
         )
     return (
         f"almost all groups have equal rewards: {100 * statistics.fmean(shares):.1f} % of the groups of "
@@ -150,7 +152,7 @@ def _no_signal(history: History, config: Mapping[str, Any]) -> str:
 
 
 def _informative(record: Record) -> float:
-    """The share of the groups with mixed rewards among those that were sampled."""
+    """Returns the fraction of the sampled groups that have mixed rewards."""
     drawn = record.get("sampling/drawn", 0)
     kept = 1 - record.get("sampling/dropped", 0) / drawn if drawn else 1.0
     return kept * record["reward/informative_groups"]
@@ -159,16 +161,16 @@ def _informative(record: Record) -> float:
 def _at_the_limit(history: History, config: Mapping[str, Any]) -> str:
     """A quarter of the responses ended at the length limit.
 
-    Their reward is that of a missing answer, whatever they would have answered. With a quarter of
-    them, two of the eight responses in a group are compared by their length instead of their answer.
+    Their reward is that of a missing answer, whatever the answer would have been. At a quarter, two of
+    the eight responses in a group are judged by their length instead of their answer.
     """
     truncated = history.last("response/truncated")
     if not truncated or statistics.median(truncated) < 0.25:
         return ""
     limit = config.get("sampler.max_response_length")
     return (
-        f"lengths are at the limit: {100 * statistics.median(truncated):.0f} % of the responses ended "
-        f"at sampler.max_response_length = {limit} without an answer. Raise it, or penalize length with "
+        f"responses are truncated: {100 * statistics.median(truncated):.0f} % of them ended at "
+        f"sampler.max_response_length = {limit} without an answer. Raise it, or penalize length with "
         "reward.overlong_buffer"
     )
 
@@ -176,24 +178,25 @@ def _at_the_limit(history: History, config: Mapping[str, Any]) -> str:
 def _ratio_off(history: History, config: Mapping[str, Any]) -> str:
     """The mean ratio differs from 1 by more than a tenth.
 
-    It is 1 in expectation, whatever π is. In healthy runs the medians differ by less than 0.01 (FP8
-    rollouts included), so 0.1 is not noise: tokens with a large share of the mass are missing from the
-    rollout.
+    Its expectation is 1, whatever π is. In healthy runs, the medians differ from 1 by less than 0.01
+    (FP8 rollouts included), so 0.1 is not noise: tokens with a large share of the probability mass are
+    missing from the rollout.
     """
     ratio = history.last("policy/ratio")
     if not ratio or abs(statistics.median(ratio) - 1) <= 0.1:
         return ""
     return (
-        f"the mean ratio π/µ is {statistics.median(ratio):.3g}, but 1 in expectation: the policy has "
-        "moved too far from the one that sampled, or sampler and learner disagree (mismatch/logp). Try "
-        "a lower optimizer.learning_rate, fewer train.epochs, or larger train.mini_batch_prompts"
+        f"the mean ratio π/µ is {statistics.median(ratio):.3g}, but its expectation is 1: the policy "
+        "has moved too far from the one that sampled, or sampler and learner disagree "
+        "(mismatch/logp). Try a lower optimizer.learning_rate, fewer train.epochs, or larger "
+        "train.mini_batch_prompts"
     )
 
 
 def _few_samples_count(history: History, config: Mapping[str, Any]) -> str:
     """Half of the sampled tokens do not count: the effective sample size is below 50 %.
 
-    The variance of an estimate with these ratios is more than twice that of on-policy samples.
+    The variance of an estimate with these ratios is more than twice that with on-policy samples.
     """
     size = history.last("policy/effective_sample_size")
     if not size or statistics.median(size) >= 0.5:
@@ -208,9 +211,9 @@ def _few_samples_count(history: History, config: Mapping[str, Any]) -> str:
 def _mismatch_grows(history: History, config: Mapping[str, Any]) -> str:
     """Sampler and learner differ by five times as much as at first, and by more than 0.05 nats.
 
-    The mismatch of a format is a property of the model and changes little in healthy runs; a factor of
-    5 is more than the spread between two comparisons. Below 0.05 nats, a ratio is off by 5 % on
-    average, which no objective notices.
+    The mismatch of a number format is a property of the model and changes little in healthy runs; a
+    factor of 5 exceeds the spread between comparisons. Below 0.05 nats, a ratio is off by 5 % on
+    average, which hardly affects any objective.
     """
     # With noise or staleness, the whole mismatch contains parts that are meant.
     real = history.has("mismatch/logp_real")
@@ -222,7 +225,7 @@ def _mismatch_grows(history: History, config: Mapping[str, Any]) -> str:
     if now <= max(5 * before, 0.05):
         return ""
     return (
-        f"sampler and learner drift apart: mean |Δ log p| is {now:.2g} nats and was {before:.2g}. "
+        f"sampler and learner drift apart: mean |Δ log p| is {now:.2g} nats, initially {before:.2g}. "
         "Sample in a finer format (precision.recipe, precision.kv_cache), or set objective.behavior = "
         "'rescored' with an objective.correction"
     )

@@ -1,4 +1,4 @@
-"""Writes what a run logs: `metrics.jsonl`, TensorBoard events, Weights & Biases, the console's lines.
+"""Writes the log of a run: `metrics.jsonl`, TensorBoard events, Weights & Biases, console lines.
 
 `metrics.jsonl` has one JSON object per logged step: `step` and the metrics by name, null for a value
 that is not finite.
@@ -43,9 +43,9 @@ class MetricLogger:
       console: whether to print a line per step.
       expected: the steps before `first_step` that the file must hold; warns if one is missing. None: not
         known.
-      config: the run's resolved config. TensorBoard shows it, the console leaves out the columns of
-        weights that the objective cannot produce, `log.wandb` names a project, and `Health` suggests
-        what to change. Pass it on every process or on none.
+      config: the run's resolved config. TensorBoard shows it, the console omits columns of weights that
+        the objective cannot produce, `log.wandb` names a project, and `Health` uses it for its advice.
+        Pass it on every process or on none.
 
     Raises:
       BadInput: Weights & Biases refuses to start.
@@ -81,7 +81,7 @@ class MetricLogger:
         self._tracker: Tracker | None = None
         fields = flatten(config) if config else {}
         self._health = Health(fields)
-        for record in kept:  # What they reported is not reported again.
+        for record in kept:  # Earlier warnings are not repeated.
             self._health.add(record)
         if config:
             self._write_config(fields, first_step)
@@ -126,9 +126,9 @@ class MetricLogger:
             self._board.close()
 
     def end_tracking(self) -> None:
-        """Waits until Weights & Biases has received everything, which may take long.
+        """Waits until Weights & Biases has received everything, which may take a while.
 
-        A run calls this after its last checkpoint is committed, because a signal may end it meanwhile.
+        A run calls this after its last checkpoint is committed, because a signal may interrupt it.
         """
         if self._writes and self._tracker:
             self._tracker.close()
@@ -159,7 +159,7 @@ class MetricLogger:
 
 
 def _optional_columns(train: Mapping[str, Any]) -> list[str]:
-    """Returns the console columns that the section `train` asks for."""
+    """Returns the console columns that the section `train` requires."""
     chooses = train.get("dynamic_sampling") or train.get("partial_tokens")
     ahead = train.get("staleness") or train.get("partial_tokens")
     columns = ["sampling/dropped", "sampling/carried"] if chooses else []

@@ -1,8 +1,8 @@
-"""Weights & Biases: sends the records of a run to a project, where the package is installed.
+"""Weights & Biases: sends the records of a run to a project, if the package is installed.
 
-The package decides between online and offline (WANDB_MODE=offline) and reads its other settings from
-the environment as usual. `wandb.json` in the workdir holds the id of the run there, so that a resumed
-run continues the same curves.
+The package chooses between online and offline mode (WANDB_MODE=offline) and reads its other settings
+from the environment as usual. `wandb.json` in the workdir stores the run id, so that a resumed run
+continues the same curves.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Tracker:
       config: the run's resolved config as flat fields.
 
     Raises:
-      BadInput: the package is missing, or it refuses to start a run.
+      BadInput: the package is missing or cannot start a run.
     """
 
     def __init__(self, project: str, workdir: Path, config: Mapping[str, Any]) -> None:
@@ -51,21 +51,21 @@ class Tracker:
                 name="/".join(workdir.parts[-2:]) if workdir.name == "sft" else workdir.name,
                 config=dict(config),
                 resume="allow",
-                # The files of an offline run; a workdir on object storage cannot hold them.
+                # For the files of an offline run, which object storage cannot hold.
                 dir=None if is_remote(workdir) else str(workdir),
             )
-        except Exception as error:  # Its errors are of many types, a few of them only strings.
+        except Exception as error:  # Its errors have many types.
             raise BadInput(
                 f"log.wandb = {project!r}: {error}; run `wandb login`, set WANDB_MODE=offline, or set "
                 "log.wandb = ''"
             ) from error
-        # Steps of our own as the x-axis: steps that a resumed run computes again may be logged again.
+        # With our own x-axis, a resumed run may log steps again that it computes again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._summary: dict[str, float] = {}
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Sends a record with its step; values that are not finite are left out."""
+        """Sends a record with its step, without values that are not finite."""
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
         self._summary |= finite
         self._run.log(finite)
@@ -79,7 +79,7 @@ class Tracker:
 def _identity(workdir: Path, config: Mapping[str, Any]) -> str:
     """Returns the id of the run in `wandb.json`, which the first start writes.
 
-    It is a function of the run: of its host, its directory and the config of the first start.
+    It is a function of the host, the directory and the config of the first start.
     """
     path = workdir / "wandb.json"
     if path.exists():

@@ -8,7 +8,7 @@ The modules:
     tokens       the form of a token that the equations take
     policy       the same objective under a custom_vjp that emits the coefficient
     advantages   rewards of grouped samples -> advantages
-    token_rewards   rewards of tokens -> advantages of tokens
+    token_rewards   rewards per token -> advantages per token
     aggregation  token objectives -> one loss, with sums and denominators kept separate
     correction   importance weights for the mismatch of sampler and learner
     penalty      penalties on the distance to a reference policy and to µ

@@ -1,4 +1,4 @@
-"""Advantages: Â of each sample, or of each of its tokens, from the rewards of grouped samples.
+"""Advantages: Â per sample or per token, from the rewards of grouped samples.
 
 Rewards are [batch] arrays in which the samples of a prompt are contiguous (batch = groups · group_size).
 A group with equal rewards carries no signal. Its advantages are exactly 0, not a rounding error that
@@ -86,7 +86,7 @@ def optimal_token_baseline(
 
     For the t-th sampled token of response i of a group:
 
-        W_t = Σ_{s ≤ t} ρ_s²·(1 − 2π_s + Σ_v π_s(v)²)     the gradient's energy so far
+        W_t = Σ_{s ≤ t} ρ_s²·(1 − 2π_s + Σ_v π_s(v)²)     accumulated gradient energy
         B_t = Σ_i W_t·r / Σ_i W_t                         over the responses with at least t tokens
 
     1 − 2π + Σπ² is the squared norm of the gradient of log π with respect to the logits, which stands in
@@ -99,18 +99,18 @@ def optimal_token_baseline(
     Args:
       reward: [batch], groups contiguous.
       logp: [batch, time], log π of the sampled tokens before the first update, nats.
-      sum_squares: [batch, time], Σπ² of the distributions they were drawn from.
+      sum_squares: [batch, time], Σπ² of the policy's distributions at these tokens.
       mask: bool [batch, time], the sampled tokens.
       group_size: samples per prompt, at least 2.
       correction: broadcasts to [batch, time], ρ.
 
     Returns:
-      float32 [batch, time], 0 outside of the mask. Sums are taken in float64.
+      float32 [batch, time], 0 outside the mask. Sums are computed in float64.
     """
     mask = np.asarray(mask, bool)
     energy = 1 - 2 * np.exp(np.asarray(logp, np.float64)) + np.asarray(sum_squares, np.float64)
     energy = np.where(mask, energy * np.asarray(correction, np.float64) ** 2, 0.0)
-    order = np.argsort(~mask, axis=1, kind="stable")  # Sampled tokens first: t counts only them.
+    order = np.argsort(~mask, axis=1, kind="stable")  # Sampled tokens first; t counts only these.
     total = np.cumsum(np.take_along_axis(energy, order, axis=1), axis=1)
     shape = -1, group_size, mask.shape[1]
     alive = np.take_along_axis(mask, order, axis=1).reshape(shape)
@@ -128,7 +128,7 @@ def optimal_token_baseline(
 
 
 def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
-    """Returns which groups have a sample, or a token of one, with Â ≠ 0.
+    """Returns which groups have a sample or token with Â ≠ 0.
 
     Args:
       advantage: [batch] or [batch, time], groups contiguous.
@@ -145,7 +145,7 @@ def informative(advantage: ArrayLike, group_size: int) -> jax.Array:
 
 
 def by_token(advantage: Any) -> Any:
-    """Returns Â so that it broadcasts to tokens: [batch, 1] for [batch], and [batch, time] as it is.
+    """Returns Â in a shape that broadcasts to tokens: [batch, 1] for [batch]; [batch, time] unchanged.
 
     NumPy arrays remain NumPy arrays.
     """

@@ -1,4 +1,4 @@
-"""Objectives from files: my_objectives.py:NAME becomes a row of the table, called NAME.
+"""Objectives from files or modules: my_objectives.py:NAME becomes the row NAME of the table.
 
 The object is one of these:
 
@@ -7,8 +7,8 @@ The object is one of these:
     Objective(f, boundary=…, aggregation=…, …)           a row around either of them
 
 Further arguments are hyperparameters if they have a default, else arrays that the learner provides
-(`ARRAYS`). The file may describe new hyperparameters in a dictionary `HYPERPARAMETERS`, as the table
-does; without a row, a hyperparameter must be positive.
+(`ARRAYS`). Like the table, the file may describe new hyperparameters in a dictionary `HYPERPARAMETERS`;
+those without a row there must be positive.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ from drpo_jax.objectives.tokens import Terms, Token, token
 ARRAYS = ("old_logp", "mask", "topk_logp", "behavior_topk_logp")
 TOKEN = ("logp", "behavior_logp", "advantage")
 
-_loaded: dict[str, plugins.Plugin] = {}  # The rows of the table that came from files, by name.
-_own: set[str] = set()  # The hyperparameters that such files describe.
+_loaded: dict[str, plugins.Plugin] = {}  # The plug-ins of the table, by name.
+_own: set[str] = set()  # The hyperparameters that plug-ins describe.
 
 
 def load_objective(path: str, reserved: Collection[str] = ()) -> plugins.Plugin:
-    """Adds the objective of a file or module to `OBJECTIVES`; a later one of that name replaces it.
+    """Adds the objective of a file or module to `OBJECTIVES`; a later plug-in of the same name replaces
+    it.
 
     The equation is traced once with abstract arrays, which starts no devices.
 
@@ -60,8 +61,8 @@ def _row_of(plugin, reserved):
     path, row = plugin.path, as_row(plugin.load(), plugin.path)
     if taken := sorted(row.hyper.keys() & set(reserved)):
         raise ValueError(
-            f"{path}: the config section objective has fields {', '.join(taken)} already; give these "
-            "hyperparameters other names"
+            f"{path}: the config section objective already has fields {', '.join(taken)}; rename these "
+            "hyperparameters"
         )
     described = _described(row, getattr(plugin.module(), "HYPERPARAMETERS", {}), path)
     _check_hyper(row, described, path)
@@ -75,7 +76,7 @@ def as_row(value: Any, path: str) -> Objective:
     """Returns the row of the table for an object of a file.
 
     Raises:
-      ValueError: it is none of the forms in the module's docstring.
+      ValueError: the object has none of the forms in the module's docstring.
     """
     row = value if isinstance(value, Objective) else None
     function = row.equation if row else value
@@ -114,7 +115,7 @@ def _on_tokens(function, rest):
 
     @functools.wraps(function)
     def equation(t: Token, **keywords) -> Terms:
-        # log µ from the clipped log r, so that no ratio that the function computes overflows.
+        # log µ follows from the clipped log r, so that the function's ratios do not overflow.
         return function(t.logp, t.logp - t.log_r, t.A, **keywords)
 
     first = inspect.Parameter("t", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -137,7 +138,7 @@ def _described(row, described, path):
 
 
 def _check_hyper(row, described, path):
-    """Checks the defaults of the hyperparameters; `described` are the rows of the file."""
+    """Checks the defaults of the hyperparameters; `described` has the rows of the file."""
     rows = hyperparameters() | described
     for key, default in row.hyper.items():
         if default is not None and not isinstance(default, bool | int | float):

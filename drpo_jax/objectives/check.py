@@ -1,11 +1,11 @@
 """Checks objectives: python -m drpo_jax.objectives.check my_objectives.py:NAME [drpo ...]
 
-Prints a table per objective, and ends with status 1 if a check fails. The arguments are names of the
-table or objectives from files (see `by_path`).
+Prints a table per objective, and exits with status 1 if a check fails. The arguments are names in the
+table or objective plug-ins (see `by_path`).
 
-The tokens are random, 40 rows of 100 with several responses each: near to on-policy and far from it,
-with µ down to e⁻²¹. The hostile ones combine log-probabilities from 0 to −∞ with advantages from 0 to
-±100.
+The tokens are random, in 40 rows of 100 with several responses each: close to on-policy and far from
+it, with µ down to e⁻²¹. The hostile tokens combine log-probabilities from 0 to −∞ with advantages from
+0 to ±100.
 """
 
 import sys
@@ -32,7 +32,7 @@ FLIPPED = 5e-3
 
 
 class Tokens(NamedTuple):
-    """Arrays [B, T], and the arrays that some objectives take besides them, by name."""
+    """Arrays [B, T], and further arrays that some objectives take, by name."""
 
     logp: np.ndarray
     behavior_logp: np.ndarray
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
         return {key: self.arrays[key] for key in OBJECTIVES[name].arrays}
 
     def astype(self, dtype: Any) -> "Tokens":
-        """Returns the same in another floating dtype; the mask keeps its own."""
+        """Returns the tokens in another floating dtype; the mask keeps its dtype."""
         cast = {k: v if k == "mask" else v.astype(dtype) for k, v in self.arrays.items()}
         return Tokens(
             self.logp.astype(dtype),
@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
         )
 
     def where(self, kept: np.ndarray, others: "Tokens") -> "Tokens":
-        """Returns these tokens where `kept` [B, T], and `others` elsewhere. The mask is this one's."""
+        """Returns these tokens where `kept` [B, T], and `others` elsewhere, with this mask."""
 
         def merged(mine, theirs):
             return np.where(kept.reshape(kept.shape + (1,) * (mine.ndim - 2)), mine, theirs)
@@ -74,8 +74,8 @@ class Outcome(NamedTuple):
     Attributes:
       check: what must hold.
       tokens: number of tokens that were compared.
-      worst: the largest error, or a share, as text.
-      problem: "" if it holds; else the token that violates it most, or an exception.
+      worst: the largest error, or a fraction, as text.
+      problem: "" if the check holds; else the token that violates it most, or an exception.
     """
 
     check: str
@@ -118,9 +118,9 @@ def random_tokens() -> Tokens:
     """Returns float64 tokens with |log r| < 20 that reach every regime of every objective."""
     rng, shape = np.random.default_rng(0), (ROWS, TIME)
     logp, behavior_logp = np.log(rng.beta(0.3, 0.5, (2, *shape)))
-    near = rng.random(shape) < 0.5  # half of them close to on-policy
+    near = rng.random(shape) < 0.5  # Half of them are close to on-policy.
     logp = np.where(near, np.minimum(behavior_logp + rng.normal(0, 0.3, shape), -1e-4), logp)
-    rare = rng.random(shape) < 0.1  # some whose ratio is huge or tiny
+    rare = rng.random(shape) < 0.1  # Some have a huge or tiny ratio.
     behavior_logp = np.where(rare, -1.0 - rng.uniform(0, 19.9, shape), behavior_logp)
     logp = np.where(rare, -1.0, logp)
     swapped = rare & (rng.random(shape) < 0.5)
@@ -129,7 +129,7 @@ def random_tokens() -> Tokens:
     logp[:10] = np.minimum(behavior_logp[:10] + rng.normal(0, 1e-3, (10, TIME)), -1e-4)
     logp = np.clip(logp, behavior_logp - 19.99, behavior_logp + 19.99)
 
-    # Several responses per row, some tokens of none (0). Â is constant within a response.
+    # Several responses per row; some tokens belong to none (0). Â is constant within a response.
     mask, advantage = np.zeros(shape, np.int32), rng.normal(0, 1, shape)
     for row in range(ROWS):
         cuts = np.sort(rng.choice(np.arange(1, TIME), RESPONSES, replace=False))
@@ -153,7 +153,7 @@ def random_tokens() -> Tokens:
 
 
 def hostile_tokens() -> list[Tokens]:
-    """Returns two batches of extreme float32 tokens, of the shape of `random_tokens`."""
+    """Returns two batches of extreme float32 tokens, shaped like `random_tokens`."""
     grid = np.meshgrid(EXTREME, EXTREME, EXTREME[::2], ADVANTAGES)
     logp, behavior_logp, old_logp, advantage = (
         np.resize(x.astype(np.float32), (2, ROWS, TIME)) for x in grid
@@ -207,7 +207,7 @@ def _program(name: str, hyper: dict[str, Any]) -> Callable[[Tokens], Terms]:
 
 
 def _counted(name: str, tokens: Tokens) -> np.ndarray:
-    """The tokens that the objective defines: those of responses, where it takes whole responses."""
+    """Returns where the objective is defined: on responses, if it takes whole responses."""
     mask = tokens.arrays["mask"] > 0
     return mask if OBJECTIVES[name].needs_sequences else np.ones_like(mask)
 
@@ -299,7 +299,7 @@ def _dtypes(exact, narrow) -> Outcome:
 
 
 def _equal(title, tokens, value, expected, at) -> Outcome:
-    """Compares arrays to `EXACT` at some tokens."""
+    """Compares arrays at some tokens, with tolerance `EXACT`."""
     with np.errstate(invalid="ignore"):
         error = np.where(at, abs(value - expected) / (1 + abs(expected)), 0)
     error = np.where(np.isfinite(error), error, np.inf)
@@ -311,7 +311,7 @@ def _equal(title, tokens, value, expected, at) -> Outcome:
 
 
 def _near(title, tokens, terms, expected) -> Outcome:
-    """Compares terms to `ROUNDED` for all tokens but the share `FLIPPED`."""
+    """Compares terms for all but a fraction `FLIPPED` of the tokens, with tolerance `ROUNDED`."""
     r = np.exp(np.float64(tokens.logp) - np.float64(tokens.behavior_logp))
     pull = r * abs(tokens.advantage) * (1 + abs(expected.w))
     scales = {"J": pull + abs(expected.J), "c": pull + abs(expected.c), "w": 1 + abs(expected.w)}
@@ -355,10 +355,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Checks the objectives that are named and prints a table for each.
+    """Checks the named objectives and prints a table for each.
 
     Returns:
-      The exit status: 0 if all checks hold, 1 if one fails, 2 if a name is wrong.
+      The exit status: 0 if all checks hold, 1 if any fails, 2 if a name is unknown.
     """
     if not arguments or arguments[0].startswith("-"):
         print((__doc__ or "").strip())

@@ -1,13 +1,13 @@
-"""Advantages of tokens from rewards of tokens: process supervision as in GRPO.
+"""Advantages per token from rewards per token: process supervision as in GRPO.
 
 A reward array [batch, time] has a number at each rewarded token and NaN elsewhere. The samples of a
-prompt are contiguous. Each reward is compared with those of its group, and the advantage of a token is
-the sum of what its response earns from there on (DeepSeekMath, arXiv 2402.03300, section 4.1.3):
+prompt are contiguous. Each reward is centered within its group, and the advantage of a token is the sum
+of the rewards of its response from there on (DeepSeekMath, arXiv 2402.03300, section 4.1.3):
 
     Â_t = Σ_{s ≥ t} r̃_s
 
-If every response has one reward, at its last token, this is the advantage of the response that
-`advantages` computes. Rewards that are all equal in a group carry no signal: Â is exactly 0.
+If every response has one reward, at its last token, this is the advantage of the response from
+`advantages`. If all rewards of a group are equal, Â is exactly 0.
 """
 
 import numpy as np
@@ -61,13 +61,13 @@ def token_advantages(name: str, reward: ArrayLike, group_size: int) -> np.ndarra
 
 
 def add_to_responses(reward: ArrayLike, added: ArrayLike, lengths: ArrayLike) -> np.ndarray:
-    """Returns rewards of tokens with a term of each response added to its last rewarded token.
+    """Adds a term per response to its last rewarded token; returns the rewards per token.
 
     Args:
       reward: float32 [batch, time], NaN where a token has no reward.
       added: float32 [batch]. Where it is 0, nothing changes.
-      lengths: int32 [batch], tokens of each response; the last one gets the term of a response without a
-        rewarded token.
+      lengths: int32 [batch], tokens of each response. Without rewarded tokens, the last token gets the
+        term.
 
     Returns:
       float32 [batch, time].
@@ -93,11 +93,11 @@ def _standardized(rewards, given):
 
 
 def _without_own(rewards, given):
-    """Returns the rewards minus the mean of those of the other responses."""
+    """Returns the rewards minus the mean reward of the other responses."""
     sums, counts = (x.sum(axis=1, keepdims=True) for x in (np.where(given, rewards, 0), given))
     others = counts.sum() - counts
     baseline = (sums.sum() - sums) / np.maximum(others, 1)
-    # Without a reward in the other responses there is nothing to compare with.
+    # Without rewards in the other responses, there is no baseline.
     return np.where(given & (others > 0), rewards - baseline, 0)
 
 

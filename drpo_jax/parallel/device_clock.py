@@ -1,8 +1,8 @@
-"""How long no device program is in flight, measured on the host.
+"""Measures on the host how long no device program is in flight.
 
 A program is in flight from its dispatch until the host learns that its result is ready. A thread waits
-for the results, so that the host may do other work meanwhile. Programs that only copy or index arrays
-outside of the watched functions are not seen.
+for the results, so the host can do other work. Programs outside the watched functions, which only copy
+or index arrays, are not counted.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import jax
 
 
 class DeviceClock:
-    """Sums up the time in which none of the watched functions is in flight. Starts idle."""
+    """Accumulates the time during which no watched function is in flight. Starts idle."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,13 +29,13 @@ class DeviceClock:
         return Watched(function, self)
 
     def idle_seconds(self) -> float:
-        """Returns the seconds without a program in flight since the clock was made."""
+        """Returns the seconds without a program in flight since the clock was created."""
         with self._lock:
             now = 0.0 if self._in_flight else time.monotonic() - self._idle_since
             return self._idle + now
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Calls a jitted function and follows its result until it is ready."""
+        """Calls a jitted function and tracks its result until it is ready."""
         self._begin()
         try:
             result = function(*args, **kwargs)
@@ -70,7 +70,7 @@ class DeviceClock:
 
 
 class Watched:
-    """A jitted function whose calls a `DeviceClock` follows; has all attributes of the function."""
+    """A jitted function whose calls a `DeviceClock` tracks; has all attributes of the function."""
 
     def __init__(self, function: Callable[..., Any], clock: DeviceClock):
         self._function, self._clock = function, clock

@@ -14,8 +14,8 @@ def comparison_page(judgments: Sequence[Judgment], facts: Mapping[str, str]) -> 
     """Returns self-contained HTML without scripts.
 
     Args:
-      judgments: of every objective, in the order of the page.
-      facts: (name, text) of the model, the rollouts and the config.
+      judgments: the judgment of every objective, in the order of the page.
+      facts: descriptions of the model, the rollouts and the config, by name.
     """
     names = [judgment.name for judgment in judgments]
     tokens = {name: judgments[0].metrics[f"by_mu/{name}/tokens"] for name in BINS}

@@ -28,7 +28,7 @@ def explain(
       rollout: the arrays of `learner.record`.
       tokenizer: the run's tokenizer.
       config: the run's resolved config.
-      row: the row of the sequence; None takes the first with a token that has a loss and Â ≠ 0.
+      row: the row of the sequence; None: the first with a token that has a loss and Â ≠ 0.
     """
     learned = (rollout["loss_mask"] & (by_token(rollout["advantage"]) != 0)).any(1)
     if row is None:

@@ -33,8 +33,8 @@ def notable_rows(rollout: Rollout, count: int = 2) -> list[int]:
       count: maximum number of right responses to return, and of wrong ones.
 
     Returns:
-      Right responses, then wrong ones, each of a different prompt. Responses without a token that has a
-      loss and Â ≠ 0 are left out, unless none has one.
+      Correct responses, then wrong ones, each to a different prompt. Responses without a token with a
+      loss and Â ≠ 0 are omitted, unless there are no others.
     """
     mask = rollout["loss_mask"]
     informative = np.any(mask & (by_token(rollout["advantage"]) != 0), axis=1)

@@ -1,8 +1,7 @@
-"""How far an engine's logprobs of a rollout are from a model's own, as a dict and as text.
+"""The distance between an engine's logprobs of a rollout and a model's own, as a dict and as text.
 
-The engine's µ of a token and this model's π are probabilities of the same token. Where the engine had
-the weights of the model, every difference is numerical, and the update would act on it as if the policy
-had changed.
+The engine's µ and this model's π are probabilities of the same token. If the engine had the model's
+weights, every difference is numerical, but an update would treat it as a change of the policy.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +16,8 @@ from drpo_jax.objectives.diagnostics import MU_BINS
 
 Rollout = Mapping[str, np.ndarray]
 
-WORST = 10  # Tokens that the report lists.
-CONTEXT = 8  # Tokens shown before each of them.
+WORST = 10  # Number of tokens that the report lists.
+CONTEXT = 8  # Number of tokens shown before each of them.
 
 
 @np.errstate(over="ignore", invalid="ignore")  # An engine may record any finite log µ.
@@ -31,16 +30,16 @@ def mismatch_report(
     """Compares the engine's logprobs of a rollout with a model's.
 
     Args:
-      rollout: the arrays of `learner.rollout_file`, with `logp` of the model.
-      advantage: float32 [N], Â of each response; tokens of Â = 0 have no gradient.
-      config: a resolved config, whose objective judges the tokens.
-      piece: the text of a token id.
+      rollout: the arrays of `learner.rollout_file`, with the model's `logp`.
+      advantage: float32 [N], Â of each response; tokens with Â = 0 have no gradient.
+      config: a resolved config, whose objective is applied to the tokens.
+      piece: function that returns the text of a token id.
 
     Returns:
       tokens, responses; logp, shift and ratio, with their statistics; kl (k3, nats);
-      effective_sample_size, a share of the tokens; by_mu, one entry per bin of µ; objective, the tokens
-      that the objective masks or corrects because of the mismatch alone; correction; worst, the tokens
-      with the largest |Δlogp|. All of it is JSON.
+      effective_sample_size, a fraction of the tokens; by_mu, one entry per bin of µ; objective, the
+      tokens that the objective masks or corrects solely because of the mismatch; correction; worst, the
+      tokens with the largest |Δlogp|. The dict is JSON-serializable.
     """
     mask = rollout["response_mask"]
     mu, pi = (rollout[name].astype(np.float64) for name in ("full_logp", "logp"))
@@ -94,16 +93,18 @@ def _by_mu(mask, mu, gap, shift, ratio) -> list[dict[str, Any]]:
 
 
 def _objective(rollout: Rollout, advantage: np.ndarray, config: FrozenConfigDict) -> dict[str, Any]:
-    """Compares the weights of a first update under the engine's µ and under the model's own.
+    """Compares the weights w of a first update under the engine's µ and under the model's own.
 
-    π is the model's logprob. Under its own µ it has not moved, so that a mask that differs between the
-    two comes from the mismatch alone.
+    π is the model. With its own µ, it has not moved, so a mask that differs between the two is due to
+    the mismatch alone.
     """
     name = config.objective.name
     result: dict[str, Any] = {"name": objective_summary(config)}
     row = OBJECTIVES[name]
     if "topk_logp" in row.arrays:
-        return result | {"note": "needs the logprobs of the most likely tokens, which files lack"}
+        return result | {
+            "note": "needs the logprobs of the most likely tokens, which rollout files do not contain"
+        }
     mask = rollout["response_mask"] & (advantage[:, None] != 0)
     if not mask.any():
         return result | {"note": "no token has Â ≠ 0: all rewards of every group are equal"}
@@ -128,7 +129,7 @@ def _objective(rollout: Rollout, advantage: np.ndarray, config: FrozenConfigDict
 
 
 def _correction(rollout: Rollout, config: FrozenConfigDict) -> dict[str, Any] | None:
-    """Counts the tokens whose importance weight ρ is 0 or at the cap; without a mismatch, all are 1."""
+    """Counts tokens whose importance weight ρ is 0 or at the cap; without a mismatch, ρ is 1."""
     objective = config.objective
     if objective.correction == "none":
         return None

@@ -68,7 +68,7 @@ def render(groups: Sequence[Group]) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """Returns the templates of this package; they escape whatever they insert."""
+    """Returns the environment of this package's templates, which escape all inserted values."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -141,7 +141,7 @@ def _software(start: dict[str, Any]) -> str:
 
 
 def findings(group: Group) -> list[tuple[str, str]]:
-    """Returns (place, text) of the sicknesses of the group's runs, see `metrics.health`."""
+    """Returns (place, text) of the health warnings of the group's runs, see `metrics.health`."""
     return [
         (f"seed {run.config.get('seed', '?')}, step {finding.step:,}", finding.text)
         for run in group.runs

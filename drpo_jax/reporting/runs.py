@@ -86,7 +86,7 @@ def objective_text(config: Mapping[str, Any]) -> str:
     name = config.get("objective.name")
     if name in OBJECTIVES and not config.get("objective.path"):
         return objective_summary(config)
-    # The code of an objective by path is not run for a report.
+    # A report does not execute the code of an objective plug-in.
     rows = {row.path for row in field_table()}
     own = {f: v for f, v in config.items() if f.startswith("objective.") and f not in rows}
     hyper = [f"{f.partition('.')[2]} = {v}" for f, v in own.items() if v is not None]

@@ -9,8 +9,8 @@ row:
 
     REWARDS = {..., "ends_with_answer": Reward(ends_with_answer)}
 
-`--config.reward.name=ends_with_answer` selects it. `--config.reward.path=my_rewards.py:NAME` takes a
-function from a file instead, see `by_path`.
+`--config.reward.name=ends_with_answer` selects it. `--config.reward.path=my_rewards.py:NAME` selects a
+function in a file instead, see `by_path`.
 
 A response is whatever a model wrote. A reward parses it, never evaluates it, raises no exception
 and takes time linear in its length. A function that cannot guarantee linear time runs in worker

@@ -1,4 +1,4 @@
-"""Rewards from files: my_rewards.py:NAME becomes a row of the table, called NAME.
+"""Rewards from files or modules: my_rewards.py:NAME becomes the row NAME of the table.
 
 The object is one of these, or a `Reward` row around one of them:
 
@@ -9,7 +9,7 @@ The object is one of these, or a `Reward` row around one of them:
 
 `tokens` are the texts of the response's tokens. A batch holds the responses to one problem. The calls of
 an async function for the responses to one problem run concurrently. Every function runs in worker
-processes under the limits of `Pool`, which `limits` changes; a batch is one call.
+processes under the limits of `Pool`, which `limits` can change; a batch is one call.
 """
 
 import inspect
@@ -29,11 +29,11 @@ from drpo_jax.rewards.verdict import Results, RewardFailed, Verdict, as_token_re
 _LIMITS = MemoryError, RecursionError  # The worker counts these as exceeded limits.
 TEXTS = ("prompt", "response", "answer")
 
-_loaded: dict[str, plugins.Plugin] = {}  # The rows of the table that came from files, by name.
+_loaded: dict[str, plugins.Plugin] = {}  # The plug-ins of the table, by name.
 
 
 def batch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a reward that takes lists: all responses to a problem in one call."""
+    """Marks a reward that takes lists, with all responses to a problem in one call."""
     function.takes_batch = True  # type: ignore[attr-defined]
     return function
 
@@ -43,7 +43,7 @@ def limits(**values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     Args:
       **values: cpu_seconds, wall_seconds, workers and cache are arguments of `Pool`. warm is a list of
-        (prompt, response, answer): calls that every worker makes once, without limits, before the first
+        (prompt, response, answer). Every worker makes these calls once, without limits, before the first
         real call.
     """
     if wrong := set(values) - {"cpu_seconds", "wall_seconds", "workers", "cache", "warm"}:
@@ -60,7 +60,7 @@ def limits(**values: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def load_reward(path: str) -> plugins.Plugin:
-    """Adds the reward of a file or module to `REWARDS`; a later one of that name replaces it.
+    """Adds the reward of a file or module to `REWARDS`; a later plug-in of the same name replaces it.
 
     Args:
       path: FILE.py:NAME or MODULE:NAME.
@@ -94,7 +94,7 @@ def check_reward(row: Reward, prompt: str, answer: str) -> None:
     A batch function gets the answer twice, so one that returns too few rewards is noticed.
 
     Raises:
-      ValueError: that fails, or exceeds the limits of a call.
+      ValueError: the call fails or exceeds its limits.
     """
     try:
         count = 2 if isinstance(row.function, ByPath) and row.function.call.takes_batch else 1
@@ -111,11 +111,11 @@ def check_reward(row: Reward, prompt: str, answer: str) -> None:
 
 
 class Call:
-    """The function of a plug-in as a worker calls it: texts of several responses in, `Results` out.
+    """The function of a plug-in as a worker calls it: from the texts of several responses to `Results`.
 
     Attributes:
-      path: of the plug-in.
-      takes_tokens, takes_batch, is_async: the form of the function.
+      path: path of the plug-in.
+      takes_tokens, takes_batch, is_async: form of the function.
       function: the function.
     """
 
@@ -230,7 +230,7 @@ class ByPath(Isolated):
         answers: Sequence[str],
         tokens: Sequence[Sequence[str]] | None = None,
     ) -> Pending:
-        """Starts the rewards of N responses.
+        """Starts computing the rewards of N responses.
 
         A batch or async function gets adjacent responses to the same problem in one call.
 
@@ -257,7 +257,7 @@ class ByPath(Isolated):
         )
 
     def _columns(self, prompts, responses, answers, tokens=None):
-        """Returns the arguments of a call for several responses; a response is one token by default."""
+        """Returns the arguments of a call for several responses, by default of one token each."""
         columns = tuple(prompts), tuple(responses), tuple(answers)
         tokens = [[response] for response in responses] if tokens is None else tokens
         by_token = (tuple(tuple(texts) for texts in tokens),) if self.call.takes_tokens else ()
@@ -265,7 +265,7 @@ class ByPath(Isolated):
 
 
 def _run(coroutine):
-    import asyncio  # Not with the module, which every worker imports: it takes longer than all else.
+    import asyncio  # Imported late: every worker imports this module, and asyncio would dominate.
 
     return asyncio.run(coroutine)
 
@@ -275,14 +275,14 @@ def _named(row: Sequence[Any]) -> str:
 
 
 def _failed(row: Sequence[Any], error: BaseException) -> RewardFailed:
-    """Returns the error of a call: its texts, and the traceback inside the plug-in."""
+    """Returns the error of a call, with its texts and the traceback inside the plug-in."""
     assert error.__traceback__ is not None
     frames = traceback.format_exception(type(error), error, error.__traceback__.tb_next)
     return RewardFailed(f"{_named(row)}:\n{''.join(frames).rstrip()}")
 
 
 def _by_response(future: Any, count: int) -> list[Future]:
-    """Returns a future per response from that of a call for `count` responses."""
+    """Splits the future of a call for `count` responses into one future per response."""
     parts: list[Future] = [Future() for _ in range(count)]
 
     def split(done):

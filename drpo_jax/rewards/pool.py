@@ -2,20 +2,18 @@
 
 Limits of one call:
 
-- `CPU_SECONDS` of CPU time. CPU time does not depend on how busy the machine is, so neither do
-  results.
+- `CPU_SECONDS` of CPU time. CPU time does not depend on the load of the machine, so neither do results.
 - `worker.MEMORY` bytes of memory.
 - `WALL_SECONDS` of wall time, for calls that block without using the CPU.
 
-A call that exceeds its CPU time or memory is killed by the kernel, together with the process it
-runs in, and counts as 0.0. A call that reaches the wall-time limit, or whose process ends for any
-other reason, is retried in a new process. If that does not help, the call is lost and counts as 0.0.
-Verdicts say which calls were limited, retried and lost. A pool that loses more than a few calls
-raises an error instead, because its rewards are no longer those of the responses.
+A call that exceeds its CPU time or memory is killed by the kernel, together with its process, and
+counts as 0.0. A call that reaches the wall-time limit, or whose process ends for any other reason, is
+retried in a new process. If that does not help, the call is lost and counts as 0.0. Verdicts record
+which calls were limited, retried and lost. A pool that loses more than a few calls raises an error
+instead, because its rewards no longer describe the responses.
 
-The trainer's side is here: a `Pool` has one thread per worker process, and every thread feeds calls
-from a shared queue to its worker. `worker` describes the worker's side and the protocol between the
-two.
+This module is the trainer's side: a `Pool` has one thread per worker process, and every thread feeds
+calls from a shared queue to its worker. `worker` is the worker's side and describes the protocol.
 """
 
 import atexit
@@ -36,24 +34,24 @@ from drpo_jax.rewards.worker import Worker
 
 CPU_SECONDS = 1.0
 WALL_SECONDS = 60.0
-ATTEMPTS = 3  # Attempts to make a call; at most 2 of them may reach the wall-time limit.
-MAX_LOST, MAX_LOST_SHARE = 8, 0.01  # A pool that exceeds both stops.
-MAX_WORKERS = 8  # Default number of workers on machines with more cores.
-CACHE_CHARACTERS = 10_000_000  # Characters in the arguments of all cached calls.
+ATTEMPTS = 3  # Attempts per call; at most 2 of them may reach the wall-time limit.
+MAX_LOST, MAX_LOST_SHARE = 8, 0.01  # A pool stops when its lost calls exceed both.
+MAX_WORKERS = 8  # Default limit on the number of workers, on machines with more cores.
+CACHE_CHARACTERS = 10_000_000  # Total characters in the arguments of all cached calls.
 
 
 class Pool:
     """Calls of one function in worker processes: `pool.submit(calls).result()`.
 
-    The workers start with the first call. All methods may be called from several threads. Results
-    are cached by the arguments of the call. The oldest are dropped when the arguments exceed
-    `CACHE_CHARACTERS` characters. Equal calls in flight are made once.
+    The workers start with the first call. All methods are thread-safe. Results are cached by the
+    arguments of the call. The oldest are dropped when the arguments exceed `CACHE_CHARACTERS`
+    characters. Identical calls in flight are executed once.
 
     Args:
-      function: (*texts) -> float, at the top level of an importable module that does not import
-        JAX; or the `Call` of a plug-in, which returns `Results`. `result` raises RuntimeError if the
-        function raises anything but MemoryError and RecursionError, which count as exceeded limits,
-        or if it returns what is not a reward.
+      function: (*texts) -> float, at the top level of an importable module that does not import JAX; or
+        the `Call` of a plug-in, which returns `Results`. `result` raises RuntimeError if the function
+        returns something that is not a reward or raises an error. MemoryError and RecursionError count
+        as exceeded limits instead.
       warm: calls that every worker makes once, without limits, before the first real call.
       workers: number of processes. None: one per core available to this process, at most
         `MAX_WORKERS`.
@@ -128,7 +126,7 @@ class Pool:
         self.close()
 
     def _future(self, call: tuple) -> Future:
-        """Returns the cached future of an equal call, or queues the call."""
+        """Returns the cached future of an identical call, or queues the call."""
         if self._cache is not None and call in self._cache:
             return self._cache[call]
         future: Future = Future()
@@ -143,7 +141,7 @@ class Pool:
         return future
 
     def _work(self) -> None:
-        """The body of one thread: feeds calls to its worker process until the pool is closed."""
+        """Body of a thread: feeds calls to its worker process until the pool is closed."""
         process = None
         while (task := self._tasks.get()) is not None:
             future, call = task
@@ -159,7 +157,7 @@ class Pool:
                 lost = kind not in ("value", "limited")
                 self._count(lost, call)
                 future.set_result(Verdict(value, kind == "limited", lost, attempt))
-            except Exception as error:  # The caller waits for this future, so it gets every error.
+            except Exception as error:  # The caller waits for this future.
                 future.set_exception(error)
         if process:
             self._end(process)
@@ -221,8 +219,8 @@ class Pending:
         """Waits for the calls and returns their N verdicts in order.
 
         Raises:
-          RuntimeError: a call raised an error or returned what is not a reward (the message has its
-            traceback), or no worker starts.
+          RuntimeError: a call raised an error (the message has its traceback) or returned something
+            that is not a reward, or no worker starts.
           TrainingStopped: too many calls are lost.
         """
         return [value.result() if isinstance(value, Future) else value for value in self.values]
@@ -239,11 +237,11 @@ class Isolated:
     """A reward that a `Pool` computes. `submit` starts a batch; a call computes one reward.
 
     Args:
-      function, limits: as for `Pool`. The pool starts with the first call and lives as long as this
-        process.
-      quick: (prompt, response, answer) -> the reward as a float, where it is cheap and safe to
-        compute in this process; otherwise the arguments of `function` as a tuple. None: `function`
-        is called with (prompt, response, answer).
+      function, limits: as for `Pool`. The pool starts with the first call and lives until the process
+        ends.
+      quick: function of (prompt, response, answer). Returns the reward as a float if it is cheap and
+        safe to compute in this process; otherwise the arguments of `function` as a tuple. None:
+        `function` is called with (prompt, response, answer).
     """
 
     def __init__(
@@ -268,7 +266,7 @@ class Isolated:
         answers: Sequence[str],
         tokens: Sequence[Sequence[str]] | None = None,
     ) -> Pending:
-        """Starts the rewards of N responses; `tokens` is for rewards by path."""
+        """Starts computing the rewards of N responses; only plug-ins use `tokens`."""
         texts = zip(prompts, responses, answers, strict=True)
         values = [self.quick(*three) for three in texts]
         if worker.inside:  # A plug-in calls this reward, under the limits of its own call.

@@ -17,10 +17,10 @@ class RewardSettings:
     )
     path: str = field(
         "",
-        "Reward from a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
+        "Reward in a file or module, FILE.py:NAME or MODULE:NAME; sets name (docs/plugins.md).",
     )
     source: str = field(
-        "", "Hash of the source of path, filled in; part of what a run may not change."
+        "", "Hash of the source of path, filled in automatically; a run may not change it."
     )
     extract: str = field(
         "boxed",

@@ -36,7 +36,7 @@ class Reward:
         set.
       equal: ("", answer, answer) -> 1.0 if two extracted answers are one vote. None: equal texts are.
       is_answer: whether a text can be the known answer of a problem. By default any non-empty text can.
-      per_token: whether it takes the tokens of a response and may reward each of them.
+      per_token: whether the function takes the tokens of a response and may reward each of them.
       by_extract: this reward for each value of `reward.extract`; empty if it does not depend on it.
     """
 

@@ -30,22 +30,23 @@ class Verdict(NamedTuple):
 
 
 class Results(list):
-    """The rewards of several responses: for each a number, or a list with one per token."""
+    """The rewards of several responses; each is a number or a list with one reward per token."""
 
 
 class RewardFailed(Exception):
-    """A plug-in raised an error or returned what is not a reward; the message is complete."""
+    """A plug-in raised an error or returned something that is not a reward; the message needs no
+    traceback."""
 
 
 def as_token_rewards(value: Any, count: int | None) -> float | list[float | None]:
-    """Returns what a reward function returned for a response whose tokens it takes.
+    """Checks and converts the result of a reward function, which may be per token.
 
     Args:
       value: a number, or a sequence with a number or None for each token.
       count: number of tokens of the response; None: the function takes no tokens.
 
     Raises:
-      ValueError: it is neither; names the token.
+      ValueError: the value is neither; the message names the token.
     """
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = value.tolist()
@@ -65,11 +66,11 @@ def as_token_rewards(value: Any, count: int | None) -> float | list[float | None
 
 
 def as_reward(value: Any) -> float:
-    """Returns what a reward function returned as a float.
+    """Checks and converts the result of a reward function to a float.
 
     Raises:
-      ValueError: it is not a finite number of at most `LARGEST` in magnitude. None, texts and arrays
-        are no numbers; bools and arrays without axes are.
+      ValueError: the value is not a finite number of at most `LARGEST` in magnitude. Bools and arrays
+        without axes count as numbers; None, strings and other arrays do not.
     """
     if getattr(value, "shape", None) == ():
         value = value.item()

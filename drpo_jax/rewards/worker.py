@@ -57,7 +57,9 @@ _COMMAND = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from drpo_jax.rewards.worker import serve; serve(int(sys.argv[2]))"
 )
-MAX_MESSAGE = 1 << 24  # Bytes of a message from a worker: rewards of half a million tokens.
+MAX_MESSAGE = (
+    1 << 24
+)  # Bytes of a message from a worker; enough for rewards of half a million tokens.
 MAX_TEXT = 1 << 12  # Characters of a traceback.
 inside = False  # Whether this process is a worker.
 _OUT_OF_MEMORY, _CLOSED = 99, 98  # Exit statuses of a child.

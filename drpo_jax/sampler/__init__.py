@@ -4,11 +4,11 @@ A request is one sample of one prompt. Its life, with the shapes of the arrays:
 
     queue     `Sampler.stream` checks the prompts and returns a `Flight`, the host side of the call,
               which keeps a queue of requests.
-    prefill   While slots are free, the next P prompts are prefilled in chunks of tokens [P, T], once per
-              prompt for all its samples. Each attention layer has a cache of keys and values
-              [P, columns, K, H]; the last chunk returns hidden states [P, D]. `first_tokens` samples the
-              first token of each of the P · samples requests from them. A response that an earlier call
-              has begun is prefilled with its prompt, in a row of its own.
+    prefill   While slots are free, the next P prompts are prefilled in chunks of tokens [P, T], once
+              per prompt for all its samples. Each attention layer has a cache of keys and values [P,
+              columns, K, H]; the last chunk returns hidden states [P, D]. `first_tokens` samples the
+              first token of each of the P · samples requests from them. A response from an earlier call
+              is prefilled together with its prompt, in a separate row.
     slot      `admit` copies the prompt's caches into a free slot and sets the slot's state, int32 [B].
     decode    One device call runs up to S decode steps. Each step runs the model on one token per slot
               [B], computes logits [B, V], samples tokens [B] and stores them with their logprobs in
@@ -22,7 +22,7 @@ Files, in reading order:
 
     engine    `Sampler`, the public interface and its compiled programs
     flight    the host side of one call: queue, slots, records
-    groups    the samples of a prompt, assembled from what leaves the slots
+    groups    the samples of a prompt, assembled from the tokens of the slots
     slots     the device side: prefill, admission, resizing, decoding
     token     `SamplingParams`, filters, and sampling one token from logits
     rollouts  `Rollouts`, the result

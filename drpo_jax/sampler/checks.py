@@ -181,12 +181,12 @@ def check_begun(
     Args:
       begun: the samples so far of some prompts, by index.
       prompts: lists of token ids.
-      params: how the call samples.
+      params: sampling parameters of the call.
       config: the model's config.
 
     Raises:
-      ValueError: if an index is not that of a prompt, or if the Rollouts have another prompt, another
-        number of samples, or arrays of other sizes than this call returns.
+      ValueError: if an index is not that of a prompt, or if the Rollouts have a different prompt, a
+        different number of samples, or arrays whose sizes differ from those of this call.
     """
     for index, rollouts in begun.items():
         if not is_integer(index) or not 0 <= index < len(prompts):
@@ -206,10 +206,10 @@ def check_begun(
         ):
             if got != right:
                 raise ValueError(
-                    f"begun[{index}] was sampled with other SamplingParams.{name}: its arrays have the "
-                    f"size {got}, this call's have {right}"
+                    f"begun[{index}] was sampled with a different SamplingParams.{name}: its arrays "
+                    f"have the size {got}, those of this call have {right}"
                 )
         prompt = np.asarray(prompts[index])
         same = np.all(rollouts.tokens[:, : len(prompt)] == prompt)
         if not same or np.any(rollouts.prompt_lengths != len(prompt)):
-            raise ValueError(f"begun[{index}] has another prompt than prompts[{index}]")
+            raise ValueError(f"begun[{index}] has a different prompt than prompts[{index}]")

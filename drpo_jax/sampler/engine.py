@@ -12,13 +12,14 @@ requests, or on when it started, except through rounding: the order of a sum ove
 ring's size and on the sequence's position in it. Logprobs then differ in the last bits. A token differs
 in the rare case that the draw falls on the border between two tokens, within that error.
 
-A response may be broken off at any token and continued by a later call, with other weights. The caches
-of the earlier call are gone; prefill computes keys, values and states of the prompt and the earlier
-tokens with the current weights. Under unchanged weights the response equals the unbroken one up to the
-same rounding. Prefill rounds to `compute.dtype` in other places than decoding does, and it reads its own
-keys and values before they are rounded to float8. With bfloat16 or a float8 cache, a continued response
-therefore deviates from the unbroken one as much as the sampler deviates from the learner. What is
-recorded for a token always describes the distribution that the token was drawn from.
+A response may be interrupted at any token and continued by a later call, possibly with other weights.
+The caches of the earlier call are gone; prefill computes keys, values and states of the prompt and the
+earlier tokens with the current weights. With unchanged weights, the response equals an uninterrupted
+one up to the same rounding. Prefill and decoding round to `compute.dtype` at different points, and
+prefill reads its own keys and values before they are rounded to float8. With bfloat16 or a float8
+cache, a continued response therefore differs from an uninterrupted one by about as much as the sampler
+differs from the learner. The values recorded for a token always describe the distribution that it was
+drawn from.
 """
 
 import dataclasses
@@ -174,8 +175,8 @@ class Sampler:
         Returns:
           By name: steps, the decode steps; live_rows, the live slots summed over the steps; busy_steps
           and busy_live_rows, the same while requests were waiting; rounds, the device calls of decode;
-          prompt_tokens, prefilled, among them the earlier tokens of responses that were continued;
-          response_tokens, sampled.
+          prompt_tokens, the prefilled tokens, including earlier tokens of continued responses;
+          response_tokens, the sampled tokens.
         """
         counts, self.statistics = self.statistics, dict.fromkeys(COUNTERS, 0)
         return counts
@@ -193,7 +194,7 @@ class Sampler:
           model: ShapeDtypeStructs of the weights, with their shardings.
           params: how to sample.
           mesh: the mesh to compile for.
-          begun: whether calls continue responses. The largest rows to prefill then hold prompt and
+          begun: whether calls continue responses. The largest prefilled rows then contain prompt and
             response.
 
         Returns:
@@ -261,12 +262,12 @@ class Sampler:
           key: PRNG key. A response depends on the key, on the prompt's position in the list, and on the
             number of the sample.
           limits: int [prompts, samples], maximum tokens of each response, 1 to params.max_tokens;
-            default: params.max_tokens. Tokens that `begun` holds count.
+            default: params.max_tokens. Earlier tokens in `begun` count.
           begun: the samples of some prompts so far, by the prompt's position in the list, as an earlier
             call or `Flight.stop` returned them, with any weights. A response that is neither finished
-            nor at its limit goes on after its last token; the others are returned as they are. Random
-            numbers depend on a token's place in the response: under the key and the weights of the
-            earlier call, a response equals the unbroken one, see the module's docstring.
+            nor at its limit continues after its last token; the others are returned unchanged. Random
+            numbers depend on a token's position in the response: with the key and the weights of the
+            earlier call, a response equals an uninterrupted one, see the module's docstring.
 
         Returns:
           Rollouts, ordered by prompt, then by sample.
@@ -294,8 +295,8 @@ class Sampler:
     ) -> Flight:
         """Samples like `generate` and yields each prompt's responses as soon as the last one has ended.
 
-        The iterator may be abandoned at any time; what it has yielded stays valid. `Flight.stop` ends
-        the call and returns what is begun.
+        The iterator may be abandoned at any time; groups that it has yielded stay valid. `Flight.stop`
+        ends the call and returns the groups in progress.
 
         Args:
           prompts, params, key, limits, begun: as for `generate`. `prompts` may be empty.

@@ -29,7 +29,7 @@ class _Row(NamedTuple):
     Attributes:
       prompt: index into the prompts of the call.
       samples: the samples that begin after these tokens.
-      tokens: the prompt, followed by the earlier tokens of a sample that is continued.
+      tokens: the prompt, followed by the earlier tokens if a sample is continued.
     """
 
     prompt: int
@@ -55,14 +55,14 @@ class Flight:
     """The host side of one call of `Sampler.stream`: an iterator over the groups that it completes.
 
     It yields (index of a prompt, Rollouts of its samples) in the order of completion. A group is
-    complete when each of its responses has ended with a stop token or is at its limit.
+    complete when each of its responses has ended with a stop token or reached its limit.
 
     Args:
       sampler: the `Sampler`; provides the compiled programs, the weights and the sizes.
       prompts: lists of token ids.
-      params: how to sample.
+      params: sampling parameters.
       key: PRNG key of the call.
-      places: int32 [prompts], numbers of the prompts, which determine the random numbers.
+      places: int32 [prompts], numbers that determine the random numbers of the prompts.
       limits: int32 [prompts, samples], maximum tokens of each response.
       limit: maximum tokens of a prompt; determines the width of the returned arrays.
       begun: samples so far, by the index of their prompt.
@@ -70,15 +70,15 @@ class Flight:
     Attributes:
       device: `Slots`; None before the first sequence.
       rows: caches of the latest prefilled rows; None when no request waits.
-      continued: rows of responses to continue, the longest first; they are prefilled before `fresh`.
+      continued: rows of responses to continue, longest first; they are prefilled before `fresh`.
       fresh: rows of prompts.
       waiting: requests whose row is prefilled.
       requests: the request of each slot; None for free slots.
       lengths, counts, limits: int32 [B], the host's copy of the fields of `Slots`.
-      record: what was recorded for the sequences in the slots, arrays [B, R, …] by name.
-      sampled: what the device call in progress will have sampled; None between calls.
-      groups: the groups that are begun and not complete, by the index of their prompt.
-      complete: (index of the prompt, Rollouts) of complete groups that are still to be yielded.
+      record: recorded values of the sequences in the slots, arrays [B, R, …] by name.
+      sampled: the future result of the device call in progress; None between calls.
+      groups: the groups that are begun but not complete, by the index of their prompt.
+      complete: (index of the prompt, Rollouts) of complete groups that are not yet yielded.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Flight:
         return next(self._iterator)
 
     def rounds(self) -> Iterator[list[tuple[int, Rollouts]]]:
-        """Yields what the iterator yields, in one list per device call; a list may be empty.
+        """Yields the groups of the iterator in one list per device call; a list may be empty.
 
-        A list is yielded while the next device call is in progress. The first one precedes the device
-        calls: it holds the groups that need none.
+        A list is yielded while the next device call is in progress. The first list precedes the results
+        of all device calls and has the groups that need none.
         """
         for _ in self._calls():
             complete = list(self.complete)
@@ -137,9 +137,9 @@ class Flight:
         """Ends the call.
 
         Returns:
-          (index of the prompt, Rollouts) of the groups that are begun and were not yielded, in the order
-          of their prompts. Every token that was sampled is part of them, and `Sampler.stream` continues
-          them. Prompts that are missing here and among what was yielded are not begun.
+          (index of the prompt, Rollouts) of the groups that were begun but not yielded, in the order of
+          their prompts. They contain every sampled token, and `Sampler.stream` can continue them.
+          Prompts that were neither yielded nor returned are not begun.
         """
         if self.sampled is not None:
             self._read()
@@ -160,7 +160,7 @@ class Flight:
                 yield self.complete.popleft()
 
     def _calls(self) -> Iterator[None]:
-        """Yields once before the first device call has ended, and once after each."""
+        """Yields once before the first device call has ended, and once after each call."""
         while True:
             self._fill()
             if any(self.requests):
@@ -197,7 +197,7 @@ class Flight:
         """Puts a request into a slot and fills in its row of `arrivals`.
 
         Returns:
-          False if the response has already ended with its latest token, so that the slot stays free.
+          False if the response has already ended with its latest token; the slot then stays free.
         """
         rollouts = self.groups[request.prompt].rollouts
         count = rollouts.response_lengths[request.sample]
@@ -223,10 +223,10 @@ class Flight:
         return True
 
     def _prefill(self) -> None:
-        """Prefills the next rows, and samples and queues one token of each of their samples."""
+        """Prefills the next rows, and samples one token of each of their samples and queues them."""
         if self.continued:
             queue, shape, each = self.continued, self.shape.continued, 1
-            width = shape.width(len(queue[0].tokens))  # the longest
+            width = shape.width(len(queue[0].tokens))  # The first row is the longest.
         else:
             queue, shape, each = self.fresh, self.shape.prompts, self.params.samples
             width = shape.width(max(map(len, self.prompts)))
@@ -276,8 +276,9 @@ class Flight:
         """Records the tokens that prefill sampled, and queues the samples.
 
         Args:
-          row: the row, and `i` its number among the prefilled ones.
-          first: arrays by name, [1, …] for a response that is continued, else [G, …].
+          row: the row.
+          i: its index among the prefilled rows.
+          first: arrays by name, [1, …] for a continued response, else [G, …].
         """
         if row.prompt not in self.groups:
             self.groups[row.prompt] = Group(
@@ -292,8 +293,7 @@ class Flight:
     def _fit(self) -> None:
         """Resizes the rings for the next device call.
 
-        They get the smallest of the sizes that is large enough. They shrink only to half their size or
-        less.
+        They get the smallest size that is large enough. They shrink only to half their size or less.
         """
         live = [slot for slot, request in enumerate(self.requests) if request]
         left = (self.limits - self.counts)[live]
@@ -323,7 +323,7 @@ class Flight:
     def _decode(self) -> None:
         """Starts a device call of decode steps.
 
-        While requests wait, it ends early, once an eighth of the slots is free.
+        While requests are waiting, it ends as soon as an eighth of the slots is free.
         """
         slots = len(self.requests)
         self._fit()
@@ -336,7 +336,7 @@ class Flight:
         )
 
     def _read(self) -> None:
-        """Records what the device call sampled and frees the slots of sequences that have ended."""
+        """Records the tokens of the device call and frees the slots of sequences that have ended."""
         live, tokens, experts = jax.device_get(self.sampled)
         self.sampled = None
         steps, slots = np.nonzero(live)
@@ -374,7 +374,7 @@ class Flight:
     # ------------------------------------------------------------------------------- responses
 
     def _take_up(self, index: int, begun: Rollouts) -> None:
-        """Queues the samples of a prompt that are to be continued, or the prompt as complete."""
+        """Queues the samples of a prompt that can be continued; without any, the prompt is complete."""
         rollouts = copy_rollouts(begun, self._empty_rollouts(index))
         open_ = ~rollouts.finished & (rollouts.response_lengths < self.all_limits[index])
         if not np.any(open_):
@@ -412,8 +412,8 @@ class Flight:
     def _model(self):
         if self.sampler.loads != self.loads:
             raise RuntimeError(
-                "the sampler's weights were replaced while responses were in flight, and the caches "
-                "were filled with the old ones. Start a new call, or take all responses before loading"
+                "the sampler's weights were replaced while responses were in flight, but the caches "
+                "hold values of the old weights. Start a new call, or take all responses before loading"
             )
         return self.sampler.model
 

@@ -1,4 +1,4 @@
-"""The samples of a prompt, as the host assembles them from what leaves the slots.
+"""The samples of a prompt, which the host assembles from the tokens of the slots.
 
 Axis letters: G samples of a prompt, P prompt tokens, R response tokens (max_tokens), L layers, k experts
 per token.
@@ -22,7 +22,7 @@ class Group:
 
     Attributes:
       rollouts: the samples so far. `store` and `add_routes` write into its arrays.
-      open: bool [G], the samples that this call is to continue.
+      open: bool [G], the samples that this call has yet to complete.
     """
 
     rollouts: Rollouts
@@ -33,8 +33,8 @@ class Group:
 
         Args:
           sample: number of the sample.
-          record: arrays [tokens, …] by the names of `empty_record`. `routes` may be missing; they are
-            those of the tokens before the appended ones.
+          record: arrays [tokens, …] by the names of `empty_record`. `routes` are optional; they belong
+            to the tokens one position earlier.
           version: version of the weights.
           stop: ids that end a response.
         """
@@ -53,8 +53,8 @@ class Group:
     def add_routes(self, sample: int, experts: np.ndarray) -> None:
         """Records the experts of tokens that the model has read for the first time.
 
-        The other tokens keep the routes of the weights that read them first, because the logprob of the
-        token after them was recorded under these routes.
+        Other tokens keep the routes of the weights that read them first, because the logprob of the
+        next token was recorded under these routes.
 
         Args:
           sample: number of the sample.
@@ -65,7 +65,7 @@ class Group:
 
 
 def empty_record(rows: int, params: SamplingParams, config: ModelConfig) -> Record:
-    """Returns the arrays [rows, R, …] that are recorded for responses: zeros, and −1 for experts."""
+    """Returns empty arrays [rows, R, …] for the recorded values: zeros, and −1 for experts."""
     empty = np.zeros((rows, params.max_tokens), np.float32)
     top = np.zeros((*empty.shape, params.top_logprobs), np.float32)
     experts = config.experts_per_token if params.routes else 0
@@ -87,8 +87,8 @@ def empty_rollouts(
 
     Args:
       prompt: token ids.
-      longest: maximum tokens of a sequence of the call, the width of the arrays `tokens` and `routes`.
-      params: how the call samples.
+      longest: maximum length of a sequence in the call; the width of the arrays `tokens` and `routes`.
+      params: sampling parameters of the call.
       config: the model's config.
     """
     samples = params.samples
@@ -107,9 +107,9 @@ def empty_rollouts(
 
 
 def copy_rollouts(begun: Rollouts, empty: Rollouts) -> Rollouts:
-    """Returns a copy of the samples so far in the sizes of `empty`, from `empty_rollouts`.
+    """Copies the samples so far into `empty`, from `empty_rollouts`, and returns it.
 
-    Calls of a sampler without a prompt_length may differ in the width of `tokens` and `routes`.
+    If the sampler has no prompt_length, calls may differ in the width of `tokens` and `routes`.
     """
     for field in dataclasses.fields(Rollouts):
         old, new = getattr(begun, field.name), getattr(empty, field.name)

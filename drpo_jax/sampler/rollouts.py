@@ -37,8 +37,8 @@ class Rollouts:
       routes: int16 [N, P + R, L, k], the experts that each token visited in each layer; −1 where the
         model did not read the token (the last token of a response, and padding). k = 0 unless
         SamplingParams.routes.
-      version: int32 [N, R], version of the weights that sampled each token, see `Sampler.load`; −1 where
-        the model sampled nothing: after the response, and where an environment inserted a token.
+      version: int32 [N, R], version of the weights that sampled each token, see `Sampler.load`; −1
+        where the model sampled nothing: after the response, and at tokens that an environment inserted.
     """
 
     tokens: np.ndarray
@@ -84,17 +84,17 @@ class Rollouts:
         return self._inside() & (self.version >= 0)
 
     def append(self, inserted: Sequence[Sequence[int]]) -> "Rollouts":
-        """Returns the responses with tokens after them that the model did not sample.
+        """Returns the responses with appended tokens that the model did not sample.
 
-        The model reads these tokens when the responses go on (argument `begun` of `Sampler.stream`).
-        Their version is −1, so they are not part of `mask` and carry no loss.
+        The model reads these tokens when the responses are continued (argument `begun` of
+        `Sampler.stream`). Their version is −1, so they are not part of `mask` and carry no loss.
 
         Args:
-          inserted: token ids for each of the N responses, such as the output of a tool. A response with
-            [] stays as it is; any other is no longer finished.
+          inserted: token ids for each of the N responses, such as the output of a tool. [] leaves a
+            response unchanged; any other response is no longer finished.
 
         Raises:
-          ValueError: a response would have more than R tokens; names it.
+          ValueError: a response would exceed R tokens; the message names it.
         """
         result = dataclasses.replace(
             self,

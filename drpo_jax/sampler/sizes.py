@@ -7,7 +7,7 @@ import jax
 from drpo_jax.parallel import batch_shards
 from drpo_jax.sampler.token import SamplingParams
 
-# Rows prefilled together; on larger meshes one per device that shares the batch.
+# Maximum rows prefilled together; larger meshes have one per device that shares the batch.
 MOST_PROMPTS = 16
 
 
@@ -34,7 +34,7 @@ def ring_sizes(longest: int, decode_steps: int) -> list[int]:
 
 
 def row_widths(limit: int, chunk: int) -> list[int]:
-    """Returns the numbers of columns that a row to prefill may have, in ascending order.
+    """Returns the possible widths of a prefilled row, in ascending order.
 
     Widths are 1, 2, 4, … chunks, up to the number of chunks that holds `limit` tokens.
 
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     Attributes:
       together: number of rows.
       chunk: tokens of a row that are prefilled at once.
-      widths: the numbers of columns that a row may have, multiples of `chunk`, in ascending order.
+      widths: the possible numbers of columns of a row, multiples of `chunk`, in ascending order.
     """
 
     together: int
@@ -63,7 +63,7 @@ class Rows(NamedTuple):
     widths: list[int]
 
     def width(self, longest: int) -> int:
-        """Returns the smallest width that holds `longest` tokens."""
+        """Returns the smallest width that fits `longest` tokens."""
         return next(width for width in self.widths if width >= longest)
 
 
@@ -79,7 +79,7 @@ class Shape:
 
     Attributes:
       prompts: the rows of prompts, each of which serves all samples of its group.
-      continued: the rows of responses that are continued: prompt and earlier tokens of one sample each.
+      continued: the rows of continued responses: prompt and earlier tokens of one sample each.
       sizes: numbers of columns that the rings may have.
     """
 
@@ -96,6 +96,6 @@ class Shape:
             return Rows(-(-fill // shards) * shards, chunk, row_widths(tokens, chunk))
 
         self.prompts = rows(-(-slots // params.samples), limit)
-        # Prefill samples at least one more token.
+        # Prefill itself samples the next token.
         self.continued = rows(slots, longest - 1)
         self.sizes = ring_sizes(longest, decode_steps)

@@ -1,9 +1,9 @@
 """The device side of the sampler: prefill, admission to slots, resizing, decoding.
 
-A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into caches of
-their own. A free slot receives a copy of a prompt's caches (all samples of a prompt receive the
-same ones) and continues from there. A response that is continued is prefilled together with its prompt,
-in a row of its own. `models.cache` explains how rows of different lengths share a clock.
+A fixed number of slots decode together. Prompts are prefilled a few at a time, in chunks, into caches
+of their own. A free slot receives a copy of a prompt's caches (all samples of a prompt receive the same
+ones) and continues from there. A continued response is prefilled together with its prompt, in a
+separate row. `models.cache` explains how rows of different lengths share a clock.
 
 Every function here is compiled by `Sampler`; arguments after the `*` are static.
 
@@ -156,8 +156,8 @@ def first_tokens(
       model: the model.
       hidden_PxD: hidden states from the last chunk of `prefill`.
       key: PRNG key of the call.
-      prompts_PxG, samples_PxG, counts_PxG: int32, the number of the prompt, of the sample, and of
-        the token in its response, which determine the random numbers.
+      prompts_PxG, samples_PxG, counts_PxG: int32, the numbers of the prompt, the sample, and the token
+        in its response. They determine the random numbers.
       params: how to sample.
       compute: how to compute.
 

@@ -1,12 +1,12 @@
-"""Examples for supervised learning: from files of chats or pairs, or from the right responses of a run.
+"""Examples for supervised learning: from files of chats or pairs, or from correct responses of a run.
 
 The modules:
 
-    files      prompts with responses and chats, as text, from JSON lines and parquet
-    rollouts   rejection sampling: the right responses among the saved rollouts of a run
-    examples   token ids, the held-out part, and the order in which updates read them
+    files      prompts with responses and chats, as text, from JSON Lines and Parquet
+    rollouts   rejection sampling: the correct responses in the saved rollouts of a run
+    examples   token ids, the held-out examples, and the order in which updates use them
 
-Without either source, the warm start learns from the demonstrations of the task (`data.TASKS`).
+Without either source, supervised learning uses the demonstrations of the task (`data.TASKS`).
 """
 
 from drpo_jax.supervised.examples import Example, Examples, load, recorded_updates

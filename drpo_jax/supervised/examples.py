@@ -1,4 +1,4 @@
-"""Examples as token ids: what the warm start learns from, what is held out, and in which order."""
+"""Examples as token ids: the training examples in order, and the held-out ones."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from drpo_jax.storage import write_whole
 from drpo_jax.supervised.files import Chat, Pair, read_texts
 from drpo_jax.supervised.rollouts import right_responses
 
-FACTS = "examples.json"  # In the directory of the warm start.
+FACTS = "examples.json"  # In the warm start's directory.
 
 
 class Example(NamedTuple):
@@ -25,7 +25,7 @@ class Example(NamedTuple):
 
     Attributes:
       prompt, response: int32 token ids; the response includes the token that ends it.
-      learned: bool, whether each token of the response carries a loss; None: all do.
+      learned: bool per token of the response, whether it carries a loss; None: all do.
     """
 
     prompt: np.ndarray
@@ -36,7 +36,7 @@ class Example(NamedTuple):
     def of(
         cls, prompt: Sequence[int], response: Sequence[int], learned: Sequence[bool] = ()
     ) -> "Example":
-        """Returns the example of token ids; without `learned`, all tokens of the response are."""
+        """Returns an example from token ids; without `learned`, all response tokens carry a loss."""
         mask = None if all(learned) else np.array(learned, bool)
         return cls(np.array(prompt, np.int32), np.array(response, np.int32), mask)
 
@@ -47,13 +47,12 @@ class Examples:
 
     Attributes:
       train: the examples to learn from.
-      heldout: the examples whose loss is measured.
-      counts: how many examples there were, and how many were dropped for which reason, by name.
-      seed: the order of every epoch is a function of it.
+      heldout: the examples on which the held-out loss is measured.
+      counts: number of examples, and numbers of dropped examples, by name of the reason.
+      seed: determines the order of every epoch.
       size: examples per update.
       updates: number of updates.
-      epochs: passes over `train`, after which the updates end; 0: the passes follow without a gap, and
-        only `updates` bounds them.
+      epochs: number of passes over `train`; 0: only `updates` bounds the passes.
     """
 
     train: Sequence[Example]
@@ -65,9 +64,9 @@ class Examples:
     epochs: int
 
     def batch(self, update: int) -> list[Example]:
-        """Returns the examples of update 0, 1, 2, …: `size` of them, or what remains for the last one.
+        """Returns the `size` examples of update 0, 1, 2, …; the last update may have fewer.
 
-        The epochs follow each other without a gap, each in an order of its own.
+        Batches may span epochs, each of which has its own order.
         """
         length, first = len(self.train), update * self.size
         last = first + self.size
@@ -94,14 +93,14 @@ class Examples:
         """Writes `examples.json` into the directory of the warm start, unless it is already there.
 
         Raises:
-          BadInput: the warm start in the directory began with other examples.
+          BadInput: the warm start in the directory began with different examples.
         """
         digest = self.digest()
         facts = {"updates": self.updates, "hash": digest, "counts": self.counts}
         path = directory / FACTS
         if path.exists() and json.loads(path.read_text())["hash"] != digest:
             raise BadInput(
-                f"the examples are no longer those that the warm start began with ({path}): restore "
+                f"the examples differ from those that the warm start began with ({path}): restore "
                 "the files, or choose another --workdir"
             )
         directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ class Examples:
 
 
 def recorded_updates(directory: Path) -> int | None:
-    """Returns the updates of the warm start in a directory; None if it learns from demonstrations."""
+    """Returns the number of updates of the warm start in a directory; None with demonstrations."""
     path = directory / FACTS
     return json.loads(path.read_text())["updates"] if path.exists() else None
 
@@ -129,7 +128,7 @@ def load(config: ConfigDict, tokenizer: Any) -> Examples | None:
     """Returns the examples that the section `sft` names; None if it names none.
 
     Raises:
-      ValueError: a file is malformed (with file, line and field), or nothing remains to learn from.
+      ValueError: a file is malformed (the message has file, line and field), or no example remains.
       OSError: a file cannot be read.
     """
     sft = config.sft
@@ -152,7 +151,7 @@ def load(config: ConfigDict, tokenizer: Any) -> Examples | None:
 
 
 def _encoded(config, tokenizer, path, field) -> Iterator[Example]:
-    """Yields the examples of the rows of a file. `field` of the config names it."""
+    """Yields the examples in the rows of the file that the config's `field` names."""
     try:
         for text in read_texts(path):
             try:
@@ -164,7 +163,7 @@ def _encoded(config, tokenizer, path, field) -> Iterator[Example]:
 
 
 def _of_text(config, tokenizer, text: Pair | Chat) -> Iterator[Example]:
-    """Yields the example of a pair, or one for each of the assistant's turns that are learned."""
+    """Yields the example of a pair, or one example for each selected assistant turn of a chat."""
     if isinstance(text, Pair):
         problem = data.Problem(text.prompt, "", "", "")
         prompt = data.with_instruction(problem, config.data.instruction).prompt
@@ -185,7 +184,7 @@ def _of_text(config, tokenizer, text: Pair | Chat) -> Iterator[Example]:
 
 
 def _short_enough(config, examples: Sequence[Example], source) -> tuple[list[Example], int]:
-    """Returns the examples that fit into a row, and the number of those that do not.
+    """Returns the examples that fit into a row, and the number of those that do not fit.
 
     Raises:
       ValueError: none fits.
@@ -205,9 +204,9 @@ def _short_enough(config, examples: Sequence[Example], source) -> tuple[list[Exa
 
 
 def _split(config, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Splits off the share `sft.heldout`; examples with the same prompt stay together.
+    """Splits off the fraction `sft.heldout`; examples with the same prompt stay together.
 
-    A hash of seed and prompt decides, so no other example moves one to the other side.
+    A hash of seed and prompt decides, so the side of an example does not depend on other examples.
 
     Raises:
       ValueError: one of the two parts is empty.
@@ -222,6 +221,6 @@ def _split(config, examples: Sequence[Example]) -> tuple[list[Example], list[Exa
         side = "learns from" if not sides[0] else "holds out"
         raise ValueError(
             f"sft.heldout = {share:g} of {len(examples):,} examples {side} none of them; choose "
-            "another share, or name sft.heldout_files"
+            "another fraction, or set sft.heldout_files"
         )
     return sides

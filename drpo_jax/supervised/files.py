@@ -1,11 +1,11 @@
-"""Texts to learn from: chats, and prompts with responses, from JSON lines and parquet.
+"""Training texts from JSON Lines and Parquet: chats, and prompts with responses.
 
 A row is a chat if it has `messages` (or `conversations`), and a pair otherwise:
 
     {"messages": [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]}
     {"prompt": "12+34=", "response": "46"}
 
-The spellings of data sets in common use are accepted as well: `from` and `value` with human and gpt
+The formats of common data sets are accepted as well: `from` and `value` with human and gpt
 (ShareGPT), contents in text parts, a `prompt` or `completion` that is a list of messages, `instruction`
 with `input` and `output` (Alpaca), and the names in `PROMPTS` and `RESPONSES`.
 """
@@ -19,7 +19,7 @@ from drpo_jax.storage import path_of
 
 CHATS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "problem", "instruction")
-# The first one of these that a row has is the response: a worked solution before a bare answer.
+# The first of these fields is the response; a worked solution precedes a bare answer.
 RESPONSES = ("response", "completion", "output", "solution", "answer")
 _COLUMNS = {*CHATS, *PROMPTS, *RESPONSES, "input"}
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -49,8 +49,8 @@ def read_texts(path: str | os.PathLike) -> Iterator[Pair | Chat]:
     """Yields the rows of a file, or of several files if the last part of the path contains "*".
 
     Raises:
-      ValueError: there is no row, or a row is malformed; the message names the file, the line (the row
-        of a parquet file) and the field, and shows a correct example.
+      ValueError: there are no rows, or a row is malformed; the message names the file, the line (the
+        row of a Parquet file) and the field, and shows a correct example.
       OSError: a file cannot be read.
     """
     empty = True
@@ -86,7 +86,7 @@ def _parse(record: Mapping[str, Any], where: str) -> Pair | Chat:
 
 
 def _first(record, names, where):
-    """Returns the first of the names that the record has; raises ValueError if it has none."""
+    """Returns the first of the names that is in the record; raises ValueError if none is."""
     for name in names:
         if name in record:
             return name
@@ -98,7 +98,7 @@ def _first(record, names, where):
 
 
 def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
-    """Returns the messages of a list with role and content; `name` is the field that holds it."""
+    """Returns the messages of the list in field `name`, with role and content."""
     if not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: field '{name}' is {shown(value)}, but must be a list of messages, as in "
@@ -125,12 +125,12 @@ def _messages(value: Any, name: str, where: str) -> list[dict[str, str]]:
 
 
 def _joined(parts, place, where):
-    """Returns the text of a content in parts: [{"type": "text", "text": "…"}]."""
+    """Returns the text of content in parts: [{"type": "text", "text": "…"}]."""
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     if wrong := [part for part, text in zip(parts, texts) if not isinstance(text, str)]:
         raise ValueError(
-            f"{where}: field '{place}.content' has the part {shown(wrong[0])}, but only parts with "
-            "text can be learned from"
+            f"{where}: field '{place}.content' has the part {shown(wrong[0])}, but only text parts "
+            "are supported"
         )
     return "".join(texts)
 
@@ -140,12 +140,11 @@ def _checked(messages: list[dict[str, str]], name: str, where: str) -> list[dict
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant":
         raise ValueError(
-            f"{where}: field '{name}' begins with the assistant; a message of the user must come "
-            "before"
+            f"{where}: field '{name}' begins with the assistant; a user message must come first"
         )
     if "assistant" not in roles:
         raise ValueError(
-            f"{where}: field '{name}' has the roles {', '.join(roles)}, but no assistant, so there is "
-            f"nothing to learn. A line looks like {CHAT_EXAMPLE}"
+            f"{where}: field '{name}' has the roles {', '.join(roles)}, but no assistant, so it has no "
+            f"response to learn from. A line looks like {CHAT_EXAMPLE}"
         )
     return messages

@@ -1,4 +1,4 @@
-"""Rejection sampling: the right responses among the saved rollouts of a run."""
+"""Rejection sampling: the correct responses in the saved rollouts of a run."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class Sampled(NamedTuple):
 
     Attributes:
       prompt, response: token ids; the response includes its stop token.
-      learned: for each token of the response, whether the model sampled it.
+      learned: per token of the response, whether the model sampled it.
     """
 
     prompt: tuple[int, ...]
@@ -26,15 +26,15 @@ class Sampled(NamedTuple):
 
 
 def right_responses(config: ConfigDict, tokenizer: Any) -> tuple[list[Sampled], dict[str, int]]:
-    """Returns the responses of the run in `sft.rollouts` that are worth learning from.
+    """Returns the correct responses of the run in `sft.rollouts`.
 
-    Kept are finished responses whose reward is at least `sft.min_reward`, each once, and at most
-    `sft.per_problem` for each prompt. The seed decides which of these, so that neither early nor short
-    responses are preferred. Their tokens are those that were sampled.
+    These are the finished responses with a reward of at least `sft.min_reward`, without duplicates, and
+    at most `sft.per_problem` for each prompt. The seed selects these, so neither early nor short
+    responses are preferred. The tokens are the sampled ones.
 
     Returns:
-      The responses, prompt by prompt in the order in which the prompts were first sampled; and how many
-      responses there are and how many were dropped for which reason, by name.
+      The responses by prompt, in the order in which the prompts were first sampled; and the number of
+      responses and of those dropped for each reason, by name.
 
     Raises:
       ValueError: the directory has no saved rollouts, they were sampled with another tokenizer, or no
@@ -88,14 +88,14 @@ def _sampled(rollout: Mapping[str, np.ndarray], rows: np.ndarray) -> Iterator[Sa
 
 
 def _draw(seed: int, sampled: Sampled) -> bytes:
-    """A number drawn from the seed and the tokens of a response, which the response is sorted by."""
+    """Returns the sort key of a response, a hash of the seed and its tokens."""
     return hashlib.sha256(repr((seed, sampled.prompt, sampled.response)).encode()).digest()
 
 
 def _check_tokenizer(
     tokenizer: Any, rollout: Mapping[str, np.ndarray], rows: np.ndarray, path: Path
 ) -> None:
-    """Raises ValueError if the tokenizer does not read a response as the run that sampled it did."""
+    """Raises ValueError if the tokenizer decodes a response differently than its run did."""
     for sampled in _sampled(rollout, rows[:1]):
         text, saved = tokenizer.decode(sampled.response), str(rollout["response"][rows[0]])
         if text != saved:

@@ -263,11 +263,11 @@ RING, KEYS = 8 * 512 * 2, 8 * 2 * 512 * 2
 @pytest.mark.parametrize(
     ("operation", "traffic"),
     [
-        # The operand is seen through a bitcast in a fusion of its own.
+        # The operand passes through a bitcast in a nested fusion.
         ("f32[8,512]{1,0:S(1)} fusion(%q, %keys), kind=kOutput, calls=%attend", KEYS),
         # One column is written in place.
         ("bf16[8,512]{1,0} fusion(%ring, %new, %at), kind=kLoop, calls=%put", 8 * 2),
-        # What reads the updated array reads all of it.
+        # A reader of the updated array reads all of it.
         (
             "bf16[8,512]{1,0:S(1)} fusion(%ring, %new, %at), kind=kLoop, calls=%put_and_read",
             RING,

@@ -1,4 +1,4 @@
-"""Limits of decoding, held against the arrays of the models and against arithmetic."""
+"""Limits of decoding, compared with the arrays of the models and with arithmetic."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The online curriculum: which problems rest, for how long, and what a checkpoint needs of it."""
+"""The online curriculum: which problems rest, for how long, and its state in a checkpoint."""
 
 from fractions import Fraction
 
@@ -33,7 +33,7 @@ def plain(count):
 def test_problems_outside_the_window_rest_for_an_epoch():
     curriculum = new()
     read = [problem for step in range(2) for problem in learn(curriculum, step)]
-    assert read == plain(10)  # Nothing is known of any problem in the first epoch.
+    assert read == plain(10)  # No pass rates are known in the first epoch.
     inside = {name for name, rate in RATES.items() if 0.25 <= rate <= 0.75}
     second = [name for name in plain(20)[10:] if name in inside]
     assert [*learn(curriculum, 2), *learn(curriculum, 3, 1)] == second
@@ -75,11 +75,11 @@ def test_the_state_is_all_that_the_next_batches_depend_on():
         first, second = new(), new()
         for step in range(stop):
             learn(first, step)
-        first.batch(stop, 5)  # Taken, and given up by a signal before there were rewards.
+        first.batch(stop, 5)  # A signal abandoned this batch before its rewards.
         state = first.state()
         assert all(isinstance(a, np.ndarray) and a.dtype != object for a in state.values())
         second.restore(state)
-        learn(first, stop)  # Changes nothing in the state that was returned.
+        learn(first, stop)  # Does not change the returned state.
         assert [learn(second, step) for step in range(stop, 9)] == read[stop:]
 
 
@@ -93,9 +93,7 @@ def test_a_batch_that_is_taken_again_follows_the_rates_of_now():
     assert curriculum.batch(3, 5) == ahead
     curriculum.observe(first[:1], np.ones((1, 4)))
     assert first[0] not in curriculum.batch(2, 5)
-    with pytest.raises(
-        ValueError, match="step is 4; a curriculum goes through the batches in order"
-    ):
+    with pytest.raises(ValueError, match="step is 4, but a curriculum takes its batches in order"):
         curriculum.batch(4, 5)
 
 
@@ -120,5 +118,5 @@ def test_a_mixture_keeps_its_proportions():
 
 
 def test_a_state_of_other_problems_is_refused():
-    with pytest.raises(ValueError, match="pass rates of 10 problems, and there are 4"):
+    with pytest.raises(ValueError, match="pass rates of 10 problems, but there are 4"):
         new(source=PROBLEMS[:4]).restore(new().state())

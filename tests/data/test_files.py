@@ -213,18 +213,18 @@ def test_parquet(tmp_path):
         with pytest.raises(ValueError, match=f"problems.parquet.*{message}"):
             load(wrong)
     path.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="problems.parquet: not a readable parquet file"):
+    with pytest.raises(ValueError, match="problems.parquet: not a readable Parquet file"):
         load_problems(path)
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="problems.parquet: reading parquet needs pyarrow"):
+    with pytest.raises(ValueError, match="problems.parquet: reading Parquet needs pyarrow"):
         load_problems(tmp_path / "problems.parquet")
 
 
 def write_as(kind, rows, tmp_path):
-    """Writes rows as JSON lines or parquet."""
+    """Writes rows as JSON Lines or parquet."""
     if kind == "jsonl":
         return write_lines(tmp_path, rows)
     pyarrow = pytest.importorskip("pyarrow")

@@ -20,13 +20,13 @@ def problems(name, count):
         ("a.jsonl:3, gsm8k:1", {"a.jsonl": 3, "gsm8k": 1}),
         ("a.jsonl,math_test", {"a.jsonl": None, "math_test": None}),
         ("math:0.5,math500:1/4", {"math": Fraction(1, 2), "math500": Fraction(1, 4)}),
-        # Commas and colons in paths do not separate.
+        # Commas and colons inside paths are not separators.
         ("x,y/a,b.jsonl", {"x,y/a,b.jsonl": None}),
         (
             "gs://bucket/a,b.jsonl:2,c:d/e.parquet:1",
             {"gs://bucket/a,b.jsonl": 2, "c:d/e.parquet": 1},
         ),
-        # Unknown names are whole, for the message of the reader.
+        # Unknown names stay whole for the error message.
         ("gsm9k", {"gsm9k": None}),
         ("a.jsonl,gsm9k", {"a.jsonl": None, "gsm9k": None}),
     ],

@@ -1,4 +1,4 @@
-"""Loss masks: what carries no loss leaves every sum and denominator, and stays context."""
+"""Loss masks: masked tokens are excluded from all sums and denominators, but remain context."""
 
 import dataclasses
 from functools import partial
@@ -39,7 +39,7 @@ MASK = WHOLE & KEPT[:, None] & ~INSERTED
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A model whose hidden state is the sum of the embeddings of a sequence so far."""
+    """A model whose hidden state is the cumulative sum of a sequence's embeddings."""
 
     embed: jax.Array
     head: jax.Array
@@ -172,7 +172,7 @@ def test_masked_tokens_stay_context():
 
 @pytest.mark.parametrize("name", ["gspo", "trm", "drpo_prefix"])
 def test_sequence_objectives_see_the_tokens_with_a_loss_only(name):
-    """Arbitrary µ at the masked tokens changes nothing; for GSPO, s is the mean over the others."""
+    """Arbitrary µ at masked tokens changes nothing; for GSPO, s is the mean over the other tokens."""
     settings = dict(objective=policy(name), aggregation="seq-mean-token-mean")
     before = run(np.arange(N), MASK, PER_RESPONSE, **settings)
     layout = lay_out(PROMPTS, RESPONSES, PROMPT + R)

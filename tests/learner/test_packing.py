@@ -67,7 +67,7 @@ def by_tokens(prompts, responses, rows, width, micro_batches=None):
 
 
 def widths(layout):
-    """The width of the rows of each micro-batch that is not empty, from its longest sequence."""
+    """The row width of each non-empty micro-batch, from its longest sequence."""
     total = layout.prompt_lengths + layout.response_lengths
     width = layout.shape[1]
     longest = {}
@@ -90,11 +90,11 @@ def test_by_tokens_no_sequence_is_cut_or_overlaps_another(seed):
         assert start // part == (start + length - 1) // part
         assert not taken[row, start : start + length].any()
         taken[row, start : start + length] = number
-    for row in taken:  # numbered from left to right, which cuts of a row rely on
+    for row in taken:  # Cuts rely on numbers that ascend from left to right.
         seen = row[row > 0]
         assert list(dict.fromkeys(seen)) == list(range(1, len(set(seen)) + 1))
         assert np.all(np.diff(seen) >= 0)
-    # The micro-batches are filled one after the other, the wide ones first.
+    # Micro-batches are filled one after another, wide ones first.
     assert sorted(narrow) == list(range(len(narrow)))
     assert [narrow[i] for i in sorted(narrow)] == sorted(narrow.values(), reverse=True)
     padding, computed = layout.padding
@@ -106,7 +106,7 @@ def test_by_tokens_no_sequence_is_cut_or_overlaps_another(seed):
 
 
 def test_by_tokens_short_sequences_share_narrow_rows():
-    """One long sequence, and 31 that are an eighth as long: the row's rest and 24 parts."""
+    """One long sequence and 31 of an eighth its length: the rest of its row and 24 parts."""
     layout = by_tokens([4] + [1] * 31, [60] + [7] * 31, rows=1, width=64)
     assert widths(layout) == {0: 64, 1: 8, 2: 8, 3: 8, 4: 8}
     assert layout.padding == (5 * 64 - 64 - 31 * 8, 5 * 64)

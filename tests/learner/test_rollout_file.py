@@ -1,4 +1,4 @@
-"""Files of rollouts: what is written is read, and what is wrong is named by file, row and column."""
+"""Rollout files: round trips, and errors that name file, row and column."""
 
 import re
 
@@ -160,7 +160,7 @@ def test_a_large_integer_is_named_with_its_column(tmp_path):
 
 
 def saved(rollout):
-    """The arrays that a run saves of a rollout."""
+    """The arrays of a saved rollout."""
     extra = {"logp": rollout["full_logp"] - 0.1, "response": np.array(["a", "", "∑", "b"], object)}
     return rollout | extra | {"id": np.array(["1", "1", "2", "2"]), "kind": np.array([""] * 4)}
 
@@ -189,7 +189,7 @@ def test_a_rollout_of_an_earlier_version_is_read(tmp_path):
     for name in ("full_logp", "version"):
         np.testing.assert_array_equal(again[name], rollout[name])
     assert read_rollouts(path, samples=2)["group"].tolist() == [0, 0, 1, 1]
-    with pytest.raises(BadInput, match="does not say which responses answer the same problem"):
+    with pytest.raises(BadInput, match="does not show which responses answer the same problem"):
         convert.main([str(path), str(tmp_path / "six.parquet")])
     assert load_rollout(path)["step"] == 5
 

@@ -209,7 +209,7 @@ def test_widths_change_nothing(state):
     for a, b in zip(trace, traced):
         np.testing.assert_allclose(layout.take(a, R), places.take(b, R), rtol=1e-5, atol=1e-5)
     assert not np.any(trace.logp[batch.mask == 0])
-    # Other lengths are other widths, and the same program.
+    # Other lengths have other widths, but use the same program.
     for seed in range(3):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, 6, N), rng.integers(0, 7, N)
@@ -236,9 +236,9 @@ def test_widths_change_no_objective(state, settings, extra):
 
 
 def test_micro_batches_by_tokens_balance_by_their_tokens(state):
-    """The balancing loss of a micro-batch weighs as much as the micro-batch has tokens."""
+    """The balancing loss of a micro-batch is weighted by its number of tokens."""
     (batch, layout), _ = new_batch_by_tokens(EVERY_WIDTH)
-    batch.inputs["advantage"][:] = 0  # leaves the balancing loss alone
+    batch.inputs["advantage"][:] = 0  # Only the balancing loss remains.
     cut = dataclasses.replace(SETTINGS, **BY_TOKENS | {"parts": (1, 4)}, load_balance=0.5)
     ours = jax.jit(functools.partial(gradients, settings=cut))(state.model, batch)[0]
 

@@ -81,7 +81,7 @@ def test_informative_groups():
 
 
 def by_definition(reward, logp, squares, mask, size, rho):
-    """OTB in loops over the groups, the tokens and the responses that reach them."""
+    """OTB as loops over groups, tokens and the responses that are long enough."""
     result = np.zeros(mask.shape)
     for start in range(0, len(reward), size):
         group = range(start, start + size)
@@ -122,7 +122,7 @@ def test_the_optimal_token_baseline_of_groups_without_a_signal():
     reward = np.array([0.1, 0.1, 0.1, 1.0, 0.0, 0.0], np.float32)
     result = optimal_token_baseline(reward, logp, squares, mask, 3)
     assert not result[:3].any()  # Equal rewards give exactly 0, …
-    assert result[3, :2].all() and not result[3, 2:].any()  # … and so does a response left alone.
+    assert result[3, :2].all() and not result[3, 2:].any()  # … and so does the only response left.
     certain = optimal_token_baseline(reward, np.zeros((6, 5)), np.ones((6, 5)), mask, 3)
     np.testing.assert_allclose(certain[3:, 0], [2 / 3, -1 / 3, -1 / 3], rtol=1e-6)
 
@@ -165,7 +165,7 @@ def test_the_optimal_token_baseline_has_the_least_variance(seed):
         "loo": constant("rloo"),
     }
     assert variance(ours) < min(map(variance, others.values()))
-    # As constants, fixed before sampling, baselines cause no bias. The gap is one of variance alone.
+    # Constant baselines, fixed before sampling, cause no bias. The gap is variance alone.
     energy = np.cumsum(1 - 2 * p + squares, axis=1)
     best = (p.prod(1) @ (energy * reward[:, None])) / (p.prod(1) @ energy)
     for constants in (0.0, p.prod(1) @ reward):

@@ -1,4 +1,4 @@
-"""Objectives from files: what is accepted, what is refused, and what the checks find."""
+"""Objectives from files: accepted and rejected forms, and the findings of the checks."""
 
 import subprocess
 import sys

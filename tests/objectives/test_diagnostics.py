@@ -198,7 +198,7 @@ def test_the_mismatch_by_hand():
         assert count == 4 and total == pytest.approx(expected[name], rel=1e-4), name
     assert extremes.keys() == {"mismatch/ratio_max"}
     assert extremes["mismatch/ratio_max"] == pytest.approx(1.2, rel=1e-5)
-    # Â of each response, or of each of its tokens.
+    # Â per response or per token.
     rows = [np.stack([a, a]) for a in (np.log(sampler), np.log(learner), np.log(pi))]
     per_token = np.stack([advantage, np.full(5, -1.0)])
     split, _ = jax.jit(mismatch_summary)(*rows, by_token(per_token), np.stack([mask, mask]), 0.15)

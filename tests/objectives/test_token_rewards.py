@@ -1,4 +1,4 @@
-"""Rewards of tokens: what they reduce to, and what they add up to."""
+"""Rewards per token: special cases, and sums over the following tokens."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The clock of idle devices: what runs is in flight, what was donated or failed does not stay so."""
+"""The clock of idle devices: running programs are in flight, donated or failed ones are not."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The report on an engine's logprobs, by hand."""
+"""The report on an engine's logprobs, compared with manual calculations."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_statistics_are_those_of_the_response_tokens():
 
 
 def test_flips_are_the_tokens_that_the_mismatch_alone_masks():
-    """DPPO drops a token that its advantage pushes further than δ: only the last of response 2."""
+    """DPPO drops tokens that Â pushes beyond δ: only the last token of response 2."""
     objective = report()["objective"]
     assert (objective["tokens"], objective["flipped"], objective["masked"]) == (5, 1, 1)
     assert report(advantage=(-1.0, -1.0))["objective"]["flipped"] == 2

@@ -113,7 +113,7 @@ def test_a_batch_holds_the_responses_to_one_problem(load):
 
 
 def test_a_reward_may_call_those_of_the_project(load):
-    """In the same worker: math-verify's first call would exceed the limit of CPU time."""
+    """It runs in the same worker: math-verify's first call would exceed the CPU time limit."""
     row = load("maths")
     responses = [r"\boxed{(x+1)(x-1)}", r"\boxed{x^2}"]
     assert submit(row, [""] * 2, responses, ["x^2-1"] * 2).verdicts() == [

@@ -109,7 +109,7 @@ visit = jax.jit(lambda m, tokens, s: m.hidden(tokens, segment_ids=s, record=True
 
 @pytest.fixture(scope="module", params=MODELS)
 def unbroken(request):
-    """A model's name, its sampler, and responses that were sampled in one call."""
+    """A model's name, its sampler, and responses sampled in one call."""
     sampler = new_sampler(new_model(request.param))
     whole = sampler.generate(PROMPTS, params_of(request.param), KEY)
     assert whole.response_lengths.min() < 8 and whole.response_lengths.max() == 20
@@ -117,12 +117,12 @@ def unbroken(request):
 
 
 def test_a_response_broken_anywhere_equals_the_unbroken_one(unbroken):
-    """Each response is cut at a place of its own; some have not begun, some are whole."""
+    """Each response is cut at a different position; some have not begun, some are complete."""
     name, sampler, whole = unbroken
     lengths = np.random.default_rng(0).integers(0, 20, size=len(whole))
     lengths[:4] = 0, 1, 19, 20
     begun = by_prompt(cut(whole, lengths))
-    del begun[3]  # All samples of this prompt are sampled anew.
+    del begun[3]  # All samples of this prompt are sampled again.
     ours = sampler.generate(PROMPTS, params_of(name), KEY, begun=begun)
     assert_same(ours, whole)
     assert sampler.compilations() <= sampler.most_compilations(params_of(name), begun=True)
@@ -142,7 +142,7 @@ def test_a_budget_of_tokens_per_call_changes_no_response(unbroken):
     assert_same(ours, whole)
     counted = sampler.read_statistics()
     assert counted["response_tokens"] == whole.response_lengths.sum()
-    # The next call has nothing to do and returns the arrays as they are.
+    # The next call has nothing to do and returns the arrays unchanged.
     again = sampler.generate(PROMPTS, params_of(name), jax.random.key(9), begun=begun)
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(again, field), getattr(ours, field))
@@ -150,7 +150,7 @@ def test_a_budget_of_tokens_per_call_changes_no_response(unbroken):
 
 
 def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
-    """Also the routes: those of a token's position are the ones under which the next token was drawn."""
+    """The routes of a token's position, too, are those under which the next token was drawn."""
     name, sampler, _ = unbroken
     models = [sampler.model, new_model(name, 2), new_model(name, 3)]
     begun = {}
@@ -159,7 +159,7 @@ def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
         limits = np.full((len(PROMPTS), PARAMS.samples), limit)
         before, ours = begun, sampler.generate(PROMPTS, params_of(name), KEY, limits, begun)
         begun = by_prompt(ours)
-        for i, group in before.items():  # Earlier tokens keep what was recorded for them.
+        for i, group in before.items():  # Earlier tokens keep their recorded values.
             for field in ("full_logp", "sampled_logp", "entropy", "version"):
                 old, new = getattr(group, field), getattr(begun[i], field)
                 np.testing.assert_array_equal(np.where(group.mask(), new, old), old)
@@ -171,7 +171,7 @@ def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
     columns = np.arange(ours.tokens.shape[1])
     read = columns < lengths[:, None] - 1
     assert np.all((ours.routes >= 0) == read[..., None, None])
-    # The position before a response token has the version of that token, the prompt that of the first.
+    # The position before a response token has that token's version; the prompt has the first one's.
     index = np.clip(columns - ours.prompt_lengths[:, None] + 1, 0, 19)
     drawn = np.take_along_axis(ours.version, index, axis=1)
     for version, model in enumerate(models):
@@ -187,7 +187,7 @@ def test_each_token_is_scored_by_the_weights_of_its_version(unbroken):
 
 
 def test_stop_loses_nothing(unbroken):
-    """Neither the device call in progress nor the requests that wait for a slot."""
+    """Neither tokens of the device call in progress nor waiting requests are lost."""
     name, sampler, whole = unbroken
     params = params_of(name)
     sampler.read_statistics()
@@ -205,13 +205,13 @@ def test_stop_loses_nothing(unbroken):
         expected = cut(by_prompt(whole)[i], part.response_lengths)
         assert_same(part, expected)
     assert index == 0 and all(np.any(part.response_lengths > 1) for i, part in begun if i < 3)
-    assert np.all(begun[-1][1].response_lengths == 1)  # prefilled, and not in a slot yet
+    assert np.all(begun[-1][1].response_lengths == 1)  # Prefilled, but not in a slot yet.
     ours = sampler.generate(PROMPTS, params, KEY, begun=parts)
     assert_same(ours, whole)
 
 
 def test_stop_returns_what_was_handed_in(unbroken):
-    """A call that is stopped before its first token returns the groups as they were."""
+    """A call that is stopped before its first token returns the groups unchanged."""
     name, sampler, whole = unbroken
     begun = by_prompt(cut(whole, np.arange(len(whole)) % 4))
     flight = sampler.stream(PROMPTS, params_of(name), KEY, begun=begun)
@@ -284,26 +284,29 @@ def test_what_does_not_belong_to_the_call_raises(unbroken):
     params, begun = params_of(name), by_prompt(whole)
     for wrong, message in (
         ({5: begun[0]}, "begun: keys must be positions of prompts, 0 to 4, got 5"),
-        ({0: whole}, r"begun\[0\] was sampled with other SamplingParams.samples: .* 15, .* 3"),
-        ({1: begun[0]}, r"begun\[1\] has another prompt than prompts\[1\]"),
+        (
+            {0: whole},
+            r"begun\[0\] was sampled with a different SamplingParams.samples: .* 15, .* 3",
+        ),
+        ({1: begun[0]}, r"begun\[1\] has a different prompt than prompts\[1\]"),
         ({0: whole.tokens}, r"begun\[0\] must be the Rollouts of prompt 0, got ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             sampler.stream(PROMPTS, params, KEY, begun=wrong)
     for change in ({"max_tokens": 9}, {"top_logprobs": 2}, {"routes": name != "mixture"}):
         if name != "mixture" and "routes" in change:
-            continue  # An error of its own: the model has no experts.
+            continue  # A different error: the model has no experts.
         other = dataclasses.replace(params, **change)
         (field,) = change
-        with pytest.raises(ValueError, match=f"other SamplingParams.{field}: its arrays"):
+        with pytest.raises(ValueError, match=f"different SamplingParams.{field}: its arrays"):
             sampler.stream(PROMPTS, other, KEY, begun=begun)
 
 
 def test_tokens_of_an_environment_are_read_and_not_sampled():
-    """An environment may append tokens to a response; the sampler goes on after them."""
+    """An environment may append tokens to a response; the sampler continues after them."""
     sampler = new_sampler(new_model("mixture"))
     begun = by_prompt(sampler.generate(PROMPTS, ROUTED, KEY, np.full((5, 3), 4)))
-    told = [50, 4, 51]  # among them a stop token
+    told = [50, 4, 51]  # One of them is a stop token.
     for group in begun.values():
         for row, (start, length) in enumerate(zip(group.prompt_lengths, group.response_lengths)):
             group.tokens[row, start + length : start + length + 3] = told

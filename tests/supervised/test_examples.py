@@ -1,4 +1,4 @@
-"""Examples: token ids, the held-out part, the order of epochs, and what is dropped."""
+"""Examples: token ids, held-out examples, the order of epochs, and dropped examples."""
 
 import collections
 import json
@@ -82,7 +82,7 @@ def directory(tmp_path_factory):
 
 
 def chat_config(directory, path, **fields):
-    """A config of a model with a tokenizer, without the model's files."""
+    """A config with a tokenizer, without the model's files."""
     fields = dict(
         data__tokenizer=str(directory), data__chat=True, model__vocab_size=151936,
         sampler__max_response_length=64, sft__files=str(path), **fields,
@@ -91,7 +91,7 @@ def chat_config(directory, path, **fields):
 
 
 def test_each_turn_of_the_assistant_follows_what_the_model_would_receive(directory, tmp_path):
-    """Qwen3's template drops the thoughts of earlier turns, and so does the prompt of a later turn."""
+    """Qwen3's template drops the thinking of earlier turns, and so does the prompt of a later turn."""
     answers = ["<think>\nhm\n</think>\n\nHello", "Bye"]
     chat = [USER, {"role": "assistant", "content": answers[0]}]
     chat += [USER, {"role": "assistant", "content": answers[1]}]
@@ -117,7 +117,7 @@ def test_a_system_message_of_the_chat_replaces_that_of_the_config(directory):
 
 
 def test_a_thought_is_opened_once(directory, monkeypatch):
-    """Templates like DeepSeek-R1's open the thought in the prompt."""
+    """Templates like DeepSeek-R1's open the thinking block in the prompt."""
     tokenizer = TextTokenizer(directory, chat=True)
     render = tokenizer._render
     monkeypatch.setattr(tokenizer, "_render", lambda *a: render(*a) + "<think>\n")
@@ -187,7 +187,7 @@ def test_a_warm_start_keeps_its_examples(tmp_path):
     for _ in range(2):
         examples.claim(tmp_path / "sft")
     assert recorded_updates(tmp_path / "sft") == 2
-    with pytest.raises(BadInput, match="no longer those that the warm start began with"):
+    with pytest.raises(BadInput, match="differ from those that the warm start began with"):
         numbered(5, 2, updates=2).claim(tmp_path / "sft")
 
 
@@ -266,10 +266,16 @@ def test_unusable_rollouts_are_named(tmp_path, monkeypatch):
     "fields, message",
     [
         (dict(sft__steps=1, sft__files="x"), "set one of the two to 0"),
-        (dict(sft__epochs=0, sft__files="x"), "set sft.epochs, the passes over the examples"),
+        (
+            dict(sft__epochs=0, sft__files="x"),
+            "set sft.epochs, the number of passes over the examples",
+        ),
         (dict(sft__files="x", sft__rollouts="y"), "set only one of the two"),
         (dict(), "only sft.files and sft.rollouts have epochs and held-out examples"),
-        (dict(sft__files="x", sft__heldout=0.1, sft__heldout_files="y"), "a share of the examples"),
+        (
+            dict(sft__files="x", sft__heldout=0.1, sft__heldout_files="y"),
+            "a fraction of the examples",
+        ),
         (dict(sft__files="x", sft__turns="first"), "must be one of all, last"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chats and pairs from files: the spellings that data sets use, and messages that name the place."""
+"""Chats and pairs from files: formats of common data sets, and messages that name the place."""
 
 import json
 

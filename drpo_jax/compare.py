@@ -9,6 +9,7 @@ a self-contained page, and as JSON next to the page.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -16,6 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax import cli
 from drpo_jax.comparison import (
+    Judgment,
     comparable,
     compare_objectives,
     file_advantages,
@@ -79,19 +81,23 @@ def main(
     print(f"\n{table(judgments)}")
     if without := left_out(config):
         print(f"\nWithout effect here: {without}")
-    if not output or not multihost.is_main():
-        return
-    with bad_input():
-        page, summary = path_of(output), path_of(output).with_suffix(".json")
+    if output and multihost.is_main():
         facts = {
             "rollouts": f"{rollouts}: {len(advantage):,} responses",
             "model": name,
             "advantage": config.objective.advantage,
             "aggregation": config.objective.aggregation,
-        } | ({"without effect": without} if without else {})
+        }
+        _write(path_of(output), judgments, facts | ({"without effect": without} if without else {}))
+
+
+def _write(page: Path, judgments: Sequence[Judgment], facts: Mapping[str, str]) -> None:
+    """Writes the page, and a JSON file next to it."""
+    summary = page.with_suffix(".json")
+    with bad_input():
         write_whole(page, comparison_page(judgments, facts))
         write_whole(
-            summary, json.dumps(facts | {"objectives": to_json(judgments)}, indent=2) + "\n"
+            summary, json.dumps({**facts, "objectives": to_json(judgments)}, indent=2) + "\n"
         )
     print(f"\n{page}, {summary}")
 

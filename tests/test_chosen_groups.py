@@ -91,7 +91,7 @@ def same(workdir, other):
             np.testing.assert_array_equal(array, two[name], err_msg=name)
 
 
-@pytest.mark.parametrize("call, saved", [(4, 2)])
+@pytest.mark.parametrize("call, saved", [(2, 1), (4, 2)])
 def test_a_signal_while_a_rollout_is_sampled_ahead_changes_nothing(
     whole, tmp_path, monkeypatch, call, saved
 ):

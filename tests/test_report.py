@@ -367,10 +367,10 @@ def test_a_sick_run_is_named(tmp_path, workdirs, capsys):
     sick = write(tmp_path / "sick", {step: {"response/truncated": 0.5} for step in range(1, 9)}, 7)
     report.main([str(sick)], str(tmp_path / "report.html"))
     text = (tmp_path / "report.html").read_text()
-    assert "What looks wrong" in text and "seed 7, step 5" in text
+    assert "Health warnings" in text and "seed 7, step 5" in text
     assert text.count("50 % of the responses ended at") == 1
     report.main([str(workdirs[0])], str(tmp_path / "report.html"))
-    assert "What looks wrong" not in (tmp_path / "report.html").read_text()
+    assert "Health warnings" not in (tmp_path / "report.html").read_text()
 
 
 def test_only_fields_that_differ_are_shown(groups):

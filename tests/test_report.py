@@ -368,7 +368,7 @@ def test_a_sick_run_is_named(tmp_path, workdirs, capsys):
     report.main([str(sick)], str(tmp_path / "report.html"))
     text = (tmp_path / "report.html").read_text()
     assert "Health warnings" in text and "seed 7, step 5" in text
-    assert text.count("50 % of the responses ended at") == 1
+    assert text.count("50 % of them ended at") == 1
     report.main([str(workdirs[0])], str(tmp_path / "report.html"))
     assert "Health warnings" not in (tmp_path / "report.html").read_text()
 

@@ -629,13 +629,13 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
         r"qwen3_moe, [\d.]+K parameters, 2 layers of 4 experts \(2 per token\), from a warm start"
     )
     assert re.match(model, lines["model"])
-    assert lines["model"].endswith("from a warm start of 4 supervised updates")
+    assert lines["model"].endswith("from a warm start of 4 supervised updates on demonstrations")
     assert lines["objective"].startswith("drpo, δ = 0.15 (a probability")
     assert lines["objective"].endswith("; advantage dr_grpo; kl_behavior 0.001")
     assert lines["precision"] == "float32 compute, precision recipe 'rollout'"
     assert lines["rollouts"].startswith("4 of 4 prompts × 4 responses (arithmetic)")
     assert lines["groups"] == (
-        "groups with equal rewards are replaced; responses get 7 tokens per step; "
+        "groups with equal rewards are replaced; responses get up to 7 tokens per step; "
         "at most 16 problems per step"
     )
     assert lines["updates"].startswith("2 per rollout, on 8 responses each")

@@ -49,7 +49,7 @@ ONLY = flags.DEFINE_string(
 PHASES = {
     "the warm start": "drpo_jax.loop.warm_start:demonstration_batch:3",
     "a save": "drpo_jax.checkpoint.Checkpoints:_seal:3",
-    "a rollout": "drpo_jax.loop.loop:collect:4",
+    "a rollout": "drpo_jax.loop.collector.Collector:collect:4",
     "an update": "drpo_jax.programs.Programs:rollout_batch:6",
     "an evaluation": "drpo_jax.loop.loop:evaluate:2",
     "the time between a record and its checkpoint": "drpo_jax.metrics.log.MetricLogger:synchronize:6",
@@ -162,7 +162,7 @@ class Faults:
     @functools.cached_property
     def _half(self) -> Path:
         workdir = self.directory / "half"
-        status = start(workdir, FAULT="drpo_jax.loop.loop:collect:5:SIGTERM").wait()
+        status = start(workdir, FAULT="drpo_jax.loop.collector.Collector:collect:5:SIGTERM").wait()
         if status != 75:
             raise Failed(f"exit status {status} after SIGTERM in step 5: {last_line(workdir)}")
         return workdir

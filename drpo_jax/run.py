@@ -262,7 +262,7 @@ def claim(run: Run) -> Iterator[Run]:
             multihost.on_main("claim the workdir", write)
             if run.replay is not None:
                 digests = json.dumps(dict(run.replay.digests))
-                _check_same(f"{run.replay.directory}: files of rollouts", digests)
+                _check_same(f"{run.replay.directory}: rollout files", digests)
             if run.examples:
                 _check_same("the examples of supervised learning", run.examples.digest())
         interrupts = stack.enter_context(Interrupts.noted(run.config.checkpoint.grace_seconds))

@@ -131,7 +131,8 @@ def test_both_choose_the_same_groups(tmp_path):
     one, two = (read_metrics(workdir) for workdir in runs)
     counts = [{n: v for n, v in r.items() if n.startswith("sampling/")} for r in one]
     assert counts == [{n: r[n] for n in count} for count, r in zip(counts, two)]
-    assert counts[2]["sampling/dropped"] and counts[2]["sampling/unfinished"]
+    for name in ("sampling/dropped", "sampling/unfinished"):
+        assert sum(count.get(name, 0) for count in counts) > 0, name
     for step in (1, 2):
         ours, theirs = (load_rollout(rollout_path(workdir, step)) for workdir in runs)
         for name in ("id", "tokens", "version", "reward"):

@@ -253,7 +253,7 @@ def test_a_directory_that_is_no_replay_is_said(tmp_path):
     with pytest.raises(ValueError, match="have 3 groups, but a step learns from train.prompts = 4"):
         Replay.open(tmp_path, LIMITS, 4)
     (tmp_path / "step_000001.npz").touch()
-    with pytest.raises(ValueError, match=r"it holds \*.npz and \*.parquet; keep one kind"):
+    with pytest.raises(ValueError, match=r"it contains \*.npz and \*.parquet; keep one kind"):
         Replay.open(tmp_path, LIMITS, 2)
 
 

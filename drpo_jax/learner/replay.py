@@ -113,7 +113,7 @@ class Replay:
 
 
 def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> None:
-    """Checks that files of rollouts hold what a run needs; warns of fields that only sampling uses.
+    """Checks that rollout files contain what a run needs; warns of fields that only sampling uses.
 
     Args:
       config: a resolved config.
@@ -125,17 +125,17 @@ def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> N
     """
     if config.train.routing_replay:
         raise ValueError(
-            "train.routing_replay = True: files of rollouts do not hold the experts that the sampler "
+            "train.routing_replay = True: rollout files do not contain the experts that the sampler "
             "chose; set it to False, or train without --replay"
         )
     if topk:
         raise ValueError(
             f"objective.name = {config.objective.name!r}: it needs the logprobs of the most likely "
-            "tokens, which files of rollouts do not hold; choose another, or train without --replay"
+            "tokens, which rollout files do not contain; choose another, or train without --replay"
         )
     if per_token:
         raise ValueError(
-            f"reward.path = {config.reward.path!r}: it rewards tokens, but files of rollouts hold the "
+            f"reward.path = {config.reward.path!r}: it rewards tokens, but rollout files contain the "
             "rewards of whole responses; choose another, or train without --replay"
         )
     fields, train = ("staleness", "dynamic_sampling", "partial_tokens"), config.train

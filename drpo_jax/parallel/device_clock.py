@@ -16,9 +16,15 @@ import jax
 
 
 class DeviceClock:
-    """Accumulates the time during which no watched function is in flight. Starts idle."""
+    """Accumulates the time during which no watched function is in flight. Starts idle.
 
-    def __init__(self) -> None:
+    Args:
+      one_at_a_time: whether a call waits for its result. Several CPU devices share one pool of threads, and
+        the collectives of two programs in flight can occupy all of them, each waiting for the other.
+    """
+
+    def __init__(self, one_at_a_time: bool = False) -> None:
+        self._one_at_a_time = one_at_a_time
         self._lock = threading.Lock()
         self._in_flight, self._idle, self._idle_since = 0, 0.0, time.monotonic()
         # Unlike a daemon thread, a pool is not torn down inside XLA when the process exits.
@@ -46,7 +52,10 @@ class DeviceClock:
         if isinstance(leaf, jax.core.Tracer):  # Another function is being traced.
             self._end()
             return result
-        self._pool.submit(self._follow, leaf)
+        if self._one_at_a_time:
+            self._follow(result)
+        else:
+            self._pool.submit(self._follow, leaf)
         return result
 
     def _begin(self) -> None:
@@ -60,12 +69,12 @@ class DeviceClock:
             self._in_flight -= 1
             self._idle_since = time.monotonic()
 
-    def _follow(self, leaf: jax.Array) -> None:
-        """Waits until an array is ready."""
-        # The array may have been donated to a later program, which is in flight as well. If its own
+    def _follow(self, result: Any) -> None:
+        """Waits until the arrays of a pytree are ready."""
+        # An array may have been donated to a later program, which is in flight as well. If its own
         # program failed, the caller notices.
         with contextlib.suppress(Exception):
-            leaf.block_until_ready()
+            jax.block_until_ready(result)
         self._end()
 
 

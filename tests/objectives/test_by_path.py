@@ -106,7 +106,7 @@ def test_a_ratio_that_overflows_has_no_influence(file):
         ("text", "mode = 'soft' must be a number, True, False or None"),
         ("zero", "level = 0.0 must be positive; HYPERPARAMETERS"),
         ("flag", "delta is a float in the table, so its default cannot be True"),
-        ("kl", "has fields name already"),
+        ("kl", "already has fields name"),
         ("number", "must be a function or an Objective, not 3"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_files_of_a_replay_are_those_that_it_began_with(source, tmp_path):
 
 
 def test_what_a_replay_cannot_do_is_said(caplog):
-    with pytest.raises(ValueError, match="mine.py:steps': it rewards tokens, but files"):
+    with pytest.raises(ValueError, match="mine.py:steps': it rewards tokens, but rollout files"):
         values = SimpleNamespace(reward=SimpleNamespace(path="mine.py:steps"), train=config().train)
         check_replayable(values, topk=False, per_token=True)
     with caplog.at_level("WARNING", "absl"):

@@ -19,8 +19,8 @@ class DeviceClock:
     """Accumulates the time during which no watched function is in flight. Starts idle.
 
     Args:
-      one_at_a_time: whether a call waits for its result. Several CPU devices share one pool of threads, and
-        the collectives of two programs in flight can occupy all of them, each waiting for the other.
+      one_at_a_time: whether a call waits for its result. Several CPU devices share one pool of threads.
+        The collectives of two programs in flight can occupy all of them, each waiting for the other.
     """
 
     def __init__(self, one_at_a_time: bool = False) -> None:

@@ -156,8 +156,7 @@ class Programs:
 
     def _watch(self):
         """Makes the clock track the programs of a rollout step."""
-        on_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        self.clock = DeviceClock(one_at_a_time=on_cpus)
+        self.clock = DeviceClock()
         for name in STEP_PROGRAMS:
             setattr(self, name, self.clock.watch(getattr(self, name)))
         for sampler in (self.sampler, self.exact_sampler):

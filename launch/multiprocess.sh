@@ -28,6 +28,7 @@ mkdir -p "$logs"
 port="$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count" JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export PJRT_NPROC="${PJRT_NPROC:-64}" # Collectives in progress block one thread per device.
 
 # Sends the signal $1 (0: none) to every process still running, and kills those that remain after 40 seconds,
 # more than the default of checkpoint.grace_seconds.

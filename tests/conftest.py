@@ -16,6 +16,9 @@ if COUNT not in os.environ.get("XLA_FLAGS", ""):
 EMITTERS = "--xla_cpu_use_fusion_emitters"  # Compiles small CPU programs slowly.
 if version("jax").startswith("0.10.") and EMITTERS not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {EMITTERS}=false"
+# A collective blocks one of XLA's threads on each device, and a device may run several at a time. With
+# the default of one thread per device, they can wait for each other for ever.
+os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

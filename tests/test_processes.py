@@ -169,11 +169,11 @@ def test_processes_agree_on_a_damaged_checkpoint(runs, tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    first, second = launch(workdir, processes=2, steps=3)
+    first, second = launch(workdir, processes=2, steps=4)
     assert f"{data.relative_to(checkpoint)} does not match its digest" in first
     assert "it is now 3.damaged-1, and the run continues from step 2" in first
     assert "damaged" not in second
-    assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3]
+    assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2, 3, 4]
     assert read_metrics(workdir)[3]["reward/mean"] == read_metrics(runs[1])[3]["reward/mean"]
 
 

@@ -16,15 +16,9 @@ import jax
 
 
 class DeviceClock:
-    """Accumulates the time during which no watched function is in flight. Starts idle.
+    """Accumulates the time during which no watched function is in flight. Starts idle."""
 
-    Args:
-      one_at_a_time: whether a call waits for its result. Several CPU devices share one pool of threads.
-        The collectives of two programs in flight can occupy all of them, each waiting for the other.
-    """
-
-    def __init__(self, one_at_a_time: bool = False) -> None:
-        self._one_at_a_time = one_at_a_time
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_flight, self._idle, self._idle_since = 0, 0.0, time.monotonic()
         # Unlike a daemon thread, a pool is not torn down inside XLA when the process exits.
@@ -52,10 +46,7 @@ class DeviceClock:
         if isinstance(leaf, jax.core.Tracer):  # Another function is being traced.
             self._end()
             return result
-        if self._one_at_a_time:
-            self._follow(result)
-        else:
-            self._pool.submit(self._follow, leaf)
+        self._pool.submit(self._follow, leaf)
         return result
 
     def _begin(self) -> None:
@@ -69,12 +60,12 @@ class DeviceClock:
             self._in_flight -= 1
             self._idle_since = time.monotonic()
 
-    def _follow(self, result: Any) -> None:
-        """Waits until the arrays of a pytree are ready."""
-        # An array may have been donated to a later program, which is in flight as well. If its own
+    def _follow(self, leaf: jax.Array) -> None:
+        """Waits until an array is ready."""
+        # The array may have been donated to a later program, which is in flight as well. If its own
         # program failed, the caller notices.
         with contextlib.suppress(Exception):
-            jax.block_until_ready(result)
+            leaf.block_until_ready()
         self._end()
 
 

@@ -22,6 +22,8 @@ tokens:
     entropy           float32 [N, R]  entropy of π at the token, nats
     advantage         float32 [N]     Â, from the reward and what is added to it
                                       (with a baseline per token: float32 [N, R])
+    file_advantage    float32 [N, R]  Â and the loss mask as a replay read them from its files; absent
+    file_loss_mask    bool [N, R]     unless these files contain them
     reward            float32 [N]     the verdict of the verifier
     finished          bool [N]        the response ended with a stop token
     version           int32 [N, R]    version of the weights that sampled each token, in steps of the

@@ -2,17 +2,12 @@
 
 import json
 import shutil
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from drpo_jax import compare, loop, rewards, score, train
-from drpo_jax import config as C
-from drpo_jax.cli import load_config
+from drpo_jax import compare, loop, score, train
 from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout, saved_rollouts
@@ -21,32 +16,23 @@ from drpo_jax.learner.rollout_checks import Limits, read_rollouts
 from drpo_jax.learner.rollout_file import load_table, rollout_table, write_rollouts
 from drpo_jax.loop.rollout import Rollout, replayed
 from drpo_jax.loop.timer import PhaseTimer
-from drpo_jax.metrics import read_metrics
 from drpo_jax.objectives import by_token
-from drpo_jax.parallel import make_mesh
+from tests.runs import DENSE, checkpoint_bytes, killed_at, logged, odd, one_device, smallest
 
-SMALLEST = str(Path(__file__).parent / "smallest.py")
 STEPS = 2
+FIELDS = DENSE | {
+    "train.steps": STEPS, "train.save_rollout_every": 1, "evaluate.problems": 1,
+    "evaluate.samples": 1, "evaluate.greedy": False, "checkpoint.every": 1, "checkpoint.keep": 5,
+}  # fmt: skip
 
 
 def config(**fields):
-    """The smallest config as a dense model without a warm start, with changed fields (a__b for a.b)."""
-    flat = C.flatten(load_config(SMALLEST)) | {
-        "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
-        "model.mlp_size": 32, "model.load_balance": 0.0, "sft.steps": 0, "train.steps": STEPS,
-        "train.save_rollout_every": 1, "evaluate.problems": 1, "evaluate.samples": 1,
-        "evaluate.greedy": False, "checkpoint.every": 1, "checkpoint.keep": 5,
-    }  # fmt: skip
-    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
+    return smallest(FIELDS, **fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model earns, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-        reward = lambda prompt, text, answer: float(len(text) % 2)  # noqa: E731
-        patch.setitem(rewards.REWARDS, "arithmetic", reward)
+    with one_device(odd):
         yield
 
 
@@ -59,33 +45,19 @@ def source(tmp_path_factory):
 
 
 def learned(workdir):
-    """The records without times and without the metrics of sampling and verification."""
-    other = ("time/", "compile/", "tokens_per_second", "sync/", "sampler/")
-    other += ("reward/limited", "reward/lost", "reward/retries")
-    records = read_metrics(workdir)
-    return [{k: v for k, v in r.items() if not k.startswith(other)} for r in records]
+    """The records without the metrics of sampling and verification."""
+    verifier = ("reward/limited", "reward/lost", "reward/retries")
+    return logged(workdir, "sync/", "sampler/", *verifier)
 
 
 def weights(workdir):
-    """The bytes of the last checkpoint's arrays."""
-    run = loop.Run.create(config(), workdir)
-    with run.checkpoints() as checkpoints:
-        state = checkpoints.restore(STEPS, run.programs.abstract_state)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return checkpoint_bytes(config(), workdir, STEPS)
 
 
 @pytest.mark.slow
-def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_path, monkeypatch):
+def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_path):
     files = source / "rollouts"
-    step = loop.loop.rl_step
-
-    def killed(run, collector, state, number, first):
-        if number == 1:
-            raise KeyboardInterrupt
-        return step(run, collector, state, number, first=first)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.loop, "rl_step", killed)
+    with killed_at(loop.loop, "rl_step", 1):
         loop.train(config(), tmp_path, files)
     with pytest.raises(
         BadInput, match=r"learns from files \(replay.json\); --replay=DIR is missing"

@@ -22,8 +22,6 @@ tokens:
     entropy           float32 [N, R]  entropy of π at the token, nats
     advantage         float32 [N]     Â, from the reward and what is added to it
                                       (with a baseline per token: float32 [N, R])
-    file_advantage    float32 [N, R]  Â and the loss mask as a replay read them from its files; absent
-    file_loss_mask    bool [N, R]     unless these files contain them
     reward            float32 [N]     the verdict of the verifier
     finished          bool [N]        the response ended with a stop token
     version           int32 [N, R]    version of the weights that sampled each token, in steps of the
@@ -34,6 +32,9 @@ tokens:
     response          text [N], derived from the token ids. On disk all texts are one UTF-8 string,
                       `response_utf8` uint8, and `response_ends` int64 [N] has the end of each
     step              int             rollout step, from 1 as in metrics.jsonl
+
+A replay of files that contain advantages or loss masks also saves these, as `file_advantage`
+(float32 [N, R]) and `file_loss_mask` (bool [N, R]).
 """
 
 import io

@@ -1,6 +1,7 @@
 """Whole runs of the smallest config, shared by the tests of the loop."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,19 @@ from drpo_jax import loop, rewards
 from drpo_jax.cli import load_config
 from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
 
 SMALLEST = str(Path(__file__).parent / "smallest.py")
-# A dense model in place of the mixture of experts, without a warm start.
+# A dense model in place of the mixture of experts, without a warm start, and with a single sampler.
 DENSE = {
     "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0, "model.mlp_size": 32,
-    "model.load_balance": 0.0, "sft.steps": 0,
+    "model.load_balance": 0.0, "sft.steps": 0, "evaluate.precision": "sampler",
 }  # fmt: skip
+# Prefixes of fields that no compiled program depends on.
+UNCOMPILED = (
+    "reward.", "evaluate.", "checkpoint.", "data.", "log.", "sampler.parity", "train.staleness",
+    "train.save_rollout_every", "train.max_skipped",
+)  # fmt: skip
 # Prefixes of metrics that differ between equal runs.
 CLOCKS = ("time/", "compile/", "tokens_per_second")
 
@@ -39,17 +46,36 @@ def smallest(fields: Mapping[str, Any] | None = None, **changed: Any) -> FrozenC
 
 
 @contextlib.contextmanager
-def one_device(reward: Callable[..., float] | None = None) -> Iterator[None]:
+def one_device(reward: Callable[..., float] | None = None, share: bool = True) -> Iterator[None]:
     """Puts runs on one of the eight devices, because sharded programs compile slowly.
 
     Args:
       reward: the reward of the task, which an untrained model should earn; None: the task's own.
+      share: runs whose configs compile to the same programs share them. Otherwise a run that resumes in
+        this process traces and compiles all programs again, as a new process does.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        if share:
+            patch.setattr("drpo_jax.run.Programs", _shared_programs())
         if reward is not None:
             patch.setitem(rewards.REWARDS, "arithmetic", reward)
         yield
+
+
+def _shared_programs() -> Callable[..., Programs]:
+    """Returns a substitute for `Programs` that builds equal programs once."""
+    built: dict[str, Programs] = {}
+
+    def programs(config, mesh, stop, **options):
+        fields = {f: x for f, x in C.flatten(config).items() if not f.startswith(UNCOMPILED)}
+        key = json.dumps([fields, list(stop), options])
+        if key not in built:
+            built[key] = Programs(config, mesh, stop, **options)
+        built[key].config = config
+        return built[key]
+
+    return programs
 
 
 def odd(prompt: str, text: str, answer: str) -> float:

@@ -21,6 +21,7 @@ from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import describe, read_metrics, read_starts
 from drpo_jax.objectives import advantages, optimal_token_baseline, token_objective
+from drpo_jax.programs import Programs
 from drpo_jax.reporting.explain import explain
 from drpo_jax.run import SHUFFLE
 from tests.runs import checkpoint_bytes, killed_at, logged, one_device, smallest
@@ -63,7 +64,7 @@ def other(whole, tmp_path_factory):
     settings = smallest(
         data__problems=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
         train__shuffle_rewards=True, objective__behavior="rescored", objective__delta=12.5,
-        train__save_rollout_every=1,
+        evaluate__precision="sampler", train__save_rollout_every=1,
     )  # fmt: skip
     loop.train(settings, workdir, profile="2")
     return workdir
@@ -80,7 +81,9 @@ def test_a_profile_has_the_phases_of_its_step(other):
     assert any("policy_update" in event.name or "update" in event.name for event in events)
 
 
-def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path, monkeypatch):
+    """Every start compiles its programs, as in a new process."""
+    monkeypatch.setattr("drpo_jax.run.Programs", Programs)
     kills = (
         (loop.warm_start, "demonstration_batch", 2),
         (loop.loop, "rl_step", 0),
@@ -104,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
 def test_a_killed_run_by_tokens_resumes_to_the_same_bits(whole, tmp_path):
     settings = smallest(
         data__init_from=str(whole), train__steps=2, train__micro_batch=0, train__micro_tokens=64,
-        train__save_rollout_every=1, checkpoint__every=1,
+        evaluate__precision="sampler", train__save_rollout_every=1, checkpoint__every=1,
     )  # fmt: skip
     loop.train(settings, tmp_path / "unbroken")
     with killed_at(loop.loop, "rl_step", 1):
@@ -243,7 +246,8 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
     results = {}
     for layout, fields in layouts.items():
         settings = smallest(
-            data__init_from=str(whole), train__steps=1, train__epochs=2, **fields,
+            data__init_from=str(whole), train__steps=1, train__epochs=2, evaluate__precision="sampler",
+            **fields,
             objective__name="dppo_topk_tv", objective__behavior="rescored",
             objective__correction="mis", objective__correction_floor=0.98,
             objective__correction_cap=1.05, objective__kl="k3", objective__kl_coefficient=0.1,
@@ -332,7 +336,8 @@ def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
     settings = smallest(
         data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
         data__window_high=0.7, data__window_rest=2, evaluate__problems=2, sft__steps=0,
-        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1, checkpoint__keep=4,
+        evaluate__samples=1, evaluate__greedy=False, evaluate__precision="sampler",
+        checkpoint__every=1, checkpoint__keep=4,
     )  # fmt: skip
     batches, original = [], data.Curriculum.batch
 
@@ -462,7 +467,12 @@ def test_a_missing_warm_start_is_an_error(tmp_path, whole):
 
 
 def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkeypatch, caplog):
-    settings = smallest(data__init_from=str(whole), train__steps=9, train__max_skipped=3)
+    settings = smallest(
+        data__init_from=str(whole),
+        evaluate__precision="sampler",
+        train__steps=9,
+        train__max_skipped=3,
+    )
     original, skipped = loop.rl_step, []
 
     def poisoned(run, collector, state, step, first):
@@ -520,6 +530,7 @@ def test_reward_shaping():
 @pytest.mark.parametrize("parity", ["warn", "stop", "off"])
 def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path, caplog, capsys):
     fields = dict(train__steps=1, sft__steps=0, evaluate__greedy=False, sampler__parity=parity)
+    fields |= dict(evaluate__precision="sampler")
     if parity == "warn":  # the bound allows for the recipe's rounding of the weights
         loop.train(smallest(**fields), tmp_path / "a")
         assert re.search(r"first rollout: mean .* over \d+ tokens \(bound", capsys.readouterr().out)
@@ -537,7 +548,7 @@ def test_replayed_routes_bring_sampler_and_learner_together(tmp_path):
     gaps, changed = {}, {}
     for replay in (False, True):
         fields = dict(train__steps=1, evaluate__greedy=False, train__routing_replay=replay)
-        fields |= dict(log__mismatch_every=1, train__pack=True)
+        fields |= dict(log__mismatch_every=1, train__pack=True, evaluate__precision="sampler")
         loop.train(smallest(**fields), tmp_path / str(replay))
         record = logged(tmp_path / str(replay))[1]
         gaps[replay] = record["mismatch/kl"]

@@ -10,7 +10,7 @@ import pytest
 from drpo_jax import loop
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.sampler import Rollouts
-from tests.runs import checkpoint_bytes, logged, odd, one_device, smallest
+from tests.runs import DENSE, checkpoint_bytes, logged, odd, one_device, smallest
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -25,7 +25,7 @@ def quick_and_rewarding(compile_quickly):
 def config(staleness, steps=STEPS):
     """Four steps that sample in float32, save everything and measure every rollout."""
     return smallest(
-        sft__steps=0, precision__recipe="none", evaluate__greedy=False, evaluate__problems=2,
+        DENSE, precision__recipe="none", evaluate__greedy=False, evaluate__problems=2,
         checkpoint__every=1, checkpoint__keep=STEPS + 1, train__steps=steps,
         train__save_rollout_every=1, train__staleness=staleness, log__mismatch_every=0,
     )  # fmt: skip

@@ -209,8 +209,8 @@ def test_processes_accept_a_changed_source_together(tmp_path):
     """Without train.accept_source, both end with the hash to set."""
     source, workdir = tmp_path / "mine.py", tmp_path / "run"
     source.write_text("def odd(prompt, response, answer):\n    return float(len(response) % 2)\n")
-    fields = [f"reward.path={source}:odd"]
-    launch(workdir, 2, steps=1, fields=fields)
+    fields = [f"reward.path={source}:odd", "evaluate.precision=sampler"]
+    launch(workdir, 1, steps=1, fields=fields)
     source.write_text(source.read_text() + "# changed\n")
     for output in launch(workdir, 2, steps=2, fields=fields, status=2):
         (accepted,) = re.findall(r"--config\.(train\.accept_source=\w+)", output)

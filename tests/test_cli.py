@@ -26,6 +26,7 @@ from drpo_jax.hub import local_directory
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
 from drpo_jax.models.huggingface import write_config
+from tests.runs import DENSE
 
 ROOT = Path(__file__).parents[1]
 
@@ -425,8 +426,10 @@ def entry(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
+    dense = [f"--config.{f}={x}" for f, x in DENSE.items() if f.startswith("model.")]
+
     def run(name, workdir, *args):
-        command = [sys.executable, "-m", f"drpo_jax.{name}", "--config=tests/smallest.py"]
+        command = [sys.executable, "-m", f"drpo_jax.{name}", "--config=tests/smallest.py", *dense]
         done = subprocess.run(
             [*command, f"--workdir={home / workdir}", *args],
             cwd=ROOT, env=clean | quick, capture_output=True, text=True,
@@ -437,6 +440,7 @@ def entry(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_sft_then_train_then_evaluate(entry):
     code, out, err = entry("sft", "warm")
     assert code == 0, err

@@ -244,6 +244,7 @@ def test_mistakes_are_one_message(arguments, message):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_tpu(tmp_path):
     """The chip's rates give a bound, and all trip counts but those of the head are known."""
     if not has_libtpu():

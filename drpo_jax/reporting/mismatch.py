@@ -108,7 +108,7 @@ def _objective(rollout: Rollout, advantage: np.ndarray, config: FrozenConfigDict
     advantage = by_token(advantage)
     mask = rollout["loss_mask"] & (advantage != 0)
     if not mask.any():
-        return result | {"note": "no token that carries a loss has Â ≠ 0"}
+        return result | {"note": "no token with a loss has Â ≠ 0"}
     arrays = {"mask": rollout["loss_mask"], "old_logp": rollout["logp"]}
     needed = {key: value for key, value in arrays.items() if key in row.arrays}
 

@@ -1,0 +1,180 @@
+"""Workers: processes that hold a model and do one piece of work per request. Standard library alone.
+
+The parent writes one JSON object per line to a worker's stdin, {"work": "update"}; the worker replies
+with one line on stdout. The first reply comes unasked, once the model is loaded:
+
+    {"ready": true, "seconds": 4.1, "rss": 312000000, "peak": 330000000, "versions": {…}}
+
+A reply has the seconds of the work, the resident memory of the process and its high-water mark in bytes,
+and what the work returned; or only {"error": "…"}. Everything that libraries print goes to the log.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class WorkerFailed(Exception):
+    """A worker ended, replied with an error, or did not reply in time."""
+
+
+class Server:
+    """The worker's side: receives requests and replies to them.
+
+    Args:
+      packages: distributions whose versions the first reply states.
+    """
+
+    def __init__(self, packages: Sequence[str]):
+        self._packages = packages
+        self._replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # Libraries print to the log.
+        self._started = time.perf_counter()
+
+    def ready(self) -> None:
+        """Says that the model is loaded."""
+        self.reply({"ready": True, "versions": {name: version(name) for name in self._packages}})
+
+    def receive(self) -> dict[str, Any] | None:
+        """Waits for the next request; returns None if there is none left."""
+        line = sys.stdin.readline()
+        self._started = time.perf_counter()
+        return json.loads(line) if line else None
+
+    def reply(self, result: Mapping[str, Any]) -> None:
+        """Replies to the last request."""
+        seconds = time.perf_counter() - self._started
+        self._replies.write(json.dumps({"seconds": seconds} | memory() | dict(result)) + "\n")
+        self._replies.flush()
+
+    def serve(self, works: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
+        """Does the requested work until stdin is closed."""
+        self.ready()
+        while (request := self.receive()) is not None:
+            self.reply(works[request["work"]]())
+
+
+def run(main: Callable[[dict[str, Any]], None]) -> None:
+    """Calls the worker's `main` with the task of the command line; an exception is the last reply."""
+    replies = os.dup(1)
+    try:
+        main(json.loads(sys.argv[1]))
+    except Exception as error:
+        traceback.print_exc()
+        summary = f"{type(error).__name__}: {error}".split("\n")[0]
+        os.write(replies, (json.dumps({"error": summary}) + "\n").encode())
+    os._exit(0)  # Threads of libraries would delay the end.
+
+
+def memory() -> dict[str, int]:
+    """Returns resident memory and its high-water mark of this process and its children, in bytes."""
+    total = {"rss": 0, "peak": 0}
+    for process in ["self", *_children("self")]:
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except FileNotFoundError:  # The child has ended.
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        for name, field in (("rss", "VmRSS"), ("peak", "VmHWM")):
+            total[name] += 1024 * int(fields.get(field, "0 kB").split()[0])
+    return total
+
+
+def _children(process: str) -> list[str]:
+    """Returns the ids of all descendants of a process."""
+    children = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        try:
+            children += (task / "children").read_text().split()
+        except FileNotFoundError:  # The thread has ended.
+            continue
+    return children + [grandchild for child in children for grandchild in _children(child)]
+
+
+class Worker:
+    """The parent's side of a worker process.
+
+    Args:
+      python: the interpreter of the worker's environment.
+      module: the module to run.
+      task: its argument, written as JSON.
+      log: file to which the worker prints; it is replaced.
+      environment: further environment variables.
+      limit: seconds to wait for a reply.
+
+    Attributes:
+      started: `time.perf_counter()` at the start of the process.
+    """
+
+    def __init__(
+        self,
+        python: Path | str,
+        module: str,
+        task: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str],
+        limit: float,
+    ):
+        self._log, self._limit = log, limit
+        with log.open("w") as output:
+            self.started = time.perf_counter()
+            self._process = subprocess.Popen(
+                [str(python), "-m", module, json.dumps(task)],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+            )
+        self._unread = b""
+
+    def ask(self, work: str) -> dict[str, Any]:
+        """Requests a piece of work and returns the reply."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"work": work}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # The last reply says why.
+        return self.reply()
+
+    def reply(self) -> dict[str, Any]:
+        """Returns the next reply.
+
+        Raises:
+          WorkerFailed: see there; the message names the log.
+        """
+        assert self._process.stdout is not None
+        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + self._limit
+        while b"\n" not in self._unread:
+            if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
+                self.stop()
+                raise WorkerFailed(f"no reply within {self._limit:.0f} s; see {self._log}")
+            received = os.read(pipe, 65536)
+            if not received:
+                code = self._process.wait()
+                raise WorkerFailed(f"the worker ended with status {code}; see {self._log}")
+            self._unread += received
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerFailed(f"{reply['error']}; see {self._log}")
+        return reply
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()

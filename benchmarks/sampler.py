@@ -5,7 +5,6 @@
 Floor: the baseline model of benchmarks.cpu_baseline samples 128 sequences of 16 prompt tokens and 64
 response tokens in 128 slots. It alternates with two jitted loops: the model's matmuls alone, and one
 read of the keys and values alone (rings of 56 columns, the mean).
-transformers (if torch is installed): its `generate` with the same weights, alternating with ours.
 Recording: the same without logprobs and entropy, with the token alone.
 Long tail: four times as many responses as slots, 95 % of them 16 tokens long and 5 % 256. Static batches
 come from the same sampler, called with one batch of its slots at a time.
@@ -20,14 +19,12 @@ in which the memory delivers weights and caches once.
 import dataclasses
 import time
 from functools import partial
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from benchmarks import peer
 from benchmarks.common import OUTPUT, machine, write_results
 from benchmarks.cpu_baseline import PROMPT, RESPONSE, SEQUENCES, baseline_config, floors
 from drpo_jax.models import Compute, ModelConfig, Transformer
@@ -118,31 +115,6 @@ def against_the_floor(model, matmuls, compute):
         "of floor": round(share, 3),
         "of the matmuls alone": round(of_matmuls, 3),
         "cost of recording": round(cost, 4),
-    }
-    return figures, lines
-
-
-def against_transformers(learner, model, compute):
-    """Returns figures, and lines to print, of our rate and theirs, with and without recording."""
-    prompts = np.random.default_rng(0).integers(1, 128, size=(16, PROMPT)).tolist()
-    samples = SEQUENCES // len(prompts)
-    params = SamplingParams(max_tokens=RESPONSE, samples=samples)
-    sampler = Sampler(model, SEQUENCES, 16, PROMPT, compute=compute)
-    theirs = peer.sampling(learner, [p for p in prompts for _ in range(samples)], RESPONSE)
-    ours = lambda: sampler.generate(prompts, params, jax.random.key(1)).tokens  # noqa: E731
-    times = in_turn({"ours": ours} | theirs, rounds=5)
-    rate = {name: SEQUENCES * RESPONSE / seconds for name, seconds in times.items()}
-    gains = {name: rate["ours"] / rate[name] for name in theirs}
-    lines = [
-        f"transformers {version('transformers')}: {rate['recorded']:,.0f} tokens/s with logprobs and "
-        f"entropy, {rate['tokens']:,.0f} without; ours {gains['recorded']:.2f} and "
-        f"{gains['tokens']:.2f} times as fast"
-    ]
-    figures = {
-        "transformers tokens/s": round(rate["tokens"]),
-        "transformers tokens/s, recording": round(rate["recorded"]),
-        "times transformers": round(gains["tokens"], 2),
-        "times transformers, recording": round(gains["recorded"], 2),
     }
     return figures, lines
 
@@ -296,8 +268,6 @@ def main(_):
             partial(long_tail, model, compute),
             partial(partial_rollouts, model, compute),
         ]
-        if peer.INSTALLED:
-            parts.insert(1, partial(against_transformers, learner, model, compute))
         kind = jax.devices()[0].device_kind
         peak = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
         if peak:

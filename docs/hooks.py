@@ -8,11 +8,14 @@ line numbers; images and notebooks are copied. Two comments are replaced by gene
     <!-- reference: MODULE -->   the docstrings of a module, and of every module of a package
 """
 
+import json
 import logging
 import os
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.structure.files import File
 
@@ -56,11 +59,21 @@ def fields_table() -> str:
 
 def dials_table() -> str:
     """The results of `benchmarks.dials`, a row per run."""
-    import json
-
     from benchmarks.dials import markdown
 
-    path = ROOT / "benchmarks/results/dials.json"
+    return results_table("dials", markdown)
+
+
+def peers_table() -> str:
+    """The results of `benchmarks.peers`: ratios with their goals, memory, seconds to the first step."""
+    from benchmarks.peers.figures import markdown
+
+    return results_table("peers", markdown)
+
+
+def results_table(name: str, markdown: Callable[[Any], str]) -> str:
+    """The results of a benchmark as `markdown` renders them."""
+    path = ROOT / f"benchmarks/results/{name}.json"
     if not path.exists():
         return "There are no results yet."
     return markdown(json.loads(path.read_text(encoding="utf-8"))["figures"])
@@ -68,12 +81,9 @@ def dials_table() -> str:
 
 def micro_tokens_table() -> str:
     """The results of `benchmarks.micro_tokens`, and counted cases."""
-    import json
-
     from benchmarks.micro_tokens import markdown
 
-    path = ROOT / "benchmarks/results/micro_tokens.json"
-    return markdown(json.loads(path.read_text(encoding="utf-8"))["figures"])
+    return results_table("micro_tokens", markdown)
 
 
 TABLES = {
@@ -81,6 +91,7 @@ TABLES = {
     "fields": fields_table,
     "dials": dials_table,
     "micro_tokens": micro_tokens_table,
+    "peers": peers_table,
 }
 
 

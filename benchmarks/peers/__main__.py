@@ -54,7 +54,9 @@ WORKDIR = flags.DEFINE_string(
 )
 SKIP_INSTALL = flags.DEFINE_bool("skip_install", False, "Use the environments as they are.")
 SKIP_WARMUP = flags.DEFINE_bool(
-    "skip_warmup", False, "Reuse the settings and the cold starts of the last run in the workdir."
+    "skip_warmup",
+    False,
+    "Reuse settings and cold starts that earlier calls have stored in the workdir.",
 )
 LIMIT = flags.DEFINE_float("limit", 600, "Seconds after which a worker has failed.")
 flags.set_default(OUTPUT, "benchmarks/results/peers.json")
@@ -89,16 +91,16 @@ class Match:
         prepare(self.shape, self._directory)
         stored = self._directory / "warmup.json"
         warmup = json.loads(stored.read_text()) if stored.exists() else {}
-        if not skip_warmup:
-            for contender in self._able():
+        for contender in self._able():
+            entry = self.entries[contender.name]
+            if not (skip_warmup and contender.name in warmup):
                 with self._excluded_if_failing(contender):
                     self._warm_up(contender)
-                entry = self.entries[contender.name]
-                kept = ("settings", "tried", "start")
-                warmup[contender.name] = {name: entry[name] for name in kept if name in entry}
-            stored.write_text(json.dumps(warmup, indent=2) + "\n")
+                    kept = ("settings", "tried", "start")
+                    warmup[contender.name] = {name: entry[name] for name in kept if name in entry}
+                    stored.write_text(json.dumps(warmup, indent=2) + "\n")
+            entry |= warmup.get(contender.name, {})
         for contender in self._able():
-            self.entries[contender.name] |= warmup.get(contender.name, {})
             with self._excluded_if_failing(contender):
                 self._start(contender)
         for number in range(-UNTIMED, rounds):
@@ -177,8 +179,6 @@ class Match:
     def _start(self, contender: Contender) -> None:
         """Starts the worker that the rounds measure; the first calls are kept for the comparison."""
         entry = self.entries[contender.name]
-        if "settings" not in entry:
-            raise WorkerFailed("no settings are stored; run without --skip_warmup")
         ready = self._launch(contender, entry["settings"])
         worker = self._workers[contender.name]
         entry |= {"versions": ready["versions"], "idle": ready["rss"], "seconds": {}, "replies": {}}

@@ -75,9 +75,11 @@ def differences(
                 if not abs(reply[name] - other[name]) <= bounds[name]:
                     values = f"{reply[name]:.4g} instead of {other[name]:.4g}"
                     problems.append(f"{name} of {work} {number} is {values}")
-        counts = {reply["tokens"] for reply in replies if "tokens" in reply} - {tokens[work]}
-        if counts:
-            problems.append(f"{work} returned {counts.pop()} tokens instead of {tokens[work]}")
+        counts = {reply["tokens"] for reply in replies if "tokens" in reply}
+        problems += [
+            f"{work} returned {count} tokens instead of {tokens[work]}"
+            for count in counts - {tokens.get(work)}
+        ]
     return problems
 
 
@@ -121,18 +123,18 @@ def markdown(figures: Mapping[str, Any]) -> str:
         "goal (aim) |",
         "|---|---|---|---|---|---|---|",
     ]
-    notes = []
+    notes: dict[str, int] = {}  # Text and number.
     for shape, results in shapes.items():
         for row in rows(shape, results):
             mark = ""
             if row["note"]:
-                notes.append(f"{shape}, {WORKS[row['work']]}, {row['peer']}: {row['note']}")
-                mark = f" [{len(notes)}]"
+                note = f"{shape}, {row['peer']}: {row['note']}"
+                mark = f" [{notes.setdefault(note, len(notes) + 1)}]"
             rates = [f"{row[side]:,.0f}" if row[side] else "–" for side in ("ours", "theirs")]
             cells = [shape, WORKS[row["work"]], row["peer"] + mark, *rates]
             cells += [_ratio_cell(row["ratio"]), _goal_cell(row["goal"])]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\n[{number}] {note}" for number, note in enumerate(notes, 1)]
+    lines += [f"\n[{number}] {note}" for note, number in notes.items()]
     lines += ["", *_process_table(shapes)]
     if figures.get("commands"):
         shown = ", ".join(f"`{name}` {s:.2f} s" for name, s in figures["commands"].items())

@@ -1,14 +1,15 @@
 """Workers: processes that hold a model and do one piece of work per request. Standard library alone.
 
 The parent writes one JSON object per line to a worker's stdin, {"work": "update"}; the worker replies
-with one line on stdout. The first reply comes unasked, once the model is loaded:
+with one line on a pipe of its own. The first reply comes unasked, once the model is loaded:
 
     {"ready": true, "seconds": 4.1, "rss": 312000000, "peak": 330000000, "versions": {…}}
 
 A reply has the seconds of the work, the resident memory of the process and its high-water mark in bytes,
-and what the work returned; or only {"error": "…"}. Everything that libraries print goes to the log.
+and what the work returned; or only {"error": "…"}. Everything that a worker prints goes to its log.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -19,9 +20,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+REPLIES = "PEERS_REPLIES"  # Environment variable with the file descriptor of the pipe.
 
 
 class WorkerFailed(Exception):
@@ -37,8 +39,7 @@ class Server:
 
     def __init__(self, packages: Sequence[str]):
         self._packages = packages
-        self._replies = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # Libraries print to the log.
+        self._replies = open_replies()
         self._started = time.perf_counter()
 
     def ready(self) -> None:
@@ -66,14 +67,20 @@ class Server:
 
 def run(main: Callable[[dict[str, Any]], None]) -> None:
     """Calls the worker's `main` with the task of the command line; an exception is the last reply."""
-    replies = os.dup(1)
     try:
         main(json.loads(sys.argv[1]))
     except Exception as error:
         traceback.print_exc()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
-        os.write(replies, (json.dumps({"error": summary}) + "\n").encode())
+        with open_replies() as replies:
+            replies.write(json.dumps({"error": summary}) + "\n")
+    sys.stdout.flush()
     os._exit(0)  # Threads of libraries would delay the end.
+
+
+def open_replies() -> TextIO:
+    """Returns the pipe to the parent."""
+    return os.fdopen(os.dup(int(os.environ[REPLIES])), "w")
 
 
 def memory() -> dict[str, int]:
@@ -125,27 +132,27 @@ class Worker:
         environment: Mapping[str, str],
         limit: float,
     ):
-        self._log, self._limit = log, limit
+        self._log, self._limit, self._unread = log, limit, b""
+        self._pipe, replies = os.pipe()
         with log.open("w") as output:
             self.started = time.perf_counter()
             self._process = subprocess.Popen(
                 [str(python), "-m", module, json.dumps(task)],
                 cwd=ROOT,
-                env=os.environ | environment,
+                env=os.environ | environment | {REPLIES: str(replies)},
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=output,
+                pass_fds=[replies],
             )
-        self._unread = b""
+        os.close(replies)
 
     def ask(self, work: str) -> dict[str, Any]:
         """Requests a piece of work and returns the reply."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # If it has ended, its last reply says why.
             self._process.stdin.write(json.dumps({"work": work}).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # The last reply says why.
         return self.reply()
 
     def reply(self) -> dict[str, Any]:
@@ -154,13 +161,12 @@ class Worker:
         Raises:
           WorkerFailed: see there; the message names the log.
         """
-        assert self._process.stdout is not None
-        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + self._limit
+        deadline = time.monotonic() + self._limit
         while b"\n" not in self._unread:
-            if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
+            if not select.select([self._pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
                 self.stop()
                 raise WorkerFailed(f"no reply within {self._limit:.0f} s; see {self._log}")
-            received = os.read(pipe, 65536)
+            received = os.read(self._pipe, 65536)
             if not received:
                 code = self._process.wait()
                 raise WorkerFailed(f"the worker ended with status {code}; see {self._log}")
@@ -172,9 +178,10 @@ class Worker:
         return reply
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process; may be called again."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            os.close(self._pipe)

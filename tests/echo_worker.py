@@ -1,0 +1,28 @@
+"""A worker for tests/test_peers.py: it prints, works, fails or ends as its task says."""
+
+import os
+import sys
+import time
+
+from benchmarks.peers import protocol
+
+
+def main(task):
+    print("libraries print to stdout")
+    server = protocol.Server(["numpy"])
+
+    def fail():
+        raise ValueError("of no use\nsecond line")
+
+    server.serve(
+        {
+            "echo": lambda: {"task": task, "python": sys.executable},
+            "fail": fail,
+            "end": lambda: os._exit(3),
+            "sleep": lambda: time.sleep(60),
+        }
+    )
+
+
+if __name__ == "__main__":
+    protocol.run(main)

@@ -157,9 +157,10 @@ def test_every_contender_has_settings_to_try():
     for shape in work.SHAPES.values():
         assert all(shape.sequences % size == 0 for size in shape.micro_batches)
         for contender in CONTENDERS.values():
-            assert contender.tuned_as in CONTENDERS or contender.candidates(shape)
-    mixture = CONTENDERS["pytorch"].candidates(work.SHAPES["mixture"])
-    assert len(mixture) == 9 and len({str(settings) for settings in mixture}) == 9
+            micro_batches = contender.choices(shape)["micro_batch"]
+            assert contender.tuned_as in CONTENDERS or len(micro_batches) > 1
+    mixture = CONTENDERS["pytorch"].choices(work.SHAPES["mixture"])
+    assert list(mixture) == ["experts", "micro_batch"] and len(mixture["experts"]) == 3
 
 
 def test_rewards_count_words_of_the_lower_half():

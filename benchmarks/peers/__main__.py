@@ -34,6 +34,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # Before JAX is imported; the workers get it, too.
+
 import numpy as np
 from absl import app, flags
 
@@ -62,6 +64,7 @@ LIMIT = flags.DEFINE_float("limit", 600, "Seconds after which a worker has faile
 flags.set_default(OUTPUT, "benchmarks/results/peers.json")
 
 UNTIMED = 2  # Calls before the first round; they may compile.
+PAUSE = 0.3  # Seconds between calls, in which the threads of the last one stop spinning.
 
 
 class Match:
@@ -157,24 +160,38 @@ class Match:
             worker.stop()
 
     def _tune(self, contender: Contender) -> None:
-        """Measures updates with every candidate, each in a process of its own; takes the fastest."""
+        """Finds the fastest settings, one setting after the other, each trial in a new process."""
         entry = self.entries[contender.name]
         entry["tried"], problem = [], None
-        for settings in contender.candidates(self.shape):
-            try:
-                self._launch(contender, settings)
-                worker = self._workers[contender.name]
-                worker.ask("update")
-                seconds = min(worker.ask("update")["seconds"] for _ in range(2))
-                worker.stop()
-            except WorkerFailed as error:  # The others may need less memory.
-                problem = error
-                continue
-            entry["tried"].append([settings, seconds])
-            print(f"{self.name}: {contender.title}: {settings}: update {seconds:.2f} s", flush=True)
-        if not entry["tried"]:
-            raise problem or WorkerFailed("there are no candidates")
-        entry["settings"] = min(entry["tried"], key=lambda pair: pair[1])[0]
+        best = {"micro_batch": self.shape.micro_batches[1]}
+        for name, values in contender.choices(self.shape).items():
+            for settings in [best | {name: value} for value in values]:
+                if settings in [tried for tried, _ in entry["tried"]]:
+                    continue
+                try:
+                    seconds = self._update_seconds(contender, settings)
+                except WorkerFailed as error:  # Other settings may need less memory.
+                    problem = error
+                    continue
+                entry["tried"].append([settings, seconds])
+                shown = ", ".join(f"{key} {value}" for key, value in settings.items())
+                print(
+                    f"{self.name}: {contender.title}: {shown}: update {seconds:.2f} s", flush=True
+                )
+            if entry["tried"]:
+                best = min(entry["tried"], key=lambda pair: pair[1])[0]
+        if problem and not entry["tried"]:
+            raise problem
+        entry["settings"] = best
+
+    def _update_seconds(self, contender: Contender, settings: dict[str, Any]) -> float:
+        """Returns the seconds of an update in a new process, without compilation."""
+        self._launch(contender, settings)
+        worker = self._workers[contender.name]
+        worker.ask("update")
+        seconds = min(worker.ask("update")["seconds"] for _ in range(2))
+        worker.stop()
+        return seconds
 
     def _start(self, contender: Contender) -> None:
         """Starts the worker that the rounds measure; the first calls are kept for the comparison."""
@@ -196,6 +213,7 @@ class Match:
                 if work not in contender.works:
                     continue
                 entry = self.entries[contender.name]
+                time.sleep(PAUSE)
                 with self._excluded_if_failing(contender):
                     reply = self._workers[contender.name].ask(work)
                     entry["peak"] = reply["peak"]
@@ -228,7 +246,7 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def command_seconds(repeats: int = 5) -> dict[str, float]:
+def command_seconds(repeats: int = 3) -> dict[str, float]:
     """Returns the median seconds of `import drpo_jax` and of --help, in processes of their own."""
     commands = {
         "import drpo_jax": ["-c", "import drpo_jax"],

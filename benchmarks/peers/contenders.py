@@ -58,13 +58,15 @@ class Contender:
         """Whether this is a worker of this project."""
         return not self.environment
 
-    def candidates(self, shape: Shape) -> list[dict[str, Any]]:
-        """Returns the settings to try: the micro-batches, and in PyTorch the kernel of a mixture."""
-        settings: list[dict[str, Any]] = [{"micro_batch": size} for size in shape.micro_batches]
+    def choices(self, shape: Shape) -> dict[str, list[Any]]:
+        """Returns the values to try of each setting, one setting after the other.
+
+        The kernel of a mixture in PyTorch is chosen first, with the second micro-batch.
+        """
+        choices: dict[str, list[Any]] = {}
         if shape.experts and self.module == "pytorch":
-            kernels = "eager", "batched_mm", "grouped_mm"
-            settings = [s | {"experts": kernel} for kernel in kernels for s in settings]
-        return settings
+            choices["experts"] = ["eager", "batched_mm", "grouped_mm"]
+        return choices | {"micro_batch": list(shape.micro_batches)}
 
     def start(
         self,
@@ -80,7 +82,7 @@ class Contender:
           shape: the shape of the work.
           directory: the files of the shape.
           workdir: where environments, logs and compilation caches are.
-          settings: one of `candidates`.
+          settings: a value for each of `choices`.
           limit: seconds to wait for a reply.
         """
         task = {

@@ -65,6 +65,13 @@ def test_a_worker_that_takes_too_long_fails(start):
         worker.ask("sleep")
 
 
+def test_a_missing_environment_is_named(tmp_path):
+    with pytest.raises(
+        WorkerFailed, match="no/bin/python does not exist; run without --skip_install"
+    ):
+        Worker(tmp_path / "no/bin/python", "tests.echo_worker", {}, tmp_path / "log", {}, 1)
+
+
 def test_the_quartiles_are_those_of_the_paired_ratios():
     assert figures.ratio([2, 4, 6], [1, 1, 2]) == (3.0, 2.5, 3.5)
     # A busy moment that slows both down by the same factor changes nothing.

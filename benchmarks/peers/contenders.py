@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.peers.protocol import Worker, WorkerFailed
 from benchmarks.peers.work import Shape
 
-# Distributions of each environment; ours is the one that runs the benchmark.
+# Distributions of each environment; ours is the one that runs the benchmark. The configuration of pip
+# decides which build of PyTorch is installed; the CPU one is enough.
 ENVIRONMENTS = {
     "torch": (
         "torch==2.13.0",

@@ -121,6 +121,9 @@ class Worker:
 
     Attributes:
       started: `time.perf_counter()` at the start of the process.
+
+    Raises:
+      WorkerFailed: there is no such interpreter.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class Worker:
         environment: Mapping[str, str],
         limit: float,
     ):
+        if not Path(python).exists():
+            raise WorkerFailed(f"{python} does not exist; run without --skip_install")
         self._log, self._limit, self._unread = log, limit, b""
         self._pipe, replies = os.pipe()
         with log.open("w") as output:

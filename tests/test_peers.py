@@ -167,7 +167,7 @@ def test_every_contender_has_settings_to_try():
             micro_batches = contender.choices(shape)["micro_batch"]
             assert contender.tuned_as in CONTENDERS or len(micro_batches) > 1
     mixture = CONTENDERS["pytorch"].choices(work.SHAPES["mixture"])
-    assert list(mixture) == ["experts", "micro_batch"] and len(mixture["experts"]) == 3
+    assert list(mixture) == ["experts", "micro_batch", "compile"] and len(mixture["experts"]) == 3
 
 
 def test_rewards_count_words_of_the_lower_half():

@@ -64,6 +64,7 @@ LIMIT = flags.DEFINE_float("limit", 600, "Seconds after which a worker has faile
 flags.set_default(OUTPUT, "benchmarks/results/peers.json")
 
 UNTIMED = 2  # Calls before the first round; they may compile.
+COMPILATION = 60.0  # Seconds of the first update; settings that need more are not chosen.
 PAUSE = 0.3  # Seconds between calls, in which the threads of the last one stop spinning.
 
 
@@ -163,14 +164,17 @@ class Match:
         """Finds the fastest settings, one setting after the other, each trial in a new process."""
         entry = self.entries[contender.name]
         entry["tried"], problem = [], None
-        best = {"micro_batch": self.shape.micro_batches[1]}
-        for name, values in contender.choices(self.shape).items():
+        choices = contender.choices(self.shape)
+        best = {name: values[0] for name, values in choices.items()}
+        best["micro_batch"] = self.shape.micro_batches[1]
+        for name, values in choices.items():
             for settings in [best | {name: value} for value in values]:
                 if settings in [tried for tried, _ in entry["tried"]]:
                     continue
                 try:
                     seconds = self._update_seconds(contender, settings)
-                except WorkerFailed as error:  # Other settings may need less memory.
+                except WorkerFailed as error:  # Other settings may need less memory or time.
+                    print(f"{self.name}: {contender.title}: {error}", flush=True)
                     problem = error
                     continue
                 entry["tried"].append([settings, seconds])
@@ -185,10 +189,17 @@ class Match:
         entry["settings"] = best
 
     def _update_seconds(self, contender: Contender, settings: dict[str, Any]) -> float:
-        """Returns the seconds of an update in a new process, without compilation."""
+        """Returns the seconds of an update in a new process, without compilation.
+
+        Raises:
+          WorkerFailed: the worker fails, or its first update takes longer than `COMPILATION`.
+        """
         self._launch(contender, settings)
         worker = self._workers[contender.name]
-        worker.ask("update")
+        first = worker.ask("update")["seconds"]
+        if first > COMPILATION:
+            worker.stop()
+            raise WorkerFailed(f"{settings}: the first update takes {first:.0f} s")
         seconds = min(worker.ask("update")["seconds"] for _ in range(2))
         worker.stop()
         return seconds

@@ -62,12 +62,13 @@ class Contender:
     def choices(self, shape: Shape) -> dict[str, list[Any]]:
         """Returns the values to try of each setting, one setting after the other.
 
-        The kernel of a mixture in PyTorch is chosen first, with the second micro-batch.
+        PyTorch has two more settings: the kernel of a mixture, and whether updates are compiled.
         """
-        choices: dict[str, list[Any]] = {}
-        if shape.experts and self.module == "pytorch":
-            choices["experts"] = ["eager", "batched_mm", "grouped_mm"]
-        return choices | {"micro_batch": list(shape.micro_batches)}
+        choices: dict[str, list[Any]] = {"micro_batch": list(shape.micro_batches)}
+        if self.module != "pytorch":
+            return choices
+        kernels = {"experts": ["eager", "batched_mm", "grouped_mm"]} if shape.experts else {}
+        return kernels | choices | {"compile": [False, True]}
 
     def start(
         self,
@@ -96,6 +97,7 @@ class Contender:
         variables = {
             "OMP_NUM_THREADS": str(os.cpu_count()),
             "JAX_COMPILATION_CACHE_DIR": str(self.cache(directory)),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.cache(directory)),
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -119,7 +121,8 @@ CONTENDERS = {
         Contender(
             "pytorch", "PyTorch + transformers", "pytorch", "torch", PARTS,
             "generate with a cache, logprobs from output_logits; forward, backward, clip_grad_norm_ and "
-            "fused AdamW in a loop over micro-batches, SDPA attention, logits of the response alone",
+            "fused AdamW in a loop over micro-batches, SDPA attention, logits of the response alone; "
+            "torch.compile for updates if that is faster",
         ),
         Contender(
             "tunix", "Tunix", "tunix", "tunix", PARTS,
@@ -132,7 +135,8 @@ CONTENDERS = {
         ),
         Contender(
             "trl", "TRL", "trl_grpo", "torch", ("step",),
-            "GRPOTrainer with generate, without KL penalty, float32, no gradient checkpointing",
+            "GRPOTrainer with generate, without KL penalty, float32, no gradient checkpointing and no "
+            "torch.compile",
             tuned_as="pytorch",
         ),
         Contender(

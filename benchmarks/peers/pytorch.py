@@ -28,8 +28,7 @@ class Work:
         settings, self._directory = task["settings"], Path(task["directory"])
         self._shape, self._micro_batch = work.Shape(**task["shape"]), settings["micro_batch"]
         self._model = load(self._directory, settings)
-        compiles = settings.get("compile", False)
-        self._forward = torch.compile(self._model) if compiles else self._model
+        self._forward = torch.compile(self._model) if settings.get("compile") else self._model
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model),
             lr=work.LEARNING_RATE,
@@ -94,6 +93,10 @@ class Work:
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), work.CLIP_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._forward is not self._model:
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()  # They would count as memory of this process.
         return {"loss": total, "grad_norm": norm.item()}
 
     def _logp(self, forward, tokens):

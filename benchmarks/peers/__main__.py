@@ -200,7 +200,7 @@ class Match:
         if first > COMPILATION:
             worker.stop()
             raise WorkerFailed(f"{settings}: the first update takes {first:.0f} s")
-        seconds = min(worker.ask("update")["seconds"] for _ in range(2))
+        seconds = min(worker.ask("update")["seconds"] for _ in range(3))
         worker.stop()
         return seconds
 

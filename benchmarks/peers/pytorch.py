@@ -3,6 +3,8 @@
 Sampling is `generate` with a key-value cache; the logprobs come from the logits that it keeps. An update
 is the usual loop over micro-batches: SDPA attention without a mask (all sequences have equal length),
 logits of the response alone, a clipped policy-gradient loss, clipping by the global norm, fused AdamW.
+Updates run under torch.compile if the warm-up finds that faster. For sampling, a static cache is a third
+slower than the default one on CPU.
 """
 
 from pathlib import Path

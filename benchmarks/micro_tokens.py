@@ -7,9 +7,14 @@ The model is that of `benchmarks.cpu_baseline`, and the programs are those that 
 lengths are lognormal (σ = 1) with a median of an eighth of the row, clipped to the row. All layouts
 compute the same updates on the same sequences, in micro-batches of two rows' positions, alternating on
 the same machine: compare ratios, not seconds. A call includes laying out and placing the batch.
+
+`counted` counts padding and attention scores for several distributions of lengths, without computing
+anything. The page of results shows both.
 """
 
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +24,7 @@ from ml_collections import ConfigDict
 from benchmarks.common import OUTPUT, machine, write_results
 from benchmarks.cpu_baseline import baseline_config
 from drpo_jax.config import resolve
+from drpo_jax.learner import PARTS, Layout, lay_out, lay_out_by_tokens
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
 
@@ -33,7 +39,18 @@ LAYOUTS = {
 }
 
 
-def new_programs(layout):
+# Lengths of the sequences as shares of a row.
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "long-tailed: lognormal, σ = 1, median 1/8": lambda rng, n: rng.lognormal(np.log(1 / 8), 1, n),
+    "uniform": lambda rng, n: rng.uniform(0, 1, n),
+    "all 10 %": lambda rng, n: np.full(n, 0.1),
+    "all 30 %": lambda rng, n: np.full(n, 0.3),
+    "all 45 %": lambda rng, n: np.full(n, 0.45),
+    "all 55 %": lambda rng, n: np.full(n, 0.55),
+}
+
+
+def new_programs(layout: str) -> Programs:
     """Returns the programs of one of `LAYOUTS`."""
     config = ConfigDict(baseline_config())
     config.sampler.update(max_prompt_length=PROMPT, max_response_length=LENGTH.value - PROMPT)
@@ -44,7 +61,69 @@ def new_programs(layout):
     return Programs(resolve(config), make_mesh(devices=jax.devices()[:1]), stop=())
 
 
-def sequences(rng):
+def counted(width: int = 1024, count: int = 64) -> dict[str, dict[str, float]]:
+    """Returns the padding of every layout by distribution, and its attention scores.
+
+    Args:
+      width: tokens of a row.
+      count: sequences, in micro-batches of `MICRO_BATCH` rows.
+
+    Returns:
+      By distribution and layout: "padding", the fraction of computed positions, and "scores", the sum of
+      squared widths of the computed rows, relative to packed rows. A kernel that skips nothing computes
+      all of these.
+    """
+    results = {}
+    for name, draw in DISTRIBUTIONS.items():
+        shares = draw(np.random.default_rng(0), count)
+        lengths = np.clip(shares * width, 2, width).astype(np.int32)
+        parts = np.ones(count, np.int32), lengths - 1, width
+        micro_batches = count // MICRO_BATCH
+        layouts = {
+            "unpacked": lay_out(*parts, False, micro_batches),
+            "packed": lay_out(*parts, True, micro_batches),
+            "by tokens": lay_out_by_tokens(*parts[:2], (count, width), micro_batches),
+        }
+        results[name] = {}
+        for layout, rows in layouts.items():
+            empty, computed = rows.padding
+            narrow = _scores(rows) if layout == "by tokens" else computed * width
+            results[name] |= {
+                f"padding {layout}": empty / computed,
+                f"scores {layout}": narrow / (layouts["packed"].padding[1] * width),
+            }
+    return results
+
+
+def _scores(layout: Layout) -> int:
+    """Returns the sum of squared widths of the computed rows, which no cut into parts splits."""
+    rows, width = layout.shape
+    lengths, total = layout.prompt_lengths + layout.response_lengths, 0
+    for number in np.unique(layout.rows % layout.micro_batches):
+        inside = layout.rows % layout.micro_batches == number
+        first, last = layout.starts[inside], layout.starts[inside] + lengths[inside] - 1
+        parts = max(p for p in PARTS if (first // (width // p) == last // (width // p)).all())
+        total += rows // layout.micro_batches * width * width // parts
+    return total
+
+
+def markdown(figures: Mapping[str, Any]) -> str:
+    """Returns the measured and the counted figures as Markdown tables."""
+    lines = ["| layout | padding, % | tokens/s relative to unpacked rows |", "|---|---|---|"]
+    for name in LAYOUTS:
+        gain = figures[name]["tokens/s"] / figures["unpacked"]["tokens/s"]
+        lines.append(f"| {name} | {100 * figures[name]['padding']:.1f} | {gain:.2f} |")
+    titles = [f"padding {layout}, %" for layout in LAYOUTS]
+    lines += ["", "Counted:", ""]
+    lines += [f"| lengths | {' | '.join(titles)} | scores by tokens, relative to packed |"]
+    lines += ["|---" * 5 + "|"]
+    for name, values in counted().items():
+        cells = [f"{100 * values[f'padding {layout}']:.1f}" for layout in LAYOUTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {values['scores by tokens']:.2f} |")
+    return "\n".join(lines)
+
+
+def sequences(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Returns tokens, prompt lengths, response lengths and inputs of the update."""
     count, room = SEQUENCES.value, LENGTH.value - PROMPT
     responses = np.exp(rng.normal(np.log(LENGTH.value / 8), 1, count)).astype(np.int32)
@@ -77,9 +156,7 @@ def main(_):
             started = time.perf_counter()
             loss[name], padding[name] = update(name)
             print(f"{name}: first call, with compilation: {time.perf_counter() - started:.1f} s")
-        for _ in range(
-            ROUNDS.value
-        ):  # Alternating, so that load on the machine affects all layouts.
+        for _ in range(ROUNDS.value):  # Alternating: load on the machine affects all layouts.
             for name in LAYOUTS:
                 started = time.perf_counter()
                 update(name)

@@ -66,7 +66,22 @@ def dials_table() -> str:
     return markdown(json.loads(path.read_text(encoding="utf-8"))["figures"])
 
 
-TABLES = {"metrics": metrics_table, "fields": fields_table, "dials": dials_table}
+def micro_tokens_table() -> str:
+    """The results of `benchmarks.micro_tokens`, and counted cases."""
+    import json
+
+    from benchmarks.micro_tokens import markdown
+
+    path = ROOT / "benchmarks/results/micro_tokens.json"
+    return markdown(json.loads(path.read_text(encoding="utf-8"))["figures"])
+
+
+TABLES = {
+    "metrics": metrics_table,
+    "fields": fields_table,
+    "dials": dials_table,
+    "micro_tokens": micro_tokens_table,
+}
 
 
 def on_files(files, config):

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from drpo_jax.commands import COMMANDS
-from drpo_jax.config import as_begun, field_types, load_plugin, resolve, suggest, to_json, type_name
+from drpo_jax.config import as_begun, field_table, load_plugin, resolve, suggest, to_json
 from drpo_jax.errors import BadInput, Interrupted, TrainingStopped, bad_input
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, no_space, path_of
@@ -255,13 +255,14 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
       BadInput: Anything is wrong with the command line.
     """
     argv = _locate_config(argv)  # Loads objective.path, whose hyperparameters become fields.
-    fields = field_types()
+    fields = {field.path: field for field in field_table()}
     _check_fields(argv, fields)
+    argv, unset = _unset_fields(argv, [name for name, field in fields.items() if field.optional])
     try:
         rest = values(argv)
     except flags.IllegalFlagValueError as error:
         if match := re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.DOTALL):
-            expected = type_name(fields[match[1]])
+            expected = fields[match[1]].expected
             raise BadInput(f"--config.{match[1]}={match[2]}: must be {expected}") from None
         raise BadInput(str(error)) from None
     except flags.UnrecognizedFlagError as error:
@@ -269,6 +270,9 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> list[str]:
     except flags.Error as error:
         raise BadInput(str(error)) from None
     refuse_arguments(rest[1:], "; --config.train.steps=50 sets a field")
+    for name in unset:
+        values.config.update_from_flattened_dict({name: None})
+        config_flags.get_override_values(values["config"])[name] = None
     if "workdir" in values and not values.print_config:
         _check_workdir(values.workdir)
     return rest
@@ -296,12 +300,40 @@ def _locate_config(argv: list[str]) -> list[str]:
 
 def _values_of(argv: list[str], field: str) -> list[str]:
     """Returns the nonempty values that the command line sets a text field to."""
-    values = []
-    for arg, following in zip(argv, [*argv[1:], ""]):
-        match = re.fullmatch(rf"--?config\.{re.escape(field)}(=(.*))?", arg)
-        if match and (value := following if match[1] is None else match[2]):
-            values.append(value)
-    return values
+    return [value for _, _, value in _settings_of(argv, field) if value]
+
+
+def _settings_of(argv: list[str], field: str) -> list[tuple[int, int, str]]:
+    """Returns the arguments that set a field: start and end in `argv`, and the value."""
+    settings = []
+    for i, (arg, following) in enumerate(zip(argv, [*argv[1:], ""])):
+        if match := re.fullmatch(rf"--?config\.{re.escape(field)}(=(.*))?", arg, re.DOTALL):
+            separate = match[1] is None
+            settings.append((i, i + 1 + separate, following if separate else match[2]))
+    return settings
+
+
+def _unset_fields(argv: list[str], optional: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Removes arguments that set a field to none, and those that they override.
+
+    The flags of ml_collections parse numbers and texts, but no None.
+
+    Args:
+      optional: fields that may be None.
+
+    Returns:
+      The other arguments, and the names of the fields to set to None.
+    """
+    unset = []
+    for field in optional:
+        settings = _settings_of(argv, field)
+        nones = [i for i, (_, _, value) in enumerate(settings) if value.lower() == "none"]
+        if nones:
+            overridden = settings[: nones[-1] + 1]
+            places = {i for start, end, _ in overridden for i in range(start, end)}
+            argv = [arg for i, arg in enumerate(argv) if i not in places]
+            unset += [field] if overridden == settings else []
+    return argv, unset
 
 
 def _check_fields(argv: list[str], fields: Collection[str]) -> None:

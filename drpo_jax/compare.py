@@ -65,8 +65,8 @@ def main(
         advantage = file_advantages(rollout, config)
     if not advantage.any():
         raise BadInput(
-            f"{rollouts}: the rewards of every group are equal, so no objective has a gradient; use a "
-            "file with mixed groups"
+            f"{rollouts}: all advantages are 0, so no objective has a gradient; use a file in which the "
+            "rewards of some group differ"
         )
     if config.train.overlong_filtering:
         rollout["loss_mask"] = rollout["loss_mask"] & rollout["finished"][:, None]
@@ -85,7 +85,7 @@ def main(
         facts = {
             "rollouts": f"{rollouts}: {len(advantage):,} responses",
             "model": name,
-            "advantage": config.objective.advantage,
+            "advantage": "the file's" if "advantage" in rollout else config.objective.advantage,
             "aggregation": config.objective.aggregation,
         }
         _write(path_of(output), judgments, facts | ({"without effect": without} if without else {}))

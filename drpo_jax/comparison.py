@@ -98,17 +98,19 @@ def left_out(config: FrozenConfigDict) -> str:
 
 
 def file_advantages(rollout: Rollout, config: FrozenConfigDict) -> np.ndarray:
-    """Returns the advantages of the rewards in a file by the config's `objective.advantage`.
+    """Returns the advantages of a file, or those of its rewards by the config's `objective.advantage`.
 
     Args:
       rollout: from `rollout_checks`, with equally many responses to each problem.
 
     Returns:
-      float32 [N].
+      float32 [N, R] from the file, or [N] from the rewards.
 
     Raises:
       ValueError: the advantage compares the responses to a problem, and there is one to each.
     """
+    if "advantage" in rollout:
+        return rollout["advantage"]
     samples = int(np.sum(rollout["group"] == rollout["group"][0]))
     return np.asarray(advantages(config.objective.advantage, rollout["reward"], samples))
 

@@ -124,13 +124,18 @@ class Field:
             return self.values.words
         return ", ".join(choice or "'' (none)" for choice in self.choices)
 
+    @property
+    def expected(self) -> str:
+        """The type of a value in words, such as "an integer"."""
+        return TYPE_NAMES[self.type] + (" or none" if self.optional else "")
+
     def type_problem(self, value: Any) -> str | None:
         """Returns what `value` must be if its type is wrong, None otherwise."""
         if value is None and self.optional:
             return None
         if type(value) is self.type or (self.type is float and type(value) is int):
             return None
-        return f"must be {TYPE_NAMES[self.type]}"
+        return f"must be {self.expected}"
 
     def value_problem(self, value: Any) -> str | None:
         """Returns what `value`, of the right type, must be; None if it is allowed."""

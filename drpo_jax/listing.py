@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from drpo_jax import cli
-from drpo_jax.config import field_table, load_plugin, type_name
+from drpo_jax.config import field_table, load_plugin
 from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics.catalogue import SECTIONS
@@ -36,9 +36,7 @@ def fields() -> list[Entry]:
     entries = []
     for row in field_table():
         allowed = (
-            row.allowed
-            if row.choices
-            else ", ".join(filter(None, [type_name(row.type), row.allowed]))
+            row.allowed if row.choices else ", ".join(filter(None, [row.expected, row.allowed]))
         )
         default = "unset" if row.optional else repr(row.default)
         resume = " May change on resume." if row.may_change else ""

@@ -39,6 +39,13 @@ class Problems(NamedTuple):
     heldout: list[EncodedProblem]
     report: str
 
+    def digest(self) -> str:
+        """Returns a SHA-256 of the token ids and answers of all problems that are not generated."""
+        train = self.train
+        lists = [train] if isinstance(train, list) else getattr(train, "sources", [])
+        problems = [(p.token_ids, p.answer) for part in (*lists, self.heldout) for p in part]
+        return hashlib.sha256(repr(problems).encode()).hexdigest()
+
 
 def load(config: ConfigDict, tokenizer: Tokenizer, train: bool = True) -> Problems:
     """Loads and checks the problems that `config.data` and `config.evaluate` name.

@@ -6,30 +6,26 @@ them measures or checks is what the others run.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax import objectives
-from drpo_jax.config import boundary, has_warm_start, objective_hyper
+from drpo_jax.batches import Batches
+from drpo_jax.config import boundary, objective_hyper
 from drpo_jax.learner import (
     PARTS,
     Batch,
-    Layout,
     Policy,
     UpdateSettings,
     gradients,
     init_state,
-    lay_out,
-    lay_out_by_tokens,
     likelihood,
-    make_batch,
     make_optimizer,
     make_schedule,
     policy,
@@ -41,13 +37,11 @@ from drpo_jax.models import Compute, ModelConfig, Transformer
 from drpo_jax.parallel import (
     SAMPLER_RULES,
     DeviceClock,
-    batch_shards,
-    named_sharding,
     shardings,
     with_shardings,
 )
 from drpo_jax.precision import MatmulRecipe, Recipe, get_recipe, multiplies_float8
-from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
+from drpo_jax.sampler import Sampler, SamplingParams
 from drpo_jax.sampler.checks import check_split
 from drpo_jax.weights import perturb, sampler_weights
 
@@ -57,11 +51,11 @@ STEP_PROGRAMS = (
 )  # fmt: skip
 
 
-class Programs:
-    """The jitted functions of a run. Call them inside `jax.set_mesh(mesh)`.
+class Programs(Batches):
+    """The jitted functions of a run, and the batches that they take.
 
-    Axis letters: N sequences of a batch, P rows that hold them, T tokens of a row, R response tokens,
-    L layers, k experts per token. Weights, gradients and traces are float32.
+    Call them inside `jax.set_mesh(mesh)`. Axis letters: N sequences of a batch, P rows that hold them, T
+    tokens of a row, R response tokens. Weights, gradients and traces are float32.
 
     Learner programs:
       init(key): a TrainState for supervised learning, sharded.
@@ -92,7 +86,7 @@ class Programs:
 
     Attributes:
       clock: the `DeviceClock` of the programs of a rollout step and of the samplers.
-      config, mesh, model_config: what the programs are built from.
+      model_config: the architecture.
       objective: the `Policy` that the updates maximize.
       policy_settings: the `UpdateSettings` of the policy's updates.
       sampling_params: the `SamplingParams` of the rollouts.
@@ -101,11 +95,6 @@ class Programs:
       abstract_state, abstract_sft_state: both TrainStates as ShapeDtypeStructs with shardings.
       abstract_weights: the result of `sync` as ShapeDtypeStructs with shardings.
       supervised_updates: number of supervised updates; the schedule spans them.
-      supervised_width: tokens of a row of supervised learning.
-      sequences_per_update: N of a policy update.
-      update_shape: (P, T) of a policy update with `sequences_per_update` sequences.
-      micro_batch: rows of a micro-batch of a policy update.
-      updates_per_epoch: mini-batches of a rollout.
 
     Args:
       config: a resolved config.
@@ -124,28 +113,21 @@ class Programs:
         stop: Iterable[int],
         supervised_updates: int | None = None,
     ):
-        self.config, self.mesh = config, mesh
-        steps, sampler = config.sft.steps, config.sampler
-        self.supervised_updates = steps if supervised_updates is None else supervised_updates
-        self.supervised_width = config.sft.max_length or (
-            sampler.max_prompt_length + sampler.max_response_length
-        )
         self.model_config = model_config(config)
         check_split(self.model_config, config.sampler.slots, mesh)
-        train = config.train
-        self.sequences_per_update = train.mini_batch_prompts * train.samples
-        self.updates_per_epoch = train.prompts // train.mini_batch_prompts
-        self._build_shapes()
+        super().__init__(config, mesh)
+        steps = config.sft.steps
+        self.supervised_updates = steps if supervised_updates is None else supervised_updates
         self.objective = _objective(config)
         self.sampling_params = SamplingParams(
             max_tokens=config.sampler.max_response_length,
-            samples=train.samples,
+            samples=config.train.samples,
             temperature=config.sampler.temperature,
             top_k=config.sampler.top_k,
             top_p=config.sampler.top_p,
             stop=tuple(stop),
             top_logprobs=config.sampler.top_logprobs,
-            routes=train.routing_replay,
+            routes=config.train.routing_replay,
         )
         recipe, compute = _recipe(config, mesh), _compute(config, mesh)
         self._build_states()
@@ -161,30 +143,6 @@ class Programs:
             setattr(self, name, self.clock.watch(getattr(self, name)))
         for sampler in (self.sampler, self.exact_sampler):
             sampler.programs = {n: self.clock.watch(p) for n, p in sampler.programs.items()}
-
-    def _build_shapes(self):
-        """Sets the shapes of the policy's updates and checks that the mesh divides all batches."""
-        train, sampler, shards = self.config.train, self.config.sampler, batch_shards(self.mesh)
-        width = sampler.max_prompt_length + sampler.max_response_length
-        self.micro_batch = train.micro_batch
-        if has_warm_start(self.config):
-            self._check_batch("sft.micro_batch")
-        if not train.micro_tokens:
-            self._check_batch("train.micro_batch")
-            self.update_shape = self.sequences_per_update, width
-            return
-        width = -(-width // PARTS[-1]) * PARTS[-1]
-        if train.micro_tokens < shards * width:
-            raise ValueError(
-                f"train.micro_tokens = {train.micro_tokens} is too small: each of the {shards} devices "
-                f"over which the mesh {dict(self.mesh.shape)} splits a batch (data · fsdp · expert) "
-                f"needs a row of {width} tokens (prompt and response, rounded up to a multiple of "
-                f"{PARTS[-1]}). Set at least {shards * width}, or 0 with train.micro_batch"
-            )
-        largest = min(train.micro_tokens // width, self.sequences_per_update + shards - 1)
-        self.micro_batch = largest // shards * shards
-        micro_batches = -(-self.sequences_per_update // self.micro_batch)
-        self.update_shape = micro_batches * self.micro_batch, width
 
     def _build_states(self):
         """The model, its optimizers, and the programs that make a TrainState."""
@@ -237,7 +195,7 @@ class Programs:
         self.policy_settings = UpdateSettings(
             objective=self.objective,
             aggregation=config.objective.aggregation,
-            micro_batches=self.update_shape[0] // self.micro_batch,
+            micro_batches=self.micro_batches,
             temperature=config.sampler.temperature,
             entropy_bonus=config.objective.entropy_bonus,
             pack=pack,
@@ -339,108 +297,6 @@ class Programs:
             return jax.lax.with_sharding_constraint(convert(change(model, *key)), source)
 
         return jax.jit(sync, out_shardings=target), with_shardings(converted, target)
-
-    def batch(
-        self,
-        tokens: np.ndarray,
-        prompt_lengths: np.ndarray,
-        response_lengths: np.ndarray,
-        inputs: Mapping[str, np.ndarray],
-        pack: bool = False,
-        routes: np.ndarray | None = None,
-        loss_mask: np.ndarray | None = None,
-    ) -> tuple[Batch, Layout]:
-        """Returns N sequences as a Batch on the mesh, with rows split over the batch axes.
-
-        Args:
-          tokens: int32 [N, T], prompt and response without a gap.
-          prompt_lengths, response_lengths: int32 [N], tokens.
-          inputs: name → [N] or [N, R, …], see `learner.Batch`.
-          pack: lay out the sequences as in policy updates: by `train.micro_tokens` if it is set, or
-            several per row if `train.pack` is set.
-          routes: int16 [N, T, L, k], see `learner.Batch`.
-          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
-
-        Returns:
-          The Batch, and the Layout that maps its rows back to sequences.
-        """
-        train, micro_batches = self.config.train, self.policy_settings.micro_batches
-        lengths = prompt_lengths, response_lengths
-        if pack and train.micro_tokens:
-            layout = lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
-        else:
-            layout = lay_out(*lengths, tokens.shape[1], pack and train.pack, micro_batches)
-        return self._on_mesh(make_batch(layout, tokens, inputs, routes, loss_mask)), layout
-
-    def supervised_batch(
-        self,
-        tokens: np.ndarray,
-        prompt_lengths: np.ndarray,
-        response_lengths: np.ndarray,
-        loss_mask: np.ndarray | None = None,
-    ) -> Batch:
-        """Returns N = sft.batch examples as a Batch on the mesh, packed if `sft.pack` is set.
-
-        Args:
-          tokens: int32 [N, supervised_width], prompt and response without a gap.
-          prompt_lengths, response_lengths: int32 [N], tokens; 1 and 0 for rows without an example.
-          loss_mask: bool [N, R], the response tokens that carry a loss; None: all of them.
-        """
-        sft = self.config.sft
-        layout = lay_out(
-            prompt_lengths,
-            response_lengths,
-            width=tokens.shape[1],
-            pack=sft.pack,
-            micro_batches=sft.batch // sft.micro_batch,
-        )
-        return self._on_mesh(make_batch(layout, tokens, {}, loss_mask=loss_mask))
-
-    def _on_mesh(self, batch: Batch) -> Batch:
-        """Places a batch of NumPy arrays; every process places the rows that its own devices hold."""
-        rows = named_sharding(self.mesh, ("batch",))
-        return jax.tree.map(
-            lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
-        )
-
-    def rollout_batch(
-        self,
-        rollouts: Rollouts,
-        rows: np.ndarray,
-        inputs: Mapping[str, np.ndarray],
-        replay: bool = True,
-        loss_mask: np.ndarray | None = None,
-    ) -> tuple[Batch, Layout]:
-        """Returns `batch` for some rows of a rollout.
-
-        Args:
-          rollouts: all N sequences.
-          rows: int [n], the sequences to take.
-          inputs: name → [N] or [N, R, …], for all sequences.
-          replay: include the sampler's routes if `train.routing_replay` is set.
-          loss_mask: bool [N, R], the tokens that carry a loss, for all sequences; None: the tokens that
-            the model sampled.
-        """
-        loss_mask = rollouts.mask() if loss_mask is None else loss_mask
-        replay = replay and self.config.train.routing_replay
-        return self.batch(
-            rollouts.tokens[rows],
-            rollouts.prompt_lengths[rows],
-            rollouts.response_lengths[rows],
-            {name: values[rows] for name, values in inputs.items()},
-            pack=True,
-            routes=rollouts.routes[rows] if replay else None,
-            loss_mask=loss_mask[rows],
-        )
-
-    def _check_batch(self, field):
-        section, name = field.split(".")
-        size, shards = self.config[section][name], batch_shards(self.mesh)
-        if size % shards:
-            raise ValueError(
-                f"{field} = {size} is not a multiple of the {shards} devices over which the mesh "
-                f"{dict(self.mesh.shape)} splits a batch (data · fsdp · expert)"
-            )
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_start, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
-from drpo_jax.learner.replay import Replay, check_replayable, check_source
+from drpo_jax.learner.replay import Replay, check_advantages, check_replayable, check_source
 from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.metrics import check_tracking
 from drpo_jax.models import Transformer
-from drpo_jax.objectives import OBJECTIVES
 from drpo_jax.parallel import make_mesh, multihost
 from drpo_jax.problems import encode, load, same_problems
 from drpo_jax.programs import Programs
+from drpo_jax.run_checks import check_config, check_plugins, check_same, check_vocabulary
 from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import BackgroundWriter, path_of
 from drpo_jax.supervised import Examples, recorded_updates
@@ -114,11 +113,14 @@ class Run:
         if train:
             check_tracking(config.log.wandb)
         with bad_input():
+            check_config(config)
             tokenizer = data.make_tokenizer(config.data, config.model.path)
-            _check_vocabulary(config, tokenizer)
+            check_vocabulary(config, tokenizer)
             loaded = load(config, tokenizer, train)
+            if multihost.process_count() > 1:
+                check_same("the problems", loaded.digest())
             reward = rewards.get_reward(config.reward.name, config.reward.extract)
-            _check_plugins(config, reward, loaded.heldout)
+            check_plugins(config, reward, loaded.heldout)
             stream = None
             if train and loaded.train is not None:
                 stream = _stream(config, loaded.train)
@@ -262,9 +264,9 @@ def claim(run: Run) -> Iterator[Run]:
             multihost.on_main("claim the workdir", write)
             if run.replay is not None:
                 digests = json.dumps(dict(run.replay.digests))
-                _check_same(f"{run.replay.directory}: rollout files", digests)
+                check_same(f"{run.replay.directory}: rollout files", digests)
             if run.examples:
-                _check_same("the examples of supervised learning", run.examples.digest())
+                check_same("the examples of supervised learning", run.examples.digest())
         interrupts = stack.enter_context(Interrupts.noted(run.config.checkpoint.grace_seconds))
         yield dataclasses.replace(
             run, check_owner=check_owner, interrupts=interrupts, changes=changes
@@ -296,47 +298,6 @@ def keep_report(report: str, path: Path) -> None:
     print(f"{report.strip().splitlines()[-1]} ({path})")
 
 
-def _check_plugins(config, reward, problems):
-    """Checks a reward plug-in on a problem, and that all processes have the same sources.
-
-    Raises:
-      BadInput: the reward fails, or the source of a plug-in differs between hosts.
-    """
-    for section in ("reward", "objective"):
-        path = config[section].path
-        if not path:
-            continue
-        hashes = {
-            part["source"].item(): part["host"].item()
-            for part in multihost.gather(
-                f"{section}.path", source=config[section].source, host=socket.gethostname()
-            )
-        }
-        if len(hashes) > 1:
-            sources = ", ".join(f"{hash} on {host}" for hash, host in hashes.items())
-            raise BadInput(
-                f"{section}.path = {path!r}: the source differs between hosts: {sources}"
-            )
-    for field, conflicts in (
-        ("train.shuffle_rewards = True", config.train.shuffle_rewards),
-        ("objective.baseline = 'otb'", config.objective.baseline == "otb"),
-        (
-            f"objective.name = {config.objective.name!r}",
-            OBJECTIVES[config.objective.name].fixed_aggregation,
-        ),
-    ):
-        if reward.per_token and conflicts:
-            raise BadInput(
-                f"{field} needs rewards per response, but reward.path = "
-                f"{config.reward.path!r} rewards tokens"
-            )
-    if config.reward.path and problems:
-        try:
-            rewards.check_reward(reward, problems[0].prompt, problems[0].answer)
-        except ValueError as error:
-            raise BadInput(f"reward.path = {config.reward.path!r}: {error}") from error
-
-
 def _token_texts(rollouts: Rollouts, tokenizer: Any) -> list[list[str]]:
     """Returns the text of each token of each response, including its stop token."""
     rows = [
@@ -359,31 +320,10 @@ def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) ->
     """Opens the files to learn from; raises ValueError if they do not fit the config."""
     config = programs.config
     check_replayable(config, "topk_logp" in programs.objective.arrays, reward.per_token)
-    return Replay.open(directory, Limits.of(config), config.train.prompts)
-
-
-def _check_same(what: str, text: str) -> None:
-    """Raises ValueError unless `text`, which describes `what` was read, is the same in all processes."""
-    parts = [part["text"].item() for part in multihost.gather(what, text=text)]
-    if differing := [str(i) for i, part in enumerate(parts) if part != parts[0]]:
-        raise ValueError(
-            f"{what}: processes {', '.join(differing)} read others than process 0; all processes must "
-            "read the same files"
-        )
-
-
-def _check_vocabulary(config, tokenizer):
-    """Raises BadInput if the tokenizer, or a token that ends a response, exceeds model.vocab_size."""
-    size = config.model.vocab_size
-    if tokenizer.vocab_size > size:
-        raise BadInput(
-            f"model.vocab_size = {size}: must be at least the tokenizer's {tokenizer.vocab_size}"
-        )
-    if beyond := [token for token in tokenizer.stop_ids if token >= size]:
-        raise BadInput(
-            f"{config.data.tokenizer or config.model.path}: eos_token_id in generation_config.json "
-            f"contains {', '.join(map(str, beyond))}, but the model's token ids are 0 to {size - 1}"
-        )
+    replay = Replay.open(directory, Limits.of(config), config.train.prompts)
+    if replay.advantages:
+        check_advantages(config)
+    return replay
 
 
 def _check_init_from(config):

@@ -1,58 +1,42 @@
 """Runs with dynamic sampling, partial rollouts and staleness together, on a real sampler."""
 
 import dataclasses
-from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
-from drpo_jax import loop, rewards
-from drpo_jax.cli import load_config
+from drpo_jax import loop
 from drpo_jax.errors import Interrupted
 from drpo_jax.learner.record import load_rollout, saved_rollouts
 from drpo_jax.loop.draws import Draws
 from drpo_jax.loop.timer import PhaseTimer
-from drpo_jax.metrics import read_metrics
-from drpo_jax.parallel import make_mesh
+from tests.runs import DENSE, killed_at, logged, odd, one_device, smallest
 from tests.test_interrupts import signal_at
 
 pytestmark = pytest.mark.slow  # Compiles a model.
 
-FIELDS = {
+FIELDS = DENSE | {
     "train.dynamic_sampling": True, "train.partial_tokens": 6, "train.staleness": 1,
     "train.save_rollout_every": 1, "train.steps": 5, "checkpoint.every": 1,
-    "sampler.decode_steps": 4,
-    "sft.steps": 0, "evaluate.greedy": False, "evaluate.problems": 2, "evaluate.samples": 1,
-    "model.layers": 1, "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
-    "model.mlp_size": 32, "model.load_balance": 0.0, "precision.recipe": "none",
+    "sampler.decode_steps": 4, "evaluate.greedy": False, "evaluate.problems": 2,
+    "evaluate.samples": 1, "model.layers": 1, "precision.recipe": "none",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model earns for about half of its responses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-        patch.setitem(rewards.REWARDS, "arithmetic", lambda p, text, a: float(len(text) % 2))
+    with one_device(odd):
         yield
 
 
 def config(**fields):
-    flat = C.flatten(load_config(str(Path(__file__).parent / "smallest.py")))
-    return C.resolve(C.from_dict(flat | FIELDS | fields))
+    return smallest(FIELDS, **fields)
 
 
 def results(workdir):
     """Metrics except times and compilations, and the saved rollouts."""
-    clocks = ("time/", "compile/", "tokens_per_second")
-    records = [
-        {k: v for k, v in record.items() if not k.startswith(clocks)}
-        for record in read_metrics(workdir)
-    ]
-    return records, [load_rollout(path) for path in saved_rollouts(workdir).values()]
+    return logged(workdir), [load_rollout(path) for path in saved_rollouts(workdir).values()]
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +46,9 @@ def whole(tmp_path_factory):
     return workdir
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_and_resumed_computes_the_same(whole, tmp_path):
     """The checkpoint has ready rollouts, surplus groups and unfinished groups."""
-    original = loop.rl_step
-
-    def killed(run, collector, state, step, first):
-        if step == 3:
-            raise Killed
-        return original(run, collector, state, step, first)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.loop, "rl_step", killed)
+    with killed_at(loop.loop, "rl_step", 3):
         loop.train(config(), tmp_path)
     loop.train(config(), tmp_path)
     same(tmp_path, whole)
@@ -96,7 +68,7 @@ def test_a_signal_while_a_rollout_is_sampled_ahead_changes_nothing(
     whole, tmp_path, monkeypatch, call, saved
 ):
     """The step is abandoned; what is saved holds the rollout and the groups for the next start."""
-    settings = config(**{"checkpoint.every": 5, "checkpoint.grace_seconds": 1e-3})
+    settings = config(checkpoint__every=5, checkpoint__grace_seconds=1e-3)
     with monkeypatch.context() as patch:
         signal_at(patch, Draws, "sample_and_verify", call)
         with pytest.raises(Interrupted, match=f"the run is saved after step {saved} of 5"):
@@ -122,7 +94,7 @@ def test_without_updates_the_groups_are_those_of_an_unbroken_sampler(tmp_path):
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
         for tokens in (4, 0):
-            one = dataclasses.replace(run, config=config(**{"train.partial_tokens": tokens}))
+            one = dataclasses.replace(run, config=config(train__partial_tokens=tokens))
             draws, responses[tokens] = Draws(), {}
             for step in range(3):
                 rollout = draws.sample_and_verify(one, model, step, step, PhaseTimer())

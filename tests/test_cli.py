@@ -13,11 +13,12 @@ from unittest import mock
 import jax
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from drpo_jax import __main__ as command_table
 from drpo_jax import __version__, cli, listing
 from drpo_jax.commands import COMMANDS
-from drpo_jax.config import field_types, from_json
+from drpo_jax.config import field_table, from_json, resolve
 from drpo_jax.data import load_set
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.export import export
@@ -25,6 +26,7 @@ from drpo_jax.hub import local_directory
 from drpo_jax.metrics import read_metrics
 from drpo_jax.models import PRESETS
 from drpo_jax.models.huggingface import write_config
+from tests.runs import DENSE
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +71,7 @@ def test_drpo_says_its_version(drpo):
 def test_a_command_and_its_examples_exist(name, monkeypatch):
     """The module is there, and the examples name config files and fields that are."""
     monkeypatch.chdir(ROOT)
-    command = COMMANDS[name]
+    command, fields = COMMANDS[name], [field.path for field in field_table()]
     assert importlib.util.find_spec(command.module)
     assert command.examples[0].startswith(f"drpo {name} ")
     for example in command.examples:
@@ -79,7 +81,7 @@ def test_a_command_and_its_examples_exist(name, monkeypatch):
             if match := re.fullmatch(r"--config=(.*)", argument):
                 cli.load_config(match[1])
             if match := re.match(r"--config\.([^=]*)", argument):
-                assert match[1] in field_types()
+                assert match[1] in fields
 
 
 @pytest.mark.slow
@@ -106,7 +108,7 @@ def test_lists_have_an_entry_for_everything(name, capsys):
         listing.main([name, first])
     assert capsys.readouterr().out.split()[0] == first
     names = {
-        "fields": field_types(),
+        "fields": [field.path for field in field_table()],
         "metrics": [metric.name for section in listing.SECTIONS for metric in section.metrics],
         "objectives": listing.OBJECTIVES,
         "rewards": listing.REWARDS,
@@ -370,6 +372,46 @@ def test_other_mistakes_on_the_command_line(args, message, monkeypatch):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("args", "delta"),
+    [
+        ([], 0.3),
+        (["--config.objective.delta=none"], 0.15),
+        (["--config.objective.delta", "None"], 0.15),
+        (["--config.objective.delta=1", "--config.objective.delta=none"], 0.15),
+        (["--config.objective.delta=none", "--config.objective.delta=1"], 1),
+    ],
+)
+def test_none_unsets_what_the_config_file_sets(args, delta, monkeypatch, tmp_path):
+    """Unset, δ takes the default of the objective."""
+    file = tmp_path / "conf.py"
+    file.write_text(
+        "from drpo_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.objective.update(name='drpo', threshold='', delta=0.3)\n"
+        "    return config\n"
+    )
+    command = ["entry", f"--config={file}", DIR, *args]
+    monkeypatch.setattr(sys, "argv", command)  # ml_collections reads overrides there.
+    values = flags.FlagValues()
+    cli.define_flags(values)
+    cli.parse_flags(command, values)
+    explicit = config_flags.get_override_values(values["config"])
+    assert ("objective.delta" in explicit) == bool(args)
+    assert resolve(values.config, explicit).objective.delta == delta
+
+
+def test_only_optional_fields_can_be_unset(monkeypatch):
+    command = ["entry", FILE, DIR, "--config.train.steps=none"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command)
+    values = flags.FlagValues()
+    cli.define_flags(values)
+    with pytest.raises(BadInput, match="--config.train.steps=none: must be an integer$"):
+        cli.parse_flags(command, values)
+
+
 # ---------------------------------------------------------------------- sft, train and evaluate
 
 
@@ -384,8 +426,10 @@ def entry(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
+    dense = [f"--config.{f}={x}" for f, x in DENSE.items() if f.startswith("model.")]
+
     def run(name, workdir, *args):
-        command = [sys.executable, "-m", f"drpo_jax.{name}", "--config=tests/smallest.py"]
+        command = [sys.executable, "-m", f"drpo_jax.{name}", "--config=tests/smallest.py", *dense]
         done = subprocess.run(
             [*command, f"--workdir={home / workdir}", *args],
             cwd=ROOT, env=clean | quick, capture_output=True, text=True,
@@ -396,6 +440,7 @@ def entry(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_sft_then_train_then_evaluate(entry):
     code, out, err = entry("sft", "warm")
     assert code == 0, err

@@ -60,6 +60,8 @@ def test_one_response_to_a_problem_has_no_advantage_in_its_group():
     with pytest.raises(ValueError, match="use 'batch_norm'"):
         file_advantages(file, config())
     assert file_advantages(file, config(advantage="batch_norm")).shape == (3,)
+    own = np.ones((3, 2), np.float32)
+    assert file_advantages(file | {"advantage": own}, config()) is own
 
 
 def judgment(name, norm, cosine):

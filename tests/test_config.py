@@ -402,7 +402,7 @@ def test_sets_beside_a_procedural_task_need_a_reward_by_name():
     ],
 )
 def test_only_near_misses_are_suggested(field, suggestion):
-    assert C.suggest(field, C.field_types()).startswith(suggestion)
+    assert C.suggest(field, [field.path for field in C.field_table()]).startswith(suggestion)
 
 
 def test_the_resolved_config_has_the_objectives_hyperparameters():
@@ -476,7 +476,10 @@ def test_a_new_objective_and_its_hyperparameter_need_the_table_only(monkeypatch,
     assert problem == "objective.power = -1.0: must be positive"
     (problem,) = problems(objective__power=3.0)
     assert "drpo does not take power; taken by drpo_power" in problem
-    assert C.suggest("objective.powr", C.field_types()) == "did you mean objective.power?"
+    assert (
+        C.suggest("objective.powr", [field.path for field in C.field_table()])
+        == "did you mean objective.power?"
+    )
     assert load_config(f"{TINY}:drpo_power").objective.name == "drpo_power"
 
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
-from drpo_jax.cli import load_config
+from drpo_jax.config import learns_from_equal_rewards
 from drpo_jax.data import Problem
 from drpo_jax.errors import BadInput
 from drpo_jax.interrupts import AbandonStep, Interrupts
@@ -22,18 +21,17 @@ from drpo_jax.objectives import OBJECTIVES, token_objective
 from drpo_jax.rewards import Isolated, Pending, Verdict
 from drpo_jax.run import Run
 from drpo_jax.sampler import Rollouts
+from tests.runs import smallest
 
-SMALLEST = str(Path(__file__).parent / "smallest.py")
 SIZE, SAMPLES, LONGEST = 4, 3, 40
 
 
 def config(**fields):
-    flat = C.flatten(load_config(SMALLEST))
-    fields = {
+    sizes = {
         "train.prompts": SIZE, "train.samples": SAMPLES, "train.micro_batch": 6,
         "sampler.max_response_length": LONGEST, "sft.steps": 0,
-    } | {k.replace("__", "."): v for k, v in fields.items()}  # fmt: skip
-    return C.resolve(C.from_dict(flat | fields))
+    }  # fmt: skip
+    return smallest(sizes, **fields)
 
 
 class Script:
@@ -449,7 +447,7 @@ def test_objectives_that_learn_from_equal_rewards(name):
 )
 def test_groups_with_equal_rewards_stay_where_they_have_a_gradient(fields, because, caplog):
     settings = config(train__dynamic_sampling=True, **fields)
-    assert C.learns_from_equal_rewards(settings) == because
+    assert learns_from_equal_rewards(settings) == because
     assert ("train.dynamic_sampling drops no group: under " in caplog.text) == bool(because)
     assert chooses_groups(settings) == (not because)
     script = Script(seed=9)

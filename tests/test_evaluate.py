@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 from drpo_jax import config as C
 from drpo_jax import evaluate, loop
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.cli import load_config
 from drpo_jax.errors import BadInput
 from drpo_jax.evaluation import Response
 from drpo_jax.evaluation.accuracy import by_problem, estimates, eval_metrics
@@ -23,6 +21,7 @@ from drpo_jax.evaluation.source import checkpoint_directory
 from drpo_jax.evaluation.tables import accuracy_table, problem_table
 from drpo_jax.parallel import make_mesh
 from drpo_jax.rewards import after_hash
+from tests.runs import smallest
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +29,6 @@ FIELDS = dict(
     sft__steps=0, evaluate__problems=10, evaluate__greedy=True, sampler__slots=8,
     evaluate__samples=2,
 )  # fmt: skip
-SMALLEST = str(Path(__file__).parent / "smallest.py")
-
-
-def config(**fields):
-    flat = C.flatten(load_config(SMALLEST)) | {k.replace("__", "."): v for k, v in fields.items()}
-    return C.resolve(C.from_dict(flat))
 
 
 def save(directory):
@@ -45,33 +38,33 @@ def save(directory):
 
 def test_which_checkpoints(tmp_path):
     with pytest.raises(BadInput, match="holds no run"):
-        checkpoint_directory(tmp_path / "none", config())
-    C.claim_workdir(tmp_path, config())
+        checkpoint_directory(tmp_path / "none", smallest())
+    C.claim_workdir(tmp_path, smallest())
     with pytest.raises(BadInput, match="no checkpoint yet"):
-        checkpoint_directory(tmp_path, config())
+        checkpoint_directory(tmp_path, smallest())
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
     save(tmp_path / "sft" / "checkpoints")
-    assert checkpoint_directory(tmp_path, config()) == tmp_path / "sft" / "checkpoints"
+    assert checkpoint_directory(tmp_path, smallest()) == tmp_path / "sft" / "checkpoints"
     save(tmp_path / "checkpoints")
-    assert checkpoint_directory(tmp_path, config()) == tmp_path / "checkpoints"
+    assert checkpoint_directory(tmp_path, smallest()) == tmp_path / "checkpoints"
 
 
 def test_another_model_or_split_is_refused(tmp_path):
-    C.claim_workdir(tmp_path / "task", config())
-    C.claim_workdir(tmp_path / "file", config(data__problems="p.jsonl"))
+    C.claim_workdir(tmp_path / "task", smallest())
+    C.claim_workdir(tmp_path / "file", smallest(data__problems="p.jsonl"))
     save(tmp_path / "task" / "checkpoints")
     save(tmp_path / "file" / "checkpoints")
     fine = dict(seed=3, evaluate__problems=5, data__digits=1, train__steps=9)
-    assert checkpoint_directory(tmp_path / "task", config(**fine))
-    assert checkpoint_directory(tmp_path / "file", config(data__problems="q.jsonl", seed=3))
+    assert checkpoint_directory(tmp_path / "task", smallest(**fine))
+    assert checkpoint_directory(tmp_path / "file", smallest(data__problems="q.jsonl", seed=3))
     with pytest.raises(BadInput) as error:
-        checkpoint_directory(tmp_path / "task", config(model__layers=3, model__hidden_size=64))
+        checkpoint_directory(tmp_path / "task", smallest(model__layers=3, model__hidden_size=64))
     lines = str(error.value).splitlines()[1:]
     assert lines == ["  model.hidden_size: 32 -> 64", "  model.layers: 2 -> 3"]
     # Problems that this split holds out were trained on.
     with pytest.raises(BadInput, match="  evaluate.problems: 6 -> 5\n  seed: 0 -> 3$"):
         checkpoint_directory(
-            tmp_path / "file", config(data__problems="./p.jsonl", seed=3, evaluate__problems=5)
+            tmp_path / "file", smallest(data__problems="./p.jsonl", seed=3, evaluate__problems=5)
         )
 
 
@@ -125,7 +118,7 @@ def test_accuracy_by_hand():
 def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickly):
     """With the same result, because every response depends on its problem's place alone."""
     monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-    settings = config(**FIELDS)
+    settings = smallest(**FIELDS)
     run = loop.Run.create(settings, tmp_path)
     with jax.set_mesh(run.mesh):
         model = loop.initial_model(run)
@@ -182,7 +175,7 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickl
     assert sampled == [[0, 1, 2]] * 2
     assert [path.read_text() for path in results] == whole
     sampled.clear()
-    evaluate.main(config(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
+    evaluate.main(smallest(**{**FIELDS, "evaluate__temperature": 0.5}), tmp_path)
     assert sampled == [list(range(10))] * 2  # other settings: another evaluation, in another folder
     assert responses.exists() and len(list((tmp_path / "evaluations").iterdir())) == 2
     with pytest.raises(BadInput, match="--step=4: there is no such checkpoint; there are 3"):
@@ -192,7 +185,7 @@ def test_an_interrupted_evaluation_resumes(tmp_path, monkeypatch, compile_quickl
 def test_an_evaluation_with_the_engine_of_the_rollouts(tmp_path, monkeypatch, compile_quickly):
     monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     fields = FIELDS | {"precision__noise": 0.1, "precision__kv_cache": "e4m3"}
-    run = loop.Run.create(config(**fields, evaluate__precision="sampler"), tmp_path)
+    run = loop.Run.create(smallest(**fields, evaluate__precision="sampler"), tmp_path)
     with jax.set_mesh(run.mesh):
         model = run.programs.init(run.key(0, 0)).model
         first, second = (jax.tree.leaves(loaded_sampler(run, model).model) for _ in range(2))
@@ -201,7 +194,7 @@ def test_an_evaluation_with_the_engine_of_the_rollouts(tmp_path, monkeypatch, co
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, exact, strict=True))
 
-    other = dataclasses.replace(run, config=config(**fields))
+    other = dataclasses.replace(run, config=smallest(**fields))
     theirs, ours = (evaluation_settings(r, "checkpoint", 3) for r in (other, run))
     assert ours["precision"]["recipe"] == "rollout" and "precision" not in theirs
     assert folder_name(ours) != folder_name(theirs)
@@ -215,4 +208,4 @@ def test_wrong_shards(text):
 
 def test_a_model_without_a_run(tmp_path):
     with pytest.raises(BadInput, match="--config.model.path"):
-        checkpoint_directory(tmp_path, config())
+        checkpoint_directory(tmp_path, smallest())

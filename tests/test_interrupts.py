@@ -5,18 +5,15 @@ import signal
 import subprocess
 import sys
 import textwrap
-from functools import partial
 
-import jax
 import pytest
 
 from drpo_jax import loop
 from drpo_jax.errors import Interrupted
 from drpo_jax.interrupts import AbandonStep, Interrupts
 from drpo_jax.metrics import read_metrics
-from drpo_jax.parallel import make_mesh
 from drpo_jax.run import Run
-from tests.test_loop import config, metrics
+from tests.runs import logged, one_device, smallest
 
 
 def test_a_signal_is_noted_and_the_handler_restored():
@@ -70,17 +67,16 @@ def test_a_second_signal_ends_the_process_without_a_traceback(number, status):
 
 
 @pytest.fixture(scope="module")
-def one_device(compile_quickly):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+def quick(compile_quickly):
+    with one_device():
         yield
 
 
 @pytest.fixture(scope="module")
-def whole(one_device, tmp_path_factory):
+def whole(quick, tmp_path_factory):
     """The workdir of an uninterrupted run: 4 warm-start updates, 4 steps, evaluated after 0, 2, 4."""
     workdir = tmp_path_factory.mktemp("whole")
-    loop.train(config(evaluate__every=2, checkpoint__every=4), workdir)
+    loop.train(smallest(evaluate__every=2, checkpoint__every=4), workdir)
     return workdir
 
 
@@ -120,7 +116,7 @@ def signal_at(monkeypatch, module, name, call):
 def test_an_interrupted_run_resumes_to_the_same_end(
     whole, tmp_path, monkeypatch, module, name, call, grace, saved
 ):
-    settings = config(
+    settings = smallest(
         evaluate__every=2, checkpoint__every=4, checkpoint__grace_seconds=float(grace)
     )
     with monkeypatch.context() as patch:
@@ -129,7 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
             loop.train(settings, tmp_path)
     before, after = loop.train(settings, tmp_path)
     assert (before["step"], after["step"]) == (0, 4) and "eval/avg" in after
-    assert metrics(tmp_path) == metrics(whole)
+    assert logged(tmp_path) == logged(whole)
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
     best = []
     for workdir in (tmp_path, whole):

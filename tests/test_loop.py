@@ -4,18 +4,14 @@ import json
 import re
 import shutil
 import time
-from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
 from drpo_jax import data, loop, problems, rewards, train
 from drpo_jax.checkpoint import Checkpoints
-from drpo_jax.cli import load_config
 from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput, TrainingStopped
 from drpo_jax.learner import record
@@ -25,61 +21,23 @@ from drpo_jax.loop.rollout import Example
 from drpo_jax.loop.timer import PhaseTimer
 from drpo_jax.metrics import describe, read_metrics, read_starts
 from drpo_jax.objectives import advantages, optimal_token_baseline, token_objective
-from drpo_jax.parallel import make_mesh
+from drpo_jax.programs import Programs
 from drpo_jax.reporting.explain import explain
 from drpo_jax.run import SHUFFLE
+from tests.runs import checkpoint_bytes, killed_at, logged, one_device, smallest
 
 pytestmark = pytest.mark.slow
-
-SMALLEST = str(Path(__file__).parent / "smallest.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One of the eight devices (sharding has tests of its own and compiles slowly), and a reward that an
-    untrained model receives as well."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr("drpo_jax.run.make_mesh", one)
+    """One device (sharding has tests of its own), and a reward that an untrained model earns, too."""
 
-        def reward(prompt, text, answer):
-            return float(len(text) % 2 or text == f"#{answer}")
+    def reward(prompt, text, answer):
+        return float(len(text) % 2 or text == f"#{answer}")
 
-        patch.setitem(rewards.REWARDS, "arithmetic", reward)
+    with one_device(reward):
         yield
-
-
-def config(**fields):
-    """The smallest config with changed fields (a__b for a.b)."""
-    flat = C.flatten(load_config(SMALLEST))
-    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
-
-
-def metrics(workdir):
-    """The records without what differs between two equal runs: times and compilations."""
-    clocks = ("time/", "compile/", "tokens_per_second")
-    return [
-        {k: v for k, v in record.items() if not k.startswith(clocks)}
-        for record in read_metrics(workdir)
-    ]
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(module, name, step):
-    """Replaces `module.name(…, step)` with a function that raises `Killed` at that step."""
-    original = getattr(module, name)
-
-    def run(*args, **keywords):
-        if args[-1] == step:
-            raise Killed
-        return original(*args, **keywords)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(module, name, run)
-    return patch
 
 
 def problem_file(directory, lines=10):
@@ -93,7 +51,7 @@ def problem_file(directory, lines=10):
 def whole(tmp_path_factory):
     """The workdir of an uninterrupted run: 4 warm-start updates, 4 rollout steps."""
     workdir = tmp_path_factory.mktemp("whole")
-    before, after = loop.train(config(), workdir)
+    before, after = loop.train(smallest(), workdir)
     assert (before["step"], after["step"]) == (0, 4)
     return workdir
 
@@ -103,10 +61,10 @@ def other(whole, tmp_path_factory):
     """The workdir of two steps from the same warm start: problems from a file, shuffled rewards,
     rescored µ, and a boundary that no token reaches."""
     workdir = tmp_path_factory.mktemp("other")
-    settings = config(
+    settings = smallest(
         data__problems=str(problem_file(workdir)), data__init_from=str(whole), train__steps=2,
         train__shuffle_rewards=True, objective__behavior="rescored", objective__delta=12.5,
-        train__save_rollout_every=1,
+        evaluate__precision="sampler", train__save_rollout_every=1,
     )  # fmt: skip
     loop.train(settings, workdir, profile="2")
     return workdir
@@ -123,23 +81,23 @@ def test_a_profile_has_the_phases_of_its_step(other):
     assert any("policy_update" in event.name or "update" in event.name for event in events)
 
 
-def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path, monkeypatch):
+    """Every start compiles its programs, as in a new process."""
+    monkeypatch.setattr("drpo_jax.run.Programs", Programs)
     kills = (
         (loop.warm_start, "demonstration_batch", 2),
         (loop.loop, "rl_step", 0),
         (loop.loop, "rl_step", 3),
     )
     for module, name, step in kills:
-        patch = killed_at(module, name, step)
-        with pytest.raises(Killed):
-            loop.train(config(), tmp_path)
-        patch.undo()
+        with killed_at(module, name, step):
+            loop.train(smallest(), tmp_path)
     # The checkpoint is that of step 2; step 3 was logged and is computed again.
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
-    loop.train(config(), tmp_path)
-    assert [r["step"] for r in metrics(whole)] == [0, 1, 2, 3, 4]
-    assert metrics(tmp_path) == metrics(whole)
-    assert metrics(tmp_path / "sft") == metrics(whole / "sft")
+    loop.train(smallest(), tmp_path)
+    assert [r["step"] for r in logged(whole)] == [0, 1, 2, 3, 4]
+    assert logged(tmp_path) == logged(whole)
+    assert logged(tmp_path / "sft") == logged(whole / "sft")
     for step in (1, 3):
         paths = (rollout_path(d, step) for d in (whole, tmp_path))
         a, b = (load_rollout(path) for path in paths)
@@ -147,61 +105,52 @@ def test_a_killed_run_resumes_to_the_same_metrics(whole, tmp_path):
 
 
 def test_a_killed_run_by_tokens_resumes_to_the_same_bits(whole, tmp_path):
-    settings = config(
+    settings = smallest(
         data__init_from=str(whole), train__steps=2, train__micro_batch=0, train__micro_tokens=64,
-        train__save_rollout_every=1, checkpoint__every=1,
+        evaluate__precision="sampler", train__save_rollout_every=1, checkpoint__every=1,
     )  # fmt: skip
     loop.train(settings, tmp_path / "unbroken")
-    patch = killed_at(loop.loop, "rl_step", 1)
-    with pytest.raises(Killed):
+    with killed_at(loop.loop, "rl_step", 1):
         loop.train(settings, tmp_path / "killed")
-    patch.undo()
     loop.train(settings, tmp_path / "killed")
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
-    assert arrays(tmp_path / "killed", 2) == arrays(tmp_path / "unbroken", 2)
+    assert logged(tmp_path / "killed") == logged(tmp_path / "unbroken")
+    ours, theirs = (checkpoint_bytes(settings, tmp_path / d, 2) for d in ("killed", "unbroken"))
+    assert ours == theirs
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, caplog):
     """The run continues from the one before, and ends as if nothing had happened."""
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "checkpoints" / "4" / "default" / "_METADATA").write_text("{}")
-    before, after = loop.train(config(), workdir)
+    before, after = loop.train(smallest(), workdir)
     assert (before["step"], after["step"]) == (0, 4)
     assert "step 4 in" in caplog.text and "the run continues from step 2" in caplog.text
-    assert metrics(workdir) == metrics(whole)
-    assert arrays(workdir, 4) == arrays(whole, 4)
-
-
-def arrays(workdir, step):
-    """The bytes of a checkpoint's arrays."""
-    run = loop.Run.create(config(), workdir)
-    with run.checkpoints() as checkpoints:
-        state = checkpoints.restore(step, run.programs.abstract_state)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    assert logged(workdir) == logged(whole)
+    assert checkpoint_bytes(smallest(), workdir, 4) == checkpoint_bytes(smallest(), whole, 4)
 
 
 def test_a_damaged_warm_start_is_named_or_made_again(whole, tmp_path, caplog):
     source = shutil.copytree(whole, tmp_path / "source")
     (source / "sft" / "checkpoints" / "4" / "SHA256SUMS").unlink()
     with pytest.raises(BadInput, match=r"step 4 in .*source/sft/checkpoints is damaged"):
-        loop.train(config(data__init_from=str(source)), tmp_path / "other")
+        loop.train(smallest(data__init_from=str(source)), tmp_path / "other")
     assert (source / "sft" / "checkpoints" / "4").is_dir()
     shutil.rmtree(
         source / "checkpoints"
     )  # Made again, from the same config, for RL from the start.
-    loop.train(config(), source)
+    loop.train(smallest(), source)
     assert "the run continues from step 3" in caplog.text
-    assert metrics(source) == metrics(whole) and metrics(source / "sft") == metrics(whole / "sft")
+    assert logged(source) == logged(whole) and logged(source / "sft") == logged(whole / "sft")
 
 
 def test_missing_records_are_said(whole, tmp_path, caplog, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     path = workdir / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    before, after = loop.train(config(), workdir)  # It is complete.
+    before, after = loop.train(smallest(), workdir)  # It is complete.
     assert before == {"step": 0} and after["step"] == 4 and "eval/avg" in after
     shutil.rmtree(workdir / "checkpoints" / "4")
-    train.main(config(), workdir)
+    train.main(smallest(), workdir)
     assert "1 of 3 records are missing (steps 0)" in caplog.text
     out = capsys.readouterr().out
     assert "metrics.jsonl lacks the evaluation of step 0" in out and "held-out accuracy" not in out
@@ -211,17 +160,17 @@ def test_a_workdir_in_use_is_refused(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     with hold(workdir), pytest.raises(BadInput, match="two runs cannot share a workdir"):
-        loop.train(config(), workdir)
+        loop.train(smallest(), workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
     files = {path: content for path, content in files.items() if path.exists()}
     with hold(workdir), pytest.raises(BadInput, match="two runs cannot share a workdir"):
-        loop.train(config(), workdir)
+        loop.train(smallest(), workdir)
     assert files == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
 def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, tmp_path):
-    loop.train(config(evaluate__every=1, data__init_from=str(whole)), tmp_path)
-    records, expected = metrics(tmp_path), metrics(whole)
+    loop.train(smallest(evaluate__every=1, data__init_from=str(whole)), tmp_path)
+    records, expected = logged(tmp_path), logged(whole)
     assert all("eval/avg" in r for r in records)
     for mine, theirs in zip(records, expected, strict=True):
         assert {k: mine[k] for k in theirs} == theirs
@@ -232,7 +181,7 @@ def test_evaluation_and_the_warm_start_elsewhere_do_not_change_training(whole, t
 
 def test_a_saved_rollout_matches_its_documentation(whole):
     saved = load_rollout(rollout_path(whole, 1))
-    settings = config()
+    settings = smallest()
     documented = re.findall(
         r"^    ([a-z_][a-z_, ]*?)  +\w+ ?(?:\[(.*)\])?", record.__doc__, re.MULTILINE
     )
@@ -269,15 +218,17 @@ def test_a_saved_rollout_matches_its_documentation(whole):
 
 
 def test_nothing_is_corrected_beyond_every_boundary(other, whole):
-    assert [r["weight/corrected"] for r in metrics(other)[1:]] == [0, 0]
-    assert all(r["weight/corrected"] > 0 for r in metrics(whole)[1:])
-    assert all(r["policy/shift"] > 0 for r in metrics(other)[1:])
+    assert [r["weight/corrected"] for r in logged(other)[1:]] == [0, 0]
+    assert all(r["weight/corrected"] > 0 for r in logged(whole)[1:])
+    assert all(r["policy/shift"] > 0 for r in logged(other)[1:])
 
 
 def test_rescored_logprobs_are_the_learners(other, whole):
     for workdir, rescored in ((other, True), (whole, False)):
         saved = load_rollout(rollout_path(workdir, 1))
-        first = loop.learn.mini_batches(config(), 0, 0)[0]  # updated first, with unchanged weights
+        first = loop.learn.mini_batches(smallest(), 0, 0)[
+            0
+        ]  # updated first, with unchanged weights
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
         assert (gap < 1e-5) == rescored
@@ -294,8 +245,9 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
     }
     results = {}
     for layout, fields in layouts.items():
-        settings = config(
-            data__init_from=str(whole), train__steps=1, train__epochs=2, **fields,
+        settings = smallest(
+            data__init_from=str(whole), train__steps=1, train__epochs=2, evaluate__precision="sampler",
+            **fields,
             objective__name="dppo_topk_tv", objective__behavior="rescored",
             objective__correction="mis", objective__correction_floor=0.98,
             objective__correction_cap=1.05, objective__kl="k3", objective__kl_coefficient=0.1,
@@ -304,7 +256,7 @@ def test_everything_at_once_packed_or_not(whole, tmp_path):
         assert settings.sampler.top_logprobs == 20
         loop.train(settings, tmp_path / layout)
         saved = load_rollout(rollout_path(tmp_path / layout, 1))
-        results[layout] = metrics(tmp_path / layout)[1], saved
+        results[layout] = logged(tmp_path / layout)[1], saved
     ours, saved = results.pop("rows")
     for other, others in results.values():
         # Some router metrics count micro-batches, and packing changes their rows.
@@ -340,7 +292,7 @@ def test_overlong_filtering_and_the_token_baseline(tmp_path, monkeypatch):
         return optimal_token_baseline(*arguments)
 
     monkeypatch.setattr(loop.learn, "optimal_token_baseline", recorded)
-    settings = config(
+    settings = smallest(
         train__overlong_filtering=True, objective__baseline="otb", train__steps=1, sft__steps=0,
         sampler__max_response_length=12, train__save_rollout_every=1, log__mismatch_every=1,
         data__digits=1, evaluate__samples=1, evaluate__greedy=False, train__pack=True,
@@ -381,10 +333,11 @@ def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
     for name, sign in ("a", "+"), ("b", "-"):
         lines = [{"prompt": f"{i}{sign}1=", "answer": f"{i}", "id": f"p{i}"} for i in range(1, 6)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    settings = config(
+    settings = smallest(
         data__problems=f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:1", data__window_low=0.5,
         data__window_high=0.7, data__window_rest=2, evaluate__problems=2, sft__steps=0,
-        evaluate__samples=1, evaluate__greedy=False, checkpoint__every=1, checkpoint__keep=4,
+        evaluate__samples=1, evaluate__greedy=False, evaluate__precision="sampler",
+        checkpoint__every=1, checkpoint__keep=4,
     )  # fmt: skip
     batches, original = [], data.Curriculum.batch
 
@@ -394,18 +347,18 @@ def test_a_curriculum_continues_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.Curriculum, "batch", recorded)
     loop.train(settings, tmp_path / "run")
-    before, whole = [*batches], metrics(tmp_path / "run")
+    before, whole = [*batches], logged(tmp_path / "run")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     del batches[:]
     loop.train(settings, tmp_path / "run")
-    assert batches == before[2:] and metrics(tmp_path / "run") == whole
+    assert batches == before[2:] and logged(tmp_path / "run") == whole
     plain = data.ProblemStream(problems.load(settings, CharTokenizer()).train, settings.seed)
     assert before != [[p.id for p in plain.batch(step, 4)] for step in range(4)]
 
 
 def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypatch):
-    settings = config(
+    settings = smallest(
         data__init_from=str(whole), train__steps=1, sampler__top_p=0.9, objective__name="minirl",
         objective__delta=None, objective__behavior="sampler_filtered", objective__kl="k1",
         objective__kl_coefficient=0.5,
@@ -439,22 +392,22 @@ def test_a_filtered_anchor_and_a_penalty_in_the_reward(whole, tmp_path, monkeypa
 
 
 def test_the_mismatch_is_measured_when_it_is_due(whole):
-    assert ["mismatch/kl" in r for r in metrics(whole)] == [False, True, False, True, False]
+    assert ["mismatch/kl" in r for r in logged(whole)] == [False, True, False, True, False]
     saved = load_rollout(rollout_path(whole, 3))
     mask = saved["response_mask"]
     shift = abs(np.exp(saved["old_logp"]) - np.exp(saved["behavior_logp"]))[mask]
-    assert metrics(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
+    assert logged(whole)[3]["mismatch/shift"] == pytest.approx(shift.mean(), rel=1e-4)
     assert 0 < shift.mean() < 0.05  # FP8 weights in the sampler
     for row, text in enumerate(saved["response"]):
         assert "".join(record.pieces(saved, row)) == text
 
 
 def test_shuffled_rewards_are_permuted_over_the_rollout(other):
-    settings, moved = config(), False
+    settings, moved = smallest(), False
     for step in (0, 1):
         saved = load_rollout(rollout_path(other, step + 1))
         reward = saved["reward"]
-        assert set(reward) == {0, 1} and metrics(other)[step + 1]["reward/mean"] == reward.mean()
+        assert set(reward) == {0, 1} and logged(other)[step + 1]["reward/mean"] == reward.mean()
         np.testing.assert_array_equal(reward, [len(r) % 2 for r in saved["response"]])
         rng = np.random.default_rng([settings.seed, step, SHUFFLE, 1])
         shuffled = rng.permutation(reward)
@@ -466,7 +419,7 @@ def test_shuffled_rewards_are_permuted_over_the_rollout(other):
 
 
 def test_problems_from_a_file(other):
-    heldout = loop.Run.create(config(data__problems=str(other / "problems.jsonl")), other).heldout
+    heldout = loop.Run.create(smallest(data__problems=str(other / "problems.jsonl")), other).heldout
     trained = {p for step in (1, 2) for p in load_rollout(rollout_path(other, step))["prompt"]}
     assert len(heldout) == 6 and len(trained) == 4
     assert trained.isdisjoint(p.prompt for p in heldout)
@@ -499,22 +452,27 @@ def test_bad_problem_files_cost_nothing(tmp_path):
     for text, message in cases.items():
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(BadInput, match=message):
-            loop.train(config(data__problems=str(path)), tmp_path / "run")
+            loop.train(smallest(data__problems=str(path)), tmp_path / "run")
         assert not (tmp_path / "run").exists()  # a corrected config can use the directory
 
 
 def test_a_missing_warm_start_is_an_error(tmp_path, whole):
-    missing = config(data__init_from=str(tmp_path / "typo"))
+    missing = smallest(data__init_from=str(tmp_path / "typo"))
     with pytest.raises(BadInput, match="typo.*no checkpoint of a warm start below it"):
         loop.initial_model(loop.Run.create(missing, tmp_path))
     assert not (tmp_path / "typo").exists()
-    wider = config(data__init_from=str(whole), model__vocab_size=48)
+    wider = smallest(data__init_from=str(whole), model__vocab_size=48)
     with pytest.raises(BadInput, match=r"model.embed: expected \(48, 32\), .* has \(32, 32\)"):
         loop.initial_model(loop.Run.create(wider, tmp_path))
 
 
 def test_non_finite_updates_are_skipped_and_stop_the_run(whole, tmp_path, monkeypatch, caplog):
-    settings = config(data__init_from=str(whole), train__steps=9, train__max_skipped=3)
+    settings = smallest(
+        data__init_from=str(whole),
+        evaluate__precision="sampler",
+        train__steps=9,
+        train__max_skipped=3,
+    )
     original, skipped = loop.rl_step, []
 
     def poisoned(run, collector, state, step, first):
@@ -551,36 +509,37 @@ def test_a_run_with_a_wild_learning_rate_goes_on_with_a_lower_one(whole, tmp_pat
     """Its first update is finite and leaves weights with which no loss is finite."""
     wild = dict(data__init_from=str(whole), checkpoint__every=1, checkpoint__keep=1)
     with pytest.raises(TrainingStopped, match="lower --config.optimizer.learning_rate"):
-        loop.train(config(**wild, optimizer__learning_rate=1e30), tmp_path)
-    assert loop.train(config(**wild), tmp_path)[1]["step"] == 4
-    assert metrics(tmp_path) == metrics(whole)
+        loop.train(smallest(**wild, optimizer__learning_rate=1e30), tmp_path)
+    assert loop.train(smallest(**wild), tmp_path)[1]["step"] == 4
+    assert logged(tmp_path) == logged(whole)
     first, second = read_starts(tmp_path)
     assert first["changes"] == {}
     assert second["changes"] == {"optimizer.learning_rate": [1e30, 3e-3]}
 
 
 def test_reward_shaping():
-    settings = config(
+    settings = smallest(
         reward__format=0.5, reward__overlong_buffer=4, sampler__max_response_length=40
     )
     texts = [r"so \boxed{1}", "so 1", "so 1"]
     added = loop.verdicts.shaping(settings, texts, np.array([30, 38, 40]))
     np.testing.assert_allclose(added, [0.5, -0.5, -1.0])
-    assert loop.verdicts.shaping(config(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
+    assert loop.verdicts.shaping(smallest(), texts, np.array([30, 38, 40])).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("parity", ["warn", "stop", "off"])
 def test_sampler_and_learner_are_compared_on_the_first_rollout(parity, tmp_path, caplog, capsys):
     fields = dict(train__steps=1, sft__steps=0, evaluate__greedy=False, sampler__parity=parity)
+    fields |= dict(evaluate__precision="sampler")
     if parity == "warn":  # the bound allows for the recipe's rounding of the weights
-        loop.train(config(**fields), tmp_path / "a")
+        loop.train(smallest(**fields), tmp_path / "a")
         assert re.search(r"first rollout: mean .* over \d+ tokens \(bound", capsys.readouterr().out)
     fields["sampler__parity_bound"] = 1e-7
     if parity == "stop":
         with pytest.raises(TrainingStopped, match="bound of the mean: 1e-07.*routing_replay"):
-            loop.train(config(**fields), tmp_path / "b")
+            loop.train(smallest(**fields), tmp_path / "b")
     else:
-        loop.train(config(**fields), tmp_path / "b")
+        loop.train(smallest(**fields), tmp_path / "b")
     assert ("bound of the mean: 1e-07" in caplog.text) == (parity == "warn")
 
 
@@ -589,9 +548,9 @@ def test_replayed_routes_bring_sampler_and_learner_together(tmp_path):
     gaps, changed = {}, {}
     for replay in (False, True):
         fields = dict(train__steps=1, evaluate__greedy=False, train__routing_replay=replay)
-        fields |= dict(log__mismatch_every=1, train__pack=True)
-        loop.train(config(**fields), tmp_path / str(replay))
-        record = metrics(tmp_path / str(replay))[1]
+        fields |= dict(log__mismatch_every=1, train__pack=True, evaluate__precision="sampler")
+        loop.train(smallest(**fields), tmp_path / str(replay))
+        record = logged(tmp_path / str(replay))[1]
         gaps[replay] = record["mismatch/kl"]
         changed[replay] = record.get("router/changed")
     assert changed[False] is None and 0 < changed[True] < 0.2
@@ -605,17 +564,17 @@ def test_a_complete_run_computes_nothing(whole, monkeypatch, capsys):
     monkeypatch.setattr("drpo_jax.run.make_mesh", fail)
     monkeypatch.setattr(jax, "devices", fail)
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    first, last = loop.train(config(), whole)
+    first, last = loop.train(smallest(), whole)
     assert (first["step"], last["step"]) == (0, 4)
     out = capsys.readouterr().out
     assert "this run is complete (step 4 of 4)" in out and "--config.train.steps=8" in out
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(BadInput, match="holds a run with another config"):
-        loop.train(config(seed=1), whole)
+        loop.train(smallest(seed=1), whole)
 
 
 def test_the_console_begins_with_what_will_happen(tmp_path):
-    settings = config(
+    settings = smallest(
         objective__delta=0.15,
         objective__kl_behavior=1e-3,
         evaluate__every=3,
@@ -649,7 +608,7 @@ def test_the_console_begins_with_what_will_happen(tmp_path):
 def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monkeypatch, capsys):
     exact = lambda prompt, text, answer: float(text == f"#{answer}")  # noqa: E731
     monkeypatch.setitem(rewards.REWARDS, "arithmetic", exact)
-    settings = config(
+    settings = smallest(
         data__init_from=str(whole), log__samples_every=2, train__steps=3, evaluate__greedy=False
     )
     loop.train(settings, tmp_path)
@@ -665,10 +624,10 @@ def test_rollouts_without_mixed_rewards_are_announced_once(whole, tmp_path, monk
 
 
 def test_explaining_a_run_without_its_warm_start_warns(whole, tmp_path):
-    page = train.explain_batch(config(), tmp_path / "run")
+    page = train.explain_batch(smallest(), tmp_path / "run")
     assert page.startswith("WARNING: the model is random, because") and "\nPROBLEM " in page
     assert not (tmp_path / "run").exists()
-    page = train.explain_batch(config(data__init_from=str(whole)), tmp_path / "run")
+    page = train.explain_batch(smallest(data__init_from=str(whole)), tmp_path / "run")
     assert page.startswith("PROBLEM ")
 
 

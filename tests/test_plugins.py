@@ -268,7 +268,7 @@ def test_rewards_of_tokens_exclude_what_needs_those_of_responses(files, tmp_path
 
 def test_hosts_must_have_the_same_source(files, tmp_path, monkeypatch):
     def gather(name, **arrays):
-        parts = [arrays, {"source": "0" * 16, "host": "other"}]
+        parts = [arrays] if name == "config" else [arrays, {"source": "0" * 16, "host": "other"}]
         return [{k: SimpleNamespace(item=lambda v=v: v) for k, v in part.items()} for part in parts]
 
     config = FrozenConfigDict(C.resolve(own()))

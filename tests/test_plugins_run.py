@@ -1,19 +1,12 @@
 """Runs with plug-ins: equations by path yield the same numbers as rows of the table."""
 
-from functools import partial
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
 from drpo_jax import loop, rewards
-from drpo_jax.cli import load_config
 from drpo_jax.learner.record import load_rollout, rollout_path
-from drpo_jax.metrics import read_metrics
 from drpo_jax.objectives import OBJECTIVES
-from drpo_jax.parallel import make_mesh
+from tests.runs import DENSE, logged, odd, one_device, smallest
 
 pytestmark = pytest.mark.slow  # Three runs, each of which compiles the loop.
 
@@ -43,21 +36,14 @@ def run(tmp_path_factory, compile_quickly):
     (folder / "objectives.py").write_text(OBJECTIVE)
 
     def make(name, **fields):
-        flat = C.flatten(load_config(str(Path(__file__).parent / "smallest.py")))
-        flat |= {"sft.steps": 0, "train.steps": 2, "train.save_rollout_every": 1}
-        flat |= {"model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0}
-        flat |= {"model.mlp_size": 32, "model.load_balance": 0.0, "evaluate.problems": 2}
-        flat |= {k.replace("__", "."): v.format(folder) for k, v in fields.items()}
-        loop.train(C.resolve(C.from_dict(flat)), folder / name)
+        fields = {k: v.format(folder) for k, v in fields.items()}
+        settings = smallest(
+            DENSE, train__steps=2, train__save_rollout_every=1, evaluate__problems=2, **fields
+        )
+        loop.train(settings, folder / name)
         return folder / name
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-
-        def odd(prompt, response, answer):
-            return float(len(response) % 2)
-
-        patch.setitem(rewards.REWARDS, "arithmetic", odd)
+    with one_device(odd):
         yield make
     for table, names in ((OBJECTIVES, ["same"]), (rewards.REWARDS, ["odd", "odd_at_the_end"])):
         for name in names:
@@ -69,17 +55,9 @@ def built_in(run):
     return run("built_in")
 
 
-def records(workdir):
-    clocks = ("time/", "compile/", "tokens_per_second")
-    return [
-        {k: v for k, v in record.items() if not k.startswith(clocks)}
-        for record in read_metrics(workdir)
-    ]
-
-
 def test_a_reward_and_an_objective_by_path_change_no_bit(run, built_in):
     paths = dict(reward__path="{}/mine.py:odd", objective__path="{}/objectives.py:same")
-    assert records(run("by_path", **paths)) == records(built_in)
+    assert logged(run("by_path", **paths)) == logged(built_in)
 
 
 def test_one_reward_at_the_last_token_is_a_reward_of_the_response(run, built_in):
@@ -92,6 +70,6 @@ def test_one_reward_at_the_last_token_is_a_reward_of_the_response(run, built_in)
     expected = np.where(mask, theirs["advantage"][:, None], 0)
     np.testing.assert_allclose(ours["advantage"], expected, atol=1e-6)
     np.testing.assert_allclose(ours["coefficient"], theirs["coefficient"], rtol=1e-4, atol=1e-6)
-    ours, theirs = (records(path)[1] for path in (workdir, built_in))
+    ours, theirs = (logged(path)[1] for path in (workdir, built_in))
     for name in ("loss", "grad_norm", "reward/mean", "reward/informative_groups"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name

@@ -18,9 +18,9 @@ from drpo_jax.costs.chips import has_libtpu, libtpu_requirement
 from drpo_jax.learner import TokenTrace
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
+from tests.runs import SMALLEST, smallest
 
 ROOT = Path(__file__).parents[1]
-SMALLEST = str(ROOT / "tests" / "smallest.py")
 MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2}
 KINDS = {"arguments", "resident", "results", "temporaries", "total"}
 
@@ -37,8 +37,7 @@ def run(*arguments, **environment):
 
 def config(**fields):
     """The smallest config on the mixed mesh, with some fields changed (a__b for a.b)."""
-    changed = MESH | {k.replace("__", "."): v for k, v in fields.items()}
-    return C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
+    return smallest(MESH, **fields)
 
 
 def new_programs(**fields):
@@ -245,6 +244,7 @@ def test_mistakes_are_one_message(arguments, message):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_tpu(tmp_path):
     """The chip's rates give a bound, and all trip counts but those of the head are known."""
     if not has_libtpu():
@@ -296,7 +296,7 @@ def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
         "sampler.max_prompt_length": 1024, "sampler.max_response_length": 8192,
     }  # fmt: skip
     changed |= family
-    resolved = C.resolve(C.from_dict(C.flatten(load_config(SMALLEST)) | changed))
+    resolved = smallest(changed)
     programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
     weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(programs.abstract_weights))
     moved = costs.decode_bytes(programs.model_config, weights)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 # The command line, with a reward that an untrained model receives as well.
 ENTRY = """
-from drpo_jax import cli, evaluate, rewards, train
+from drpo_jax import cli, evaluate, rewards, sft, train
 
 def reward(prompt, text, answer):
     return float(len(text) % 2 or text == f"#{answer}")
@@ -43,12 +44,13 @@ FIELDS = """
 NOT_COMPARED = ("weight/attenuated", "weight/amplified", "time/", "compile/", "tokens_per_second")
 
 
-def launch(workdir, processes, steps, command="train", stop_after=None, fields=()):
+def launch(workdir, processes, steps, command="train", stop_after=None, fields=(), status=0):
     """Runs a command in several processes with 8 devices in total. Returns the output of each.
 
     Args:
       stop_after: the step after which the last process gets SIGTERM.
       fields: more fields of the config.
+      status: exit status of every process that nothing stops.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -61,7 +63,7 @@ def launch(workdir, processes, steps, command="train", stop_after=None, fields=(
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
     }
-    arguments = ["--config=tests/smallest.py", f"--workdir={workdir}"]
+    arguments = [f"--config={ROOT}/tests/smallest.py", f"--workdir={workdir}"]
     arguments += [f"--config.{field}" for field in [*FIELDS, f"train.steps={steps}", *fields]]
     started = [
         subprocess.Popen(
@@ -84,7 +86,7 @@ def launch(workdir, processes, steps, command="train", stop_after=None, fields=(
     finally:
         for process in started:
             process.kill()
-    status = 0 if stop_after is None else Interrupted.RESUME
+    status = status if stop_after is None else Interrupted.RESUME
     assert all(process.returncode == status for process in started), "\n".join(outputs)
     return outputs
 
@@ -181,3 +183,50 @@ def test_a_complete_run_ends_on_all_processes(runs):
     first, second = launch(runs[1], processes=2, steps=3)
     assert "this run is complete" in first and "held-out accuracy" in first
     assert "this run is complete" not in second
+
+
+def test_supervised_learning_on_files_equals_that_of_one_process(tmp_path):
+    """Two epochs over a part of 20 sums, packed, with a held-out loss."""
+    rows = [{"prompt": f"{i}+{i}=", "response": f"{i}+{i}#{2 * i}"} for i in range(20)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = f"sft.files={tmp_path}/sums.jsonl sft.epochs=2 sft.heldout=0.3 sft.pack=True".split()
+    fields += ["sft.batch=8", "sft.micro_batch=8"]
+    records = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        first, *others = launch(workdir, processes, 1, "sft", fields=fields)
+        assert "held-out:" in first and not any("held-out:" in other for other in others)
+        records.append(read_metrics(workdir / "sft"))
+    one, two = records
+    assert [r["step"] for r in one] == [r["step"] for r in two] and one[-1]["step"] >= 3
+    for name in ("loss", "heldout/loss", "grad_norm"):
+        ours, theirs = ([r[name] for r in part if name in r] for part in (two, one))
+        assert len(theirs) >= 3
+        np.testing.assert_allclose(ours, theirs, 1e-4, err_msg=name)
+
+
+def test_processes_accept_a_changed_source_together(tmp_path):
+    """Without train.accept_source, both end with the hash to set."""
+    source, workdir = tmp_path / "mine.py", tmp_path / "run"
+    source.write_text("def odd(prompt, response, answer):\n    return float(len(response) % 2)\n")
+    fields = [f"reward.path={source}:odd", "evaluate.precision=sampler"]
+    launch(workdir, 1, steps=1, fields=fields)
+    source.write_text(source.read_text() + "# changed\n")
+    for output in launch(workdir, 2, steps=2, fields=fields, status=2):
+        (accepted,) = re.findall(r"--config\.(train\.accept_source=\w+)", output)
+    launch(workdir, 2, steps=2, fields=[*fields, accepted])
+    assert [r["step"] for r in read_metrics(workdir)] == [0, 1, 2]
+
+
+def test_processes_with_other_files_end_with_an_error(tmp_path, monkeypatch):
+    """Each process names the cause, so that every log has it."""
+    for number in (0, 1):
+        (tmp_path / str(number)).mkdir()
+        rows = [{"prompt": f"{i}+{number}=", "answer": str(i + number)} for i in range(12)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / str(number) / "sums.jsonl").write_text(text)
+    entry = f"import os; os.chdir('{tmp_path}/' + os.environ['JAX_PROCESS_ID'])\n" + ENTRY
+    monkeypatch.setitem(globals(), "ENTRY", entry)
+    fields = ["data.problems=sums.jsonl"]
+    for output in launch(tmp_path / "run", 2, 1, fields=fields, status=2):
+        assert "the problems: processes 1 read others than process 0" in output

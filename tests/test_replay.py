@@ -2,51 +2,37 @@
 
 import json
 import shutil
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from drpo_jax import compare, loop, rewards, score, train
-from drpo_jax import config as C
-from drpo_jax.cli import load_config
+from drpo_jax import compare, loop, score, train
 from drpo_jax.data import CharTokenizer
 from drpo_jax.errors import BadInput
-from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout
-from drpo_jax.learner.replay import Replay, check_replayable
+from drpo_jax.learner.record import load_rollout, rollout_path, save_rollout, saved_rollouts
+from drpo_jax.learner.replay import Replay, check_advantages, check_replayable
 from drpo_jax.learner.rollout_checks import Limits, read_rollouts
 from drpo_jax.learner.rollout_file import load_table, rollout_table, write_rollouts
 from drpo_jax.loop.rollout import Rollout, replayed
 from drpo_jax.loop.timer import PhaseTimer
-from drpo_jax.metrics import read_metrics
-from drpo_jax.parallel import make_mesh
-from drpo_jax.run import _check_same
+from drpo_jax.objectives import by_token
+from tests.runs import DENSE, checkpoint_bytes, killed_at, logged, odd, one_device, smallest
 
-SMALLEST = str(Path(__file__).parent / "smallest.py")
 STEPS = 2
+FIELDS = DENSE | {
+    "train.steps": STEPS, "train.save_rollout_every": 1, "evaluate.problems": 1,
+    "evaluate.samples": 1, "evaluate.greedy": False, "checkpoint.every": 1, "checkpoint.keep": 5,
+}  # fmt: skip
 
 
 def config(**fields):
-    """The smallest config as a dense model without a warm start, with changed fields (a__b for a.b)."""
-    flat = C.flatten(load_config(SMALLEST)) | {
-        "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0,
-        "model.mlp_size": 32, "model.load_balance": 0.0, "sft.steps": 0, "train.steps": STEPS,
-        "train.save_rollout_every": 1, "evaluate.problems": 1, "evaluate.samples": 1,
-        "evaluate.greedy": False, "checkpoint.every": 1, "checkpoint.keep": 5,
-    }  # fmt: skip
-    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
+    return smallest(FIELDS, **fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model earns, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
-        reward = lambda prompt, text, answer: float(len(text) % 2)  # noqa: E731
-        patch.setitem(rewards.REWARDS, "arithmetic", reward)
+    with one_device(odd):
         yield
 
 
@@ -59,33 +45,19 @@ def source(tmp_path_factory):
 
 
 def learned(workdir):
-    """The records without times and without the metrics of sampling and verification."""
-    other = ("time/", "compile/", "tokens_per_second", "sync/", "sampler/")
-    other += ("reward/limited", "reward/lost", "reward/retries")
-    records = read_metrics(workdir)
-    return [{k: v for k, v in r.items() if not k.startswith(other)} for r in records]
+    """The records without the metrics of sampling and verification."""
+    verifier = ("reward/limited", "reward/lost", "reward/retries")
+    return logged(workdir, "sync/", "sampler/", *verifier)
 
 
 def weights(workdir):
-    """The bytes of the last checkpoint's arrays."""
-    run = loop.Run.create(config(), workdir)
-    with run.checkpoints() as checkpoints:
-        state = checkpoints.restore(STEPS, run.programs.abstract_state)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return checkpoint_bytes(config(), workdir, STEPS)
 
 
 @pytest.mark.slow
-def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_path, monkeypatch):
+def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_path):
     files = source / "rollouts"
-    step = loop.loop.rl_step
-
-    def killed(run, collector, state, number, first):
-        if number == 1:
-            raise KeyboardInterrupt
-        return step(run, collector, state, number, first=first)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.loop, "rl_step", killed)
+    with killed_at(loop.loop, "rl_step", 1):
         loop.train(config(), tmp_path, files)
     with pytest.raises(
         BadInput, match=r"learns from files \(replay.json\); --replay=DIR is missing"
@@ -99,6 +71,47 @@ def test_a_replay_killed_and_resumed_makes_the_updates_of_the_run(source, tmp_pa
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_advantages_from_files_make_the_same_updates(source, tmp_path, caplog):
+    """The config's own advantages would be others. Saved rollouts keep the columns of the files."""
+    files = tmp_path / "files"
+    files.mkdir()
+    for path in saved_rollouts(source).values():
+        rollout = load_rollout(path)
+        rollout["file_advantage"] = by_token(rollout["advantage"]) * rollout["response_mask"]
+        write_rollouts(files / f"{path.stem}.parquet", rollout_table(rollout))
+    changed = config(objective__advantage="batch_norm", reward__overlong_buffer=1)
+    with caplog.at_level("WARNING", "absl"):
+        loop.train(changed, tmp_path / "run", files)
+    assert "reward.overlong_buffer = 1: without effect" in caplog.text
+    assert weights(tmp_path / "run") == weights(source)
+    again = Replay.open(tmp_path / "run/rollouts", Limits.of(config()), config().train.prompts)
+    assert again.advantages and str(again).endswith("rollouts, advantages included")
+
+
+def test_fields_that_change_advantages_exclude_those_of_files(tmp_path):
+    write_groups(tmp_path / "a.parquet", 0, 2, advantage=1.0)
+    assert Replay.open(tmp_path, LIMITS, 2).advantages
+    for fields, message in (
+        (
+            {"objective__kl": "k1", "objective__kl_coefficient": 0.1},
+            "objective.kl = 'k1': it changes",
+        ),
+        (
+            {"objective__baseline": "otb"},
+            "objective.baseline = 'otb'.* set it to 'group', or remove",
+        ),
+        ({"train__shuffle_rewards": True}, "train.shuffle_rewards = True: it changes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_advantages(config(**fields))
+    write_groups(tmp_path / "b.parquet", 2, 1)
+    with pytest.raises(
+        ValueError, match="column advantage is missing in b.parquet, but other files"
+    ):
+        Replay.open(tmp_path, LIMITS, 2)
 
 
 @pytest.mark.slow
@@ -212,8 +225,12 @@ def test_wrong_flags_of_score_are_named(tmp_path):
 # ------------------------------------------------------------------------------- the stream of groups
 
 
-def write_groups(path, first, count, size=2):
-    """Writes groups of `size` responses, numbered from `first`, which is the reward, too."""
+def write_groups(path, first, count, size=2, **columns):
+    """Writes groups of `size` responses, numbered from `first`, which is the reward, too.
+
+    Args:
+      columns: values of further columns, the same for every token.
+    """
     numbers = np.repeat(np.arange(first, first + count), size)
     rollout = {
         "group": numbers,
@@ -225,6 +242,8 @@ def write_groups(path, first, count, size=2):
         "reward": numbers.astype(np.float32),
         "finished": np.ones(len(numbers), bool),
     }
+    for name, value in columns.items():
+        rollout[f"file_{name}"] = np.full((len(numbers), 2), value)
     write_rollouts(path, rollout_table(rollout))
 
 
@@ -269,7 +288,7 @@ def test_a_file_that_changes_during_the_run_is_named(tmp_path):
 
 
 def test_a_replayed_rollout_has_what_a_step_needs(tmp_path):
-    write_groups(tmp_path / "a.parquet", 0, 4)
+    write_groups(tmp_path / "a.parquet", 0, 4, advantage=0.5)
     ours = config(train__samples=2, train__micro_batch=4, reward__overlong_buffer=1)
     limits = Limits.of(ours)
     run = SimpleNamespace(
@@ -285,19 +304,12 @@ def test_a_replayed_rollout_has_what_a_step_needs(tmp_path):
     assert responses.full_logp.shape == (count, limits.response_tokens)
     assert rollout.reward.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert rollout.added.shape == (count,) and len(rollout.problems) == count
+    assert rollout.loss_mask is None and (rollout.advantage[responses.mask()] == 0.5).all()
     again = Rollout.restore(rollout.state())
+    np.testing.assert_array_equal(again.advantage, rollout.advantage)
     np.testing.assert_array_equal(again.responses.version, responses.version)
     saved = save_rollout(tmp_path, 2, **rollout.arrays(run.tokenizer, 2), behavior_logp=0)
     np.testing.assert_array_equal(read_rollouts(saved, limits)["tokens"], responses.tokens)
-
-
-def test_processes_that_read_other_files_are_named(monkeypatch):
-    monkeypatch.setattr(
-        "drpo_jax.run.multihost.gather",
-        lambda name, text: [{"text": np.array(text)}, {"text": np.array("{}")}],
-    )
-    with pytest.raises(ValueError, match="the files: processes 1 read others than process 0; all"):
-        _check_same("the files", '{"a.parquet": "…"}')
 
 
 def test_explaining_a_batch_takes_no_replay(tmp_path):

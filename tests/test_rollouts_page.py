@@ -83,7 +83,7 @@ def test_the_snippet_for_sglang(tmp_path, snippets):
 
 def test_the_table_of_columns_is_that_of_the_code():
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (.*) \|$", PAGE, re.MULTILINE)
-    kinds = {"integer": "integer", "number": "number", "text": "text"}
+    kinds = {"integer": "integer", "number": "number", "boolean": "boolean", "text": "text"}
     expected = [
         (
             name,

@@ -1,32 +1,26 @@
 """Supervised learning end to end: resuming, packing, the held-out loss, masks, and RL after it."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
 from drpo_jax import loop
-from drpo_jax.cli import load_config
 from drpo_jax.errors import BadInput
 from drpo_jax.loop import warm_start
 from drpo_jax.metrics import read_metrics
-from drpo_jax.parallel import make_mesh
 from drpo_jax.run import Run
 from drpo_jax.supervised import Example
+from tests.runs import killed_at, logged, one_device, smallest
 
 pytestmark = pytest.mark.slow  # Compiles the supervised update.
 
-SMALLEST = str(Path(__file__).parent / "smallest.py")
-
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(compile_quickly):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+def quick(compile_quickly):
+    with one_device():
         yield
 
 
@@ -43,11 +37,11 @@ def files(tmp_path_factory):
 
 def config(files, **fields):
     """30 sums, of which some are held out, in two epochs of updates of 8."""
-    flat = C.flatten(load_config(SMALLEST)) | {
+    changed = {
         "sft.steps": 0, "sft.epochs": 2, "sft.files": files, "sft.heldout": 0.2, "sft.batch": 8,
         "sft.micro_batch": 4, "model.load_balance": 0.0,
     }  # fmt: skip
-    return C.resolve(C.from_dict(flat | {k.replace("__", "."): v for k, v in fields.items()}))
+    return smallest(changed, **fields)
 
 
 def learn(config, workdir):
@@ -55,12 +49,7 @@ def learn(config, workdir):
     run = Run.create(config, workdir)
     with loop.claim(run) as run, jax.set_mesh(run.mesh):
         model = jax.device_get(loop.make_warm_start(run))
-    clocks = ("compile/", "tokens_per_second")
-    records = [
-        {k: v for k, v in record.items() if not k.startswith(clocks)}
-        for record in read_metrics(workdir / "sft")
-    ]
-    return jax.tree.leaves(model), records
+    return jax.tree.leaves(model), logged(workdir / "sft")
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +58,11 @@ def whole(files, tmp_path_factory):
     return workdir, *learn(config(files), workdir)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(whole, files, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(whole, files, tmp_path):
     _, weights, records = whole
-    original = warm_start.demonstration_batch
-
-    def killed(run, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return original(run, step)
-
-    monkeypatch.setattr(warm_start, "demonstration_batch", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(warm_start, "demonstration_batch", 4):
         learn(config(files), tmp_path)
-    monkeypatch.undo()
     assert read_metrics(tmp_path / "sft")[-1]["step"] == 4
-    monkeypatch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
     again, resumed = learn(config(files), tmp_path)
     assert resumed == records
     assert all(np.array_equal(a, b) for a, b in zip(again, weights))

@@ -2,20 +2,15 @@
 
 import contextlib
 import shutil
-from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from drpo_jax import config as C
-from drpo_jax import loop, rewards
-from drpo_jax.cli import load_config
+from drpo_jax import loop
 from drpo_jax.learner.record import load_rollout, rollout_path
-from drpo_jax.metrics import read_metrics
-from drpo_jax.parallel import make_mesh
 from drpo_jax.sampler import Rollouts
+from tests.runs import DENSE, checkpoint_bytes, logged, odd, one_device, smallest
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -23,33 +18,17 @@ STEPS = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_rewarding(compile_quickly):
-    """One device, and a reward that an untrained model earns, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        one = partial(make_mesh, devices=jax.devices()[:1])
-        patch.setattr("drpo_jax.run.make_mesh", one)
-        patch.setitem(rewards.REWARDS, "arithmetic", lambda prompt, text, answer: len(text) % 2)
+    with one_device(odd):
         yield
 
 
 def config(staleness, steps=STEPS):
     """Four steps that sample in float32, save everything and measure every rollout."""
-    made = load_config(str(Path(__file__).parent / "smallest.py"))
-    made.sft.steps = 0
-    made.precision.recipe = "none"
-    made.evaluate.update(greedy=False, problems=2)
-    made.checkpoint.update(every=1, keep=STEPS + 1)
-    made.train.update(steps=steps, save_rollout_every=1, staleness=staleness)
-    made.log.mismatch_every = 0
-    return C.resolve(made)
-
-
-def records(workdir):
-    """The records without times and compilations, which differ between equal runs."""
-    clocks = ("time/", "compile/", "tokens_per_second")
-    return [
-        {name: value for name, value in record.items() if not name.startswith(clocks)}
-        for record in read_metrics(workdir)
-    ]
+    return smallest(
+        DENSE, precision__recipe="none", evaluate__greedy=False, evaluate__problems=2,
+        checkpoint__every=1, checkpoint__keep=STEPS + 1, train__steps=steps,
+        train__save_rollout_every=1, train__staleness=staleness, log__mismatch_every=0,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +49,7 @@ def test_a_rollout_is_sampled_by_the_weights_of_k_steps_before(runs, staleness):
         saved = load_rollout(rollout_path(runs[staleness], step))
         mask = saved["response_mask"]
         assert set(saved["version"][mask]) == {version}
-        record = records(runs[staleness])[step]
+        record = logged(runs[staleness])[step]
         assert record["staleness/mean"] == record["staleness/max"] == step - 1 - version
         rescored = score(runs[staleness], version, saved)
         assert abs(rescored - saved["sampled_logp"])[mask].max() < 2e-5
@@ -109,33 +88,25 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(runs, tmp_path, st
     assert (workdir / "checkpoints" / str(last) / "pending.npz").exists() == (last > 0)
     assert not (runs[staleness] / "checkpoints" / str(STEPS) / "pending.npz").exists()
     loop.train(config(staleness), workdir)
-    assert records(workdir) == records(runs[staleness])
-    ours, theirs = (checkpoint(directory, STEPS) for directory in (workdir, runs[staleness]))
+    assert logged(workdir) == logged(runs[staleness])
+    ours, theirs = (checkpoint_bytes(config(0), d, STEPS) for d in (workdir, runs[staleness]))
     assert ours == theirs
     for step in (2, 4):
         ours, theirs = (load_rollout(rollout_path(d, step)) for d in (workdir, runs[staleness]))
         assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
-def checkpoint(workdir, step):
-    """The bytes of a checkpoint's arrays."""
-    run = loop.Run.create(config(0), workdir)
-    with run.checkpoints() as checkpoints:
-        state = checkpoints.restore(step, run.programs.abstract_state)
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-
-
 def test_rollouts_that_are_missing_are_sampled_with_the_current_weights(runs, tmp_path):
     """A run whose train.steps is raised has sampled nothing beyond its previous end."""
     workdir = shutil.copytree(runs[2], tmp_path / "run")
     loop.train(config(2, steps=STEPS + 2), workdir)
-    assert [r["staleness/max"] for r in records(workdir)[1:]] == [0, 1, 2, 2, 0, 1]
+    assert [r["staleness/max"] for r in logged(workdir)[1:]] == [0, 1, 2, 2, 0, 1]
 
 
 def test_the_parts_of_the_mismatch(runs):
     """Sampler and learner agree up to rounding; age and drift are the effect of the updates."""
     for step in (2, 4):
-        record = records(runs[2])[step]
+        record = logged(runs[2])[step]
         assert record["mismatch/logp_real"] < 2e-6 < 1e-3 < record["mismatch/logp_age"]
         assert record["mismatch/logp"] == pytest.approx(record["mismatch/logp_age"], rel=1e-2)
         saved = load_rollout(rollout_path(runs[2], step))
@@ -153,7 +124,5 @@ def test_sampler_and_learner_are_compared_when_the_first_rollout_is_sampled(runs
 
 @pytest.mark.parametrize("value", [-1, 0.5])
 def test_values_that_are_not_a_number_of_steps(value):
-    made = load_config(str(Path(__file__).parent / "smallest.py"))
     with pytest.raises((ValueError, TypeError), match="staleness"):
-        made.train.staleness = value
-        C.resolve(made)
+        config(value)

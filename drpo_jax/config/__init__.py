@@ -34,11 +34,9 @@ from drpo_jax.config.resolve import has_warm_start, resolve
 from drpo_jax.config.sections import (
     default_config,
     field_table,
-    field_types,
     flatten,
     from_dict,
     suggest,
-    type_name,
 )
 from drpo_jax.config.workdir import (
     as_begun,
@@ -56,7 +54,6 @@ __all__ = [
     "claim_workdir",
     "default_config",
     "field_table",
-    "field_types",
     "flatten",
     "from_dict",
     "from_json",
@@ -69,7 +66,6 @@ __all__ = [
     "run_config",
     "suggest",
     "to_json",
-    "type_name",
     "validate",
     "with_hyper",
 ]

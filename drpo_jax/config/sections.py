@@ -16,7 +16,7 @@ from drpo_jax.config.settings import (
     TrainSettings,
 )
 from drpo_jax.data.settings import DataSettings
-from drpo_jax.fields import TYPE_NAMES, Field, section_fields
+from drpo_jax.fields import Field, section_fields
 from drpo_jax.learner.settings import (
     ObjectiveSettings,
     OptimizerSettings,
@@ -58,16 +58,6 @@ def field_table() -> list[Field]:
         if section == "objective":
             rows += hyperparameter_fields()
     return rows
-
-
-def field_types() -> dict[str, type]:
-    """Returns the types of the fields by their dotted names."""
-    return {row.path: row.type for row in field_table()}
-
-
-def type_name(kind: type) -> str:
-    """Returns a field's type in words, such as "an integer"."""
-    return TYPE_NAMES[kind]
 
 
 def default_config() -> ConfigDict:

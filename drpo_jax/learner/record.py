@@ -32,6 +32,9 @@ tokens:
     response          text [N], derived from the token ids. On disk all texts are one UTF-8 string,
                       `response_utf8` uint8, and `response_ends` int64 [N] has the end of each
     step              int             rollout step, from 1 as in metrics.jsonl
+
+A replay of files that contain advantages or loss masks also saves these, as `file_advantage`
+(float32 [N, R]) and `file_loss_mask` (bool [N, R]).
 """
 
 import io

@@ -34,12 +34,14 @@ class Replay:
       limits: the limits that the files respect.
       digests: SHA-256 of each file by name, in the order of the stream.
       groups: number of groups of each file by name.
+      advantages: whether the files contain advantages.
     """
 
     directory: Path
     limits: Limits
     digests: Mapping[str, str]
     groups: Mapping[str, int]
+    advantages: bool
 
     @classmethod
     def open(cls, directory: Path, limits: Limits, prompts: int) -> "Replay":
@@ -50,21 +52,29 @@ class Replay:
           prompts: train.prompts.
 
         Raises:
-          ValueError: there are no files, a file fails its checks (`rollout_checks`), or the files
-            together have fewer groups than a step needs.
+          ValueError: there are no files, a file fails its checks (`rollout_checks`), the files
+            together have fewer groups than a step needs, or only some contain advantages.
           OSError: a file cannot be read.
         """
-        digests, groups = {}, {}
+        digests, groups, advantages = {}, {}, {}
         for path in _files(directory):
             content = path.read_bytes()
             digests[path.name] = hashlib.sha256(content).hexdigest()
-            groups[path.name] = len(np.unique(_arrays(path, digests[path.name], limits)["group"]))
+            arrays = _arrays(path, digests[path.name], limits)
+            groups[path.name] = len(np.unique(arrays["group"]))
+            advantages[path.name] = "advantage" in arrays
         if (total := sum(groups.values())) < prompts:
             raise ValueError(
                 f"{directory}: its files have {total} groups, but a step learns from train.prompts = "
                 f"{prompts}; add files, or lower train.prompts"
             )
-        return cls(directory, limits, digests, groups)
+        if len(set(advantages.values())) > 1:
+            names = ", ".join(name for name, present in advantages.items() if not present)
+            raise ValueError(
+                f"{directory}: the column advantage is missing in {names}, but other files have it; add "
+                "it to all files, or remove it from all"
+            )
+        return cls(directory, limits, digests, groups, any(advantages.values()))
 
     def rollout(self, step: int, prompts: int) -> Rollout:
         """Returns the rollout of a step, with `prompts` groups.
@@ -109,7 +119,8 @@ class Replay:
 
     def __str__(self) -> str:
         files, groups = len(self.digests), sum(self.groups.values())
-        return f"{groups:,} groups in {files:,} file{'s' * (files != 1)} of {self.directory}"
+        advantages = ", advantages included" * self.advantages
+        return f"{groups:,} groups in {files:,} file{'s' * (files != 1)} of {self.directory}{advantages}"
 
 
 def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> None:
@@ -141,6 +152,31 @@ def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> N
     fields, train = ("staleness", "dynamic_sampling", "partial_tokens"), config.train
     if idle := [f"train.{field} = {train[field]}" for field in fields if train[field]]:
         logging.warning("%s: without effect, because --replay samples nothing", ", ".join(idle))
+
+
+def check_advantages(config: FrozenConfigDict) -> None:
+    """Checks that a config works with advantages from files; warns of fields without effect.
+
+    Raises:
+      ValueError: the config changes rewards or the baseline, but the files contain the advantages.
+    """
+    objective, train = config.objective, config.train
+    for field, value, right in (
+        ("objective.kl", objective.kl == "k1" and "k1", "another estimator or 'none'"),
+        ("objective.baseline", objective.baseline == "otb" and "otb", "'group'"),
+        ("train.shuffle_rewards", train.shuffle_rewards, "False"),
+    ):
+        if value:
+            raise ValueError(
+                f"{field} = {value!r}: it changes what advantages are computed from, but the rollout "
+                f"files contain the advantages; set it to {right}, or remove the column advantage"
+            )
+    reward = config.reward
+    terms = {"format": reward.format, "overlong_buffer": reward.overlong_buffer}
+    if idle := [f"reward.{name} = {value}" for name, value in terms.items() if value]:
+        logging.warning(
+            "%s: without effect, because the rollout files contain the advantages", ", ".join(idle)
+        )
 
 
 def check_source(workdir: Path, replays: bool, begun: bool) -> None:

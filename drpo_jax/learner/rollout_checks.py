@@ -25,6 +25,8 @@ from drpo_jax.learner.rollout_file import (
 # Logprobs that an engine computes in bfloat16 may exceed 0 by its rounding, up to 2**-8 of a nat.
 ROUNDING = 2**-8
 FINISH_REASONS = ("stop", "length")
+# Padding and dtype of arrays per token; the others are float32 and padded with 0.
+_PADDING: dict[str, tuple[int, type]] = {"version": (-1, np.int32), "loss_mask": (False, bool)}
 _TEXTS = tuple(name for name, c in COLUMNS.items() if c.kind == "text" and not c.required)
 
 
@@ -113,13 +115,13 @@ def padded_arrays(table: pa.Table, where: Path | str, limits: Limits = Limits())
         flat["sampled_logp"] = flat["full_logp"]
     for name in PER_TOKEN:
         if flat[name] is not None:
-            padding, dtype = (-1, np.int32) if name == "version" else (0, np.float32)
+            padding, dtype = _PADDING.get(name, (0, np.float32))
             rollout[name] = np.full(mask.shape, padding, dtype)
             rollout[name][mask] = flat[name]
     rollout["response_mask"] = rollout["version"] >= 0
     for name in {*PER_TOKEN} & rollout.keys() - {"version"}:
         rollout[name][~rollout["response_mask"]] = 0
-    rollout["loss_mask"] = rollout["response_mask"]
+    rollout.setdefault("loss_mask", rollout["response_mask"])
     rollout["behavior_logp"] = rollout["full_logp"]
     texts = {name: np.array(arrays[name], object) for name in _TEXTS if arrays[name] is not None}
     return rollout | texts
@@ -195,7 +197,7 @@ class _Check:
         self.lengths[name] = pc.list_value_length(array).to_numpy().astype(np.int64)
         values = array.flatten()
         self.require(name, ~_nulls(values), lambda _: "the value is missing (null)")
-        return values.to_numpy()
+        return values.to_numpy(zero_copy_only=False)  # Booleans are packed bits.
 
     def _column(self, name: str) -> pa.Array | None:
         """Returns a column in the type that this module writes, after a check of its type."""
@@ -259,7 +261,7 @@ def _check_tokens(check: _Check, flat: Mapping[str, Any], limits: Limits) -> Non
 
 
 def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
-    """Checks rewards, reasons, versions and logprobs."""
+    """Checks rewards, reasons, versions, logprobs, advantages and loss masks."""
     reward, reasons, version = arrays["reward"], arrays["finish_reason"], flat["version"]
     check.require("reward", np.isfinite(reward), lambda i: f"{reward[i]} is not a finite number")
     check.require(
@@ -286,6 +288,14 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
             return f"{values[index]} is not a logprob; it must be finite and at most 0"
 
         check.require(name, ~mask | (np.isfinite(values) & (values <= ROUNDING)), improbable)
+    if (advantage := flat["advantage"]) is not None:
+        finite = ~mask | np.isfinite(advantage)
+        check.require("advantage", finite, lambda i: f"{advantage[i]} is not a finite number")
+    if (loss_mask := flat["loss_mask"]) is not None:
+        right = "must be false, because the version -1 says that the model did not sample the token"
+        check.require("loss_mask", mask | ~loss_mask, lambda _: right)
+        if not loss_mask.any():
+            check.fail(0, "loss_mask", "no token of the file carries a loss")
 
 
 def _check_groups(check: _Check, group: np.ndarray, prompts: np.ndarray, limits: Limits) -> None:

@@ -11,8 +11,8 @@ In memory, a rollout is a dict of padded arrays with the names of `learner.recor
     group      int64 [N]       number of the problem; equal for the responses to the same problem
     full_logp  float32 [N, R]  log µ as the engine recorded it, before top-k and top-p
     version    int32 [N, R]    version of the weights that sampled each token, −1 where none did
-    loss_mask  bool [N, R]     where the model sampled a token
-    logp, entropy              only if the file has them
+    loss_mask  bool [N, R]     the tokens that carry a loss
+    logp, entropy, advantage   float32 [N, R], only if the file has them
 
 Axis letters: N responses, P prompt tokens, R response tokens, T = P + R.
 """
@@ -32,6 +32,9 @@ from drpo_jax.storage import write_whole
 
 Rollout = dict[str, np.ndarray]
 
+# Columns that replace what the learner computes. A run that reads them saves them as file_NAME.
+FROM_FILE = ("advantage", "loss_mask")
+
 SUFFIXES = (".parquet", ".npz")
 
 
@@ -47,7 +50,7 @@ class Column:
       required: whether every file has it.
     """
 
-    kind: Literal["integer", "number", "text"]
+    kind: Literal["integer", "number", "boolean", "text"]
     tokens: Literal["", "prompt", "response"]
     meaning: str
     required: bool = True
@@ -94,6 +97,18 @@ COLUMNS: dict[str, Column] = {
         "absent: full_logp.",
         required=False,
     ),
+    "advantage": Column(
+        "number",
+        "response",
+        "Advantage of each token; absent: from the rewards, by objective.advantage.",
+        required=False,
+    ),
+    "loss_mask": Column(
+        "boolean",
+        "response",
+        "Whether the token carries a loss; absent: true for every token that the model sampled.",
+        required=False,
+    ),
     "id": Column("text", "", "Id of the problem.", required=False),
     "prompt": Column("text", "", "Text of the problem.", required=False),
     "response": Column("text", "", "Text of the response.", required=False),
@@ -117,6 +132,7 @@ class _Kind:
 KINDS = {
     "integer": _Kind(pa.int64(), pa.types.is_integer),
     "number": _Kind(pa.float32(), lambda t: pa.types.is_floating(t) or pa.types.is_integer(t)),
+    "boolean": _Kind(pa.bool_(), pa.types.is_boolean),
     "text": _Kind(pa.string(), lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
 }
 PER_TOKEN = tuple(
@@ -160,6 +176,9 @@ def write_rollouts(path: Path, table: pa.Table) -> None:
 def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None) -> pa.Table:
     """Returns a rollout of padded arrays as a table.
 
+    Advantages and loss masks are written only if the run read them from a file itself. Otherwise they
+    follow from the rewards and the config, with which a replay computes them again.
+
     Args:
       rollout: the arrays of the module's docstring, or those of `learner.record`. Earlier versions did
         not save `full_logp` and `group`; `behavior_logp` and `samples` then replace them.
@@ -172,6 +191,10 @@ def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None)
     lengths = rollout["response_lengths"]
     count, width = tokens.shape
     arrays: dict[str, Any] = dict(rollout)
+    for name in FROM_FILE:
+        arrays.pop(name, None)
+        if (saved := f"file_{name}") in rollout:
+            arrays[name] = rollout[saved]
     if "group" not in rollout:
         if not samples:
             raise ValueError("it does not show which responses answer the same problem")

@@ -38,9 +38,11 @@ def introduction(run: Run) -> str:
         f"rollouts/ {_every(train.save_rollout_every)}": train.save_rollout_every,
     }
     noun = "problem" if len(run.heldout) == 1 else "problems"
+    included = run.replay is not None and run.replay.advantages
+    advantage = "from the files" if included else config.objective.advantage
     lines = {
         "model": f"{_model(run)}, {_start(config)}",
-        "objective": f"{objective_summary(config)}; advantage {config.objective.advantage}"
+        "objective": f"{objective_summary(config)}; advantage {advantage}"
         + (", baseline otb" if config.objective.baseline == "otb" else "")
         + ("; truncated responses carry no loss" if train.overlong_filtering else "")
         + _penalties(config),

@@ -43,13 +43,18 @@ class Inputs(NamedTuple):
     metrics: dict[str, float]
 
 
-def make_loss_mask(config: FrozenConfigDict, rollouts: Rollouts) -> np.ndarray:
+def make_loss_mask(
+    config: FrozenConfigDict, rollouts: Rollouts, among: np.ndarray | None = None
+) -> np.ndarray:
     """Returns bool [N, R], True for response tokens that carry a loss.
 
     These are the tokens that the model sampled, except in truncated responses under
     train.overlong_filtering.
+
+    Args:
+      among: bool [N, R], restricts these tokens further; None: no restriction.
     """
-    mask = rollouts.mask()
+    mask = rollouts.mask() if among is None else rollouts.mask() & among
     return mask & rollouts.finished[:, None] if config.train.overlong_filtering else mask
 
 
@@ -60,6 +65,7 @@ def objective_inputs(
     reward: np.ndarray,
     step: int,
     rescore: bool,
+    advantage: np.ndarray | None = None,
 ) -> Inputs:
     """Returns the objective's inputs for one rollout.
 
@@ -67,6 +73,7 @@ def objective_inputs(
       model: the policy before its updates.
       reward: the training reward, float32 [N], or [N, R] with NaN where a token has none.
       rescore: score the rollout with `model` even if the objective does not need it.
+      advantage: Â, float32 [N, R]; None: from the reward.
     """
     objective, arrays = run.config.objective, run.programs.objective.arrays
     rescored = objective.behavior == "rescored"
@@ -101,8 +108,10 @@ def objective_inputs(
             inputs["ref_logp"] = ref_logp
     if objective.correction != "none":
         inputs["correction"] = _correction(objective, old.logp, rollouts)
-    correction = inputs.get("correction", 1.0)
-    inputs["advantage"] = _advantage(run.config, reward, old, rollouts.mask(), correction)
+    if advantage is None:
+        correction = inputs.get("correction", 1.0)
+        advantage = _advantage(run.config, reward, old, rollouts.mask(), correction)
+    inputs["advantage"] = advantage
     return Inputs(inputs, old.logp if old else None, metrics)
 
 

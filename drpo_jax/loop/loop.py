@@ -282,14 +282,14 @@ def rl_step(
         reward = training_reward(config, rollout, step)
         with jax.profiler.TraceAnnotation("score"):
             inputs, old_logp, penalties = objective_inputs(
-                run, state.model, responses, reward, step, rescore=measure or check
+                run, state.model, responses, reward, step, measure or check, rollout.advantage
             )
             scores = rollout.scores
             if (measure or check) and sampled_now:
                 scores = parity.score_at_sampling(run, state.model, responses, step, step, old_logp)
         if check and scores:
             parity.check_parity(run, responses, scores)
-        loss_mask = make_loss_mask(config, responses)
+        loss_mask = make_loss_mask(config, responses, rollout.loss_mask)
         state, trace, learned = make_updates(
             run, state, responses, inputs, loss_mask, step, keep=measure
         )

@@ -65,6 +65,9 @@ class Rollout:
         (train.staleness) and a measurement needs them; else None.
       token_reward: float32 [N, R], the verdict on each token, NaN where a token has none; `reward` is
         the sum. None if the reward is per response.
+      advantage: float32 [N, R], Â from a rollout file; None: from the rewards.
+      loss_mask: bool [N, R], the tokens that carry a loss according to a rollout file; None: all that
+        the model sampled.
     """
 
     problems: Sequence[Problem]
@@ -74,6 +77,8 @@ class Rollout:
     measured: Mapping[str, float]
     scores: SamplingScores | None = None
     token_reward: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics of the rollout: reward/…, response/…, sampler/… and sync/…."""
@@ -104,7 +109,8 @@ class Rollout:
         """
         responses, problems = self.responses, self.problems
         piece_ids, piece_texts = responses.pieces(tokenizer)
-        return dict(
+        from_file = {"file_advantage": self.advantage, "file_loss_mask": self.loss_mask}
+        return {name: array for name, array in from_file.items() if array is not None} | dict(
             group=np.arange(len(problems)) // samples,
             tokens=responses.tokens,
             prompt_lengths=responses.prompt_lengths,
@@ -134,8 +140,9 @@ class Rollout:
         arrays = {"reward": self.reward, "added": self.added}
         arrays |= {f"responses.{name}": a for name, a in vars(self.responses).items()}
         arrays |= {f"problems.{name}": a for name, a in pack_problems(self.problems).items()}
-        if self.token_reward is not None:
-            arrays["token_reward"] = self.token_reward
+        for name in ("token_reward", "advantage", "loss_mask"):
+            if (array := getattr(self, name)) is not None:
+                arrays[name] = array
         for name, value in self.measured.items():
             arrays[f"measured.{name}"] = np.array(value, np.float64)
         if self.scores:
@@ -161,6 +168,8 @@ class Rollout:
             measured=measured,
             scores=scores,
             token_reward=arrays.get("token_reward"),
+            advantage=arrays.get("advantage"),
+            loss_mask=arrays.get("loss_mask"),
         )
 
 
@@ -301,7 +310,16 @@ def replayed(run: Run, step: int, timer: PhaseTimer) -> Rollout:
     problems = _problems(run, arrays)
     lengths = responses.response_lengths
     added = shaping(run.config, responses.texts(run.tokenizer), lengths)
-    return Rollout(problems, responses, arrays["reward"], added, measured={})
+    masked = (arrays["loss_mask"] != arrays["response_mask"]).any()
+    return Rollout(
+        problems,
+        responses,
+        arrays["reward"],
+        added,
+        measured={},
+        advantage=arrays.get("advantage"),
+        loss_mask=arrays["loss_mask"] if masked else None,
+    )
 
 
 def _problems(run: Run, arrays: dict[str, np.ndarray]) -> list[Problem]:

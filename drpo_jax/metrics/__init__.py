@@ -2,7 +2,9 @@
 
 The modules:
 
-    catalogue    one row for each metric: definition, unit, reduction, console column
+    catalogue    one row for each metric: definition, unit, reduction, console column; the rows are in
+                 learning_rows and running_rows
+    metric       what a row consists of
     records      pairs of sums and counts; reading `metrics.jsonl`
     log          writes records to `metrics.jsonl`, TensorBoard, Weights & Biases and the console
     console      the console's lines, and the summary at the end
@@ -19,8 +21,6 @@ from drpo_jax.metrics.catalogue import (
     COLUMNS,
     METRICS,
     SECTIONS,
-    Metric,
-    Section,
     describe,
     markdown_table,
     reduce_values,
@@ -30,6 +30,7 @@ from drpo_jax.metrics.console import Console, duration, summary_table, text_plot
 from drpo_jax.metrics.environment import read_starts, record_start
 from drpo_jax.metrics.health import Finding, Health, diagnose
 from drpo_jax.metrics.log import MetricLogger
+from drpo_jax.metrics.metric import Metric, Section
 from drpo_jax.metrics.records import Record, read_metrics, reduce_pairs, series
 from drpo_jax.metrics.shares import impossible_shares
 from drpo_jax.metrics.tracking import check_tracking

@@ -4,7 +4,8 @@ import math
 import statistics
 from collections.abc import Collection, Iterable
 
-from drpo_jax.metrics.catalogue import COLUMNS, Column, Metric, describe
+from drpo_jax.metrics.catalogue import COLUMNS, describe
+from drpo_jax.metrics.metric import Column, Metric
 from drpo_jax.metrics.records import Record, series
 
 HEADER_EVERY = 20  # Lines between two headers.

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from drpo_jax.config import objective_hyper, objective_summary
-from drpo_jax.objectives import OBJECTIVES, gradient_weight, mismatch_weight
+from drpo_jax.objectives import OBJECTIVES, by_token, gradient_weight, mismatch_weight
 from drpo_jax.objectives.diagnostics import MU_BINS
 
 Rollout = Mapping[str, np.ndarray]
@@ -31,7 +31,7 @@ def mismatch_report(
 
     Args:
       rollout: the arrays of `learner.rollout_file`, with the model's `logp`.
-      advantage: float32 [N], Â of each response; tokens with Â = 0 have no gradient.
+      advantage: float32 [N] or [N, R], Â; tokens with Â = 0 have no gradient.
       config: a resolved config, whose objective is applied to the tokens.
       piece: function that returns the text of a token id.
 
@@ -105,17 +105,16 @@ def _objective(rollout: Rollout, advantage: np.ndarray, config: FrozenConfigDict
         return result | {
             "note": "needs the logprobs of the most likely tokens, which rollout files do not contain"
         }
-    mask = rollout["response_mask"] & (advantage[:, None] != 0)
+    advantage = by_token(advantage)
+    mask = rollout["loss_mask"] & (advantage != 0)
     if not mask.any():
-        return result | {"note": "no token has Â ≠ 0: all rewards of every group are equal"}
-    arrays = {"mask": rollout["response_mask"], "old_logp": rollout["logp"]}
+        return result | {"note": "no token with a loss has Â ≠ 0"}
+    arrays = {"mask": rollout["loss_mask"], "old_logp": rollout["logp"]}
     needed = {key: value for key, value in arrays.items() if key in row.arrays}
 
     def weight(behavior_logp):
         hyper = objective_hyper(config)
-        w = gradient_weight(
-            name, rollout["logp"], behavior_logp, advantage[:, None], **hyper, **needed
-        )
+        w = gradient_weight(name, rollout["logp"], behavior_logp, advantage, **hyper, **needed)
         return np.asarray(w)[mask]
 
     engine, own = weight(rollout["full_logp"]), weight(rollout["logp"])

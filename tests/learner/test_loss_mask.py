@@ -205,3 +205,6 @@ def test_overlong_filtering_masks_the_responses_without_an_end():
     for filtering, expected in ((False, WHOLE & ~INSERTED), (True, MASK)):
         config = SimpleNamespace(train=SimpleNamespace(overlong_filtering=filtering))
         np.testing.assert_array_equal(make_loss_mask(config, rollouts), expected)
+        among = np.arange(expected.shape[1]) > 0
+        restricted = make_loss_mask(config, rollouts, np.broadcast_to(among, expected.shape))
+        np.testing.assert_array_equal(restricted, expected & among)

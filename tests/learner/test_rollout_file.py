@@ -79,8 +79,39 @@ def test_a_token_that_the_model_did_not_sample_needs_no_logprob(tmp_path):
     assert rollout["full_logp"][2, 1] == 0 and rollout["tokens"][2, 3] == 12
 
 
-def changed(column, row, value):
-    table = rows()
+def with_advantages():
+    """The rows with advantages, and a loss mask that is false for the first token of each response."""
+    return rows() | {
+        "advantage": [[0.5 * i for i, _ in enumerate(ids)] for ids in RESPONSES],
+        "loss_mask": [[i > 0 for i, _ in enumerate(ids)] for ids in RESPONSES],
+    }
+
+
+def test_advantages_and_loss_masks_are_read(tmp_path):
+    table = with_advantages()
+    table["version"][2][1], table["loss_mask"][2][1] = -1, False
+    table["advantage"][2][1] = float("nan")  # Any number where the model sampled nothing.
+    rollout = read(tmp_path, table)
+    assert rollout["advantage"].dtype == np.float32 and rollout["loss_mask"].dtype == bool
+    assert rollout["advantage"][2].tolist() == [0, 0, 1, 1.5, 2]
+    assert rollout["loss_mask"][2].tolist() == [False, False, True, True, True]
+    assert rollout["loss_mask"].sum(1).tolist() == [2, 0, 3, 1]
+
+
+def test_a_saved_rollout_has_the_advantages_of_files_only(tmp_path):
+    """Those that the learner computed follow from the rewards and the config."""
+    rollout = saved(read(tmp_path, with_advantages()))
+    computed = read_rollouts(save_rollout(tmp_path, 1, **rollout), LIMITS)
+    assert "advantage" not in computed
+    np.testing.assert_array_equal(computed["loss_mask"], computed["response_mask"])
+    columns = {f"file_{name}": rollout[name] for name in ("advantage", "loss_mask")}
+    again = read_rollouts(save_rollout(tmp_path, 2, **rollout, **columns), LIMITS)
+    for name in ("advantage", "loss_mask"):
+        np.testing.assert_array_equal(again[name], rollout[name])
+
+
+def changed(column, row, value, table=None):
+    table = table or rows()
     table[column][row] = value
     return table
 
@@ -129,6 +160,26 @@ def without(column):
         ),
         (changed("response_ids", 2, [1] * 6), "6 tokens, but sampler.max_response_length = 5"),
         (changed("prompt_ids", 3, [4] * 5), "5 tokens, but sampler.max_prompt_length = 4"),
+        (
+            changed("advantage", 1, [float("nan")], with_advantages()),
+            "row 2, column advantage: token 1 of 1: nan is not a finite number",
+        ),
+        (
+            rows() | {"advantage": [1.0] * 4},
+            "column advantage: its type is double, but must be list",
+        ),
+        (
+            rows() | {"loss_mask": [[1]] * 4},
+            "column loss_mask: its type is list<element: int64>, but",
+        ),
+        (
+            changed("version", 3, [3, -1], with_advantages()),
+            "column loss_mask: token 2 of 2: must be false, because the version -1 says",
+        ),
+        (
+            rows() | {"loss_mask": [[False] * len(ids) for ids in RESPONSES]},
+            "row 1, column loss_mask: no token of the file carries a loss",
+        ),
         (rows() | {"group": [7, 3, 7, 3]}, "row 3, column group: group 7 began in row 1"),
         (rows() | {"group": [7, 7, 7, 3]}, "group 7 has 3 responses, but train.samples = 2"),
         (changed("prompt_ids", 3, [4, 6]), "row 4, column prompt_ids: the prompt differs from"),

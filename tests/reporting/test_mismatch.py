@@ -24,12 +24,13 @@ def config(**fields):
     return resolve(config)
 
 
-def report(advantage=(1.0, -1.0), full_logp=None, **fields):
+def report(advantage=(1.0, -1.0), full_logp=None, loss_mask=MASK, **fields):
     rollout = {
         "tokens": np.arange(8, dtype=np.int32).reshape(2, 4),
         "prompt_lengths": np.array([1, 1]),
         "response_lengths": np.array([3, 2]),
         "response_mask": MASK,
+        "loss_mask": loss_mask,
         "full_logp": np.where(MASK, np.log(MU), 0).astype(np.float32)
         if full_logp is None
         else full_logp,
@@ -62,8 +63,17 @@ def test_flips_are_the_tokens_that_the_mismatch_alone_masks():
     assert (objective["tokens"], objective["flipped"], objective["masked"]) == (5, 1, 1)
     assert report(advantage=(-1.0, -1.0))["objective"]["flipped"] == 2
     assert report(**{"objective.delta": 0.5})["objective"]["flipped"] == 0
-    assert "no token has Â ≠ 0" in report(advantage=(0.0, 0.0))["objective"]["note"]
+    assert "no token with a loss has Â ≠ 0" in report(advantage=(0.0, 0.0))["objective"]["note"]
     assert "most likely tokens" in report(**{"objective.name": "dppo_topk_tv"})["objective"]["note"]
+
+
+def test_advantages_per_token_and_tokens_without_a_loss():
+    """Only the token that is masked has a loss and Â ≠ 0."""
+    last = np.array([[False, False, False], [True, True, False]])
+    objective = report(advantage=[[1, 1, 1], [0, -1, 0]], loss_mask=last)["objective"]
+    assert (objective["tokens"], objective["flipped"], objective["masked"]) == (1, 1, 1)
+    objective = report(loss_mask=last)["objective"]
+    assert (objective["tokens"], objective["flipped"], objective["masked"]) == (2, 1, 1)
 
 
 def test_a_correction_counts_its_tokens():

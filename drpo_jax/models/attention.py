@@ -96,7 +96,8 @@ class Attention(nnx.Module):
         else:
             q = heads(self.q_proj, self.q_bias, self.q_norm)
         k = heads(self.k_proj, self.k_bias, self.k_norm)
-        return rotate(q, angles), rotate(k, angles), heads(self.v_proj, self.v_bias), gate
+        q, k = (rotate(x, angles, compute.on_cpu()) for x in (q, k))
+        return q, k, heads(self.v_proj, self.v_bias), gate
 
     def output(self, out: jax.Array, gate: jax.Array | None, compute: Compute) -> jax.Array:
         """Applies the gate [..., N·H] to heads [..., N, H] and projects them to [..., D]."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -174,20 +175,43 @@ def rotary_angles(positions: jax.Array, width: int, theta: float) -> Angles:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: Angles) -> jax.Array:
+def rotate(x: jax.Array, angles: Angles, on_cpu: bool = False) -> jax.Array:
     """Applies the rotary embedding to the first channels of each head, in pairs half of them apart.
 
     Args:
       x: [..., heads, head_dim].
       angles: `rotary_angles` [..., rotated // 2]. Channels from `rotated` on are returned
         unchanged.
+      on_cpu: exchange the channels by a matmul with a signed permutation. It returns the same
+        numbers, and XLA does not vectorize the loop over concatenated halves on CPU.
 
     Returns:
       [..., heads, head_dim] in x's dtype.
     """
     cos, sin = (a[..., None, :] for a in angles)
     half = cos.shape[-1]
+    if on_cpu:
+        return _rotate_by_matmul(x, cos, sin)
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = first * cos - second * sin, second * cos + first * sin
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)
+
+
+def _rotate_by_matmul(x, cos, sin):
+    """`rotate` with cos and sin of [..., 1, rotated // 2], as x · cos + (x · permutation) · sin."""
+    half, width = cos.shape[-1], x.shape[-1]
+    rest = (*cos.shape[:-1], width - 2 * half)
+    # Without the barrier every layer would compute the angles again, for each head.
+    cos, sin = jax.lax.optimization_barrier(
+        (
+            jnp.concatenate([cos, cos, jnp.ones(rest)], axis=-1),
+            jnp.concatenate([sin, sin, jnp.zeros(rest)], axis=-1),
+        )
+    )
+    exchange = np.zeros((width, width), np.float32)
+    channel = np.arange(half)
+    exchange[channel + half, channel], exchange[channel, channel + half] = -1, 1
+    x32 = x.astype(jnp.float32)
+    exchanged = jnp.dot(x32, exchange, precision="highest")
+    return (x32 * cos + exchanged * sin).astype(x.dtype)

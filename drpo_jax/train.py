@@ -25,7 +25,6 @@ from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
 from drpo_jax.parallel import multihost
-from drpo_jax.reporting.curves import plot_run
 from drpo_jax.reporting.explain import explain
 from drpo_jax.storage import path_of
 
@@ -79,6 +78,8 @@ def main(
         print(f"\nmetrics.jsonl lacks the evaluation of step {' and of step '.join(missing)}")
     else:
         print("\n" + summary_table(before, after, config.evaluate.samples))
+    from drpo_jax.reporting.curves import plot_run  # matplotlib takes a second to import
+
     print("\n" + text_plot(read_metrics(workdir), config.evaluate.samples))
     print(f"\nmetrics: {workdir / 'metrics.jsonl'}   plot: {plot_run(workdir)}")
 

@@ -335,3 +335,18 @@ def test_compile_clocks_count_on_their_own_with_one_listener(monkeypatch):
     assert a["compile/count"] > b["compile/count"] >= 2
     assert a["compile/seconds"] > b["compile/seconds"] > 0
     assert first.read() == {"compile/count": 0, "compile/seconds": 0}
+
+
+def test_a_run_imports_neither_torch_nor_matplotlib_before_it_plots(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+import drpo_jax.train
+from drpo_jax.metrics import MetricLogger
+with MetricLogger(Path({str(tmp_path)!r}), 1, console=False) as log:
+    log.log(0, {{"loss": 1.0}})
+print(sorted({{"torch", "matplotlib"}} & set(sys.modules)))
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert output.stdout == "[]\n", output.stderr
+    assert list((tmp_path / "tensorboard").iterdir())

@@ -153,7 +153,7 @@ def test_a_run_keeps_its_files_in_a_bucket(bucket, monkeypatch):
     config = resolve(default_config())
     assert not claim_workdir(bucket, config) and claim_workdir(bucket, config)
     assert run_config(bucket).seed == config.seed
-    monkeypatch.setattr("drpo_jax.metrics.log.SummaryWriter", lambda *_, **__: logging)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *_, **__: logging)
     monkeypatch.setattr(logging, "add_scalar", lambda *_, **__: None, raising=False)
     monkeypatch.setattr(logging, "close", lambda: None, raising=False)
     for first in (0, 1):  # the second one is resumed

@@ -6,15 +6,15 @@ that is not finite.
 
 import json
 import math
+import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import logging
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
 
 from drpo_jax.config import flatten, objective_hyper
 from drpo_jax.metrics.catalogue import describe
@@ -74,7 +74,9 @@ class MetricLogger:
         if problem := missing_records(self._steps, expected):
             logging.warning("%s: %s", path, problem)
         self._file = Lines(path, "".join(to_line(r) for r in kept))
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._tensorboard = _tensorboard()
+        events = str(workdir / "tensorboard")
+        self._board = self._tensorboard.SummaryWriter(events, purge_step=first_step)
         self._described: set[str] = set()  # Metrics described to TensorBoard.
         optional = _optional_columns(config["train"]) if config else []
         self._console = Console(total_steps, without, optional) if console else None
@@ -153,9 +155,24 @@ class MetricLogger:
         """Writes the config as a table and as hyperparameters, so that TensorBoard compares runs."""
         rows = [f"| {field} | `{json.dumps(value)}` |" for field, value in fields.items()]
         self._board.add_text("config", "\n".join(["| field | value |", "|---|---|", *rows]), step)
-        experiment, start, _ = hparams(dict(fields), dict.fromkeys(RESULTS, 0.0))
+        results = dict.fromkeys(RESULTS, 0.0)
+        experiment, start, _ = self._tensorboard.summary.hparams(dict(fields), results)
         for summary in (experiment, start):
             self._board.file_writer.add_summary(summary)
+
+
+def _tensorboard() -> ModuleType:
+    """Imports tensorboardX, which would import torch where it is installed: seconds and 200 MB."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # An import of it fails.
+    try:
+        import tensorboardX.summary
+
+        return tensorboardX
+    finally:
+        if hide:
+            del sys.modules["torch"]
 
 
 def _optional_columns(train: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,184 @@
+"""The results of the sweep as rows, and the statistics that the report is made of.
+
+A learning rate is chosen on the tuning seeds and judged on the others. Arms with the same seed share
+task, warm start and prompts, so that differences between arms are paired. Intervals are 95 % percentile
+bootstrap intervals over seeds; p-values come from sign flips of the paired differences and are
+corrected by Holm's method for all comparisons of a table.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from drpo_jax.evaluation.statistics import bootstrap_interval
+from experiments.exact.cells import LAST, TUNING, Cell, parse
+
+# Means over the reported seeds and the rollouts of a run.
+METRICS = (
+    "sampled_reward",
+    "tail",
+    "tail_coefficient",
+    "largest_coefficient",
+    "mismatch",
+    "numerics",
+    "age",
+    "drift",
+    "restrained",
+    "restrained_before",
+)
+CURVES = ("start", "final", "area", "key")
+FLIPS = 20_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of a cell.
+
+    Attributes:
+      cell: the settings.
+      start, final, area: exact expected reward of each seed before training, over the last `LAST`
+        rollouts, and over all rollouts; tuning seeds first.
+      key: the final probability of the rare words that select method 1, of each seed.
+      metrics: name -> mean over reported seeds.
+    """
+
+    cell: Cell
+    start: np.ndarray
+    final: np.ndarray
+    area: np.ndarray
+    key: np.ndarray
+    metrics: Mapping[str, float]
+
+    @property
+    def reported(self) -> np.ndarray:
+        """The final rewards of the seeds that are reported."""
+        return self.final[len(TUNING) :]
+
+    @property
+    def tuning(self) -> float:
+        """The mean final reward of the seeds that choose the learning rate."""
+        return float(self.final[: len(TUNING)].mean())
+
+
+def row(cell: Cell, result: Mapping[str, Any]) -> Row:
+    """Returns the row of a cell from what the run measured."""
+    reward, key = (np.asarray(result[name], float) for name in ("reward", "key"))
+    metrics = {name: float(np.mean(result[name][len(TUNING) :])) for name in METRICS}
+    means = reward[:, 0], reward[:, -LAST:].mean(axis=1), reward[:, 1:].mean(axis=1), key[:, -1]
+    return Row(cell, *means, metrics)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Returns rows as CSV: one line per cell; values per seed are separated by spaces."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["cell", *CURVES, *METRICS])
+    for r in rows:
+        curves = (" ".join(f"{x:.4f}" for x in getattr(r, name)) for name in CURVES)
+        writer.writerow([r.cell.name, *curves, *(f"{r.metrics[name]:.5g}" for name in METRICS)])
+    return out.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """Reads what `to_csv` wrote."""
+    return [
+        Row(
+            parse(line["cell"]),
+            *(np.array(line[name].split(), float) for name in CURVES),
+            {name: float(line[name]) for name in METRICS},
+        )
+        for line in csv.DictReader(io.StringIO(text))
+    ]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """Returns the mean of one value per seed, with a bootstrap interval."""
+    return Estimate(float(values.mean()), *bootstrap_interval(values))
+
+
+def flip_p(differences: np.ndarray) -> float:
+    """Returns the two-sided p-value of a mean of paired differences under random sign flips."""
+    signs = np.random.default_rng(0).choice((-1, 1), (FLIPS, len(differences)))
+    means = abs((signs * differences).mean(axis=1))
+    return float((1 + (means >= abs(differences.mean()) - 1e-12).sum()) / (1 + FLIPS))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected by Holm's method, in the given order."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected.tolist()
+
+
+class Results:
+    """Rows by cell, with the choices of learning rates."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = {r.cell: r for r in rows}
+
+    def over_rates(self, cell: Cell) -> list[Row]:
+        """The rows of a cell at all learning rates, in increasing order."""
+        rows = [
+            r for c, r in self.rows.items() if replace(c, learning_rate=cell.learning_rate) == cell
+        ]
+        return sorted(rows, key=lambda r: r.cell.learning_rate)
+
+    def chosen(self, cell: Cell) -> Row:
+        """The row at the learning rate that is best on the tuning seeds."""
+        return max(self.over_rates(cell), key=lambda r: r.tuning)
+
+    def collapse_rate(self, cell: Cell) -> "CollapseRate":
+        """The learning rate at which the final reward falls below the start."""
+        rows = self.over_rates(cell)
+        rates = np.log([r.cell.learning_rate for r in rows])
+        gains = np.stack([(r.final - r.start)[len(TUNING) :] for r in rows])
+        return CollapseRate(*zip(*(_crossing(rates, gain) for gain in gains.T)))
+
+
+@dataclass(frozen=True)
+class CollapseRate:
+    """Collapse learning rates of the reported seeds: log, and whether the seed never collapsed."""
+
+    logs: tuple[float, ...]
+    never: tuple[bool, ...]
+
+    @property
+    def estimate(self) -> Estimate:
+        """The geometric mean; a seed that never collapses counts with the largest learning rate."""
+        e = estimate(np.array(self.logs))
+        return Estimate(*np.exp([e.mean, e.low, e.high]).tolist())
+
+    @property
+    def bound(self) -> bool:
+        """Whether the mean is only a lower bound."""
+        return any(self.never)
+
+
+def _crossing(rates: np.ndarray, gains: np.ndarray) -> tuple[float, bool]:
+    """Returns where the gain first turns negative, interpolated linearly, and whether it never does."""
+    below = np.flatnonzero(gains < 0)
+    if not len(below):
+        return float(rates[-1]), True
+    i = below[0]
+    if i == 0:
+        return float(rates[0]), False
+    share = gains[i - 1] / (gains[i - 1] - gains[i])
+    return float(rates[i - 1] + share * (rates[i] - rates[i - 1])), False

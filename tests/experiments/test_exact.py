@@ -1,0 +1,183 @@
+"""Level 1 of the laboratory: exact expectations, training runs, cells and their cache."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drpo_jax.errors import BadInput
+from drpo_jax.objectives import advantages
+from experiments.exact import cells, gradients, problem
+from experiments.exact.arms import ARMS
+from experiments.exact.cells import Cell, Runner, Setup
+from experiments.exact.problem import Shape
+from experiments.exact.run import Rollout, Schedule, loss, sample
+
+TINY = Shape(prompts=1, length=2, vocabulary=3, width=2, keys=1, common=1, fit=20)
+SMALL = Setup(
+    Shape(prompts=4, length=3, vocabulary=16, width=8, keys=2, common=4, fit=100),
+    Schedule(rollouts=20, batch=4, samples=8, mini_batch=2, epochs=2, oldest=4),
+    tuning=(0,),
+    reported=(1, 2, 3),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A task of 9 responses, its policy, and log π, log µ and log π_old, all different."""
+    task, params = problem.warm_start(jax.random.key(3), TINY)
+    z = problem.logits(params)
+    noise = 0.7 * jax.random.normal(jax.random.key(4), (2, *z.shape))
+    return task, params, tuple(map(jax.nn.log_softmax, (z, z + noise[0], z + noise[1])))
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner(SMALL)
+
+
+def responses(task):
+    """All responses of the tiny task: contexts and tokens, int32 [9, T]."""
+    tokens = np.array(list(itertools.product(range(TINY.vocabulary), repeat=TINY.length)))
+    rows = problem.rows_of(task.key_V[tokens[:, 0]].astype(jnp.int32), TINY.steps)
+    return np.asarray(rows), tokens
+
+
+def test_the_expected_reward_is_the_sum_over_all_responses(tiny):
+    task, _, (logp, *_) = tiny
+    rows, tokens = responses(task)
+    probability = np.exp(np.asarray(logp)[0, rows, tokens].sum(axis=1))
+    reward = problem.is_right(task, jnp.zeros(len(tokens), int), tokens)
+    np.testing.assert_allclose(probability.sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        problem.expected_reward(task, logp)[0], probability @ np.asarray(reward), rtol=1e-5
+    )
+
+
+def test_the_surrogate_at_the_sampler_is_the_autodiff_of_the_expected_reward(tiny):
+    """With π = µ, its expected gradient is (1 − 1/G)/T times that of the reward: unbiased."""
+    task, params, (logp, *_) = tiny
+    terms = gradients.expected(ARMS["surrogate"], task, (logp,) * 3, samples=4, threshold=0.0)
+    ours = gradients.parameter_gradient(params, terms)
+
+    def reward(params):
+        return problem.expected_reward(task, jax.nn.log_softmax(problem.logits(params))).mean()
+
+    true = jax.tree.map(lambda g: (1 - 1 / 4) * g / TINY.length, jax.grad(reward)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, true)
+
+
+@pytest.mark.parametrize("name", ["drpo", "drpo_decoupled", "mask_drpo", "grpo", "prime_rl"])
+def test_the_sampled_gradient_averages_to_the_exact_one(tiny, name):
+    """Over all 9² groups of two responses, each with its probability under µ."""
+    task, params, (logp, mu, old) = tiny
+    rows, tokens = responses(task)
+    probability = np.exp(np.asarray(mu)[0, rows, tokens].sum(axis=1))
+    pairs = np.array(list(itertools.product(range(9), repeat=2)))
+    reward = problem.is_right(task, jnp.zeros(9, int), tokens)[pairs]
+    advantage = advantages("dr_grpo", reward.reshape(-1), 2).reshape(-1, 2)
+    arm = jnp.int32(list(ARMS).index(name))
+    dials = Cell(name, 0.1).dials._replace(arm=arm)
+
+    def gradient(pair, advantage):
+        part = Rollout(
+            jnp.zeros(1, int), rows[None, pair], tokens[None, pair], advantage[None], old, mu
+        )
+        return jax.grad(loss, has_aux=True)(params, part, dials)[0]
+
+    sampled = jax.jit(jax.vmap(gradient))(pairs, advantage)
+    weight = probability[pairs].prod(axis=1)
+    terms = gradients.expected(ARMS[name], task, (logp, mu, old), 2, ARMS[name].value)
+    exact = gradients.parameter_gradient(params, terms)
+    for key, values in exact.items():
+        mean = -np.tensordot(weight, np.asarray(sampled[key]), axes=1)
+        np.testing.assert_allclose(mean, values, rtol=1e-3, atol=1e-6)
+
+
+def test_arms_that_need_whole_responses_have_no_exact_gradient(tiny):
+    task, _, tables = tiny
+    with pytest.raises(ValueError, match="GSPO: c of a token depends on its whole response"):
+        gradients.expected(ARMS["gspo"], task, tables, 2, 0.0)
+
+
+def test_tokens_are_drawn_from_the_distribution(tiny):
+    task, _, (_, mu, _) = tiny
+    _, tokens = sample(task, mu, 20_000, jax.random.key(0))
+    share = np.bincount(np.asarray(tokens)[0, :, 0], minlength=3) / 20_000
+    np.testing.assert_allclose(share, np.exp(np.asarray(mu)[0, 0]), atol=0.015)
+
+
+def test_training_learns_or_collapses(runner):
+    """Two fixed cells: a small learning rate without mismatch, and a large one."""
+    learned = np.array(runner(Cell("drpo", 0.02))["reward"])
+    collapsed = np.array(runner(Cell("surrogate", 1.0, noise=1.0))["reward"])
+    assert (learned[:, -1] > learned[:, 0] + 0.1).all()
+    assert (collapsed[:, -1] < collapsed[:, 0]).all()
+
+
+def test_a_run_is_a_function_of_its_settings_and_seed(runner):
+    cell = Cell("drpo", 0.02, noise=0.3, staleness=1)
+    first = runner(cell)
+    assert runner(cell) == first
+    assert Runner(SMALL)(cell) == first
+    assert runner(replace(cell, fixed=True)) != first
+    assert len({tuple(curve) for curve in first["reward"]}) == len(SMALL.seeds)
+
+
+def test_what_is_off_changes_no_bit(runner):
+    """Age without staleness, numerics without noise; a fixed noise of size 0 is none."""
+    result = runner(Cell("drpo", 0.02))
+    assert set(result["age"]) == set(result["numerics"]) == {0.0}
+    assert runner(Cell("drpo", 0.02, fixed=True)) == result
+
+
+def test_reward_scale_moves_no_boundary_of_drpo(runner):
+    """With |Â|, Adam makes a run independent of the scale, but for its ε; without, it is not."""
+    by_arm = {
+        arm: [np.array(runner(Cell(arm, 0.02, scale=s))["reward"]) for s in (1.0, 4.0)]
+        for arm in ("drpo", "drpo_no_advantage")
+    }
+    np.testing.assert_allclose(*by_arm["drpo"], atol=2e-3)
+    assert abs(np.subtract(*by_arm["drpo_no_advantage"])).max() > 0.02
+
+
+def test_cells_are_cached_by_content(tmp_path, runner, monkeypatch):
+    cell = Cell("grpo", 0.02)
+    assert list(cells.missing(tmp_path, [cell], SMALL)) == [cell]
+    result = runner(cell)
+    cells.store(tmp_path, cell, SMALL, result)
+    assert cells.load(tmp_path, cell, SMALL) == json.loads(json.dumps(result))
+    assert not list(cells.missing(tmp_path, [cell], SMALL))
+    other = replace(SMALL, reported=(1, 2, 4))
+    assert cells.load(tmp_path, cell, other) is None
+    assert cells.load(tmp_path, replace(cell, learning_rate=0.03), SMALL) is None
+    monkeypatch.setattr(cells, "_code", lambda: "another version of the code")
+    assert cells.load(tmp_path, cell, SMALL) is None
+
+
+def test_the_name_of_a_cell_reruns_it():
+    cell = Cell("spo", 0.005, noise=0.3, fixed=True, staleness=2, threshold=0.2)
+    assert cells.parse(cell.name) == cell
+    assert cells.parse("arm=drpo,learning_rate=0.01") == Cell("drpo", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arm=drop,learning_rate=0.1", "there is no arm 'drop'; known: surrogate"),
+        ("arm=drpo", "lacks learning_rate"),
+        ("arm=drpo,lr=0.1", "there is no setting 'lr'; known: arm, learning_rate"),
+        ("arm=drpo,learning_rate=fast", "learning_rate needs a value of type float, not 'fast'"),
+        ("arm=drpo,learning_rate=0.1,fixed=yes", "fixed needs a value of type bool, not 'yes'"),
+        ("arm=drpo,learning_rate=0.1,staleness=9", "staleness must be 0 to 4, not 9"),
+        ("arm=grpo,learning_rate=0.1,threshold=0.1", "the arm 'grpo' has no threshold"),
+        ("arm=drpo,learning_rate=-1", "learning_rate must be finite and at least 0"),
+    ],
+)
+def test_bad_cells_say_what_would_be_right(text, message):
+    with pytest.raises(BadInput, match=message):
+        cells.parse(text)

@@ -19,6 +19,8 @@ from experiments.exact.cells import LAST, TUNING, Cell, parse
 
 # Means over the reported seeds and the rollouts of a run.
 METRICS = (
+    "area",
+    "key",
     "sampled_reward",
     "tail",
     "tail_coefficient",
@@ -30,7 +32,6 @@ METRICS = (
     "restrained",
     "restrained_before",
 )
-CURVES = ("start", "final", "area", "key")
 FLIPS = 20_000
 
 
@@ -40,17 +41,15 @@ class Row:
 
     Attributes:
       cell: the settings.
-      start, final, area: exact expected reward of each seed before training, over the last `LAST`
-        rollouts, and over all rollouts; tuning seeds first.
-      key: the final probability of the rare words that select method 1, of each seed.
-      metrics: name -> mean over reported seeds.
+      start, final: exact expected reward of each seed before training and over the last `LAST`
+        rollouts; tuning seeds first.
+      metrics: name -> mean over reported seeds. `area` is the mean reward over all rollouts, and `key`
+        the final probability of the rare words that select method 1.
     """
 
     cell: Cell
     start: np.ndarray
     final: np.ndarray
-    area: np.ndarray
-    key: np.ndarray
     metrics: Mapping[str, float]
 
     @property
@@ -67,28 +66,29 @@ class Row:
 def row(cell: Cell, result: Mapping[str, Any]) -> Row:
     """Returns the row of a cell from what the run measured."""
     reward, key = (np.asarray(result[name], float) for name in ("reward", "key"))
-    metrics = {name: float(np.mean(result[name][len(TUNING) :])) for name in METRICS}
-    means = reward[:, 0], reward[:, -LAST:].mean(axis=1), reward[:, 1:].mean(axis=1), key[:, -1]
-    return Row(cell, *means, metrics)
+    values = {**result, "area": reward[:, 1:].mean(axis=1), "key": key[:, -1]}
+    metrics = {name: float(np.mean(values[name][len(TUNING) :])) for name in METRICS}
+    return Row(cell, reward[:, 0], reward[:, -LAST:].mean(axis=1), metrics)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Returns rows as CSV: one line per cell; values per seed are separated by spaces."""
+    """Returns rows as CSV: one line per cell. The final rewards of its seeds are separated by spaces."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["cell", *CURVES, *METRICS])
+    writer.writerow(["cell", "final", *METRICS])
     for r in rows:
-        curves = (" ".join(f"{x:.4f}" for x in getattr(r, name)) for name in CURVES)
-        writer.writerow([r.cell.name, *curves, *(f"{r.metrics[name]:.5g}" for name in METRICS)])
+        final = " ".join(f"{x:.4f}" for x in r.final)
+        writer.writerow([r.cell.name, final, *(f"{r.metrics[name]:.4g}" for name in METRICS)])
     return out.getvalue()
 
 
-def from_csv(text: str) -> list[Row]:
-    """Reads what `to_csv` wrote."""
+def from_csv(text: str, start: Sequence[float]) -> list[Row]:
+    """Reads what `to_csv` wrote; `start` is the reward of each seed before training."""
     return [
         Row(
             parse(line["cell"]),
-            *(np.array(line[name].split(), float) for name in CURVES),
+            np.asarray(start, float),
+            np.array(line["final"].split(), float),
             {name: float(line[name]) for name in METRICS},
         )
         for line in csv.DictReader(io.StringIO(text))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -81,9 +81,7 @@ class Cell:
     def name(self) -> str:
         """The settings that differ from the defaults, as `parse` reads them."""
         changed = [
-            f"{f.name}={getattr(self, f.name):g}"
-            if f.type == "float"
-            else f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={getattr(self, f.name)}"
             for f in fields(self)
             if getattr(self, f.name) != f.default
         ]
@@ -117,29 +115,29 @@ def parse(text: str) -> Cell:
     Raises:
       BadInput: an unknown setting, a value of the wrong type, or a missing arm or learning rate.
     """
-    types = {f.name: str(f.type) for f in fields(Cell)}
+    kinds: dict[str, Callable[[str], Any]] = {f.name: float for f in fields(Cell)}
+    kinds |= {"arm": str, "fixed": truth, "sgd": truth, "staleness": int}
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in types:
-            raise BadInput(f"cell: there is no setting {name!r}; known: {', '.join(types)}")
+        if name not in kinds:
+            raise BadInput(f"cell: there is no setting {name!r}; known: {', '.join(kinds)}")
         try:
-            values[name] = _value(types[name], value)
+            values[name] = kinds[name](value)
         except ValueError:
             raise BadInput(
-                f"cell: {name} needs a value of type {types[name]}, not {value!r}"
+                f"cell: {name} needs a value of type {kinds[name].__name__}, not {value!r}"
             ) from None
     if missing := [name for name in ("arm", "learning_rate") if name not in values]:
         raise BadInput(f"cell: {text!r} lacks {' and '.join(missing)}")
     return Cell(**values)
 
 
-def _value(kind: str, text: str) -> Any:
-    if kind == "str":
-        return text
-    if kind == "bool":
-        return {"True": True, "False": False}[text] if text in ("True", "False") else int("")
-    return int(text) if kind == "int" else float(text)
+def truth(text: str) -> bool:
+    """Returns the bool that "True" or "False" is."""
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from experiments.exact.analysis import Results
@@ -108,7 +109,7 @@ def shares(summaries: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str
     measures = {"coefficient": "share of Σ|c|", "second_moment": "share of E‖c·∂log π/∂z‖²"}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    colors = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00")
+    colors = colormaps["viridis"](np.linspace(0, 1, len(EDGES)))
     names = ["sampled tokens", *(ARMS[arm].label for arm in arms)]
     edges = (0, *EDGES)
     for panel, (measure, label) in zip(panels, measures.items()):
@@ -119,7 +120,7 @@ def shares(summaries: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str
             panel.barh(names, widths, left=left, color=color, edgecolor="white", linewidth=0.5,
                        label=f"{edges[k]:g} < µ ≤ {edges[k + 1]:g}")  # fmt: skip
             left += widths
-        panel.set(xlim=(0, 1), xlabel=label)
+        panel.set(xlim=(0, 1), xlabel=label, xticks=(0, 0.25, 0.5, 0.75))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.legend(

@@ -24,7 +24,8 @@ from experiments.exact.sweep import (
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
+    escaped = ([text.replace("|", "\\|") for text in line] for line in (head, *lines))
+    rows = [next(escaped), ["---"] * len(head), *escaped]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -69,7 +70,7 @@ def _terms(results: Results, condition: Mapping[str, float]) -> str:
                 f"{row.cell.learning_rate:g}",
                 *values,
                 share,
-                f"{row.key.mean():.2f}",
+                f"{row.metrics['key']:.2f}",
             ]
         )
     head = [
@@ -99,7 +100,7 @@ def page(results: Results, summaries: Summaries) -> str:
             "noise",
             "bias",
             "tail: tokens",
-            "tail: Σ\\|c\\|",
+            "tail: Σ|c|",
             "tail: E‖c·∂log π/∂z‖²",
         ],
         [_gradient_line(arm, s) for arm, s in summaries.items()],
@@ -114,7 +115,7 @@ def page(results: Results, summaries: Summaries) -> str:
         "Thresholds": _threshold_tables(results),
         "Exact gradients": bins,
     }
-    text = "\n".join(f"#### {title}\n\n{body}" for title, body in parts.items())
+    text = "\n".join(f"### {title}\n\n{body}" for title, body in parts.items())
     return text + (
         "\nThe first column of `experiments/results/exact/cells.csv` names the cells. One line runs "
         f"any of them again:\n\n    python -m experiments.exact --cell={example}\n"

@@ -172,7 +172,7 @@ def test_the_name_of_a_cell_reruns_it():
         ("arm=drpo", "lacks learning_rate"),
         ("arm=drpo,lr=0.1", "there is no setting 'lr'; known: arm, learning_rate"),
         ("arm=drpo,learning_rate=fast", "learning_rate needs a value of type float, not 'fast'"),
-        ("arm=drpo,learning_rate=0.1,fixed=yes", "fixed needs a value of type bool, not 'yes'"),
+        ("arm=drpo,learning_rate=0.1,fixed=yes", "fixed needs a value of type truth, not 'yes'"),
         ("arm=drpo,learning_rate=0.1,staleness=9", "staleness must be 0 to 4, not 9"),
         ("arm=grpo,learning_rate=0.1,threshold=0.1", "the arm 'grpo' has no threshold"),
         ("arm=drpo,learning_rate=-1", "learning_rate must be finite and at least 0"),

@@ -27,7 +27,7 @@ NOISES, STALENESSES = (0.0, 0.5, 1.0), (0, 2, 4)
 MISMATCH, STALE = {"noise": 1.0}, {"staleness": 4}
 MAIN = ({}, MISMATCH, STALE)
 # Other kinds of numerics.
-KINDS = ({"noise": 1.0, "fixed": True}, {"rounding": 4.0})
+KINDS = ({"noise": 1.0, "fixed": True}, {"rounding": 16.0})
 KIND_ARMS = ("surrogate", "grpo", "dppo_tv", "drpo", "drpo_rescored", "drpo_decoupled")
 DELTAS = (0.05, 0.08, 0.15, 0.3, 0.5, 12.5)
 THRESHOLD_ARMS = ("dppo_tv", "drpo", "mask_drpo", "drpo_decoupled")

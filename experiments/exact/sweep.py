@@ -7,6 +7,7 @@ from experiments.exact.arms import ARMS
 from experiments.exact.cells import Cell
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+SGD_RATES = (1.0, 3.0, 10.0, 30.0, 100.0)
 # The arms of the maps.
 MAPPED = (
     "surrogate",
@@ -42,7 +43,7 @@ def cells() -> list[Cell]:
 
 def rates(cell: Cell) -> Iterator[Cell]:
     """Yields the cell at every learning rate of the sweep."""
-    for learning_rate in LEARNING_RATES:
+    for learning_rate in SGD_RATES if cell.sgd else LEARNING_RATES:
         yield replace(cell, learning_rate=learning_rate)
 
 
@@ -66,6 +67,9 @@ def _all() -> Iterator[Cell]:
     for kind in KINDS:
         for arm in KIND_ARMS:
             yield from rates(replace(base[arm], **kind))
+    for condition in MAIN:
+        for arm in KIND_ARMS:
+            yield from rates(replace(base[arm], sgd=True, **condition))
     for condition in (MISMATCH, STALE):
         for delta in DELTAS:
             for arm in THRESHOLD_ARMS:

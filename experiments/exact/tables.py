@@ -110,6 +110,9 @@ def page(results: Results, summaries: Summaries) -> str:
         "Final reward": by_condition((*MAPPED, *OTHERS), MAIN, _chosen(results)),
         "Collapse learning rates": by_condition((*MAPPED, *OTHERS), MAIN, _rates(results)),
         "Kinds of numerics": by_condition(KIND_ARMS, kinds, _chosen(results)),
+        "Gradient steps instead of Adam": by_condition(
+            KIND_ARMS, [{**c, "sgd": True} for c in MAIN], _chosen(results)
+        ),
         f"Drift, age and numerics: {words(MISMATCH)}": _terms(results, MISMATCH),
         f"Drift, age and numerics: {words(STALE)}": _terms(results, STALE),
         "Thresholds": _threshold_tables(results),

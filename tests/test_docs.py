@@ -132,7 +132,9 @@ def test_commands_and_modules_exist(page):
     text = page.read_text("utf-8")
     for command in re.findall(r"(?:^ {4,}|`|exec )drpo ([a-z]+)", text, re.MULTILINE):
         assert command in COMMANDS, f"drpo {command}: there is no such command"
-    for module in re.findall(r"(?:python -m |reference: )((?:drpo_jax|benchmarks)[\w.]*)", text):
+    for module in re.findall(
+        r"(?:python -m |reference: )((?:drpo_jax|benchmarks|experiments)[\w.]*)", text
+    ):
         assert importlib.util.find_spec(module), f"{module}: there is no such module"
 
 
@@ -141,7 +143,7 @@ def test_flags_exist(page):
     """Every --flag of our own commands stands in a source file that could define it."""
     sources = [
         path.read_text("utf-8")
-        for folder in ("drpo_jax", "launch", "benchmarks")
+        for folder in ("drpo_jax", "launch", "benchmarks", "experiments")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".sh")
     ]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from drpo_jax.objectives import OBJECTIVES, behavior_penalty, mismatch_weight, token_terms
@@ -125,6 +126,11 @@ def coefficients(arm: Arm, sampled: Sampled, threshold: ArrayLike) -> tuple[jax.
 def any_coefficients(
     arm: ArrayLike, sampled: Sampled, threshold: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `coefficients` of the arm with the index `arm` in `ARMS`: one program serves all arms."""
+    """Returns `coefficients` of the arm with the index `arm` in `ARMS`.
+
+    A traced index becomes a switch over all arms, so that one program serves them all.
+    """
     branches = [partial(coefficients, arm, sampled, threshold) for arm in ARMS.values()]
+    if isinstance(arm, np.integer):
+        return branches[arm]()
     return jax.lax.switch(arm, branches)

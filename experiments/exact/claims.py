@@ -69,10 +69,12 @@ def cell(arm: str, **condition) -> Cell:
 
 def words(condition: Mapping[str, float]) -> str:
     """A condition as text."""
-    return (
-        ", ".join(f"{name} {value:g}" for name, value in condition.items() if value)
-        or "no mismatch"
-    )
+    parts = [
+        name if value is True else f"{name} {value:g}"
+        for name, value in condition.items()
+        if value and name != "sgd"
+    ]
+    return ", ".join(parts) or "no mismatch"
 
 
 def differences(

@@ -91,7 +91,6 @@ def page(results: Results, summaries: Summaries) -> str:
     lines = [
         [c.claim, c.measure, c.numbers, f"**{c.verdict}**"] for c in claims(results, summaries)
     ]
-    kinds = [{k: float(v) for k, v in kind.items()} for kind in KINDS]
     example = results.chosen(cell("drpo", **MISMATCH)).cell.name
     bins = table(
         [
@@ -109,7 +108,7 @@ def page(results: Results, summaries: Summaries) -> str:
         "Claims": table(["claim", "measure", "numbers", "verdict"], lines),
         "Final reward": by_condition((*MAPPED, *OTHERS), MAIN, _chosen(results)),
         "Collapse learning rates": by_condition((*MAPPED, *OTHERS), MAIN, _rates(results)),
-        "Kinds of numerics": by_condition(KIND_ARMS, kinds, _chosen(results)),
+        "Kinds of numerics": by_condition(KIND_ARMS, KINDS, _chosen(results)),
         "Gradient steps instead of Adam": by_condition(
             KIND_ARMS, [{**c, "sgd": True} for c in MAIN], _chosen(results)
         ),

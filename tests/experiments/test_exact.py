@@ -51,7 +51,7 @@ def test_the_expected_reward_is_the_sum_over_all_responses(tiny):
     task, _, (logp, *_) = tiny
     rows, tokens = responses(task)
     probability = np.exp(np.asarray(logp)[0, rows, tokens].sum(axis=1))
-    reward = problem.is_right(task, jnp.zeros(len(tokens), int), tokens)
+    reward = problem.reward_probability(task, jnp.zeros(len(tokens), int), tokens)
     np.testing.assert_allclose(probability.sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(
         problem.expected_reward(task, logp)[0], probability @ np.asarray(reward), rtol=1e-5
@@ -73,15 +73,17 @@ def test_the_surrogate_at_the_sampler_is_the_autodiff_of_the_expected_reward(tin
 
 @pytest.mark.parametrize("name", ["drpo", "drpo_decoupled", "mask_drpo", "grpo", "prime_rl"])
 def test_the_sampled_gradient_averages_to_the_exact_one(tiny, name):
-    """Over all 9² groups of two responses, each with its probability under µ."""
+    """Over all 9² groups of two responses and their rewards, each with its probability under µ."""
     task, params, (logp, mu, old) = tiny
     rows, tokens = responses(task)
     probability = np.exp(np.asarray(mu)[0, rows, tokens].sum(axis=1))
-    pairs = np.array(list(itertools.product(range(9), repeat=2)))
-    reward = problem.is_right(task, jnp.zeros(9, int), tokens)[pairs]
+    chance = np.asarray(problem.reward_probability(task, jnp.zeros(9, int), tokens))
+    outcomes = itertools.product(range(9), range(9), (0.0, 1.0), (0.0, 1.0))
+    first, second, *reward = np.array(list(outcomes)).T
+    pairs, reward = np.stack([first, second], axis=1).astype(int), np.stack(reward, axis=1)
+    weight = probability[pairs] * np.where(reward, chance[pairs], 1 - chance[pairs])
     advantage = advantages("dr_grpo", reward.reshape(-1), 2).reshape(-1, 2)
-    arm = jnp.int32(list(ARMS).index(name))
-    dials = Cell(name, 0.1).dials._replace(arm=arm)
+    dials = Cell(name, 0.1).dials
 
     def gradient(pair, advantage):
         part = Rollout(
@@ -90,11 +92,10 @@ def test_the_sampled_gradient_averages_to_the_exact_one(tiny, name):
         return jax.grad(loss, has_aux=True)(params, part, dials)[0]
 
     sampled = jax.jit(jax.vmap(gradient))(pairs, advantage)
-    weight = probability[pairs].prod(axis=1)
     terms = gradients.expected(ARMS[name], task, (logp, mu, old), 2, ARMS[name].value)
     exact = gradients.parameter_gradient(params, terms)
     for key, values in exact.items():
-        mean = -np.tensordot(weight, np.asarray(sampled[key]), axes=1)
+        mean = -np.tensordot(weight.prod(axis=1), np.asarray(sampled[key]), axes=1)
         np.testing.assert_allclose(mean, values, rtol=1e-3, atol=1e-6)
 
 

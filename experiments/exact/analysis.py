@@ -65,9 +65,11 @@ class Row:
 
 def row(cell: Cell, result: Mapping[str, Any]) -> Row:
     """Returns the row of a cell from what the run measured."""
-    reward, key = (np.asarray(result[name], float) for name in ("reward", "key"))
-    values = {**result, "area": reward[:, 1:].mean(axis=1), "key": key[:, -1]}
-    metrics = {name: float(np.mean(values[name][len(TUNING) :])) for name in METRICS}
+    # A policy that is no longer finite earns nothing.
+    numbers = {name: np.nan_to_num(np.asarray(x, float), nan=0.0) for name, x in result.items()}
+    reward = numbers["reward"]
+    numbers |= {"area": reward[:, 1:].mean(axis=1), "key": numbers["key"][:, -1]}
+    metrics = {name: float(numbers[name][len(TUNING) :].mean()) for name in METRICS}
     return Row(cell, reward[:, 0], reward[:, -LAST:].mean(axis=1), metrics)
 
 

@@ -105,8 +105,9 @@ def sampler_logits(
 
     def noisy(values):
         key_or_fixed = jax.lax.select(dials.fixed, fixed_key, key)
-        draw = lambda p: jax.random.normal(jax.random.fold_in(key_or_fixed, p), values.shape[1:])  # noqa: E731
-        return values + dials.noise * jax.vmap(draw)(prompts)
+        keys = jax.vmap(lambda p: jax.random.fold_in(key_or_fixed, p))(prompts)
+        draws = jax.vmap(lambda key: jax.random.normal(key, values.shape[1:]))(keys)
+        return values + dials.noise * draws
 
     values = problem.logits(params, prompts)
     values = jax.lax.cond(dials.rounding > 0, rounded, lambda x: x, values)
@@ -241,9 +242,8 @@ def train(
 
     def measure(params):
         logp = jax.nn.log_softmax(problem.logits(params))
-        return problem.expected_reward(task, logp).mean(), problem.key_probability(
-            task, logp
-        ).mean()
+        measures = problem.expected_reward, problem.key_probability
+        return tuple(measure(task, logp).mean() for measure in measures)
 
     def step(carry, k):
         params, state, earlier = carry
@@ -278,8 +278,11 @@ def runs(
 
     A seed decides the task, the warm start and all draws. Arms with the same seed are therefore paired.
     """
-    one = lambda seed, task, params: train(task, params, dials, schedule, _key(seed, 1))  # noqa: E731
-    return jax.vmap(one)(seeds, task, params)
+
+    def run(seed, task, params):
+        return train(task, params, dials, schedule, _key(seed, 1))
+
+    return jax.vmap(run)(seeds, task, params)
 
 
 def _key(seed: jax.Array, purpose: int) -> jax.Array:

@@ -243,7 +243,7 @@ def train(
     def measure(params):
         logp = jax.nn.log_softmax(problem.logits(params))
         measures = problem.expected_reward, problem.key_probability
-        return tuple(measure(task, logp).mean() for measure in measures)
+        return tuple(expectation(task, logp).mean() for expectation in measures)
 
     def step(carry, k):
         params, state, earlier = carry

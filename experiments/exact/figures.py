@@ -14,6 +14,7 @@ from experiments.exact.gradients import EDGES
 from experiments.exact.sweep import (
     DELTAS,
     LEARNING_RATES,
+    MAIN,
     MAPPED,
     MISMATCH,
     NOISES,
@@ -37,6 +38,7 @@ LOOKS = {
     "drpo_rescored": ("#56B4E9", "-"),
     "drpo_decoupled": ("#56B4E9", "--"),
 }
+TITLES = ("no mismatch", f"noise {MISMATCH['noise']:g}", f"staleness {STALE['staleness']}")
 
 
 def maps(results: Results) -> Figure:
@@ -79,9 +81,7 @@ def rewards(results: Results) -> Figure:
     """Final reward against the learning rate, without mismatch, with noise and with staleness."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    conditions = {"no mismatch": {}, f"noise {MISMATCH['noise']:g}": MISMATCH}
-    conditions[f"staleness {STALE['staleness']}"] = STALE
-    for panel, (title, condition) in zip(panels, conditions.items()):
+    for panel, title, condition in zip(panels, TITLES, MAIN):
         for arm in MAPPED:
             rows = results.over_rates(Cell(arm, LEARNING_RATES[0], **condition))
             color, dashes = LOOKS[arm]
@@ -101,6 +101,29 @@ def rewards(results: Results) -> Figure:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9
     )
+    return figure
+
+
+def curves(by_cell: Mapping[Cell, Mapping[str, np.ndarray]]) -> Figure:
+    """Learning curves at the chosen learning rates: means, and quartiles over seeds as bands."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(MAIN), sharey=True)
+    for panel, title, condition in zip(panels, TITLES, MAIN):
+        base = Cell("drpo", LEARNING_RATES[0], **condition).condition
+        for cell, curve in by_cell.items():
+            if cell.condition != base:
+                continue
+            color, dashes = LOOKS[cell.arm]
+            label = ARMS[cell.arm].label
+            rollouts = np.arange(len(curve["mean"]))
+            panel.plot(rollouts, curve["mean"], dashes, color=color, label=label)
+            panel.fill_between(rollouts, curve["low"], curve["high"], color=color, alpha=0.15, lw=0)
+        panel.set(xlabel="rollout", ylim=(0, 1), xlim=(0, None))
+        panel.set_title(title, loc="left", fontsize=11)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("exact expected reward")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
@@ -133,8 +156,7 @@ def thresholds(results: Results) -> Figure:
     """Final reward at the chosen learning rate against δ, with noise and with staleness."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    titles = (f"noise {MISMATCH['noise']:g}", f"staleness {STALE['staleness']}")
-    for panel, title, condition in zip(panels, titles, (MISMATCH, STALE)):
+    for panel, title, condition in zip(panels, TITLES[1:], MAIN[1:]):
         for arm in THRESHOLD_ARMS:
             color, dashes = LOOKS[arm]
             cells = [at_threshold(Cell(arm, LEARNING_RATES[0], **condition), d) for d in DELTAS]

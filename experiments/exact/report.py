@@ -15,9 +15,9 @@ import numpy as np
 from experiments.exact import exactness, figures, tables
 from experiments.exact.analysis import Results, from_csv, row, to_csv
 from experiments.exact.arms import ARMS
-from experiments.exact.cells import Cell, Setup, load, versions
+from experiments.exact.cells import TUNING, Cell, Setup, load, parse, versions
 from experiments.exact.gradients import EDGES
-from experiments.exact.sweep import cells
+from experiments.exact.sweep import KIND_ARMS, LEARNING_RATES, MAIN, cells
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "exact"
@@ -33,6 +33,7 @@ def collect(cache: Path) -> None:
     rows = [row(cell, result) for cell, result in results if result is not None]
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "cells.csv").write_text(to_csv(rows))
+    (RESULTS / "curves.csv").write_text(_curves_csv(Results(rows), dict(results)))
     (RESULTS / "gradients.csv").write_text(_gradients_csv(exactness.compare(GRADIENTS, setup)))
     facts = {
         "command": "python -m experiments.exact",
@@ -54,6 +55,7 @@ def write() -> None:
     for name, figure in {
         "exact_maps": figures.maps(results),
         "exact_rewards": figures.rewards(results),
+        "exact_curves": figures.curves(_read_curves((RESULTS / "curves.csv").read_text())),
         "exact_thresholds": figures.thresholds(results),
         "exact_gradients": figures.shares(summaries, shown),
     }.items():
@@ -75,6 +77,30 @@ def read() -> tuple[Results, dict[str, dict[str, np.ndarray]]]:
 def markdown() -> str:
     """Returns the tables of the page, from the CSV files."""
     return tables.page(*read())
+
+
+def _curves_csv(results: Results, by_cell: Mapping[Cell, Mapping]) -> str:
+    """Learning curves in the main conditions at the chosen rates: quartiles and mean over seeds."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["cell", "quantity", "values"])
+    for condition in MAIN:
+        for arm in KIND_ARMS:
+            chosen = results.chosen(Cell(arm, LEARNING_RATES[0], **condition)).cell
+            rewards = np.array(by_cell[chosen]["reward"], float)[len(TUNING) :]
+            low, high = np.quantile(rewards, (0.25, 0.75), axis=0)
+            for name, curve in (("low", low), ("mean", rewards.mean(axis=0)), ("high", high)):
+                writer.writerow([chosen.name, name, " ".join(f"{x:.4f}" for x in curve)])
+    return out.getvalue()
+
+
+def _read_curves(text: str) -> dict[Cell, dict[str, np.ndarray]]:
+    """Reads what `_curves_csv` wrote."""
+    curves: dict[Cell, dict[str, np.ndarray]] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        curve = np.array(line["values"].split(), float)
+        curves.setdefault(parse(line["cell"]), {})[line["quantity"]] = curve
+    return curves
 
 
 def _gradients_csv(summaries: Mapping[str, Mapping[str, np.ndarray]]) -> str:

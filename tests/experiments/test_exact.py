@@ -44,7 +44,7 @@ def responses(task):
     """All responses of the tiny task: contexts and tokens, int32 [9, T]."""
     tokens = np.array(list(itertools.product(range(TINY.vocabulary), repeat=TINY.length)))
     rows = problem.rows_of(task.key_V[tokens[:, 0]].astype(jnp.int32), TINY.steps)
-    return np.asarray(rows), tokens
+    return rows, jnp.asarray(tokens)
 
 
 def test_the_expected_reward_is_the_sum_over_all_responses(tiny):

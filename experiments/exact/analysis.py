@@ -157,30 +157,36 @@ class Results:
 
 @dataclass(frozen=True)
 class CollapseRate:
-    """Collapse learning rates of the reported seeds: log, and whether the seed never collapsed."""
+    """Collapse learning rates of the reported seeds.
+
+    Attributes:
+      logs: natural logarithms.
+      beyond: 1 for a seed that collapses at no rate of the sweep, −1 for one that collapses at all, which
+        count with the largest and the smallest rate; 0 for the others.
+    """
 
     logs: tuple[float, ...]
-    never: tuple[bool, ...]
+    beyond: tuple[int, ...]
 
     @property
     def estimate(self) -> Estimate:
-        """The geometric mean; a seed that never collapses counts with the largest learning rate."""
+        """The geometric mean."""
         e = estimate(np.array(self.logs))
         return Estimate(*np.exp([e.mean, e.low, e.high]).tolist())
 
     @property
-    def bound(self) -> bool:
-        """Whether the mean is only a lower bound."""
-        return any(self.never)
+    def sign(self) -> str:
+        """Returns "≥ " or "≤ " if the mean is only a bound, else nothing."""
+        return "≥ " if 1 in self.beyond else "≤ " if -1 in self.beyond else ""
 
 
-def _crossing(rates: np.ndarray, gains: np.ndarray) -> tuple[float, bool]:
-    """Returns where the gain first turns negative, interpolated linearly, and whether it never does."""
+def _crossing(rates: np.ndarray, gains: np.ndarray) -> tuple[float, int]:
+    """Returns where the gain first turns negative, interpolated linearly, and `CollapseRate.beyond`."""
     below = np.flatnonzero(gains < 0)
     if not len(below):
-        return float(rates[-1]), True
+        return float(rates[-1]), 1
     i = below[0]
     if i == 0:
-        return float(rates[0]), False
+        return float(rates[0]), -1
     share = gains[i - 1] / (gains[i - 1] - gains[i])
-    return float(rates[i - 1] + share * (rates[i] - rates[i - 1])), False
+    return float(rates[i - 1] + share * (rates[i] - rates[i - 1])), 0

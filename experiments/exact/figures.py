@@ -56,7 +56,7 @@ def maps(results: Results) -> Figure:
                 mean = rate.estimate.mean
                 values[i, j] = np.log10(mean)
                 color = "white" if values[i, j] < (low + high) / 2 else "black"
-                text = f"{'≥ ' if rate.bound else ''}{mean:.2g}"
+                text = f"{rate.sign}{mean:.2g}"
                 panel.text(j, i, text, ha="center", va="center", color=color, fontsize=10)
         image = panel.imshow(
             values, vmin=low, vmax=high, cmap="cividis", origin="lower", aspect="auto"

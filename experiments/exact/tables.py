@@ -51,7 +51,7 @@ def _chosen(results: Results) -> Callable[[Cell], str]:
 def _rates(results: Results) -> Callable[[Cell], str]:
     def text(start: Cell) -> str:
         rate = results.collapse_rate(start)
-        return f"{'≥ ' if rate.bound else ''}{rate.estimate}"
+        return f"{rate.sign}{rate.estimate}"
 
     return text
 

@@ -11,7 +11,8 @@ import pytest
 
 from drpo_jax.errors import BadInput
 from drpo_jax.objectives import advantages
-from experiments.exact import cells, gradients, problem
+from experiments.exact import cells, gradients, problem, sweep
+from experiments.exact.analysis import Results, Row, flip_p, holm
 from experiments.exact.arms import ARMS
 from experiments.exact.cells import Cell, Runner, Setup
 from experiments.exact.problem import Shape
@@ -182,3 +183,41 @@ def test_the_name_of_a_cell_reruns_it():
 def test_bad_cells_say_what_would_be_right(text, message):
     with pytest.raises(BadInput, match=message):
         cells.parse(text)
+
+
+def row(learning_rate, final):
+    """A row of DRPO whose reported seeds start at 0.2 and end at `final`."""
+    seeds = len(cells.TUNING) + len(cells.REPORTED)
+    values = np.resize(np.asarray(final, float), seeds)
+    return Row(Cell("drpo", learning_rate), np.full(seeds, 0.2), values, {})
+
+
+def test_the_collapse_rate_is_interpolated_between_the_rates():
+    results = Results([row(0.01, 0.4), row(0.1, 0.0), row(1.0, 0.1)])
+    rate = results.collapse_rate(Cell("drpo", 0.01))
+    assert rate.estimate.mean == pytest.approx(10**-1.5) and rate.sign == ""
+    never = Results([row(0.01, 0.4), row(0.1, 0.3)]).collapse_rate(Cell("drpo", 0.01))
+    assert never.estimate.mean == pytest.approx(0.1) and never.sign == "≥ "
+    always = Results([row(0.01, 0.1), row(0.1, 0.1)]).collapse_rate(Cell("drpo", 0.01))
+    assert always.estimate.mean == pytest.approx(0.01) and always.sign == "≤ "
+
+
+def test_learning_rates_are_chosen_on_seeds_that_are_not_reported():
+    tuning = len(cells.TUNING)
+    better, worse = (
+        np.r_[np.full(tuning, x), np.full(len(cells.REPORTED), 1 - x)] for x in (0.9, 0.1)
+    )
+    results = Results([row(0.01, better), row(0.1, worse)])
+    assert results.chosen(Cell("drpo", 0.01)).cell.learning_rate == 0.01
+    np.testing.assert_allclose(results.chosen(Cell("drpo", 0.01)).reported, 0.1)
+
+
+def test_p_values_are_corrected_by_holm():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert flip_p(np.full(12, 0.1)) < 0.002 < 0.9 < flip_p(np.array([0.1, -0.1] * 6))
+
+
+def test_the_sweep_contains_each_cell_once_and_by_name():
+    planned = sweep.cells()
+    assert len(set(planned)) == len(planned)
+    assert [cells.parse(cell.name) for cell in planned] == planned

@@ -161,8 +161,8 @@ class CollapseRate:
 
     Attributes:
       logs: natural logarithms.
-      beyond: 1 for a seed that collapses at no rate of the sweep, −1 for one that collapses at all, which
-        count with the largest and the smallest rate; 0 for the others.
+      beyond: 1 for a seed that collapses at no rate of the sweep, −1 for one that collapses at every
+        rate; they count with the largest and the smallest rate. 0 for the others.
     """
 
     logs: tuple[float, ...]

@@ -18,6 +18,8 @@ from experiments.exact.cells import Cell, Runner, Setup
 from experiments.exact.problem import Shape
 from experiments.exact.run import Rollout, Schedule, loss, sample
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY = Shape(prompts=1, length=2, vocabulary=3, width=2, keys=1, common=1, fit=20)
 SMALL = Setup(
     Shape(prompts=4, length=3, vocabulary=16, width=8, keys=2, common=4, fit=100),
@@ -138,13 +140,16 @@ def test_what_is_off_changes_no_bit(runner):
 
 
 def test_reward_scale_moves_no_boundary_of_drpo(runner):
-    """With |Â|, Adam makes a run independent of the scale, but for its ε; without, it is not."""
+    """With |Â|, Adam makes a run independent of the scale, but for its ε; without, it is not.
+
+    The ε changes the last bits, and these may change a sample: hence the median.
+    """
     by_arm = {
         arm: [np.array(runner(Cell(arm, 0.02, scale=s))["reward"]) for s in (1.0, 4.0)]
         for arm in ("drpo", "drpo_no_advantage")
     }
-    np.testing.assert_allclose(*by_arm["drpo"], atol=2e-3)
-    assert abs(np.subtract(*by_arm["drpo_no_advantage"])).max() > 0.02
+    assert np.median(abs(np.subtract(*by_arm["drpo"]))) < 1e-4
+    assert np.median(abs(np.subtract(*by_arm["drpo_no_advantage"]))) > 0.01
 
 
 def test_cells_are_cached_by_content(tmp_path, runner, monkeypatch):

@@ -94,9 +94,7 @@ def rewards(results: Results) -> Figure:
         panel.set(xscale="log", xlabel="learning rate of Adam", ylim=(0, 1))
         panel.set_title(title, loc="left", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].text(
-        rates[-1], start + 0.01, "start", ha="right", va="bottom", color="0.4", fontsize=9
-    )
+    panels[0].text(rates[0], start + 0.01, "start", ha="left", va="bottom", color="0.4", fontsize=9)
     panels[0].set_ylabel("exact expected reward, last 10 rollouts")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9

@@ -70,17 +70,18 @@ def get_config(variants=""):
     config.model.experts_per_token = 2
     config.model.expert_size = 96
     config.model.rope_theta = 1e4
+    config.model.tie_embeddings = True
     config.compute.unroll = 2
 
     config.data.task = "marked"
-    config.data.digits = 3
+    config.data.digits = 2
     config.data.operations = "+-"
     config.data.mark_exponent = 0.8
     prompt, response = TASKS["marked"].lengths(config.data)
     config.sampler.max_prompt_length = prompt
     config.sampler.max_response_length = response
     config.sampler.slots = 128
-    config.sampler.decode_steps = 36
+    config.sampler.decode_steps = response
 
     config.sft.steps = 500
     config.sft.batch = 128

@@ -86,12 +86,20 @@ def micro_tokens_table() -> str:
     return results_table("micro_tokens", markdown)
 
 
+def laboratory_small() -> str:
+    """The tables of level 2 of the laboratory."""
+    from experiments.small.report import markdown
+
+    return markdown()
+
+
 TABLES = {
     "metrics": metrics_table,
     "fields": fields_table,
     "dials": dials_table,
     "micro_tokens": micro_tokens_table,
     "peers": peers_table,
+    "laboratory_small": laboratory_small,
 }
 
 

@@ -1,0 +1,188 @@
+r"""Runs the sweep of level 2: python -m experiments.small
+
+Runs the cells of the plan (experiments/plan.md) in order and appends each finished one to
+experiments/results/small/SETTING.jsonl. A finished cell is not repeated. After an interruption, the same
+command goes on; a cell that was running starts again. Narrow the sweep with
+
+    --setting=moe_fp8_rollout,dense --mismatches=recipe --objectives=drpo,surrogate --seeds=0,1,2
+
+or list it with --list. One cell by its id, also if it is finished:
+
+    python -m experiments.small --only=moe_fp8_rollout/recipe/drpo/lr0.0002/seed0
+
+A finished cell that runs again is compared with the stored result instead of being stored.
+"""
+
+import json
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.small import results as files
+from experiments.small.arms import ARMS, MISMATCHES, SETTINGS
+from experiments.small.plan import Cell, stages
+
+SETTING = flags.DEFINE_list("setting", [], f"Settings: {', '.join(SETTINGS)}. Default: all.")
+MISMATCH = flags.DEFINE_list("mismatches", [], f"Of {', '.join(MISMATCHES)}. Default: all.")
+OBJECTIVES = flags.DEFINE_list("objectives", [], f"Arms: {', '.join(ARMS)}. Default: all.")
+SEEDS = flags.DEFINE_list("seeds", [], "Seeds; default: all, the selection's included.")
+ONLY = flags.DEFINE_string("only", "", "The id of one cell.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes.", lower_bound=1)
+LIST = flags.DEFINE_bool("list", False, "List the cells that are left, and run none.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/small", "Directory of warm starts and logs.")
+
+
+class Worker:
+    """A worker process, see `experiments.small.worker`."""
+
+    def __init__(self, number: int, workdir: Path):
+        self._workdir = workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        with (workdir / f"worker{number}.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.small.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def ask(self, kind: str, cell: Cell) -> dict[str, Any]:
+        """Sends a request and waits for the reply.
+
+        Raises:
+          RuntimeError: the worker failed, or ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {kind: cell.id, "workdir": str(self._workdir.resolve())}
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        reply = json.loads(line) if line else {"error": "the worker ended"}
+        if "error" in reply:
+            raise RuntimeError(f"{cell.id}: {reply['error']} (see {self._workdir}/worker*.log)")
+        return reply
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+
+class Pool:
+    """Workers that share the cells of a stage."""
+
+    def __init__(self, jobs: int, workdir: Path):
+        self._workers = [Worker(number, workdir) for number in range(jobs)]
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def map(self, kind: str, cells: Iterable[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Yields each cell with its reply, in the order in which they finish.
+
+        Raises:
+          RuntimeError: a worker failed; the cells that others are running are lost.
+        """
+        idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            idle.put(worker)
+
+        def ask(cell: Cell) -> tuple[Cell, dict[str, Any]]:
+            worker = idle.get()
+            try:
+                return cell, worker.ask(kind, cell)
+            finally:
+                idle.put(worker)
+
+        executor = ThreadPoolExecutor(len(self._workers))
+        try:
+            for future in as_completed([executor.submit(ask, cell) for cell in cells]):
+                yield future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def wanted(cell: Cell) -> bool:
+    """Returns whether the flags select a cell."""
+    chosen = (
+        (SETTING.value, cell.setting),
+        (MISMATCH.value, cell.mismatch),
+        (OBJECTIVES.value, cell.arm),
+        (SEEDS.value, str(cell.seed)),
+    )
+    return all(not values or value in values for values, value in chosen)
+
+
+def sweep(pool: Pool, workdir: Path) -> None:
+    """Runs all cells that the flags select and that are not finished."""
+    finished, started, fresh = files.read(), time.monotonic(), 0
+    for stage in stages(finished):
+        cells = [cell for cell in stage.cells if wanted(cell) and cell.id not in finished]
+        print(f"{stage.title}: {len(cells)} of {len(stage.cells)} cells to run", flush=True)
+        if not cells:
+            continue
+        firsts = {(cell.setting, cell.warm_start): cell for cell in cells}
+        for cell, _ in pool.map("warm_start", firsts.values()):
+            print(f"  warm start {cell.warm_start} of {cell.setting}", flush=True)
+        for done, (cell, result) in enumerate(pool.map("run", cells), start=1):
+            files.append(result)
+            finished[cell.id] = result
+            fresh += 1
+            rate = (time.monotonic() - started) / fresh
+            print(
+                f"  {done}/{len(cells)} {cell.id}: {_last(result):.3f} after {result['seconds']:.0f} s; "
+                f"{rate * (len(cells) - done) / 60:.0f} min left in this stage",
+                flush=True,
+            )
+
+
+def _last(result: dict[str, Any]) -> float:
+    return result["evaluations"][-1][1]
+
+
+def one(pool: Pool, cell: Cell) -> None:
+    """Runs one cell and stores its result, or compares it with the stored one."""
+    stored = files.read().get(cell.id)
+    list(pool.map("warm_start", [cell]))
+    [(_, result)] = pool.map("run", [cell])
+    print(json.dumps(result))
+    if stored is None:
+        files.append(result)
+        return
+    differing = [
+        name for name in ("evaluations", "reward", "metrics") if stored[name] != result[name]
+    ]
+    print("as stored" if not differing else f"differs from the stored result: {differing}")
+
+
+def main(_: Sequence[str]) -> None:
+    workdir = Path(WORKDIR.value)
+    if LIST.value:
+        finished = files.read()
+        for stage in stages(finished):
+            left = [cell.id for cell in stage.cells if wanted(cell) and cell.id not in finished]
+            print("\n".join([f"{stage.title}: {len(left)} of {len(stage.cells)} left", *left]))
+        return
+    with Pool(JOBS.value, workdir) as pool:
+        if ONLY.value:
+            one(pool, Cell.parse(ONLY.value))
+        else:
+            sweep(pool, workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,135 @@
+"""Measures the tail of the warm starts, and that the outcome depends on it.
+
+    python -m experiments.small.tail [--setting=moe_fp8_rollout]
+
+For each warm start of a setting, from 8 sampled responses to each of 192 held-out problems:
+
+    tail         share of the sampled tokens with µ <= 0.01
+    tail_marks   share of these that are marks
+    careful      share of the columns whose mark is careful
+    kept         accuracy of responses in which every carry leaves and enters a careful column
+    lost         accuracy of the others
+
+and by intervention, with the first mark of the response set by hand, on the problems whose first column
+has a carry:
+
+    forced_careful, forced_hasty   accuracy after a careful, and after a hasty mark, drawn from the
+                                   frequencies in the demonstrations
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from drpo_jax import data
+from drpo_jax.cli import use_compilation_cache
+from drpo_jax.data import marked
+from drpo_jax.data.arithmetic import column_result, columns
+from drpo_jax.data.tokenizer import MARKS
+from drpo_jax.loop import Run, initial_model
+from drpo_jax.objectives.diagnostics import TAIL
+from drpo_jax.run import EVALUATE, NOISE
+from experiments.small import results as files
+from experiments.small.arms import SETTINGS
+from experiments.small.cell import cell_config, make_warm_start
+from experiments.small.plan import WARM_STARTS, Cell
+
+SETTING = flags.DEFINE_enum("setting", SETTINGS[0], SETTINGS, "The setting.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/small", "Directory of the warm starts.")
+PROBLEMS, SAMPLES = 192, 8
+
+
+def begins_with_carry(problem: data.Problem) -> bool:
+    """Returns whether the first column that a response works out, the units, has a carry out."""
+    places, operation = columns(problem)
+    return column_result(operation, *places[0], 0)[0] >= 10
+
+
+def measure(cell: Cell, workdir: Path) -> dict[str, float]:
+    """Returns the figures of the warm start of a cell, see the module's docstring."""
+    config = cell_config(cell, workdir, **{"evaluate.problems": PROBLEMS})
+    longer = {"sampler.max_prompt_length": config.sampler.max_prompt_length + 1}
+    config = cell_config(cell, workdir, **{"evaluate.problems": PROBLEMS}, **longer)
+    run = Run.create(config, workdir, train=False)
+    with jax.set_mesh(run.mesh):
+        sampler = run.programs.sampler
+        sampler.load(run.programs.sync(initial_model(run), run.key(0, NOISE)))
+        figures = _free(run, sampler)
+        rng, law = np.random.default_rng(0), marked.mark_law(config.data)
+        careful = marked.is_careful(config.data)
+        for name, chosen in (("forced_careful", careful), ("forced_hasty", ~careful)):
+            p = np.where(chosen, law, 0)
+            figures[name] = _forced(
+                run, sampler, rng.choice(len(law), p=p / p.sum(), size=PROBLEMS)
+            )
+    return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def _free(run, sampler):
+    """The figures of responses that the policy samples without intervention."""
+    params = run.programs.sampling_params
+    tail, marks, careful, right, kept = [], [], [], [], []
+    is_mark = np.array([run.tokenizer.decode([i]) in MARKS for i in range(2, 256)])
+    for group in run.sample(sampler, run.heldout, params, run.key(0, EVALUATE)):
+        rollouts, problem = group.rollouts, run.heldout[group.index]
+        mask = rollouts.mask()
+        rare = (rollouts.full_logp <= np.log(TAIL)) & mask
+        for row, text in enumerate(group.texts):
+            start, length = rollouts.prompt_lengths[row], rollouts.response_lengths[row]
+            ids = rollouts.tokens[row, start : start + length]
+            tail.append(rare[row, :length])
+            marks.append((ids >= 2) & is_mark[np.maximum(ids, 2) - 2])
+            careful += [chosen for _, chosen, _ in marked.methods(text, run.config.data)]
+            kept.append(marked.keeps_carries(problem, text, run.config.data))
+        right += list(group.rewards.result())
+    tail, marks = np.concatenate(tail), np.concatenate(marks)
+    right, kept = np.array(right), np.array(kept)
+    return {
+        "tail": tail.mean(),
+        "tail_marks": (tail & marks).sum() / max(tail.sum(), 1),
+        "careful": np.mean(careful),
+        "accuracy": right.mean(),
+        "share_kept": kept.mean(),
+        "kept": right[kept].mean() if kept.any() else np.nan,
+        "lost": right[~kept].mean() if (~kept).any() else np.nan,
+    }
+
+
+def _forced(run, sampler, ranks):
+    """The accuracy with the first mark given, on the problems with a carry in their first column."""
+    pairs = [(p, MARKS[r]) for p, r in zip(run.heldout, ranks) if begins_with_carry(p)]
+    prompts = [run.tokenizer.encode(problem.prompt + mark) for problem, mark in pairs]
+    right = []
+    key = jax.random.fold_in(run.key(0, EVALUATE), 1)
+    for index, rollouts in sampler.stream(prompts, run.programs.sampling_params, key):
+        problem, mark = pairs[index]
+        texts = [mark + text for text in rollouts.texts(run.tokenizer)]
+        right += [run.reward.function(problem.prompt, text, problem.answer) for text in texts]
+    return np.mean(right)
+
+
+def main(_: Sequence[str]) -> None:
+    use_compilation_cache("auto")
+    workdir, rows = Path(WORKDIR.value), {}
+    for number in range(WARM_STARTS):
+        cell = Cell(SETTING.value, "recipe", "drpo", 1e-4, number)
+        make_warm_start(cell, workdir)
+        rows[f"warm start {number}"] = row = measure(cell, workdir)
+        print(f"warm start {number}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
+    content: dict[str, Any] = {
+        "command": "python -m " + " ".join(["experiments.small.tail", *sys.argv[1:]]),
+        "figures": rows,
+    }
+    path = files.DIRECTORY / f"tail_{SETTING.value}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -57,6 +57,12 @@ def _running(result):
     return np.convolve(_accuracies(result), np.ones(WINDOW) / WINDOW, mode="valid")
 
 
+def tail_gradient(result: Result) -> float:
+    """Returns the mean share of the tokens with µ <= 0.01 in Σ|c|; NaN if it was never measured."""
+    names = [f"by_mu/{edges}/gradient" for edges in ("0-1e-4", "1e-4-1e-3", "1e-3-0.01")]
+    return sum(mean_metric([result], name) for name in names)
+
+
 class Interval(NamedTuple):
     """A mean with its bootstrap interval."""
 

@@ -82,6 +82,9 @@ def make_warm_start(cell: Cell, workdir: Path, **changes: Any) -> None:
 class Bench:
     """Runs cells in one process and keeps compiled programs and warm starts between them.
 
+    It keeps the programs of the latest kind of cell only. In the plan, cells that differ in seed and
+    learning rate follow each other.
+
     Args:
       workdir: directory of the warm starts.
       **changes: fields by dotted name that differ from configs/lab.py in all cells.
@@ -89,7 +92,8 @@ class Bench:
 
     def __init__(self, workdir: Path, **changes: Any):
         self._workdir, self._changes = workdir, changes
-        self._programs: dict[tuple[str, ...], Programs] = {}
+        self._kind: tuple[str, ...] = ()
+        self._programs: Programs | None = None
         self._models: dict[str, Any] = {}
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -136,11 +140,14 @@ class Bench:
         }
 
     def _new_run(self, config: FrozenConfigDict, cell: Cell) -> Run:
-        """Returns the run, with the programs of an earlier cell of the same kind if there is one."""
-        key = cell.setting, cell.mismatch, cell.arm
-        shared = self._programs.get(key)
-        run = Run.create(config, self._workdir, programs=shared and shared.for_config(config))
-        self._programs.setdefault(key, run.programs)
+        """Returns the run, with the programs of the cell before if that was of the same kind."""
+        kind = cell.setting, cell.mismatch, cell.arm
+        if kind != self._kind:
+            self._kind, self._programs = kind, None
+            jax.clear_caches()
+        shared = self._programs.for_config(config) if self._programs else None
+        run = Run.create(config, self._workdir, programs=shared)
+        self._programs = run.programs
         return run
 
     def _warm_start(self, run: Run) -> Any:

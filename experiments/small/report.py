@@ -25,16 +25,16 @@ from experiments.small.analysis import (
     paired,
     primary,
     steps_to_goal,
+    tail_gradient,
 )
 from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
-from experiments.small.plan import RATES, SEEDS, STRESS_RATE, Cell, chosen_rate
+from experiments.small.plan import RATES, SEEDS, SELECTION_SEEDS, STRESS_RATE, Cell, chosen_rate
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 REFERENCE = "drpo"  # The arm that the others are compared with.
 VISIBLE = 0.05
 NEEDED = len(SEEDS)  # Pairs that a claim needs.
-TAIL_BINS = ("0-1e-4", "1e-4-1e-3", "1e-3-0.01")
 
 
 def of_arm(
@@ -124,7 +124,6 @@ def mismatch_table(results: Results, mismatch: str) -> str:
         real = means.get("mismatch/shift_real", math.nan)
         if math.isnan(real):  # Without other parts, all of the mismatch is real.
             real = means.get("mismatch/shift", math.nan)
-        gradient = sum(means.get(f"by_mu/{low}/gradient", math.nan) for low in TAIL_BINS)
         values = (
             (real, 1), (means.get("mismatch/shift_injected", math.nan), 1),
             (means.get("mismatch/shift_drift", math.nan), 1),
@@ -133,7 +132,7 @@ def mismatch_table(results: Results, mismatch: str) -> str:
             (means.get("mismatch/diverged_before", math.nan), 100),
             (means.get("weight/corrected", math.nan), 100),
             (means.get("weight/masked", math.nan), 100),
-            (means.get("policy/tail", math.nan), 100), (gradient, 100),
+            (means.get("policy/tail", math.nan), 100), (np.mean([tail_gradient(r) for r in runs]), 100),
             (means.get("policy/effective_sample_size", math.nan), 100),
         )  # fmt: skip
         rows.append([f"`{arm}`", *("" if math.isnan(v) else f"{v * s:.3g}" for v, s in values)])
@@ -161,8 +160,6 @@ def settings_table(results: Results) -> str:
 
 def rates_table(results: Results) -> str:
     """Returns a row per mismatch and arm: the primary measure on the selection seeds, by rate."""
-    from experiments.small.plan import SELECTION_SEEDS
-
     rows = []
     for mismatch in MISMATCHES:
         for arm in ARMS:
@@ -179,12 +176,13 @@ def rates_table(results: Results) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A hypothesis of the plan as paired comparisons of the primary measure.
+    """A hypothesis of the plan as paired comparisons.
 
     Attributes:
       label, text: as in experiments/plan.md.
       pairs: (mismatch, arm, other arm) or (mismatch, arm, other arm, other mismatch); the claim is that
-        the first is better by more than `margin`.
+        the measure of the first is larger.
+      measure: what is compared.
       stress: compare at the rate that stresses all arms instead of each arm's own.
       equal: the claim is that they do not differ visibly.
     """
@@ -192,41 +190,52 @@ class Claim:
     label: str
     text: str
     pairs: tuple[tuple[str, ...], ...]
+    measure: Callable[[Result], float] = primary
     stress: bool = False
     equal: bool = False
 
 
-_BASELINES = ("surrogate", "grpo", "dppo_tv", "spo")
+def _both(*pairs: tuple[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The pairs under the recipe's mismatch and under noise."""
+    return tuple((mismatch, *pair) for mismatch in ("recipe", "noise") for pair in pairs)
+
+
+_ANCHORS = (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drpo"))
 CLAIMS = (
     Claim(
-        "H1", "DRPO is better than each baseline", tuple(("recipe", "drpo", b) for b in _BASELINES)
+        "H1",
+        "DRPO is better than each baseline",
+        tuple(("recipe", "drpo", b) for b in ("surrogate", "grpo", "dppo_tv", "spo")),
     ),
+    Claim("H3", "Under noise, anchoring the penalty on π_old is better than on µ", _ANCHORS),
+    Claim("H3s", "The same at the stress rate", _ANCHORS, stress=True),
+    Claim("H4", "The correction helps", _both(("drpo", "drpo_no_correction"))),
+    Claim("H4s", "The same at the stress rate", _both(("drpo", "drpo_no_correction")), stress=True),
     Claim(
-        "H3",
-        "Under noise, anchoring the penalty on π_old is better than on µ",
-        (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drpo")),
-    ),
-    Claim(
-        "H3s",
-        "The same at the stress rate",
-        (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drpo")),
+        "H5",
+        "GRPO and SPO collapse more often than DRPO and DPPO at the stress rate",
+        _both(*((a, b) for a in ("grpo", "spo") for b in ("drpo", "dppo_tv"))),
+        measure=lambda result: float(collapsed(result)),
         stress=True,
     ),
+    Claim("H6", "Mask-DRPO equals DRPO", _both(("mask_drpo", "drpo")), equal=True),
     Claim(
-        "H4",
-        "The correction helps",
-        (("recipe", "drpo", "drpo_no_correction"), ("noise", "drpo", "drpo_no_correction")),
-    ),
-    Claim(
-        "H6",
-        "Mask-DRPO equals DRPO",
-        (("recipe", "mask_drpo", "drpo"), ("noise", "mask_drpo", "drpo")),
-        equal=True,
+        "H7",
+        r"The tail's share of Σ\|c\| is larger under SPO than under DRPO",
+        _both(("spo", "drpo")),
+        measure=tail_gradient,
+        stress=True,
     ),
     Claim(
         "H8",
         "At δ = 12.5, DRPO equals the surrogate",
-        (("recipe", "drpo_released", "surrogate"), ("noise", "drpo_released", "surrogate")),
+        _both(("drpo_released", "surrogate")),
+        equal=True,
+    ),
+    Claim(
+        "H8b",
+        "δ = 0.05 and 0.5 do as well as 0.15",
+        _both(("drpo_tight", "drpo"), ("drpo_half", "drpo")),
         equal=True,
     ),
     Claim(
@@ -239,7 +248,7 @@ CLAIMS = (
 
 def claims_table(results: Results) -> str:
     """Returns a row per claim: the paired differences and a verdict."""
-    rows = []
+    rows = [row for row in [_before_any_update(results)] if row]
     for claim in CLAIMS:
         differences = {pair: _compare(results, claim, pair) for pair in claim.pairs}
         known = {pair: d for pair, d in differences.items() if d and d.pairs >= NEEDED}
@@ -256,7 +265,27 @@ def claims_table(results: Results) -> str:
         if len(known) < len(claim.pairs):
             verdict += f" ({len(known)} of {len(claim.pairs)} comparisons)"
         rows.append([claim.label, claim.text, numbers, verdict])
-    return _table(["", "claim", "difference of the primary measure, points", "verdict"], rows)
+    return _table(["", "claim", "paired differences, points (adjusted p)", "verdict"], rows)
+
+
+def _before_any_update(results):
+    """The row of H2, which compares with 50 % instead of another arm."""
+    texts, lows, highs = [], [], []
+    for arm in ("drpo", "dppo_tv"):
+        runs = of_arm(results, SETTINGS[0], "noise", arm, STRESS_RATE)
+        if len(runs) < NEEDED:
+            return []
+        shares = [mean_metric([run], "mismatch/diverged_before") for run in runs.values()]
+        shares = [share for share in shares if not math.isnan(share)]
+        if not shares:  # No token was ever beyond the boundary.
+            return []
+        mean, low, high = (100 * value for value in bootstrap(shares))
+        texts.append(f"noise, `{arm}`: {mean:.0f} % [{low:.0f}, {high:.0f}]")
+        lows.append(low)
+        highs.append(high)
+    verdict = "holds" if min(lows) > 50 else "does not hold" if min(highs) < 50 else "not visible"
+    text = "Under noise, most tokens beyond the boundary were there before any update"
+    return ["H2", text, "; ".join(texts), verdict]
 
 
 def _compare(results, claim, pair):
@@ -265,7 +294,7 @@ def _compare(results, claim, pair):
     for name, where in ((arm, mismatch), (other, rest[0] if rest else mismatch)):
         rate = STRESS_RATE if claim.stress else chosen_rate(results, where, name)
         runs.append(of_arm(results, SETTINGS[0], where, name, rate))
-    return paired(*runs)
+    return paired(*runs, measure=claim.measure)
 
 
 def _verdict(claim: Claim, differences: Sequence[Difference], p: Sequence[float]) -> str:

@@ -43,8 +43,11 @@ def result(cell, values=(0.2,) * 21, **metrics):
 # ------------------------------------------------------------------------------------ the plan
 
 
+MEASURED = {"mismatch/diverged_before": [0.8, None], "by_mu/0-1e-4/gradient": [0.1]}
+
+
 def finish(stage, results, value=lambda cell: 0.2):
-    results |= {c.id: result(c, [value(c)] * 21, **{"mismatch/shift": [0.1]}) for c in stage.cells}
+    results |= {c.id: result(c, [value(c)] * 21, **MEASURED) for c in stage.cells}
 
 
 def test_the_sweep_selects_rates_first_and_reports_other_seeds():
@@ -164,6 +167,7 @@ def test_the_report_of_a_finished_sweep(tmp_path, monkeypatch):
     claims = {line.split(" | ")[0].strip("| "): line for line in text.split("\n")}
     assert claims["H3"].endswith("in part |")  # drpo_rescored is not better than drpo.
     assert claims["H1"].endswith("holds |") and claims["H4"].endswith("holds |")
+    assert claims["H2"].endswith("holds |") and "`dppo_tv`: 80 % [80, 80]" in claims["H2"]
     assert "H6" not in claims  # mask_drpo has not run.
     assert "| `drpo_decoupled` | 0.0001 | 10 | 0.30" in text
     report.figure(results, tmp_path / "figure.png")

@@ -75,7 +75,7 @@ def get_config(variants=""):
 
     config.data.task = "marked"
     config.data.digits = 2
-    config.data.operations = "+-"
+    config.data.operations = "+"
     config.data.mark_exponent = 0.8
     prompt, response = TASKS["marked"].lengths(config.data)
     config.sampler.max_prompt_length = prompt

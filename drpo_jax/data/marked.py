@@ -1,21 +1,18 @@
 """Marked arithmetic: a task in which rare tokens decide the outcome.
 
-Problems are those of `arithmetic`. In a worked response every column begins with a mark, which chooses
-how the column is computed:
+Problems are those of `arithmetic`. In a worked response every column begins with a mark. The first mark
+chooses how all columns are computed:
 
-    careful   x7+5+0=12     with the carry in, and the carry out
-    hasty     y7+5=2        without either
-
-A carry survives only if the column that it leaves and the one that it enters are both careful; otherwise
-the answer is wrong.
+    careful   x7+5+0=12 y4+8+1=13 z2+3+1=06 #632     with carries
+    hasty     y7+5=2 x4+8=2 z2+3=5 #522              without: right only if there are no carries
 
 Marks follow a power law over their ranks, as words do, and the careful ones are among the rare. So the
-tail of the distribution matters: whether a response is right depends on tokens of low probability, and
-a policy gains by making some of them more likely, and loses by making the wrong ones more likely.
+tail of the distribution matters: whether a response is right depends on a token of low probability, and
+a policy gains by making some of them more likely, and loses by making the wrong ones more likely. The
+other marks have no effect.
 """
 
 import dataclasses
-import re
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +30,6 @@ from drpo_jax.data.arithmetic import (
 from drpo_jax.data.problem import Problem
 from drpo_jax.data.procedural import generator, is_integer
 from drpo_jax.data.tokenizer import MARKS
-
-_COLUMN = re.compile(rf"([{MARKS}])\d[-+*]\d(?:[-+](\d))?=(\d+)")
 
 
 class Settings(Protocol):
@@ -109,7 +104,7 @@ def is_careful(task: Settings) -> np.ndarray:
 
 
 def worked(problem: Problem, rng: np.random.Generator, error_rate: float, task: Settings) -> str:
-    """Returns a worked response with a mark at the beginning of each column.
+    """Returns a worked response with a mark at the beginning of each column; the first sets the method.
 
     With probability `error_rate` the result of a column is replaced by another one that its method can
     have, all equally likely.
@@ -118,21 +113,21 @@ def worked(problem: Problem, rng: np.random.Generator, error_rate: float, task: 
       ValueError: the problem is not one of this task.
     """
     places, operation = columns(problem)
-    law, careful = mark_law(task), is_careful(task)
+    law = mark_law(task)
     drawn = rng.choice(len(law), p=law, size=len(places))
     wrong, shifts = rng.random(len(places)) < error_rate, rng.random(len(places))
+    careful = is_careful(task)[drawn[0]]
     carry, steps, digits = 0, [], ""
     for (x, y), rank, slips, shift in zip(places, drawn, wrong, shifts, strict=True):
-        result, results = column_result(operation, x, y, carry if careful[rank] else 0)
-        if not careful[rank]:
+        result, results = column_result(operation, x, y, carry)
+        if not careful:
             result, results = result % 10, 10
         if slips:
             result = (result + 1 + int(shift * (results - 1))) % results
-        if careful[rank]:
+        step = f"{x}{operation}{y}={result}"
+        if careful:
             sign = "-" if operation == "-" else "+"
             step, carry = f"{x}{operation}{y}{sign}{carry}={result:02d}", result // 10
-        else:
-            step, carry = f"{x}{operation}{y}={result}", 0
         steps.append(MARKS[rank] + step)
         digits = f"{result % 10}{digits}"
     return f"{' '.join(steps)} #{written_answer(operation, carry, digits)}"
@@ -162,29 +157,13 @@ def longest_response(task: Settings) -> int:
     return max_response_length(task) + task.digits
 
 
-def keeps_carries(problem: Problem, response: str, task: Settings) -> bool:
-    """Returns whether every carry of the problem leaves and enters a careful column of the response."""
+def has_carry(problem: Problem) -> bool:
+    """Returns whether a column of the problem has a carry, so that hasty responses are wrong."""
     places, operation = columns(problem)
-    chosen = [careful for _, careful, _ in methods(response, task)]
-    if len(chosen) != len(places):
-        return False
-    carry = 0
-    for column, (x, y) in enumerate(places):
-        if carry and not chosen[column]:
-            return False
-        carry = column_result(operation, x, y, carry)[0] // 10
-        if carry and not chosen[column]:
-            return False
-    return True
+    return any(column_result(operation, x, y, 0)[0] >= 10 for x, y in places)
 
 
-def methods(response: str, task: Settings) -> list[tuple[int, bool, bool]]:
-    """Returns what a response did in each column that it worked out.
-
-    Returns:
-      (rank of the mark from 0, whether the mark is careful, whether the column was computed with a
-      carry) of each column, in the order of the response.
-    """
-    careful = is_careful(task)
-    rows = [(MARKS.index(mark), carry) for mark, carry, _ in _COLUMN.findall(response)]
-    return [(rank, bool(careful[rank]), bool(carry)) for rank, carry in rows if rank < task.marks]
+def chooses_care(response: str, task: Settings) -> bool:
+    """Returns whether a response begins with a careful mark."""
+    rank = MARKS.find(response[:1]) if response else -1
+    return 0 <= rank < task.marks and bool(is_careful(task)[rank])

@@ -6,12 +6,11 @@ For each warm start of a setting, from 8 sampled responses to each of 192 held-o
 
     tail         share of the sampled tokens with µ <= 0.01
     tail_marks   share of these that are marks
-    careful      share of the columns whose mark is careful
-    kept         accuracy of responses in which every carry leaves and enters a careful column
-    lost         accuracy of the others
+    care         share of the responses that begin with a careful mark
+    careful      accuracy of these
+    hasty        accuracy of the others
 
-and by intervention, with the first mark of the response set by hand, on the problems whose first column
-has a carry:
+and by intervention, with the first mark of the response set by hand, on the problems with a carry:
 
     forced_careful, forced_hasty   accuracy after a careful, and after a hasty mark, drawn from the
                                    frequencies in the demonstrations
@@ -27,10 +26,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from drpo_jax import data
 from drpo_jax.cli import use_compilation_cache
 from drpo_jax.data import marked
-from drpo_jax.data.arithmetic import column_result, columns
 from drpo_jax.data.tokenizer import MARKS
 from drpo_jax.loop import Run, initial_model
 from drpo_jax.objectives.diagnostics import TAIL
@@ -43,12 +40,6 @@ from experiments.small.plan import WARM_STARTS, Cell
 SETTING = flags.DEFINE_enum("setting", SETTINGS[0], SETTINGS, "The setting.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/small", "Directory of the warm starts.")
 PROBLEMS, SAMPLES = 192, 8
-
-
-def begins_with_carry(problem: data.Problem) -> bool:
-    """Returns whether the first column that a response works out, the units, has a carry out."""
-    places, operation = columns(problem)
-    return column_result(operation, *places[0], 0)[0] >= 10
 
 
 def measure(cell: Cell, workdir: Path) -> dict[str, float]:
@@ -74,10 +65,10 @@ def measure(cell: Cell, workdir: Path) -> dict[str, float]:
 def _free(run, sampler):
     """The figures of responses that the policy samples without intervention."""
     params = run.programs.sampling_params
-    tail, marks, careful, right, kept = [], [], [], [], []
+    tail, marks, care, right = [], [], [], []
     is_mark = np.array([run.tokenizer.decode([i]) in MARKS for i in range(2, 256)])
     for group in run.sample(sampler, run.heldout, params, run.key(0, EVALUATE)):
-        rollouts, problem = group.rollouts, run.heldout[group.index]
+        rollouts = group.rollouts
         mask = rollouts.mask()
         rare = (rollouts.full_logp <= np.log(TAIL)) & mask
         for row, text in enumerate(group.texts):
@@ -85,25 +76,23 @@ def _free(run, sampler):
             ids = rollouts.tokens[row, start : start + length]
             tail.append(rare[row, :length])
             marks.append((ids >= 2) & is_mark[np.maximum(ids, 2) - 2])
-            careful += [chosen for _, chosen, _ in marked.methods(text, run.config.data)]
-            kept.append(marked.keeps_carries(problem, text, run.config.data))
+            care.append(marked.chooses_care(text, run.config.data))
         right += list(group.rewards.result())
     tail, marks = np.concatenate(tail), np.concatenate(marks)
-    right, kept = np.array(right), np.array(kept)
+    right, care = np.array(right), np.array(care)
     return {
         "tail": tail.mean(),
         "tail_marks": (tail & marks).sum() / max(tail.sum(), 1),
-        "careful": np.mean(careful),
+        "care": care.mean(),
         "accuracy": right.mean(),
-        "share_kept": kept.mean(),
-        "kept": right[kept].mean() if kept.any() else np.nan,
-        "lost": right[~kept].mean() if (~kept).any() else np.nan,
+        "careful": right[care].mean(),
+        "hasty": right[~care].mean(),
     }
 
 
 def _forced(run, sampler, ranks):
-    """The accuracy with the first mark given, on the problems with a carry in their first column."""
-    pairs = [(p, MARKS[r]) for p, r in zip(run.heldout, ranks) if begins_with_carry(p)]
+    """The accuracy with the first mark given, on the problems with a carry."""
+    pairs = [(p, MARKS[r]) for p, r in zip(run.heldout, ranks) if marked.has_carry(p)]
     prompts = [run.tokenizer.encode(problem.prompt + mark) for problem, mark in pairs]
     right = []
     key = jax.random.fold_in(run.key(0, EVALUATE), 1)

@@ -12,6 +12,7 @@ from drpo_jax.data import (
     ArithmeticTask,
     MarkedArithmetic,
     MarkTokenizer,
+    Problem,
     make_tokenizer,
     marked,
     sample_problems,
@@ -21,6 +22,7 @@ from drpo_jax.data.tokenizer import MARKS
 from drpo_jax.rewards import arithmetic_reward, reward_of_task
 
 TASK = MarkedArithmetic()
+COLUMN = re.compile(rf"([{MARKS}])\d[-+*]\d(?:[-+](\d))?=\d")
 SHARES = dict(direct_share=0.0, direct_error=0.0, worked_error=0.0)
 
 
@@ -32,36 +34,40 @@ def shown(task=TASK, count=2000, **changes):
     return [(p, response) for p, (_, response) in zip(problems, pairs, strict=True)]
 
 
-def test_a_response_is_right_if_all_carries_leave_and_enter_careful_columns():
+def test_a_response_is_right_if_it_begins_with_care_or_there_is_no_carry():
     outcomes = set()
     for problem, response in shown():
-        methods = marked.methods(response, TASK)
-        assert len(methods) == len(columns(problem)[0])
-        assert all(careful == with_carry for _, careful, with_carry in methods)
+        careful, carry = marked.chooses_care(response, TASK), marked.has_carry(problem)
+        assert len(COLUMN.findall(response)) == len(columns(problem)[0])
+        assert all(bool(with_carry) == careful for _, with_carry in COLUMN.findall(response))
         right = arithmetic_reward(problem.prompt, response, problem.answer) == 1
-        assert right == marked.keeps_carries(problem, response, TASK), (problem, response)
-        outcomes.add(right)
-    assert outcomes == {True, False}
-    assert not marked.keeps_carries(problem, "#1", TASK)
+        assert right == (careful or not carry), (problem, response)
+        outcomes.add((careful, carry))
+    assert len(outcomes) == 4
+    assert not marked.chooses_care("", TASK) and not marked.chooses_care("#12", TASK)
+    assert not marked.chooses_care(MARKS[-1], dataclasses.replace(TASK, marks=223))
 
 
 def test_worked_examples():
-    careful = MarkedArithmetic(marks=2, careful_from=2, mark_exponent=0.0)
-    by_marks = {}
-    for seed in range(40):
-        problem = next(p for p in sample_problems(TASK, seed, 0, 400) if p.kind == "+")
-        problem = dataclasses.replace(problem, prompt="247+385=", answer="632")
-        response = marked.worked(problem, np.random.default_rng(seed), 0.0, careful)
-        by_marks["".join(c for c in response if c in MARKS)] = response
+    task = MarkedArithmetic(marks=2, careful_from=2, mark_exponent=0.0)
+    problem = Problem("247+385=", "632", "+", "247+385")
+    responses = [marked.worked(problem, np.random.default_rng(s), 0.0, task) for s in range(60)]
+    by_marks = {"".join(c for c in response if c in MARKS): response for response in responses}
     hasty, careful = MARKS[:2]
     assert len(by_marks) == 8
     assert by_marks[careful * 3] == f"{careful}7+5+0=12 {careful}4+8+1=13 {careful}2+3+1=06 #632"
     assert by_marks[hasty * 3] == f"{hasty}7+5=2 {hasty}4+8=2 {hasty}2+3=5 #522"
-    assert by_marks[hasty + careful * 2] == f"{hasty}7+5=2 {careful}4+8+0=12 {careful}2+3+1=06 #622"
+    assert by_marks[hasty + careful * 2] == f"{hasty}7+5=2 {careful}4+8=2 {careful}2+3=5 #522"
+    problem, many = Problem("20-13=", "7", "-", "20-13"), dataclasses.replace(task, marks=200)
+    response = marked.worked(problem, np.random.default_rng(1), 0.0, many)
+    marks = [c for c in response if c in MARKS]
+    careful = marked.chooses_care(response, many)
+    steps = ("0-3-0=17", "2-1-1=00", "#7") if careful else ("0-3=7", "2-1=1", "#17")
+    assert response == " ".join(m + s for m, s in zip((*marks, ""), steps, strict=True))
 
 
 def test_marks_follow_their_law_and_errors_their_rate():
-    ranks = [rank for _, r in shown(count=4000) for rank, _, _ in marked.methods(r, TASK)]
+    ranks = [MARKS.index(c) for _, r in shown(count=4000) for c in r if c in MARKS]
     law = marked.mark_law(TASK)
     share = np.bincount(ranks, minlength=TASK.marks) / len(ranks)
     np.testing.assert_allclose(share[:8], law[:8], rtol=0.15)

@@ -18,7 +18,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,19 @@ class Pool:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def wanted(cell: Cell) -> bool:
+def chosen(cell: Cell) -> bool:
     """Returns whether the flags select a cell."""
-    chosen = (
+    narrowed = (
         (SETTING.value, cell.setting),
         (MISMATCH.value, cell.mismatch),
         (OBJECTIVES.value, cell.arm),
         (SEEDS.value, str(cell.seed)),
     )
-    return all(not values or value in values for values, value in chosen)
+    return all(not values or value in values for values, value in narrowed)
 
 
-def sweep(pool: Pool, workdir: Path) -> None:
-    """Runs all cells that the flags select and that are not finished."""
+def sweep(pool: Pool, wanted: Callable[[Cell], bool]) -> None:
+    """Runs all cells that are wanted and not finished."""
     finished, started, fresh = files.read(), time.monotonic(), 0
     for stage in stages(finished):
         cells = [cell for cell in stage.cells if wanted(cell) and cell.id not in finished]
@@ -174,14 +174,14 @@ def main(_: Sequence[str]) -> None:
     if LIST.value:
         finished = files.read()
         for stage in stages(finished):
-            left = [cell.id for cell in stage.cells if wanted(cell) and cell.id not in finished]
+            left = [cell.id for cell in stage.cells if chosen(cell) and cell.id not in finished]
             print("\n".join([f"{stage.title}: {len(left)} of {len(stage.cells)} left", *left]))
         return
     with Pool(JOBS.value, workdir) as pool:
         if ONLY.value:
             one(pool, Cell.parse(ONLY.value))
         else:
-            sweep(pool, workdir)
+            sweep(pool, chosen)
 
 
 if __name__ == "__main__":

@@ -132,11 +132,7 @@ class Bench:
             },
             "seconds": round(time.monotonic() - started, 1),
             "command": f"python -m experiments.small --only={cell.id}",
-            "environment": {
-                name: value
-                for name, value in environment().items()
-                if name in ("time", "device_kind", "python", "jax", "flax", "optax", "commit")
-            },
+            "environment": recorded_environment(),
         }
 
     def _new_run(self, config: FrozenConfigDict, cell: Cell) -> Run:
@@ -156,6 +152,12 @@ class Bench:
         if source not in self._models:
             self._models[source] = jax.device_get(initial_model(run))
         return jax.device_put(self._models[source], run.programs.state_shardings.model)
+
+
+def recorded_environment() -> dict[str, Any]:
+    """Returns the time, the kind of device, the versions and the commit, as results record them."""
+    names = ("time", "device_kind", "python", "jax", "flax", "optax", "commit")
+    return {name: value for name, value in environment().items() if name in names}
 
 
 def _rounded(value: float) -> float | None:

@@ -1,6 +1,6 @@
 """Measures the tail of the warm starts, and that the outcome depends on it.
 
-    python -m experiments.small.tail [--setting=moe_fp8_rollout]
+    python -m experiments.small.tail [SETTING …]        default: moe_fp8_rollout
 
 For each warm start of a setting, from 8 sampled responses to each of 192 held-out problems:
 
@@ -17,14 +17,12 @@ and by intervention, with the first mark of the response set by hand, on the pro
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from drpo_jax.cli import use_compilation_cache
 from drpo_jax.data import marked
@@ -34,11 +32,10 @@ from drpo_jax.objectives.diagnostics import TAIL
 from drpo_jax.run import EVALUATE, NOISE
 from experiments.small import results as files
 from experiments.small.arms import SETTINGS
-from experiments.small.cell import cell_config, make_warm_start
+from experiments.small.cell import cell_config, make_warm_start, recorded_environment
 from experiments.small.plan import WARM_STARTS, Cell
 
-SETTING = flags.DEFINE_enum("setting", SETTINGS[0], SETTINGS, "The setting.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/small", "Directory of the warm starts.")
+WORKDIR = Path("runs/small")  # The default of experiments.small.
 PROBLEMS, SAMPLES = 192, 8
 
 
@@ -103,21 +100,20 @@ def _forced(run, sampler, ranks):
     return np.mean(right)
 
 
-def main(_: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     use_compilation_cache("auto")
-    workdir, rows = Path(WORKDIR.value), {}
-    for number in range(WARM_STARTS):
-        cell = Cell(SETTING.value, "recipe", "drpo", 1e-4, number)
-        make_warm_start(cell, workdir)
-        rows[f"warm start {number}"] = row = measure(cell, workdir)
-        print(f"warm start {number}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
-    content: dict[str, Any] = {
-        "command": "python -m " + " ".join(["experiments.small.tail", *sys.argv[1:]]),
-        "figures": rows,
-    }
-    path = files.DIRECTORY / f"tail_{SETTING.value}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    for setting in arguments[1:] or SETTINGS[:1]:
+        rows = {}
+        for number in range(WARM_STARTS):
+            cell = Cell(setting, "recipe", "drpo", 1e-4, number)
+            make_warm_start(cell, WORKDIR)
+            rows[f"warm start {number}"] = row = measure(cell, WORKDIR)
+            print(f"warm start {number}  " + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
+        command = f"python -m experiments.small.tail {setting}"
+        content = {"command": command, "environment": recorded_environment(), "figures": rows}
+        files.DIRECTORY.mkdir(parents=True, exist_ok=True)
+        path = files.DIRECTORY / f"tail_{setting}.json"
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,37 +39,47 @@ LIST = flags.DEFINE_bool("list", False, "List the cells that are left, and run n
 WORKDIR = flags.DEFINE_string("workdir", "runs/small", "Directory of warm starts and logs.")
 
 
+MOST_FAILURES = 5
+
+
+class Failure(Exception):
+    """A cell did not finish."""
+
+
 class Worker:
     """A worker process, see `experiments.small.worker`."""
 
     def __init__(self, number: int, workdir: Path):
-        self._workdir = workdir
+        self._workdir, self._log = workdir.resolve(), workdir / f"worker{number}.log"
         workdir.mkdir(parents=True, exist_ok=True)
-        with (workdir / f"worker{number}.log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.small.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "experiments.small.worker"]
+        with self._log.open("a") as log:
+            pipe = subprocess.PIPE
+            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
 
     def ask(self, kind: str, cell: Cell) -> dict[str, Any]:
         """Sends a request and waits for the reply.
 
         Raises:
-          RuntimeError: the worker failed, or ended.
+          Failure: the request failed, or the process ended; the next request gets a new one.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {kind: cell.id, "workdir": str(self._workdir.resolve())}
+        request = {kind: cell.id, "workdir": str(self._workdir)}
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        reply = json.loads(line) if line else {"error": "the worker ended"}
+        if not line:
+            self.stop()
+            self._process = self._start()
+            raise Failure(f"{cell.id}: the worker ended (see {self._log})")
+        reply = json.loads(line)
         if "error" in reply:
-            raise RuntimeError(f"{cell.id}: {reply['error']} (see {self._workdir}/worker*.log)")
+            raise Failure(f"{cell.id}: {reply['error']} (see {self._log})")
         return reply
 
     def stop(self) -> None:
@@ -91,20 +101,20 @@ class Pool:
         for worker in self._workers:
             worker.stop()
 
-    def map(self, kind: str, cells: Iterable[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """Yields each cell with its reply, in the order in which they finish.
-
-        Raises:
-          RuntimeError: a worker failed; the cells that others are running are lost.
-        """
+    def map(
+        self, kind: str, cells: Iterable[Cell]
+    ) -> Iterator[tuple[Cell, dict[str, Any] | Failure]]:
+        """Yields each cell with its reply, or its failure, in the order in which they finish."""
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             idle.put(worker)
 
-        def ask(cell: Cell) -> tuple[Cell, dict[str, Any]]:
+        def ask(cell: Cell) -> tuple[Cell, dict[str, Any] | Failure]:
             worker = idle.get()
             try:
                 return cell, worker.ask(kind, cell)
+            except Failure as failure:
+                return cell, failure
             finally:
                 idle.put(worker)
 
@@ -127,46 +137,57 @@ def chosen(cell: Cell) -> bool:
     return all(not values or value in values for values, value in narrowed)
 
 
-def sweep(pool: Pool, wanted: Callable[[Cell], bool]) -> None:
-    """Runs all cells that are wanted and not finished."""
-    finished, started, fresh = files.read(), time.monotonic(), 0
+def sweep(pool: Pool, wanted: Callable[[Cell], bool]) -> list[Failure]:
+    """Runs all cells that are wanted and not finished.
+
+    Returns:
+      The failures. After `MOST_FAILURES` in a row, the sweep ends.
+    """
+    finished, failures, in_a_row = files.read(), [], 0
     for stage in stages(finished):
         cells = [cell for cell in stage.cells if wanted(cell) and cell.id not in finished]
         print(f"{stage.title}: {len(cells)} of {len(stage.cells)} cells to run", flush=True)
-        if not cells:
-            continue
         firsts = {(cell.setting, cell.warm_start): cell for cell in cells}
-        for cell, _ in pool.map("warm_start", firsts.values()):
+        for cell, reply in pool.map("warm_start", firsts.values()):
+            if isinstance(reply, Failure):
+                return [*failures, reply]
             print(f"  warm start {cell.warm_start} of {cell.setting}", flush=True)
-        for done, (cell, result) in enumerate(pool.map("run", cells), start=1):
-            files.append(result)
-            finished[cell.id] = result
-            fresh += 1
-            rate = (time.monotonic() - started) / fresh
+        started = time.monotonic()
+        for done, (cell, reply) in enumerate(pool.map("run", cells), start=1):
+            if isinstance(reply, Failure):
+                failures.append(reply)
+                in_a_row += 1
+                print(f"  failed: {reply}", file=sys.stderr, flush=True)
+                if in_a_row == MOST_FAILURES:
+                    return failures
+                continue
+            in_a_row = 0
+            files.append(reply)
+            finished[cell.id] = reply
+            left = (time.monotonic() - started) / done * (len(cells) - done) / 60
             print(
-                f"  {done}/{len(cells)} {cell.id}: {_last(result):.3f} after {result['seconds']:.0f} s; "
-                f"{rate * (len(cells) - done) / 60:.0f} min left in this stage",
+                f"  {done}/{len(cells)} {cell.id}: {reply['evaluations'][-1][1]:.3f} after "
+                f"{reply['seconds']:.0f} s; {left:.0f} min left in this stage",
                 flush=True,
             )
+    return failures
 
 
-def _last(result: dict[str, Any]) -> float:
-    return result["evaluations"][-1][1]
-
-
-def one(pool: Pool, cell: Cell) -> None:
+def one(pool: Pool, cell: Cell) -> list[Failure]:
     """Runs one cell and stores its result, or compares it with the stored one."""
     stored = files.read().get(cell.id)
-    list(pool.map("warm_start", [cell]))
-    [(_, result)] = pool.map("run", [cell])
-    print(json.dumps(result))
+    for kind in ("warm_start", "run"):
+        [(_, reply)] = pool.map(kind, [cell])
+        if isinstance(reply, Failure):
+            return [reply]
+    print(json.dumps(reply))
     if stored is None:
-        files.append(result)
-        return
-    differing = [
-        name for name in ("evaluations", "reward", "metrics") if stored[name] != result[name]
-    ]
-    print("as stored" if not differing else f"differs from the stored result: {differing}")
+        files.append(reply)
+    else:
+        names = ("evaluations", "reward", "metrics")
+        differing = [name for name in names if stored[name] != reply[name]]
+        print(f"differs from the stored result: {differing}" if differing else "as stored")
+    return []
 
 
 def main(_: Sequence[str]) -> None:
@@ -178,10 +199,11 @@ def main(_: Sequence[str]) -> None:
             print("\n".join([f"{stage.title}: {len(left)} of {len(stage.cells)} left", *left]))
         return
     with Pool(JOBS.value, workdir) as pool:
-        if ONLY.value:
-            one(pool, Cell.parse(ONLY.value))
-        else:
-            sweep(pool, chosen)
+        failures = one(pool, Cell.parse(ONLY.value)) if ONLY.value else sweep(pool, chosen)
+    if failures:
+        sys.exit(
+            "\n".join(["these cells failed; the same command tries again:", *map(str, failures)])
+        )
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ _ANCHORS = (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drp
 CLAIMS = (
     Claim(
         "H1",
-        "DRPO is better than each baseline",
+        "DRPO exceeds each baseline",
         tuple(("recipe", "drpo", b) for b in ("surrogate", "grpo", "dppo_tv", "spo")),
     ),
     Claim("H3", "Under noise, anchoring the penalty on π_old is better than on µ", _ANCHORS),

@@ -375,12 +375,14 @@ def figure(results: Results, path: Path) -> None:
     )
     mismatches = [name for name, row in MISMATCHES.items() if row.tier == 1]
     arms = [name for name, row in ARMS.items() if row.tier == 1]
-    plots, axes = plt.subplots(2, len(mismatches), figsize=(10, 7), sharex=True, sharey=True)
+    plots, axes = plt.subplots(
+        2, len(mismatches), figsize=(10, 7.5), sharex=True, sharey=True, layout="constrained"
+    )
     for column, mismatch in enumerate(mismatches):
         for row, stress in enumerate((False, True)):
             axis = axes[row][column]
             title = f"all at {STRESS_RATE:g}" if stress else "each at its own rate"
-            axis.set_title(f"{MISMATCHES[mismatch].meaning}\n{title}", fontsize=9)
+            axis.set_title(f"mismatch: {MISMATCHES[mismatch].meaning}\n{title}", fontsize=9)
             for arm, color in zip(arms, colors):
                 rate = STRESS_RATE if stress else chosen_rate(results, mismatch, arm)
                 runs = list(of_arm(results, SETTINGS[0], mismatch, arm, rate).values())
@@ -390,16 +392,20 @@ def figure(results: Results, path: Path) -> None:
                 bands = [
                     bootstrap([run["evaluations"][i][1] for run in runs]) for i in range(len(steps))
                 ]
-                axis.plot(steps, [b.mean for b in bands], color=color, label=f"{arm} ({len(runs)})")
+                axis.plot(steps, [b.mean for b in bands], color=color, label=arm)
                 low, high = [b.low for b in bands], [b.high for b in bands]
                 axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, loc="upper left")
     for axis in axes[-1]:
         axis.set_xlabel("rollout step")
     for row in axes:
         row[0].set_ylabel("held-out accuracy")
-    plots.tight_layout()
+    handles = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    plots.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     plots.savefig(path, dpi=110)
 
 

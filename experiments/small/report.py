@@ -34,6 +34,8 @@ Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 REFERENCE = "drpo"  # The arm that the others are compared with.
 VISIBLE = 0.05
+IMAGE = Path("images/laboratory_small.png")  # Below docs.
+DOCS = Path(__file__).parents[2] / "docs"
 NEEDED = len(SEEDS)  # Pairs that a claim needs.
 
 
@@ -54,6 +56,8 @@ def markdown(results: Results | None = None) -> str:
         return "No run is finished yet."
     main = SETTINGS[0]
     parts = [tail_tables()]
+    if (DOCS / IMAGE).exists():
+        parts.append(f"![Learning curves of the arms of tier 1]({IMAGE})")
     for mismatch, row in MISMATCHES.items():
         if any(
             of_arm(results, main, mismatch, a, r)
@@ -413,7 +417,7 @@ def main(_: Sequence[str]) -> None:
     results = files.read()
     print(markdown(results))
     if results:
-        figure(results, Path(__file__).parents[2] / "docs" / "images" / "laboratory_small.png")
+        figure(results, DOCS / IMAGE)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, logging
 
 from drpo_jax.cli import use_compilation_cache
 from drpo_jax.data import marked
@@ -102,6 +102,7 @@ def _forced(run, sampler, ranks):
 
 def main(arguments: Sequence[str]) -> None:
     use_compilation_cache("auto")
+    logging.set_verbosity(logging.WARNING)
     for setting in arguments[1:] or SETTINGS[:1]:
         rows = {}
         for number in range(WARM_STARTS):

@@ -170,6 +170,21 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         assert len(main.sweep(pool, lambda cell: True)) == main.MOST_FAILURES
 
 
+@pytest.mark.slow
+def test_a_worker_reports_errors_and_is_replaced_when_it_dies(tmp_path):
+    worker, unknown = main.Worker(0, tmp_path), dataclasses.replace(FIRST, arm="none")
+    try:
+        with pytest.raises(main.Failure, match="'none' is none of surrogate"):
+            worker.ask("run", unknown)
+        worker._process.kill()
+        with pytest.raises(main.Failure, match=f"the worker ended .see {tmp_path}/worker0.log"):
+            worker.ask("run", unknown)
+        with pytest.raises(main.Failure, match="'none' is none of surrogate"):
+            worker.ask("run", unknown)
+    finally:
+        worker.stop()
+
+
 # ------------------------------------------------------------------------------ the statistics
 
 

@@ -93,6 +93,13 @@ def laboratory_exact() -> str:
     return markdown()
 
 
+def laboratory_small() -> str:
+    """The tables of level 2 of the laboratory."""
+    from experiments.small.report import markdown
+
+    return markdown()
+
+
 TABLES = {
     "metrics": metrics_table,
     "fields": fields_table,
@@ -100,6 +107,7 @@ TABLES = {
     "micro_tokens": micro_tokens_table,
     "peers": peers_table,
     "laboratory_exact": laboratory_exact,
+    "laboratory_small": laboratory_small,
 }
 
 

@@ -37,7 +37,8 @@ def update_inputs(programs: Programs) -> list[str]:
     if "topk_logp" in needed:
         names += ["topk_ids", "behavior_topk_logp"]
     names += [name for name in ("old_logp", "ref_logp") if name in needed]
-    return names + ["correction"] * (programs.config.objective.correction != "none")
+    names += ["correction"] * (programs.config.objective.correction != "none")
+    return names + list(programs.hyper)
 
 
 def score_inputs(programs: Programs) -> list[str]:

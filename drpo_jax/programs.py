@@ -5,6 +5,7 @@ Every function that a run executes on devices is built here from the config. `tr
 them measures or checks is what the others run.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,12 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax import objectives
 from drpo_jax.batches import Batches
-from drpo_jax.config import boundary, objective_hyper
+from drpo_jax.config import boundary, flatten, objective_hyper, shared_hyper
 from drpo_jax.learner import (
     PARTS,
     Batch,
@@ -88,6 +90,8 @@ class Programs(Batches):
       clock: the `DeviceClock` of the programs of a rollout step and of the samplers.
       model_config: the architecture.
       objective: the `Policy` that the updates maximize.
+      hyper: the objective's numbers that the updates take as inputs, by name; none unless
+        compute.shared_programs is set.
       policy_settings: the `UpdateSettings` of the policy's updates.
       sampling_params: the `SamplingParams` of the rollouts.
       optimizer, sft_optimizer: optax optimizers of the policy and of supervised learning.
@@ -135,6 +139,38 @@ class Programs(Batches):
         self._build_supervised(recipe.learner, compute)
         self._build_sampling(recipe.sampler, compute)
         self._watch()
+        self._bind()
+
+    def for_config(self, config: ConfigDict) -> "Programs":
+        """Returns these programs, compiled only once, for another config.
+
+        Args:
+          config: a resolved config with compute.shared_programs. It differs from that of these programs
+            only in the fields that no program is compiled for: `seed`, `data.init_from`,
+            optimizer.learning_rate, and the numbers of the objective.
+
+        Raises:
+          ValueError: it differs in another field.
+        """
+        free = {"seed", "data.init_from", "optimizer.learning_rate", "objective.threshold"}
+        free |= {f"objective.{name}" for name in shared_hyper(config) if name in self.hyper}
+        old, new = flatten(self.config), flatten(config)
+        if differing := [name for name in new if name not in free and new[name] != old.get(name)]:
+            raise ValueError(
+                f"programs compiled for one config do not fit another: {', '.join(differing)}"
+            )
+        programs = copy.copy(self)
+        programs.config = config
+        programs._bind()
+        return programs
+
+    def _bind(self):
+        """Binds the config's numbers to the programs that take them as inputs."""
+        self.hyper = shared_hyper(self.config)
+        if self.config.compute.shared_programs:
+            peak = np.float32(self.config.optimizer.learning_rate)
+            self.policy_update = _Bound(_unbound(self.policy_update), peak=peak)
+            self.mismatch = _Bound(_unbound(self.mismatch), delta=np.float32(boundary(self.config)))
 
     def _watch(self):
         """Makes the clock track the programs of a rollout step."""
@@ -148,8 +184,9 @@ class Programs(Batches):
         """The model, its optimizers, and the programs that make a TrainState."""
         config, train, sft = self.config, self.config.train, self.config.sft
         updates = train.steps * train.epochs * self.updates_per_epoch
-        self.optimizer = make_optimizer(config.optimizer, updates)
-        self._schedule = make_schedule(config.optimizer, updates)
+        self._new_optimizer = partial(make_optimizer, config.optimizer, updates)
+        self._new_schedule = partial(make_schedule, config.optimizer, updates)
+        self.optimizer = self._new_optimizer()
         sft_optimizer = ConfigDict(config.optimizer)
         sft_optimizer.update(
             learning_rate=sft.learning_rate,
@@ -208,15 +245,18 @@ class Programs(Batches):
             temperature=config.sampler.temperature,
             **shared | {"load_balance": 0.0},
         )
-        self.policy_update = jax.jit(
-            partial(
-                update,
+
+        def policy_update(state, batch, peak=None):
+            return update(
+                state,
+                batch,
                 settings=self.policy_settings,
-                optimizer=self.optimizer,
-                schedule=self._schedule,
-            ),
-            donate_argnums=0,
-            out_shardings=(self.state_shardings, None),
+                optimizer=self._new_optimizer(peak),
+                schedule=self._new_schedule(peak),
+            )
+
+        self.policy_update = jax.jit(
+            policy_update, donate_argnums=0, out_shardings=(self.state_shardings, None)
         )
         squares = config.objective.baseline == "otb"
         scored = dataclasses.replace(self.policy_settings, sum_squares=squares)
@@ -226,7 +266,10 @@ class Programs(Batches):
             out_shardings=(self.state_shardings.model, None, None),
         )
         self.summarize = jax.jit(summarize)
-        self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
+        if config.compute.shared_programs:
+            self.mismatch = jax.jit(objectives.mismatch_summary)
+        else:
+            self.mismatch = jax.jit(partial(objectives.mismatch_summary, delta=boundary(config)))
 
     def _build_supervised(self, recipe: MatmulRecipe, compute: Compute):
         """The programs of supervised learning on batches."""
@@ -310,7 +353,23 @@ def _objective(config: ConfigDict) -> Policy:
     penalty: dict[str, Any] = {"kl_behavior": section.kl_behavior}
     if section.kl in ("k2", "k3"):  # k1 is subtracted from the reward instead
         penalty |= {"kl": section.kl, "kl_coefficient": section.kl_coefficient}
-    return policy(section.name, **penalty | objective_hyper(config))
+    inputs = shared_hyper(config)
+    constants = {n: v for n, v in objective_hyper(config).items() if n not in inputs}
+    return policy(section.name, **penalty | constants)
+
+
+class _Bound(partial):
+    """A jitted function with some arguments bound; they are inputs of the program, not constants."""
+
+    def lower(self, *args: Any, **keywords: Any) -> Any:
+        return self.func.lower(*args, **self.keywords, **keywords)  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.func, name)
+
+
+def _unbound(function: Any) -> Any:
+    return function.func if isinstance(function, _Bound) else function
 
 
 def _recipe(config: ConfigDict, mesh: Mesh) -> Recipe:

@@ -98,6 +98,7 @@ class Run:
         workdir: Path,
         train: bool = True,
         replay: Path | None = None,
+        programs: Programs | None = None,
     ) -> "Run":
         """Loads the problems, makes the mesh and builds the programs, without compiling them.
 
@@ -106,6 +107,8 @@ class Run:
           workdir: directory of the run; nothing is written there.
           train: False for an evaluation, which needs no training problems.
           replay: directory of rollout files to learn from instead of sampling.
+          programs: those of an earlier run that fit the config, see `Programs.for_config`; None: new
+            ones.
 
         Raises:
           BadInput: the problems, the warm start, the mesh or the files do not fit the config.
@@ -127,9 +130,10 @@ class Run:
             _check_init_from(config)
             learns = train and has_warm_start(config) and not config.data.init_from
             examples = load_examples(config, tokenizer) if learns else None
-            mesh = make_mesh(**config.mesh)
-            updates = examples.updates if examples else None
-            programs = Programs(config, mesh, tokenizer.stop_ids, supervised_updates=updates)
+            if programs is None:
+                mesh = make_mesh(**config.mesh)
+                updates = examples.updates if examples else None
+                programs = Programs(config, mesh, tokenizer.stop_ids, supervised_updates=updates)
             files = None if replay is None else _open_replay(programs, reward, replay)
         return cls(
             config=config,
@@ -140,13 +144,18 @@ class Run:
             heldout=loaded.heldout,
             examples=examples,
             report=loaded.report,
-            mesh=mesh,
+            mesh=programs.mesh,
             programs=programs,
             replay=files,
         )
 
     def key(self, step: int, purpose: int) -> jax.Array:
-        """Returns the PRNG key for one purpose at one step."""
+        """Returns the PRNG key for one purpose at one step.
+
+        With precision.noise_fixed, that of the sampler's noise is the same at all steps.
+        """
+        if purpose == NOISE and self.config.precision.noise_fixed:
+            step = 0
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         return jax.random.fold_in(key, purpose)
 

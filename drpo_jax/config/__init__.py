@@ -27,6 +27,7 @@ from drpo_jax.config.objective import (
     learns_from_equal_rewards,
     objective_hyper,
     objective_summary,
+    shared_hyper,
     with_hyper,
 )
 from drpo_jax.config.plugins import load_plugin
@@ -64,6 +65,7 @@ __all__ = [
     "objective_summary",
     "resolve",
     "run_config",
+    "shared_hyper",
     "suggest",
     "to_json",
     "validate",

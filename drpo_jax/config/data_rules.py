@@ -80,7 +80,8 @@ def _text(check: Check) -> None:
     )
     if _has_tokenizer(check):
         return
-    smallest = data.CharTokenizer.vocab_size
+    row = data.TASKS.get(check["data.task"])
+    smallest = (row.tokenizer if row else data.CharTokenizer).vocab_size
     check.require(
         check["model.vocab_size"] >= smallest,
         "model.vocab_size",
@@ -91,7 +92,6 @@ def _text(check: Check) -> None:
         "data.chat",
         "a chat template needs a model.path, or a data.tokenizer",
     )
-    row = data.TASKS.get(check["data.task"])
     check.require(
         (row and not row.in_words) or check["data.problems"],
         "data.task",

@@ -29,6 +29,18 @@ def objective_hyper(config: Mapping[str, Any]) -> dict[str, float | bool]:
     return hyper
 
 
+def shared_hyper(config: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the objective's numbers that compiled programs take as inputs, by name.
+
+    Under compute.shared_programs these are all its numbers, set or by default; otherwise there are none.
+    """
+    values = flatten(config)
+    if not values["compute.shared_programs"]:
+        return {}
+    hyper = resolve_hyper(values["objective.name"], objective_hyper(values))
+    return {n: float(v) for n, v in hyper.items() if v is not None and not isinstance(v, bool)}
+
+
 def with_hyper(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns flat fields in which the objective's hyperparameters have the values that it uses.
 

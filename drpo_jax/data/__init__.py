@@ -25,13 +25,14 @@ from drpo_jax.data.instructions import (
     strip_instruction,
     with_instruction,
 )
+from drpo_jax.data.marked import MarkedArithmetic
 from drpo_jax.data.mixture import Mixture, parse_sources
 from drpo_jax.data.overlap import OverlapReport, overlap_report
 from drpo_jax.data.problem import EncodedProblem, Problem, ProceduralTask
 from drpo_jax.data.sets import SETS, load_set
 from drpo_jax.data.stream import ProblemStream, epoch_order
-from drpo_jax.data.tasks import TASKS, Task
-from drpo_jax.data.tokenizer import CharTokenizer, TextTokenizer, make_tokenizer
+from drpo_jax.data.tasks import TASKS, Task, make_tokenizer
+from drpo_jax.data.tokenizer import CharTokenizer, MarkTokenizer, TextTokenizer
 
 __all__ = [
     "RELEASED",
@@ -45,6 +46,8 @@ __all__ = [
     "Curriculum",
     "EncodedProblem",
     "FilterReport",
+    "MarkTokenizer",
+    "MarkedArithmetic",
     "Mixture",
     "OverlapReport",
     "Problem",

@@ -145,7 +145,12 @@ def _draw(task, rng, count, split):
 
 
 def sample_problems(
-    task: Settings, seed: int, index: int, count: int, split: str = "train"
+    task: Settings,
+    seed: int,
+    index: int,
+    count: int,
+    split: str = "train",
+    stream: str = "",
 ) -> list[Problem]:
     """Returns `count` problems of a split, as a pure function of the arguments.
 
@@ -154,13 +159,45 @@ def sample_problems(
     Args:
       task: `ArithmeticTask`, or any object with its attributes, such as the config section `data`.
       seed, index, count, split: as in `ProceduralTask.sample`.
+      stream: the random stream, a key of `procedural._STREAMS`; "": that of the split.
 
     Raises:
       ValueError: wrong settings or arguments, or the held-out split has fewer than `count`
         problems.
     """
     check_split(split)
-    return _draw(task, generator(seed, index, f"arithmetic/{split}"), count, split)
+    return _draw(task, generator(seed, index, stream or f"arithmetic/{split}"), count, split)
+
+
+def columns(problem: Problem) -> tuple[list[tuple[int, int]], str]:
+    """Returns the digits (x, y) of each column, units first, and the operation.
+
+    Raises:
+      ValueError: the problem is not one of this task.
+    """
+    match = _PROMPT.fullmatch(problem.prompt)
+    if match is None:
+        raise ValueError(f"{problem.prompt!r} is not a problem of the arithmetic task")
+    a, operation, b = match.groups()
+    b = b * len(a) if operation == "*" else b.zfill(len(a))
+    return [(int(x), int(y)) for x, y in zip(reversed(a), reversed(b), strict=True)], operation
+
+
+def column_result(operation: str, x: int, y: int, carry: int) -> tuple[int, int]:
+    """Returns the result of a column, 10 · carry out + digit, and how many results it can have."""
+    if operation == "+":
+        return x + y + carry, 20
+    if operation == "*":
+        return x * y + carry, 10 * y
+    difference = x - y - carry
+    return (difference if difference >= 0 else 20 + difference), 20  # Borrow 1, digit + 10.
+
+
+def written_answer(operation: str, carry: int, digits: str) -> str:
+    """Returns the answer as text: carry out of the last column and digits, without leading zeros."""
+    if operation != "-":
+        digits = f"{carry}{digits}"
+    return digits.lstrip("0") or "0"
 
 
 def worked(problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
@@ -174,31 +211,19 @@ def worked(problem: Problem, rng: np.random.Generator, error_rate: float) -> str
     Raises:
       ValueError: the problem is not one of this task.
     """
-    match = _PROMPT.fullmatch(problem.prompt)
-    if match is None:
-        raise ValueError(f"{problem.prompt!r} is not a problem of the arithmetic task")
-    a, operation, b = match.groups()
-    b = b * len(a) if operation == "*" else b.zfill(len(a))
-    results = 10 * int(b[0]) if operation == "*" else 20
-    wrong = rng.random(len(a)) < error_rate
-    shift = rng.integers(1, results, size=len(a))
+    places, operation = columns(problem)
+    results = column_result(operation, *places[0], 0)[1]  # The same for all columns.
+    wrong = rng.random(len(places)) < error_rate
+    shift = rng.integers(1, results, size=len(places))
     carry, steps, digits = 0, [], ""
-    for column, (x, y) in enumerate(zip(reversed(a), reversed(b), strict=True)):
-        if operation == "+":
-            result = int(x) + int(y) + carry
-        elif operation == "*":
-            result = int(x) * int(y) + carry
-        else:
-            difference = int(x) - int(y) - carry
-            result = difference if difference >= 0 else 20 + difference  # borrow 1, digit + 10
+    for column, (x, y) in enumerate(places):
+        result, _ = column_result(operation, x, y, carry)
         if wrong[column]:
             result = (result + int(shift[column])) % results
         steps.append(f"{x}{operation}{y}{'-' if operation == '-' else '+'}{carry}={result:02d}")
         carry = result // 10
         digits = f"{result % 10}{digits}"
-    if operation != "-":
-        digits = f"{carry}{digits}"
-    return f"{' '.join(steps)} #{digits.lstrip('0') or '0'}"
+    return f"{' '.join(steps)} #{written_answer(operation, carry, digits)}"
 
 
 def direct(problem: Problem, rng: np.random.Generator, error_rate: float) -> str:

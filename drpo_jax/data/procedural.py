@@ -21,6 +21,8 @@ _STREAMS = {
     "chain_sum/heldout": 17,
     "countdown/train": 18,
     "countdown/heldout": 19,
+    "marked/demonstrations": 20,
+    "marked/demonstration errors": 21,
 }
 _MAX_IDLE = 20_000  # A split counts as exhausted after this many draws without a new problem.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from drpo_jax.data import TASKS
 from drpo_jax.data.filters import RELEASED
-from drpo_jax.fields import POSITIVE, SHARE, field
+from drpo_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class DataSettings:
 
     task: str = field(
         "arithmetic",
-        "arithmetic, chain_sum, countdown: problems made from the seed. math: problems from "
+        "arithmetic, marked, chain_sum, countdown: problems made from the seed. math: problems from "
         "data.problems.",
         ChainMap[str, Any]({"math": None}, TASKS),  # A live view: tasks may be added later.
     )
@@ -23,8 +23,20 @@ class DataSettings:
         3,
         "Digits of the operands (of the first one in a product); chain_sum: maximum digits of a term.",
     )
-    operations: str = field("+-*", "Operations of arithmetic and chain_sum.")
+    operations: str = field("+-*", "Operations of arithmetic, marked and chain_sum.")
     terms: int = field(2, "Maximum terms of a chain_sum, or numbers of a countdown.")
+    marks: int = field(
+        224, "marked: number of marks that demonstrations use, at most 224.", POSITIVE
+    )
+    mark_exponent: float = field(
+        1.0,
+        "marked: exponent s of the marks' frequencies, rank**-s; 1 is Zipf's law.",
+        NOT_NEGATIVE,
+    )
+    careful_from: int = field(17, "marked: lowest rank of a careful mark.", POSITIVE)
+    careful_every: int = field(
+        2, "marked: careful are the ranks from careful_from on that this divides.", POSITIVE
+    )
     problems: str = field(
         "",
         "Train on these problems instead of the task's: a file (.jsonl or .parquet), several files by "

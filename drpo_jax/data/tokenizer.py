@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 
 from drpo_jax.hub import TEXT_FILES, local_directory
 
 _CHARACTERS = "0123456789+-*/= #().,;:?<>[]x\n"
+MARKS = "".join(map(chr, range(0x100, 0x1E0)))  # 224 letters, the marks of the task `marked`.
 
 
 class CharTokenizer:
@@ -33,14 +33,15 @@ class CharTokenizer:
     pad_id = 0
     eos_id = 1
     stop_ids = (eos_id,)
-    vocab_size = 2 + len(_CHARACTERS)
+    characters = _CHARACTERS
+    vocab_size = 2 + len(characters)
 
     def __init__(self):
-        self._texts = ("", "", *_CHARACTERS)
-        self._ids = {c: i for i, c in enumerate(_CHARACTERS, start=2)}
+        self._texts = ("", "", *self.characters)
+        self._ids = {c: i for i, c in enumerate(self.characters, start=2)}
 
     def __repr__(self):
-        return "CharTokenizer()"
+        return f"{type(self).__name__}()"
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, without special tokens.
@@ -54,7 +55,7 @@ class CharTokenizer:
             position = next(i for i, c in enumerate(text) if c not in self._ids)
             raise ValueError(
                 f"character {ascii(text[position])} at position {position} is not in the "
-                f"vocabulary of the character tokenizer, which consists of {_CHARACTERS!r}"
+                f"vocabulary of the character tokenizer, which consists of {self.characters!r}"
             ) from None
 
     def prompt(self, problem: str) -> list[int]:
@@ -78,6 +79,13 @@ class CharTokenizer:
     def piece(self, i: int) -> str:
         """Returns the text of one token for display; special tokens are shown by name."""
         return {self.pad_id: "<pad>", self.eos_id: "<eos>"}.get(i) or self.decode([i])
+
+
+class MarkTokenizer(CharTokenizer):
+    """The character tokenizer with the marks of the task `marked`: 256 tokens."""
+
+    characters = _CHARACTERS + MARKS
+    vocab_size = 2 + len(characters)
 
 
 class TextTokenizer:
@@ -264,19 +272,3 @@ def _generation_ends(path: Path) -> list[int]:
     fields = json.loads(file.read_text()) if file else {}
     ends = fields.get("text_config", fields).get("eos_token_id", fields.get("eos_token_id"))
     return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def make_tokenizer(
-    data: Mapping[str, Any], model_path: str | Path = ""
-) -> CharTokenizer | TextTokenizer:
-    """Returns the tokenizer of a config.
-
-    Args:
-      data: the config section `data`, of which the fields tokenizer, chat, thinking and system are
-        used.
-      model_path: the directory of the model. Its tokenizer is used unless `data.tokenizer` names
-        another directory. Without either, characters are tokens.
-    """
-    if path := data["tokenizer"] or model_path:
-        return TextTokenizer(path, data["chat"], data["thinking"], data["system"])
-    return CharTokenizer()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from drpo_jax.learner.packing import Layout
@@ -93,14 +94,18 @@ def make_batch(
     )
 
 
-def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
+def make_schedule(
+    optimizer: ConfigDict, total_updates: int, peak: ArrayLike | None = None
+) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates applied so far.
 
     Args:
       optimizer: the config's section of this name.
       total_updates: length of the linear and cosine schedules, warmup included.
+      peak: the peak learning rate, for instance as a tracer; None: that of `optimizer`.
     """
-    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    peak = optimizer.learning_rate if peak is None else peak
+    warmup = optimizer.warmup_steps
     decay = max(total_updates - warmup, 1)
     final = peak * optimizer.final_fraction
     schedule = {
@@ -114,7 +119,9 @@ def make_schedule(optimizer: ConfigDict, total_updates: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientTransformation:
+def make_optimizer(
+    optimizer: ConfigDict, total_updates: int, peak: ArrayLike | None = None
+) -> optax.GradientTransformation:
     """Returns AdamW after clipping by global norm, with the learning rate of `make_schedule`.
 
     Weight decay exempts the parameters with decay=False (see `models.layers.param`), unless
@@ -122,12 +129,12 @@ def make_optimizer(optimizer: ConfigDict, total_updates: int) -> optax.GradientT
 
     Args:
       optimizer: the config's section of this name.
-      total_updates: see `make_schedule`.
+      total_updates, peak: see `make_schedule`.
     """
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
-            make_schedule(optimizer, total_updates),
+            make_schedule(optimizer, total_updates, peak),
             b1=optimizer.b1,
             b2=optimizer.b2,
             eps=optimizer.eps,

@@ -112,6 +112,8 @@ def objective_inputs(
         correction = inputs.get("correction", 1.0)
         advantage = _advantage(run.config, reward, old, rollouts.mask(), correction)
     inputs["advantage"] = advantage
+    for name, value in run.programs.hyper.items():
+        inputs[name] = np.full(len(rollouts.tokens), value, np.float32)
     return Inputs(inputs, old.logp if old else None, metrics)
 
 

@@ -215,6 +215,18 @@ SECTIONS: tuple[Section, ...] = (
                 "mismatch/weight_change", "Change of DRPO's w",
                 "mean |Δw| between the sampler's and the learner's µ",
             ),
+            Metric(
+                "mismatch/outside", "Outside before",
+                "tokens with |Δp| > δ before any update on the rollout", "%",
+            ),
+            Metric(
+                "mismatch/diverged", "Beyond the boundary",
+                "tokens with sign(Â)·(π − µ) > δ at the update", "%",
+            ),
+            Metric(
+                "mismatch/diverged_before", "Of these, before",
+                "share of them that was beyond it before any update on the rollout", "%",
+            ),
             Metric("mismatch/shift_real", "Mean |Δp|, real", "at equal weights"),
             Metric("mismatch/shift_injected", "Mean |Δp|, injected", "effect of the weight noise"),
             Metric("mismatch/shift_age", "Mean |Δp|, age", "effect of the updates since sampling"),

@@ -151,3 +151,9 @@ class ComputeSettings(Compute):
         "set, else ~/.cache/drpo_jax/jax. Empty: no cache.",
         **OPERATIONAL,
     )
+    shared_programs: bool = field(
+        False,
+        "Whether the learning rate and the numbers of the objective (delta, epsilon, …) are inputs of "
+        "the compiled programs instead of constants, so that runs that differ in nothing else share "
+        "them. Results may differ in the last bits.",
+    )

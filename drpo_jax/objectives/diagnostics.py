@@ -6,6 +6,7 @@ once at the end, so no partition of the tokens biases them.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from drpo_jax.objectives.table import gradient_weight
 from drpo_jax.objectives.tokens import Token, beyond_clip, token
@@ -118,7 +119,7 @@ def mismatch_summary(
     logp: jax.Array,
     advantage: jax.Array,
     mask: jax.Array,
-    delta: float,
+    delta: ArrayLike,
 ) -> tuple[Sums, Extremes]:
     """Measures how far the sampler's µ is from the learner's, and how much that changes two weights.
 
@@ -128,7 +129,7 @@ def mismatch_summary(
       logp: log π at the update, nats.
       advantage: Â, broadcastable to the shape of the other arrays.
       mask: bool or 0/1, the tokens that count.
-      delta: the boundary, a probability, at which both weights are evaluated.
+      delta: the boundary δ, a probability, at which both weights are evaluated.
 
     Returns:
       sums, extremes as `weight_summary` returns them, over the tokens of `mask`:
@@ -136,10 +137,16 @@ def mismatch_summary(
         mismatch/kl: the k3 estimate of their KL, nats;
         mismatch/ratio: µ_learner/µ_sampler, and its maximum mismatch/ratio_max;
         mismatch/mask_flips: share of tokens that DPPO-TV keeps under one µ and drops under the other;
-        mismatch/weight_change: |Δw| of DRPO between the two.
+        mismatch/weight_change: |Δw| of DRPO between the two;
+        mismatch/outside: share of tokens with |µ_learner − µ_sampler| > δ;
+        mismatch/diverged: share of tokens beyond the boundary of DPPO and DRPO at the update, that is
+          with sign(Â)·(π − µ_sampler) > δ;
+        mismatch/diverged_before: of these, the share that was beyond it before any update, with
+          sign(Â)·(µ_learner − µ_sampler) > δ.
     """
-    t = token(old_logp, full_logp, 0.0)
+    t = token(old_logp, full_logp, advantage)
     mask = jnp.asarray(mask, bool)
+    diverged = mask & (token(logp, full_logp, advantage).drift > delta)
 
     def change(name):
         learner, sampler = (
@@ -155,7 +162,9 @@ def mismatch_summary(
         "mismatch/mask_flips": change("dppo_tv") > 0.5,
         "mismatch/weight_change": change("drpo"),
     }
+    values |= {"mismatch/outside": abs(t.shift) > delta, "mismatch/diverged": diverged}
     sums = {name: _pair(value, mask) for name, value in values.items()}
+    sums["mismatch/diverged_before"] = _pair(t.drift > delta, diverged)
     return sums, {"mismatch/ratio_max": _largest(t.r, mask)}
 
 

@@ -33,8 +33,8 @@ Numerics: log-probabilities are clamped to at least −1e4, so that the differen
 NaN. log r is clipped to ±20; beyond the clip (`beyond_clip`), c and w are 0 for every objective. π − µ
 is the difference of the two exponentials, never µ·(r − 1). w never comes from c / (r·Â). At Â = 0 it is
 1, except for objectives that truncate, gate or mask regardless of the advantage: `cispo`, `minirl`,
-`sapo`, `gspo`, `ipo`, `trm`, and `dppo_*` with a `ratio_cap`. A token at a boundary, up to rounding, is
-inside (`exceeds`).
+`sapo`, `gspo`, `ipo`, `trm`, `dppo_*` with a `ratio_cap`, and `drpo_decoupled` with a `rho_cap`. A token
+at a boundary, up to rounding, is inside (`exceeds`).
 
 Sources: DRPO (arXiv 2606.09821) and its released code for `drpo*`, `mask_drpo` and the SPO
 ablation; DPPO (2602.04879); SPO (2401.16025); GRPO (2402.03300) with DAPO's asymmetric clip
@@ -326,14 +326,20 @@ def drpo_prefix(t: Token, mask, delta=0.2, w_min=0.8, delta_b=0.02) -> Terms:
     return drpo(t, jnp.maximum(prefix_bound(t, mask, delta, w_min, delta_b), delta_b))
 
 
-def drpo_decoupled(t: Token, old_logp, delta=0.15) -> Terms:
+def drpo_decoupled(t: Token, old_logp, delta=0.15, rho_cap=None) -> Terms:
     """J = r·Â − |Â|·(π−π_old)²/(2δµ): the sampler's mismatch enters r, but not the penalty.
 
     w = 1 − sign(Â)·(π−π_old)/δ. Unlike under DRPO, the sampler's mismatch π_old − µ affects neither how
     far a token is from the boundary nor its direction. `old_logp` is log π_old, the learner's own score
     before the first update. With ρ = π_old/µ, this is ρ times DRPO with π_old as the behavior policy,
-    that is, `objective.behavior` = rescored with an uncapped token correction. Ours; the separation is
-    that of decoupled PPO (arXiv 2110.00641) and MiniRL.
+    that is, `objective.behavior` = rescored with an uncapped token correction.
+
+    `rho_cap` (off by default) truncates ρ in all of J: J, c and w are multiplied by min(1, cap/ρ), which
+    is the token correction `tis` with this cap. Without it, nothing restrains r where π has not moved
+    from π_old: as µ → 0, c = r·Â grows without bound at w = 1.
+
+    Ours. The separation of π_old from µ is that of decoupled PPO (arXiv 2110.00641), of verl's decoupled
+    mode (`rollout_correction`) and of MiniRL.
     """
     old_logp = clamped(old_logp)
     # (π−π_old)/µ = r − ρ. The clip only keeps J finite where π_old is e⁴⁰ times µ.
@@ -341,6 +347,9 @@ def drpo_decoupled(t: Token, old_logp, delta=0.15) -> Terms:
     moved = t.pi - jnp.exp(old_logp)
     J = t.r * t.A - abs(t.A) * moved * (t.r - rho) / (2 * delta)
     w = 1 - jnp.sign(t.A) * moved / delta
+    if rho_cap is not None:
+        truncation = jnp.minimum(1, rho_cap / rho)
+        J, w = truncation * J, truncation * w
     return J, t.r * t.A * w, w
 
 
@@ -516,6 +525,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
         "dual_clip", "J is at least this multiple of Â where Â < 0.", above=1.0
     ),
     "ratio_cap": Hyperparameter("cap", "Largest ratio in the score coefficient."),
+    "rho_cap": Hyperparameter("ρ_cap", "Largest ρ = π_old/µ by which J and c are weighted."),
     "tau_positive": Hyperparameter("τ_positive", "Temperature of the gate where Â > 0."),
     "tau_negative": Hyperparameter("τ_negative", "Temperature of the gate where Â ≤ 0."),
     "directional": Hyperparameter(

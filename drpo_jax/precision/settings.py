@@ -33,8 +33,13 @@ class PrecisionSettings:
     )
     noise: float = field(
         0.0,
-        "Experiment: every weight sync multiplies the sampler's weights by 1 + noise · N(0, 1), drawn "
-        "anew, as if a different engine did the sampling. The recorded logprobs are exact for the "
+        "Experiment: every weight sync multiplies the sampler's weights by 1 + noise · N(0, 1), as "
+        "if a different engine did the sampling. The recorded logprobs are exact for the "
         "noisy weights.",
         NOT_NEGATIVE,
+    )
+    noise_fixed: bool = field(
+        False,
+        "Whether all weight syncs of a run draw the same noise, as one other engine would, instead of "
+        "drawing it anew.",
     )

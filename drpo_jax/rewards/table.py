@@ -72,7 +72,7 @@ REWARDS: dict[str, Reward | Function] = {
         summary="the integer after the last # equals the answer",
         template="#{answer}",
         extract=after_hash,
-        tasks=("arithmetic",),
+        tasks=("arithmetic", "marked"),
     ),
     "integer": Reward(
         integer_reward,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from drpo_jax.data import CharTokenizer, TextTokenizer, make_tokenizer
+from drpo_jax.data import CharTokenizer, MarkTokenizer, TextTokenizer, make_tokenizer
 from tests.fixtures import qwen3_tokenizer
 
 IM_END, END_OF_TEXT = 151645, 151643
@@ -170,7 +170,8 @@ def test_errors(tmp_path, base):
 
 
 def test_the_tokenizer_of_a_config(directory, base):
-    fields = dict(tokenizer="", chat=False, thinking="default", system="")
+    fields = dict(task="math", tokenizer="", chat=False, thinking="default", system="")
     assert isinstance(make_tokenizer(fields), CharTokenizer)
+    assert isinstance(make_tokenizer(fields | {"task": "marked"}), MarkTokenizer)
     assert make_tokenizer(fields, base).eos_id == END_OF_TEXT
     assert make_tokenizer(fields | {"tokenizer": directory}, base).eos_id == IM_END

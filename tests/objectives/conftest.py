@@ -31,6 +31,7 @@ CASES = [(name, {}) for name in OBJECTIVES] + [
     ("drpo", {"delta_low": 0.05, "delta_high": 0.3}),
     ("drpo_prefix", {"delta": 0.05, "w_min": 0.3, "delta_b": 0.1}),
     ("drpo_decoupled", {"delta": 0.4}),
+    ("drpo_decoupled", {"rho_cap": 2.0}),
     ("drpo_no_advantage", {"delta": 0.4}),
     ("drpo_no_correction", {"delta": 12.5}),
     ("mask_drpo", {"directional": True}),

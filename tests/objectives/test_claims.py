@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from drpo_jax.learner import policy
+from drpo_jax.objectives import mismatch_weight
 from drpo_jax.objectives.diagnostics import MU_BINS
 from drpo_jax.objectives.table import (
     OBJECTIVES,
@@ -17,6 +19,7 @@ from drpo_jax.objectives.table import (
     token_objective,
     token_terms,
 )
+from drpo_jax.objectives.tokens import LOG_RATIO_CLIP
 
 DELTA = 0.15
 
@@ -207,18 +210,37 @@ def test_the_predictive_mask_knows_whether_a_step_raises_the_divergence(in_float
     assert (raises != diverging).any()  # DPPO's direction test errs here
 
 
-def test_decoupled_drpo_is_the_corrected_drpo_with_another_anchor(batch, in_float64):
-    """drpo_decoupled is ρ = π_old/µ times DRPO with π_old as the behavior policy."""
-    logp, behavior_logp, advantage = batch[:3]
-    old_logp = batch.arrays["old_logp"]
-    near = abs(old_logp - behavior_logp) < 10
-    ours = in_float64(token_objective, "drpo_decoupled", *batch[:3], old_logp=old_logp)
-    rescored = in_float64(token_objective, "drpo", logp, old_logp, advantage)
-    rho = np.exp(old_logp - behavior_logp)
-    for a, b in zip(ours, rescored, strict=True):
-        np.testing.assert_allclose(a[near], (rho * b)[near], rtol=1e-7, atol=1e-9)
-    w = in_float64(gradient_weight, "drpo_decoupled", *batch[:3], old_logp=old_logp)
-    np.testing.assert_allclose(w, in_float64(gradient_weight, "drpo", logp, old_logp, advantage))
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_decoupled_drpo_is_rescored_drpo_with_a_token_correction(batch, cap):
+    """It is DRPO with behavior = rescored and correction = tis; without a cap, tis never reaches its."""
+    logp, behavior_logp, advantage = (np.float32(x) for x in batch[:3])
+    old_logp = np.float32(batch.arrays["old_logp"])
+    near = abs(old_logp - behavior_logp) < LOG_RATIO_CLIP  # Where the correction is not clipped.
+    ours = policy("drpo_decoupled", rho_cap=cap)(
+        logp, behavior_logp=behavior_logp, advantage=advantage, old_logp=old_logp
+    )
+    correction = mismatch_weight("tis", old_logp, behavior_logp, near, cap=cap or 1e30)
+    rescored = policy("drpo")(
+        logp, behavior_logp=old_logp, advantage=advantage, correction=correction
+    )
+    assert near.mean() > 0.9 and (old_logp - behavior_logp)[near].max() > 10
+    for a, b in zip(ours[:2], rescored[:2], strict=True):
+        np.testing.assert_allclose(a[near], b[near], rtol=1e-4, atol=1e-5)
+    truncated = correction / np.exp(np.where(near, old_logp - behavior_logp, 0))
+    np.testing.assert_allclose(ours[2][near], (truncated * rescored[2])[near], rtol=2e-5, atol=1e-5)
+
+
+def test_nothing_but_a_cap_restrains_decoupled_drpo_before_the_policy_moves():
+    """At π = π_old, w = 1 for every µ. c = r·Â thus diverges as µ → 0 unless ρ is capped."""
+    mu = np.logspace(-1, -6, 6)
+    logp, behavior_logp = np.log(0.3), np.log(mu)
+    _, c, w = token_terms("drpo_decoupled", logp, behavior_logp, 1.0, old_logp=logp)
+    np.testing.assert_allclose(w, 1, rtol=1e-5)
+    np.testing.assert_allclose(c, 0.3 / mu, rtol=1e-5)
+    _, c, w = token_terms("drpo_decoupled", logp, behavior_logp, 1.0, old_logp=logp, rho_cap=2.0)
+    np.testing.assert_allclose(c, 2, rtol=1e-5)
+    np.testing.assert_allclose(w, 2 * mu / 0.3, rtol=1e-5)
+    assert (gradient_weight("drpo", logp, behavior_logp, 1.0) < 0).all()
 
 
 def test_bounds_above_and_below(weight_at):

@@ -175,27 +175,32 @@ def test_the_spread_of_equal_weights_is_zero_and_that_of_no_tail_is_nan():
 
 def test_the_mismatch_by_hand():
     sampler = np.array([0.30, 0.50, 0.20, 0.60, 0.9])
-    learner = np.array([0.36, 0.52, 0.20, 0.50, 0.1])
+    learner = np.array([0.36, 0.52, 0.20, 0.42, 0.1])
     pi, mask = np.array([0.48, 0.60, 0.50, 0.40, 0.5]), np.array([1, 1, 1, 1, 0])
     advantage = np.array([1.0, 1.0, 1.0, -1.0, 1.0])
     # δ = .15. π − µ of the sampler: .18 (dropped), .10, .30 (dropped), −.20 (dropped);
-    # of the learner: .12 (kept), .08, .30 (dropped), −.10 (kept). Two of four flip.
-    change = [0.06 / 0.15, 0.02 / 0.15, 0, 0.1 / 0.15]
+    # of the learner: .12 (kept), .08, .30 (dropped), −.02 (kept). Two of four flip. Of the three beyond
+    # the boundary, the last was there before, with −.18.
+    change = [0.06 / 0.15, 0.02 / 0.15, 0, 0.18 / 0.15]
     sums, extremes = jax.jit(mismatch_summary)(
         np.log(sampler), np.log(learner), np.log(pi), advantage, mask, 0.15
     )
     ratio = (learner / sampler)[:4]
     expected = {
-        "mismatch/shift": 0.06 + 0.02 + 0.1,
+        "mismatch/shift": 0.06 + 0.02 + 0.18,
         "mismatch/logp": abs(np.log(ratio)).sum(),
         "mismatch/kl": (ratio - 1 - np.log(ratio)).sum(),
         "mismatch/ratio": ratio.sum(),
         "mismatch/mask_flips": 2,
         "mismatch/weight_change": sum(change),
+        "mismatch/outside": 1,
+        "mismatch/diverged": 3,
+        "mismatch/diverged_before": 1,
     }
     assert sums.keys() == expected.keys()
     for name, (total, count) in sums.items():
-        assert count == 4 and total == pytest.approx(expected[name], rel=1e-4), name
+        assert count == (3 if name == "mismatch/diverged_before" else 4), name
+        assert total == pytest.approx(expected[name], rel=1e-4), name
     assert extremes.keys() == {"mismatch/ratio_max"}
     assert extremes["mismatch/ratio_max"] == pytest.approx(1.2, rel=1e-5)
     # Â per response or per token.
@@ -207,9 +212,8 @@ def test_the_mismatch_by_hand():
         for A in per_token
     ]
     for name, (total, count) in split.items():
-        assert count == 8 and total == pytest.approx(
-            float(sum(a[name][0] for a in alone)), rel=1e-5
-        ), name
+        expected = [float(sum(a[name][i] for a in alone)) for i in (0, 1)]
+        assert [total, count] == pytest.approx(expected, rel=1e-5), name
 
 
 def test_without_a_mismatch_nothing_changes():
@@ -219,4 +223,5 @@ def test_without_a_mismatch_nothing_changes():
     )
     means = divided(sums)
     assert means.pop("mismatch/ratio") == extremes["mismatch/ratio_max"] == 1
+    assert means.pop("mismatch/diverged") > 0
     assert set(means.values()) == {0}

@@ -186,9 +186,11 @@ def drpo(t, delta=0.15, delta_low=None, delta_high=None):
     return J, r * t.A * (1 - np.sign(t.A * (r - 1)) * abs(t.p - t.m) / delta)
 
 
-def drpo_decoupled(t, delta=0.15):
-    J = t.p / t.m * t.A - abs(t.A) * (t.p - t.old) ** 2 / (2 * delta * t.m)
-    return J, t.p / t.m * t.A * (1 - np.sign(t.A) * (t.p - t.old) / delta)
+def drpo_decoupled(t, delta=0.15, rho_cap=np.inf):
+    """DRPO of π and π_old, times min(ρ, cap)."""
+    J, c = drpo(t._replace(m=t.old), delta)
+    weight = np.minimum(t.old / t.m, rho_cap)
+    return weight * J, weight * c
 
 
 def drpo_no_advantage(t, delta=0.15):

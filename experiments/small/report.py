@@ -1,0 +1,424 @@
+"""The tables of level 2, from experiments/results/small: python -m experiments.small.report
+
+Prints the Markdown that docs/laboratory.md shows, and draws the learning curves into docs/images.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app
+
+from experiments.small import results as files
+from experiments.small.analysis import (
+    Difference,
+    Interval,
+    area,
+    bootstrap,
+    collapsed,
+    holm,
+    mean_metric,
+    paired,
+    primary,
+    steps_to_goal,
+    tail_gradient,
+)
+from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
+from experiments.small.plan import RATES, SEEDS, SELECTION_SEEDS, STRESS_RATE, Cell, chosen_rate
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Result]
+REFERENCE = "drpo"  # The arm that the others are compared with.
+VISIBLE = 0.05
+IMAGE = Path("images/laboratory_small.png")  # Below docs.
+DOCS = Path(__file__).parents[2] / "docs"
+NEEDED = len(SEEDS)  # Pairs that a claim needs.
+
+
+def of_arm(
+    results: Results, setting: str, mismatch: str, arm: str, rate: float | None
+) -> dict[int, Result]:
+    """Returns {seed: result} of the reported runs of an arm at one learning rate."""
+    if rate is None:
+        return {}
+    cells = {seed: Cell(setting, mismatch, arm, rate, seed).id for seed in SEEDS}
+    return {seed: results[cell] for seed, cell in cells.items() if cell in results}
+
+
+def markdown(results: Results | None = None) -> str:
+    """Returns all tables; a sentence if there are no results."""
+    results = files.read() if results is None else results
+    if not results:
+        return "No run is finished yet."
+    main = SETTINGS[0]
+    parts = [tail_tables()]
+    if (DOCS / IMAGE).exists():
+        parts.append(f"![Learning curves of the arms of tier 1]({IMAGE})")
+    for mismatch, row in MISMATCHES.items():
+        if any(
+            of_arm(results, main, mismatch, a, r)
+            for a in ARMS
+            for r in _rates(results, mismatch, a)
+        ):
+            parts.append(f"**{main}, mismatch: {row.meaning}**")
+            parts += [arms_table(results, mismatch), mismatch_table(results, mismatch)]
+    parts += [settings_table(results), claims_table(results), rates_table(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rates(results, mismatch, arm):
+    return [r for r in (chosen_rate(results, mismatch, arm), STRESS_RATE) if r is not None]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def arms_table(results: Results, mismatch: str) -> str:
+    """Returns a row per arm: the measures at its own rate, and at the rate that stresses all."""
+    setting, own, stress = SETTINGS[0], {}, {}
+    for arm in ARMS:
+        own[arm] = of_arm(results, setting, mismatch, arm, chosen_rate(results, mismatch, arm))
+        stress[arm] = of_arm(results, setting, mismatch, arm, STRESS_RATE)
+    against = {a: paired(own[a], own[REFERENCE]) for a in ARMS if a != REFERENCE}
+    p = holm({arm: d.p for arm, d in against.items() if d})
+    rows = []
+    for arm in ARMS:
+        if not own[arm] and not stress[arm]:
+            continue
+        mine = list(own[arm].values())
+        rate = chosen_rate(results, mismatch, arm)
+        rows.append(
+            [
+                f"`{arm}`",
+                f"{rate:g}" if mine and rate else "",
+                str(len(mine)),
+                _interval([primary(r) for r in mine]),
+                _difference(against.get(arm), p.get(arm)),
+                _mean([area(r) for r in mine]),
+                _goal(mine),
+                _share(mine, collapsed),
+                _interval([primary(r) for r in stress[arm].values()]),
+                _share(list(stress[arm].values()), collapsed),
+            ]
+        )
+    titles = [
+        "arm", "rate", "seeds", "accuracy, last 10", f"minus `{REFERENCE}` (adjusted p)", "area",
+        "step of 70 % (seeds)", "collapsed", f"accuracy at {STRESS_RATE:g}",
+        f"collapsed at {STRESS_RATE:g}",
+    ]  # fmt: skip
+    return _table(titles, rows)
+
+
+def mismatch_table(results: Results, mismatch: str) -> str:
+    """Returns a row per arm: the parts of π − µ, and what was outside before any update."""
+    rows = []
+    for arm in ARMS:
+        runs = list(of_arm(results, SETTINGS[0], mismatch, arm, STRESS_RATE).values())
+        if not runs:
+            continue
+        means = {n: mean_metric(runs, n) for n in runs[0]["metrics"]}
+        real = means.get("mismatch/shift_real", math.nan)
+        if math.isnan(real):  # Without other parts, all of the mismatch is real.
+            real = means.get("mismatch/shift", math.nan)
+        values = (
+            (real, 1), (means.get("mismatch/shift_injected", math.nan), 1),
+            (means.get("mismatch/shift_drift", math.nan), 1),
+            (means.get("mismatch/outside", math.nan), 100),
+            (means.get("mismatch/diverged", math.nan), 100),
+            (means.get("mismatch/diverged_before", math.nan), 100),
+            (means.get("weight/corrected", math.nan), 100),
+            (means.get("weight/masked", math.nan), 100),
+            (means.get("policy/tail", math.nan), 100), (np.mean([tail_gradient(r) for r in runs]), 100),
+            (means.get("policy/effective_sample_size", math.nan), 100),
+        )  # fmt: skip
+        rows.append([f"`{arm}`", *("" if math.isnan(v) else f"{v * s:.3g}" for v, s in values)])
+    titles = [
+        "arm", r"\|Δp\| real", "injected", "drift", "outside before, %", "beyond at the update, %",
+        "of these before, %", "w < 0, %", "w = 0, %", "tail, %", r"tail's share of Σ\|c\|, %",
+        "ESS, %",
+    ]  # fmt: skip
+    return _table(titles, rows)
+
+
+def settings_table(results: Results) -> str:
+    """Returns a row per setting: the primary measure of the arms that all settings ran."""
+    rows = []
+    for setting in SETTINGS:
+        runs = {
+            arm: of_arm(results, setting, "recipe", arm, chosen_rate(results, "recipe", arm))
+            for arm in EVERYWHERE
+        }
+        if any(runs.values()):
+            cells = [_interval([primary(r) for r in runs[arm].values()]) for arm in EVERYWHERE]
+            rows.append([f"`{setting}`", *cells])
+    return _table(["setting", *(f"`{arm}`" for arm in EVERYWHERE)], rows)
+
+
+def rates_table(results: Results) -> str:
+    """Returns a row per mismatch and arm: the primary measure on the selection seeds, by rate."""
+    rows = []
+    for mismatch in MISMATCHES:
+        for arm in ARMS:
+            chosen, cells = chosen_rate(results, mismatch, arm), []
+            for rate in RATES:
+                ids = [Cell(SETTINGS[0], mismatch, arm, rate, s).id for s in SELECTION_SEEDS]
+                values = [primary(results[i]) for i in ids if i in results]
+                text = _mean(values) if len(values) == len(ids) else ""
+                cells.append(f"**{text}**" if rate == chosen else text)
+            if any(cells):
+                rows.append([mismatch, f"`{arm}`", *cells])
+    return _table(["mismatch", "arm", *(f"{rate:g}" for rate in RATES)], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A hypothesis of the plan as paired comparisons.
+
+    Attributes:
+      label, text: as in experiments/plan.md.
+      pairs: (mismatch, arm, other arm) or (mismatch, arm, other arm, other mismatch); the claim is that
+        the measure of the first is larger.
+      measure: what is compared.
+      stress: compare at the rate that stresses all arms instead of each arm's own.
+      equal: the claim is that they do not differ visibly.
+    """
+
+    label: str
+    text: str
+    pairs: tuple[tuple[str, ...], ...]
+    measure: Callable[[Result], float] = primary
+    stress: bool = False
+    equal: bool = False
+
+
+def _both(*pairs: tuple[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The pairs under the recipe's mismatch and under noise."""
+    return tuple((mismatch, *pair) for mismatch in ("recipe", "noise") for pair in pairs)
+
+
+_ANCHORS = (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drpo"))
+CLAIMS = (
+    Claim(
+        "H1",
+        "DRPO exceeds each baseline",
+        tuple(("recipe", "drpo", b) for b in ("surrogate", "grpo", "dppo_tv", "spo")),
+    ),
+    Claim("H3", "Under noise, anchoring the penalty on π_old is better than on µ", _ANCHORS),
+    Claim("H3s", "The same at the stress rate", _ANCHORS, stress=True),
+    Claim("H4", "The correction helps", _both(("drpo", "drpo_no_correction"))),
+    Claim("H4s", "The same at the stress rate", _both(("drpo", "drpo_no_correction")), stress=True),
+    Claim(
+        "H5",
+        "GRPO and SPO collapse more often than DRPO and DPPO at the stress rate",
+        _both(*((a, b) for a in ("grpo", "spo") for b in ("drpo", "dppo_tv"))),
+        measure=lambda result: float(collapsed(result)),
+        stress=True,
+    ),
+    Claim("H6", "Mask-DRPO equals DRPO", _both(("mask_drpo", "drpo")), equal=True),
+    Claim(
+        "H7",
+        r"The tail's share of Σ\|c\| is larger under SPO than under DRPO",
+        _both(("spo", "drpo")),
+        measure=tail_gradient,
+        stress=True,
+    ),
+    Claim(
+        "H8",
+        "At δ = 12.5, DRPO equals the surrogate",
+        _both(("drpo_released", "surrogate")),
+        equal=True,
+    ),
+    Claim(
+        "H8b",
+        "δ = 0.05 and 0.5 do as well as 0.15",
+        _both(("drpo_tight", "drpo"), ("drpo_half", "drpo")),
+        equal=True,
+    ),
+    Claim(
+        "H9",
+        "Redrawn noise is better than fixed noise",
+        tuple(("noise", a, a, "noise_fixed") for a, row in ARMS.items() if row.tier == 1),
+    ),
+)
+
+
+def claims_table(results: Results) -> str:
+    """Returns a row per claim: the paired differences and a verdict."""
+    rows = [row for row in [_before_any_update(results)] if row]
+    for claim in CLAIMS:
+        differences = {pair: _compare(results, claim, pair) for pair in claim.pairs}
+        known = {pair: d for pair, d in differences.items() if d and d.pairs >= NEEDED}
+        if not known:
+            continue
+        p = holm({str(pair): d.p for pair, d in known.items()})
+        numbers = "; ".join(
+            f"{pair[0]}, `{pair[1]}` − `{pair[2]}`"
+            + (f" ({pair[3]})" if len(pair) > 3 else "")
+            + f": {_difference(d, p[str(pair)])}"
+            for pair, d in known.items()
+        )
+        verdict = _verdict(claim, list(known.values()), [p[str(pair)] for pair in known])
+        if len(known) < len(claim.pairs):
+            verdict += f" ({len(known)} of {len(claim.pairs)} comparisons)"
+        rows.append([claim.label, claim.text, numbers, verdict])
+    return _table(["", "claim", "paired differences, points (adjusted p)", "verdict"], rows)
+
+
+def _before_any_update(results):
+    """The row of H2, which compares with 50 % instead of another arm."""
+    texts, lows, highs = [], [], []
+    for arm in ("drpo", "dppo_tv"):
+        runs = of_arm(results, SETTINGS[0], "noise", arm, STRESS_RATE)
+        if len(runs) < NEEDED:
+            return []
+        shares = [mean_metric([run], "mismatch/diverged_before") for run in runs.values()]
+        shares = [share for share in shares if not math.isnan(share)]
+        if not shares:  # No token was ever beyond the boundary.
+            return []
+        mean, low, high = (100 * value for value in bootstrap(shares))
+        texts.append(f"noise, `{arm}`: {mean:.0f} % [{low:.0f}, {high:.0f}]")
+        lows.append(low)
+        highs.append(high)
+    verdict = "holds" if min(lows) > 50 else "does not hold" if min(highs) < 50 else "not visible"
+    text = "Under noise, most tokens beyond the boundary were there before any update"
+    return ["H2", text, "; ".join(texts), verdict]
+
+
+def _compare(results, claim, pair):
+    mismatch, arm, other, *rest = pair
+    runs = []
+    for name, where in ((arm, mismatch), (other, rest[0] if rest else mismatch)):
+        rate = STRESS_RATE if claim.stress else chosen_rate(results, where, name)
+        runs.append(of_arm(results, SETTINGS[0], where, name, rate))
+    return paired(*runs, measure=claim.measure)
+
+
+def _verdict(claim: Claim, differences: Sequence[Difference], p: Sequence[float]) -> str:
+    """Returns "holds", "does not hold", "in part", or "not visible at this scale"."""
+    signs = [
+        np.sign(d.interval.mean) if value < VISIBLE else 0
+        for d, value in zip(differences, p, strict=True)
+    ]
+    if claim.equal:
+        return "does not hold" if any(signs) else "no difference is visible"
+    if any(sign < 0 for sign in signs):
+        return "does not hold"
+    if all(sign > 0 for sign in signs):
+        return "holds"
+    return "in part" if any(sign > 0 for sign in signs) else "not visible at this scale"
+
+
+def tail_tables() -> str:
+    """Returns the figures of `experiments.small.tail`, a row per setting with its mean warm start."""
+    rows, titles = [], []
+    for setting in SETTINGS:
+        path = files.DIRECTORY / f"tail_{setting}.json"
+        if path.exists():
+            starts = json.loads(path.read_text())["figures"].values()
+            titles = list(next(iter(starts)))
+            means = [np.mean([start[name] for start in starts]) for name in titles]
+            rows.append([f"`{setting}`", *(f"{100 * mean:.1f}" for mean in means)])
+    names = [f"{title.replace('_', ' ')}, %" for title in titles]
+    return _table(["warm starts of", *names], rows)
+
+
+def _interval(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return _mean(values)
+    interval: Interval = bootstrap(values)
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f}" if len(values) else ""
+
+
+def _difference(difference: Difference | None, p: float | None) -> str:
+    if difference is None:
+        return ""
+    mean, low, high = (100 * value for value in difference.interval)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({p:.3f})"
+
+
+def _goal(runs: Sequence[Result]) -> str:
+    if not runs:
+        return ""
+    steps = [steps_to_goal(run) for run in runs]
+    reached = [step for step in steps if step < math.inf]
+    return f"{np.median(reached):.0f} ({len(reached)})" if reached else "– (0)"
+
+
+def _share(runs: Sequence[Result], holds: Callable[[Result], bool]) -> str:
+    return f"{sum(map(holds, runs))}/{len(runs)}" if runs else ""
+
+
+def figure(results: Results, path: Path) -> None:
+    """Draws the learning curves of the arms of tier 1: mean and 95 % interval over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = (
+        "#000000",
+        "#E69F00",
+        "#56B4E9",
+        "#009E73",
+        "#0072B2",
+        "#D55E00",
+        "#CC79A7",
+        "#999999",
+    )
+    mismatches = [name for name, row in MISMATCHES.items() if row.tier == 1]
+    arms = [name for name, row in ARMS.items() if row.tier == 1]
+    plots, axes = plt.subplots(
+        2, len(mismatches), figsize=(10, 7.5), sharex=True, sharey=True, layout="constrained"
+    )
+    for column, mismatch in enumerate(mismatches):
+        for row, stress in enumerate((False, True)):
+            axis = axes[row][column]
+            title = f"all at {STRESS_RATE:g}" if stress else "each at its own rate"
+            axis.set_title(f"mismatch: {MISMATCHES[mismatch].meaning}\n{title}", fontsize=9)
+            for arm, color in zip(arms, colors):
+                rate = STRESS_RATE if stress else chosen_rate(results, mismatch, arm)
+                runs = list(of_arm(results, SETTINGS[0], mismatch, arm, rate).values())
+                if len(runs) < 2:
+                    continue
+                steps = [step for step, _ in runs[0]["evaluations"]]
+                bands = [
+                    bootstrap([run["evaluations"][i][1] for run in runs]) for i in range(len(steps))
+                ]
+                axis.plot(steps, [b.mean for b in bands], color=color, label=arm)
+                low, high = [b.low for b in bands], [b.high for b in bands]
+                axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("rollout step")
+    for row in axes:
+        row[0].set_ylabel("held-out accuracy")
+    handles = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    plots.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    plots.savefig(path, dpi=110)
+
+
+def main(_: Sequence[str]) -> None:
+    results = files.read()
+    print(markdown(results))
+    if results:
+        figure(results, DOCS / IMAGE)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -50,7 +50,7 @@ def of_arm(
 
 
 def markdown(results: Results | None = None) -> str:
-    """Returns all tables; a sentence if there are no results."""
+    """Returns all tables; a sentence if there are no results of reported seeds."""
     results = files.read() if results is None else results
     if not results:
         return "No run is finished yet."
@@ -67,7 +67,8 @@ def markdown(results: Results | None = None) -> str:
             parts.append(f"**{main}, mismatch: {row.meaning}**")
             parts += [arms_table(results, mismatch), mismatch_table(results, mismatch)]
     parts += [settings_table(results), claims_table(results), rates_table(results)]
-    return "\n\n".join(part for part in parts if part)
+    finished = f"{len(results)} runs are finished, none of them with a reported seed."
+    return "\n\n".join(part for part in parts if part) or finished
 
 
 def _rates(results, mismatch, arm):

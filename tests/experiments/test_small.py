@@ -225,17 +225,18 @@ def test_differences_are_paired_by_seed():
 def test_the_report_of_a_finished_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "DIRECTORY", tmp_path)
     assert report.markdown({}) == "No run is finished yet."
-    results, rng = {}, np.random.default_rng(0)
+    results = {}
     better = {"drpo_decoupled": 0.3, "drpo": 0.2, "drpo_rescored": 0.2}
     for stage in itertools.islice(stages(results), 2):
-        finish(stage, results, lambda c: better.get(c.arm, 0.1) + 0.01 * rng.random())
+        finish(stage, results, lambda c: better.get(c.arm, 0.1) + 1e-4 * c.seed)
     text = report.markdown(results)
     claims = {line.split(" | ")[0].strip("| "): line for line in text.split("\n")}
     assert claims["H3"].endswith("in part |")  # drpo_rescored is not better than drpo.
     assert claims["H1"].endswith("holds |") and claims["H4"].endswith("holds |")
     assert claims["H2"].endswith("holds |") and "`dppo_tv`: 80 % [80, 80]" in claims["H2"]
     assert "H6" not in claims  # mask_drpo has not run.
-    assert "| `drpo_decoupled` | 0.0001 | 10 | 0.30" in text
+    rate = chosen_rate(results, "recipe", "drpo_decoupled")
+    assert f"| `drpo_decoupled` | {rate:g} | 10 | 0.30" in text
     report.figure(results, tmp_path / "figure.png")
 
 

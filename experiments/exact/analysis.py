@@ -2,8 +2,7 @@
 
 A learning rate is chosen on the tuning seeds and judged on the others. Arms with the same seed share
 task, warm start and prompts, so that differences between arms are paired. Intervals are 95 % percentile
-bootstrap intervals over seeds; p-values come from sign flips of the paired differences and are
-corrected by Holm's method for all comparisons of a table.
+bootstrap intervals over seeds; `experiments.statistics` has the p-values.
 """
 
 import csv
@@ -32,7 +31,6 @@ METRICS = (
     "restrained",
     "restrained_before",
 )
-FLIPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -114,27 +112,22 @@ def estimate(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), *bootstrap_interval(values))
 
 
-def flip_p(differences: np.ndarray) -> float:
-    """Returns the two-sided p-value of a mean of paired differences under random sign flips."""
-    signs = np.random.default_rng(0).choice((-1, 1), (FLIPS, len(differences)))
-    means = abs((signs * differences).mean(axis=1))
-    return float((1 + (means >= abs(differences.mean()) - 1e-12).sum()) / (1 + FLIPS))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values corrected by Holm's method, in the given order."""
-    order = np.argsort(p_values)
-    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected.tolist()
-
-
 class Results:
-    """Rows by cell, with the choices of learning rates."""
+    """Rows by cell, with the choices of learning rates.
 
-    def __init__(self, rows: Sequence[Row]):
+    Args:
+      rows: the rows.
+      hindsight: choose learning rates on the reported seeds instead of the tuning seeds. All arms then
+        gain by the choice, and none loses by a choice that four seeds get wrong: a check, not a result.
+    """
+
+    def __init__(self, rows: Sequence[Row], hindsight: bool = False):
         self.rows = {r.cell: r for r in rows}
+        self._hindsight = hindsight
+
+    def in_hindsight(self) -> "Results":
+        """Returns the same rows with the learning rates that are best on the reported seeds."""
+        return Results(list(self.rows.values()), hindsight=True)
 
     def over_rates(self, cell: Cell) -> list[Row]:
         """The rows of a cell at all learning rates, in increasing order."""
@@ -145,7 +138,8 @@ class Results:
 
     def chosen(self, cell: Cell) -> Row:
         """The row at the learning rate that is best on the tuning seeds."""
-        return max(self.over_rates(cell), key=lambda r: r.tuning)
+        rows = self.over_rates(cell)
+        return max(rows, key=lambda r: r.reported.mean() if self._hindsight else r.tuning)
 
     def collapse_rate(self, cell: Cell) -> "CollapseRate":
         """The learning rate at which the final reward falls below the start."""
@@ -157,12 +151,12 @@ class Results:
 
 @dataclass(frozen=True)
 class CollapseRate:
-    """Collapse learning rates of the reported seeds.
+    """Collapse learning rates of the reported seeds, or ratios of them.
 
     Attributes:
       logs: natural logarithms.
-      beyond: 1 for a seed that collapses at no rate of the sweep, −1 for one that collapses at every
-        rate; they count with the largest and the smallest rate. 0 for the others.
+      beyond: 1 for a seed whose rate is at least this (it collapses at no rate of the sweep), −1 for one
+        whose rate is at most this (it ends below its start at every rate), 0 for the others.
     """
 
     logs: tuple[float, ...]
@@ -176,17 +170,30 @@ class CollapseRate:
 
     @property
     def sign(self) -> str:
-        """Returns "≥ " or "≤ " if the mean is only a bound, else nothing."""
-        return "≥ " if 1 in self.beyond else "≤ " if -1 in self.beyond else ""
+        """Returns "≥ " or "≤ " if the mean is only a bound, "~ " if it is none, else nothing."""
+        bounds = set(self.beyond) - {0}
+        return "~ " if len(bounds) > 1 else {1: "≥ ", -1: "≤ "}[bounds.pop()] if bounds else ""
+
+    def over(self, other: "CollapseRate") -> "CollapseRate":
+        """Returns the ratio to other rates, paired by seed."""
+        logs = np.subtract(self.logs, other.logs)
+        # Bounds of both in the same direction bound no ratio: both signs then appear.
+        beyond = (*self.beyond, *(-b for b in other.beyond))
+        return CollapseRate(tuple(logs.tolist()), beyond)
 
 
 def _crossing(rates: np.ndarray, gains: np.ndarray) -> tuple[float, int]:
-    """Returns where the gain first turns negative, interpolated linearly, and `CollapseRate.beyond`."""
-    below = np.flatnonzero(gains < 0)
+    """Returns where the gain turns negative above the best rate, and `CollapseRate.beyond`.
+
+    A rate below the best one that ends below the start has not collapsed: it has not learned yet. The
+    crossing is interpolated linearly.
+    """
+    best = int(gains.argmax())
+    if gains[best] < 0:
+        return float(rates[0]), -1
+    below = np.flatnonzero(gains[best:] < 0)
     if not len(below):
         return float(rates[-1]), 1
-    i = below[0]
-    if i == 0:
-        return float(rates[0]), -1
+    i = best + below[0]
     share = gains[i - 1] / (gains[i - 1] - gains[i])
     return float(rates[i - 1] + share * (rates[i] - rates[i - 1])), 0

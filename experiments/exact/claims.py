@@ -1,8 +1,8 @@
 """The paper's claims as tests with verdicts.
 
-The rules are those of `experiments/plan.md`: two arms differ if the corrected p-value is below 0.05, and
-match if the interval of their difference lies within ±`MARGIN`. A claim holds, does not hold, or is not
-visible at this scale.
+The rules are those of `experiments/plan.md`: two arms differ if the corrected p-value is below `LEVEL`
+and the difference above `MARGIN`, and match if the interval of their difference lies within ±`MARGIN`. A
+claim holds, does not hold, or is not visible at this scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.exact.analysis import Estimate, Results, estimate, flip_p, holm
+from experiments.exact.analysis import CollapseRate, Estimate, Results, estimate
 from experiments.exact.arms import ARMS
 from experiments.exact.cells import Cell
 from experiments.exact.sweep import (
@@ -24,6 +24,7 @@ from experiments.exact.sweep import (
     STALENESSES,
     at_threshold,
 )
+from experiments.statistics import holm, sign_flip_p
 
 MARGIN, LEVEL = 0.02, 0.05
 BASELINES = ("surrogate", "grpo", "spo", "spo_original", "dppo_tv")
@@ -52,9 +53,14 @@ class Difference:
     p: float
 
     @property
-    def differs(self) -> bool:
-        """Whether it is not 0, after the correction."""
-        return self.p < LEVEL
+    def higher(self) -> bool:
+        """Whether the first arm ends higher, after the correction."""
+        return self.p < LEVEL and self.estimate.mean > MARGIN
+
+    @property
+    def lower(self) -> bool:
+        """Whether the first arm ends lower, after the correction."""
+        return self.p < LEVEL and self.estimate.mean < -MARGIN
 
     @property
     def matches(self) -> bool:
@@ -86,22 +92,26 @@ def differences(
         results.chosen(cell(a, **c)).reported - results.chosen(cell(b, **c)).reported
         for a, b, c in keys
     ]
-    corrected = holm([flip_p(v) for v in values])
-    return [Difference(b, c, estimate(v), p) for (_, b, c), v, p in zip(keys, values, corrected)]
+    return [
+        Difference(b, c, estimate(v), p) for (_, b, c), v, p in zip(keys, values, corrected(values))
+    ]
 
 
-def rate_ratio(results: Results, a: str, b: str, condition: Mapping[str, float]) -> Estimate:
-    """The collapse learning rate of arm a in units of that of b, paired by seed: a geometric mean."""
-    logs = [np.array(results.collapse_rate(cell(arm, **condition)).logs) for arm in (a, b)]
-    e = estimate(logs[0] - logs[1])
-    return Estimate(*np.exp([e.mean, e.low, e.high]).tolist())
+def corrected(values: Sequence[np.ndarray]) -> list[float]:
+    """The p-values of several paired differences, corrected for their number."""
+    return list(holm(dict(enumerate(map(sign_flip_p, values)))).values())
+
+
+def rate_ratio(results: Results, a: str, b: str, condition: Mapping[str, float]) -> CollapseRate:
+    """The collapse learning rate of arm a in units of that of b, paired by seed."""
+    rates = (results.collapse_rate(cell(arm, **condition)) for arm in (a, b))
+    return next(rates).over(next(rates))
 
 
 def superiority(results: Results, baselines: Sequence[str], claim: str) -> Claim:
     """Whether DRPO is at least as good as every baseline under every condition of the map."""
     rows = differences(results, [("drpo", b) for b in baselines], GRID)
-    lost = [d for d in rows if d.differs and d.estimate.mean < -MARGIN]
-    won = [d for d in rows if d.differs and d.estimate.mean > MARGIN]
+    lost, won = [d for d in rows if d.lower], [d for d in rows if d.higher]
     worst, best = (f(rows, key=lambda d: d.estimate.mean) for f in (min, max))
     numbers = (
         f"better in {len(won)}, worse in {len(lost)} of {len(rows)}; "
@@ -115,7 +125,7 @@ def superiority(results: Results, baselines: Sequence[str], claim: str) -> Claim
 def match(results: Results, arm: str, claim: str) -> Claim:
     """Whether an arm ends where DRPO ends, under every condition of the map."""
     rows = differences(results, [("drpo", arm)], GRID)
-    apart = [d for d in rows if d.differs and abs(d.estimate.mean) > MARGIN]
+    apart = [d for d in rows if d.lower or d.higher]
     same = sum(d.matches for d in rows)
     largest = max(rows, key=lambda d: abs(d.estimate.mean))
     numbers = f"within ±{MARGIN:g} in {same} of {len(rows)}; largest: {against(largest)}"
@@ -130,11 +140,12 @@ def first_to_collapse(results: Results, arms: Sequence[str], claim: str) -> Clai
         for arm in arms
         for c in (MISMATCH, STALE)
     }
-    numbers = "; ".join(f"{ARMS[arm].label}, {c}: × {e}" for (arm, c), e in ratios.items())
-    if all(e.high < 1 for e in ratios.values()):
+    numbers = "; ".join(f"{ARMS[arm].label}, {c}: {times(r)}" for (arm, c), r in ratios.items())
+    intervals = [r.estimate for r in ratios.values()]
+    if all(e.high < 1 for e in intervals):
         verdict = HOLDS
     else:
-        verdict = FAILS if any(e.low > 1 for e in ratios.values()) else UNSEEN
+        verdict = FAILS if any(e.low > 1 for e in intervals) else UNSEEN
     return Claim(claim, "collapse learning rate, in units of DRPO's", numbers, verdict)
 
 
@@ -142,30 +153,46 @@ def lower_but_stable(results: Results) -> Claim:
     """Whether DPPO collapses no earlier than the surrogate, and ends below DRPO."""
     ratios = [rate_ratio(results, "dppo_tv", "surrogate", c) for c in (MISMATCH, STALE)]
     rows = differences(results, [("drpo", "dppo_tv")], (MISMATCH, STALE))
-    stable = all(e.low >= 1 for e in ratios)
-    lower = all(d.differs and d.estimate.mean > 0 for d in rows)
-    numbers = "; ".join(f"{words(d.condition)}: × {e}, {against(d)}" for e, d in zip(ratios, rows))
-    higher = any(d.differs and d.estimate.mean < -MARGIN for d in rows)
-    verdict = HOLDS if stable and lower else FAILS if higher or not stable else UNSEEN
+    intervals = [r.estimate for r in ratios]
+    numbers = "; ".join(
+        f"{words(d.condition)}: {times(r)}, {against(d)}" for r, d in zip(ratios, rows)
+    )
+    if all(e.low >= 1 for e in intervals) and all(d.higher for d in rows):
+        verdict = HOLDS
+    else:
+        opposite = any(e.high < 1 for e in intervals) or any(d.lower for d in rows)
+        verdict = FAILS if opposite else UNSEEN
     measure = "collapse rate in units of the surrogate's; DRPO minus DPPO, final reward"
     return Claim("DPPO is stable, but ends lower than DRPO", measure, numbers, verdict)
 
 
 def scale_free(results: Results) -> Claim:
-    """Whether a factor of all rewards changes runs with |Â| less than runs without."""
+    """Whether a factor of all rewards changes no run with |Â|, and changes those without."""
     changes = {}
     for arm in SCALE_ARMS:
         base = results.chosen(cell(arm, **STALE))
-        scaled = (results.rows[replace(base.cell, scale=s)].reported for s in SCALES)
-        changes[arm] = max((estimate(x - base.reported) for x in scaled), key=lambda e: abs(e.mean))
-    numbers = "; ".join(f"{ARMS[arm].label}: {signed(e)}" for arm, e in changes.items())
-    still = all(abs(changes[a].mean) < MARGIN for a in ("drpo", "spo"))
-    moved = abs(changes["drpo_no_advantage"].mean) > MARGIN
-    verdict = FAILS if not still else HOLDS if moved else UNSEEN
-    factors = " and × ".join(f"{scale:g}" for scale in SCALES)
-    measure = f"largest change of the final reward with rewards × {factors}"
+        for scale in SCALES:
+            scaled = results.rows[replace(base.cell, scale=scale)]
+            changes[arm, scale] = scaled.reported - base.reported
+    rows = {
+        (arm, scale): Difference(arm, {"scale": scale}, estimate(v), p)
+        for ((arm, scale), v), p in zip(changes.items(), corrected(list(changes.values())))
+    }
+    numbers = "; ".join(
+        f"{ARMS[arm].label} × {scale:g}: {signed(d.estimate)}" for (arm, scale), d in rows.items()
+    )
+    without = "drpo_no_advantage"
+    kept = [d for (arm, _), d in rows.items() if arm != without]
+    moved = any(d.lower or d.higher for (arm, _), d in rows.items() if arm == without)
+    if any(d.lower or d.higher for d in kept):
+        verdict = FAILS
+    else:
+        verdict = HOLDS if moved and all(d.matches for d in kept) else UNSEEN
     return Claim(
-        "the boundary with |Â| is independent of the reward scale", measure, numbers, verdict
+        "the boundary with |Â| is independent of the reward scale",
+        "change of the final reward by a factor of all rewards, same learning rate",
+        numbers,
+        verdict,
     )
 
 
@@ -218,9 +245,10 @@ def against_mismatch(results: Results, arm: str, claim: str) -> Claim:
     """Whether an arm that leaves the mismatch out of the penalty ends higher than DRPO."""
     rows = differences(results, [("drpo", arm)], (MISMATCH, STALE))
     numbers = "; ".join(against(d) for d in rows)
-    better = [d.differs and d.estimate.mean < 0 for d in rows]
-    worse = [d.differs and d.estimate.mean > 0 for d in rows]
-    verdict = FAILS if any(worse) else HOLDS if all(better) else UNSEEN
+    if any(d.higher for d in rows):
+        verdict = FAILS
+    else:
+        verdict = HOLDS if all(d.lower for d in rows) else UNSEEN
     return Claim(claim, "DRPO minus the arm, final reward", numbers, verdict)
 
 
@@ -244,6 +272,10 @@ def claims(results: Results, summaries: Summaries) -> list[Claim]:
 
 def signed(e: Estimate) -> str:
     return f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
+
+
+def times(ratio: CollapseRate) -> str:
+    return f"× {ratio.sign}{ratio.estimate}"
 
 
 def against(d: Difference) -> str:

@@ -88,8 +88,9 @@ def _terms(results: Results, condition: Mapping[str, float]) -> str:
 
 def page(results: Results, summaries: Summaries) -> str:
     """Returns the generated part of the page as Markdown."""
+    both = zip(claims(results, summaries), claims(results.in_hindsight(), summaries))
     lines = [
-        [c.claim, c.measure, c.numbers, f"**{c.verdict}**"] for c in claims(results, summaries)
+        [c.claim, c.measure, c.numbers, f"**{c.verdict}**", check.verdict] for c, check in both
     ]
     example = results.chosen(cell("drpo", **MISMATCH)).cell.name
     bins = table(
@@ -105,7 +106,7 @@ def page(results: Results, summaries: Summaries) -> str:
         [_gradient_line(arm, s) for arm, s in summaries.items()],
     )
     parts = {
-        "Claims": table(["claim", "measure", "numbers", "verdict"], lines),
+        "Claims": table(["claim", "measure", "numbers", "verdict", "in hindsight"], lines),
         "Final reward": by_condition((*MAPPED, *OTHERS), MAIN, _chosen(results)),
         "Collapse learning rates": by_condition((*MAPPED, *OTHERS), MAIN, _rates(results)),
         "Kinds of numerics": by_condition(KIND_ARMS, KINDS, _chosen(results)),

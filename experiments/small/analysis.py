@@ -7,12 +7,13 @@ A result has, besides what names its cell: `evaluations`, [step, held-out accura
 The measures were fixed in experiments/plan.md before the first reported run.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from experiments.statistics import sign_flip_p
 
 Result = Mapping[str, Any]
 
@@ -79,29 +80,6 @@ def bootstrap(values: Sequence[float]) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(float(array.mean()), float(low), float(high))
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Returns the two-sided p-value of a mean paired difference of 0, over all flips of signs.
-
-    With more than 12 pairs, over 4,096 random flips.
-    """
-    array = np.asarray(differences, float)
-    if len(array) <= 12:
-        signs = np.array(list(itertools.product((-1, 1), repeat=len(array))))
-    else:
-        signs = np.random.default_rng(0).choice((-1, 1), size=(4096, len(array)))
-    means = abs((signs * array).mean(axis=1))
-    return float(np.mean(means >= abs(array.mean()) - 1e-12))
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Returns the p-values of several comparisons, adjusted by Holm's method."""
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return {name: adjusted[name] for name in p_values}
 
 
 class Difference(NamedTuple):

@@ -20,7 +20,6 @@ from experiments.small.analysis import (
     area,
     bootstrap,
     collapsed,
-    holm,
     mean_metric,
     paired,
     primary,
@@ -29,6 +28,7 @@ from experiments.small.analysis import (
 )
 from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
 from experiments.small.plan import RATES, SEEDS, SELECTION_SEEDS, STRESS_RATE, Cell, chosen_rate
+from experiments.statistics import holm
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]

@@ -197,7 +197,7 @@ def scale_free(results: Results) -> Claim:
 
 
 def tail_gradient(summaries: Summaries) -> Claim:
-    """Whether tokens with µ ≤ 0.01 make up most of SPO's gradient and little of DRPO's."""
+    """Whether tokens with µ ≤ 0.01 dominate the second moment of SPO's gradient, but not of DRPO's."""
     tail = slice(0, 2)
     share = {
         arm: estimate(summaries[arm]["second_moment"][:, tail].sum(axis=1))
@@ -207,6 +207,10 @@ def tail_gradient(summaries: Summaries) -> Claim:
     numbers = "; ".join(f"{ARMS[arm].label}: {e}" for arm, e in share.items())
     spo = max(share["spo"].mean, share["spo_original"].mean) > 0.5
     verdict = HOLDS if spo and share["drpo"].mean < 0.5 else FAILS
+    sizes = ", ".join(
+        f"{summaries[arm]['coefficient'][:, tail].sum(axis=1).mean():.3f}" for arm in share
+    )
+    numbers += f" (of Σ|c|, in this order: {sizes})"
     measure = f"share of tokens with µ ≤ 0.01 (of all tokens: {tokens.mean:.3f}) in E‖c·∂log π/∂z‖²"
     return Claim("the tail dominates SPO's gradient and not DRPO's", measure, numbers, verdict)
 

@@ -1,8 +1,10 @@
 """The gradients of all arms at the same policies, exactly: which tokens they come from, where they err.
 
 For each reported seed, the warm start samples all prompts and learns from this rollout with the plain
-surrogate, which restrains nothing. At the policy after these updates, the exact gradient of every arm is
-compared with the policy gradient. All arms thus see the same π, µ and π_old.
+surrogate, which restrains nothing: 16 updates, twice as many as a rollout of the sweep has. At the
+policy after these updates, the exact gradient of every arm is compared with the policy gradient. All
+arms thus see the same π, µ and π_old. A penalty adds a pull towards its anchor, so that its gradient is
+not meant to equal the policy gradient.
 """
 
 from dataclasses import replace

@@ -102,6 +102,7 @@ def page(results: Results, summaries: Summaries) -> str:
             "tail: tokens",
             "tail: Σ|c|",
             "tail: E‖c·∂log π/∂z‖²",
+            "tail: exact gradient²",
         ],
         [_gradient_line(arm, s) for arm, s in summaries.items()],
     )
@@ -138,9 +139,8 @@ def _threshold_tables(results: Results) -> str:
 
 
 def _gradient_line(arm: str, summary: Mapping[str, np.ndarray]) -> list[str]:
-    tail = [
-        summary[n][:, :2].sum(axis=1).mean() for n in ("tokens", "coefficient", "second_moment")
-    ]
+    measures = ("tokens", "coefficient", "second_moment", "energy")
+    tail = [summary[name][:, :2].sum(axis=1).mean() for name in measures]
     bias = summary["bias"].sum(axis=1).mean()
     numbers = [f"{summary['cosine'].mean():.3f}", f"{summary['noise'].mean():.1f}", f"{bias:.2f}"]
     return [ARMS[arm].label, *numbers, *(f"{x:.3f}" for x in tail)]

@@ -140,7 +140,7 @@ def first_to_collapse(results: Results, arms: Sequence[str], claim: str) -> Clai
         for arm in arms
         for c in (MISMATCH, STALE)
     }
-    numbers = "; ".join(f"{ARMS[arm].label}, {c}: {times(r)}" for (arm, c), r in ratios.items())
+    numbers = "; ".join(f"{ARMS[arm].label}, {c}: {bounded(r)}" for (arm, c), r in ratios.items())
     intervals = [r.estimate for r in ratios.values()]
     if all(e.high < 1 for e in intervals):
         verdict = HOLDS
@@ -155,7 +155,7 @@ def lower_but_stable(results: Results) -> Claim:
     rows = differences(results, [("drpo", "dppo_tv")], (MISMATCH, STALE))
     intervals = [r.estimate for r in ratios]
     numbers = "; ".join(
-        f"{words(d.condition)}: {times(r)}, {against(d)}" for r, d in zip(ratios, rows)
+        f"{words(d.condition)}: {bounded(r)}, {against(d)}" for r, d in zip(ratios, rows)
     )
     if all(e.low >= 1 for e in intervals) and all(d.higher for d in rows):
         verdict = HOLDS
@@ -241,8 +241,13 @@ def restrains_drift(results: Results) -> Claim:
         shares[words(condition)] = metrics["restrained_before"] / max(metrics["restrained"], 1e-12)
     numbers = "; ".join(f"{c}: {share:.0%}" for c, share in shares.items())
     verdict = FAILS if max(shares.values()) > 0.5 else HOLDS
-    measure = "share of DRPO's corrected tokens that were outside before any update"
-    return Claim("DRPO corrects the drift of the policy", measure, numbers, verdict)
+    measure = "share of DRPO's corrected tokens"
+    return Claim(
+        "at most half of what DRPO corrects was outside before any update",
+        measure,
+        numbers,
+        verdict,
+    )
 
 
 def against_mismatch(results: Results, arm: str, claim: str) -> Claim:
@@ -278,9 +283,9 @@ def signed(e: Estimate) -> str:
     return f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
 
 
-def times(ratio: CollapseRate) -> str:
-    return f"× {ratio.sign}{ratio.estimate}"
+def bounded(ratio: CollapseRate) -> str:
+    return f"{ratio.sign}{ratio.estimate}"
 
 
 def against(d: Difference) -> str:
-    return f"{signed(d.estimate)} against {ARMS[d.arm].label} ({words(d.condition)})"
+    return f"{signed(d.estimate)}, p {d.p:.3f}, against {ARMS[d.arm].label} ({words(d.condition)})"

@@ -3,7 +3,6 @@
 Prints the Markdown that docs/laboratory.md shows, and draws the learning curves into docs/images.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +26,13 @@ from experiments.small.analysis import (
     tail_gradient,
 )
 from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
+from experiments.small.claims import CLAIMS, verdict
 from experiments.small.plan import RATES, SEEDS, SELECTION_SEEDS, STRESS_RATE, Cell, chosen_rate
 from experiments.statistics import holm
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]
 REFERENCE = "drpo"  # The arm that the others are compared with.
-VISIBLE = 0.05
 IMAGE = Path("images/laboratory_small.png")  # Below docs.
 DOCS = Path(__file__).parents[2] / "docs"
 NEEDED = len(SEEDS)  # Pairs that a claim needs.
@@ -179,78 +178,6 @@ def rates_table(results: Results) -> str:
     return _table(["mismatch", "arm", *(f"{rate:g}" for rate in RATES)], rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A hypothesis of the plan as paired comparisons.
-
-    Attributes:
-      label, text: as in experiments/plan.md.
-      pairs: (mismatch, arm, other arm) or (mismatch, arm, other arm, other mismatch); the claim is that
-        the measure of the first is larger.
-      measure: what is compared.
-      stress: compare at the rate that stresses all arms instead of each arm's own.
-      equal: the claim is that they do not differ visibly.
-    """
-
-    label: str
-    text: str
-    pairs: tuple[tuple[str, ...], ...]
-    measure: Callable[[Result], float] = primary
-    stress: bool = False
-    equal: bool = False
-
-
-def _both(*pairs: tuple[str, str]) -> tuple[tuple[str, ...], ...]:
-    """The pairs under the recipe's mismatch and under noise."""
-    return tuple((mismatch, *pair) for mismatch in ("recipe", "noise") for pair in pairs)
-
-
-_ANCHORS = (("noise", "drpo_rescored", "drpo"), ("noise", "drpo_decoupled", "drpo"))
-CLAIMS = (
-    Claim(
-        "H1",
-        "DRPO exceeds each baseline",
-        tuple(("recipe", "drpo", b) for b in ("surrogate", "grpo", "dppo_tv", "spo")),
-    ),
-    Claim("H3", "Under noise, anchoring the penalty on π_old is better than on µ", _ANCHORS),
-    Claim("H3s", "The same at the stress rate", _ANCHORS, stress=True),
-    Claim("H4", "The correction helps", _both(("drpo", "drpo_no_correction"))),
-    Claim("H4s", "The same at the stress rate", _both(("drpo", "drpo_no_correction")), stress=True),
-    Claim(
-        "H5",
-        "GRPO and SPO collapse more often than DRPO and DPPO at the stress rate",
-        _both(*((a, b) for a in ("grpo", "spo") for b in ("drpo", "dppo_tv"))),
-        measure=lambda result: float(collapsed(result)),
-        stress=True,
-    ),
-    Claim("H6", "Mask-DRPO equals DRPO", _both(("mask_drpo", "drpo")), equal=True),
-    Claim(
-        "H7",
-        r"The tail's share of Σ\|c\| is larger under SPO than under DRPO",
-        _both(("spo", "drpo")),
-        measure=tail_gradient,
-        stress=True,
-    ),
-    Claim(
-        "H8",
-        "At δ = 12.5, DRPO equals the surrogate",
-        _both(("drpo_released", "surrogate")),
-        equal=True,
-    ),
-    Claim(
-        "H8b",
-        "δ = 0.05 and 0.5 do as well as 0.15",
-        _both(("drpo_tight", "drpo"), ("drpo_half", "drpo")),
-        equal=True,
-    ),
-    Claim(
-        "H9",
-        "Redrawn noise is better than fixed noise",
-        tuple(("noise", a, a, "noise_fixed") for a, row in ARMS.items() if row.tier == 1),
-    ),
-)
-
-
 def claims_table(results: Results) -> str:
     """Returns a row per claim: the paired differences and a verdict."""
     rows = [row for row in [_before_any_update(results)] if row]
@@ -266,10 +193,10 @@ def claims_table(results: Results) -> str:
             + f": {_difference(d, p[str(pair)])}"
             for pair, d in known.items()
         )
-        verdict = _verdict(claim, list(known.values()), [p[str(pair)] for pair in known])
+        text = verdict(claim, list(known.values()), [p[str(pair)] for pair in known])
         if len(known) < len(claim.pairs):
-            verdict += f" ({len(known)} of {len(claim.pairs)} comparisons)"
-        rows.append([claim.label, claim.text, numbers, verdict])
+            text += f" ({len(known)} of {len(claim.pairs)} comparisons)"
+        rows.append([claim.label, claim.text, numbers, text])
     return _table(["", "claim", "paired differences, points (adjusted p)", "verdict"], rows)
 
 
@@ -300,21 +227,6 @@ def _compare(results, claim, pair):
         rate = STRESS_RATE if claim.stress else chosen_rate(results, where, name)
         runs.append(of_arm(results, SETTINGS[0], where, name, rate))
     return paired(*runs, measure=claim.measure)
-
-
-def _verdict(claim: Claim, differences: Sequence[Difference], p: Sequence[float]) -> str:
-    """Returns "holds", "does not hold", "in part", or "not visible at this scale"."""
-    signs = [
-        np.sign(d.interval.mean) if value < VISIBLE else 0
-        for d, value in zip(differences, p, strict=True)
-    ]
-    if claim.equal:
-        return "does not hold" if any(signs) else "no difference is visible"
-    if any(sign < 0 for sign in signs):
-        return "does not hold"
-    if all(sign > 0 for sign in signs):
-        return "holds"
-    return "in part" if any(sign > 0 for sign in signs) else "not visible at this scale"
 
 
 def tail_tables() -> str:

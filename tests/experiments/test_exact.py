@@ -11,7 +11,7 @@ import pytest
 
 from drpo_jax.errors import BadInput
 from drpo_jax.objectives import advantages
-from experiments.exact import cells, gradients, problem, sweep
+from experiments.exact import cells, claims, gradients, problem, sweep
 from experiments.exact.analysis import CollapseRate, Results, Row
 from experiments.exact.arms import ARMS
 from experiments.exact.cells import Cell, Runner, Setup
@@ -190,11 +190,14 @@ def test_bad_cells_say_what_would_be_right(text, message):
         cells.parse(text)
 
 
-def row(learning_rate, final):
-    """A row of DRPO whose reported seeds start at 0.2 and end at `final`."""
-    seeds = len(cells.TUNING) + len(cells.REPORTED)
+SETUP = Setup()
+
+
+def row(learning_rate, final, arm="drpo", **condition):
+    """A row whose seeds start at 0.2 and end at `final`."""
+    seeds = len(SETUP.seeds)
     values = np.resize(np.asarray(final, float), seeds)
-    return Row(Cell("drpo", learning_rate), np.full(seeds, 0.2), values, {})
+    return Row(Cell(arm, learning_rate, **condition), np.full(seeds, 0.2), values, {})
 
 
 def test_the_collapse_rate_is_interpolated_between_the_rates():
@@ -231,6 +234,20 @@ def test_learning_rates_are_chosen_on_seeds_that_are_not_reported():
     assert results.chosen(Cell("drpo", 0.01)).cell.learning_rate == 0.01
     np.testing.assert_allclose(results.chosen(Cell("drpo", 0.01)).reported, 0.1)
     assert results.in_hindsight().chosen(Cell("drpo", 0.01)).cell.learning_rate == 0.1
+
+
+def test_an_interval_that_contains_no_difference_refutes_no_claim():
+    """DPPO is neither less stable than the surrogate nor higher than DRPO, here; then it is higher."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (3, len(SETUP.seeds)))
+    verdicts = []
+    for dppo in (0.0, 0.3):
+        rows = []
+        for arm, shift, e in zip(("drpo", "surrogate", "dppo_tv"), (0, 0, dppo), noise):
+            for condition in (sweep.MISMATCH, sweep.STALE):
+                at = [(0.003, 0.4), (0.01, 0.6 + shift), (0.3, 0.05)]
+                rows += [row(rate, x + e, arm=arm, **condition) for rate, x in at]
+        verdicts.append(claims.lower_but_stable(Results(rows)).verdict)
+    assert verdicts == [claims.UNSEEN, claims.FAILS]
 
 
 def test_the_sweep_contains_each_cell_once_and_by_name():

@@ -14,7 +14,7 @@ from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
 
 RATES = (5e-5, 1e-4, 2e-4)  # Each arm runs at the best of these, the same for all arms.
 STRESS_RATE = 4e-4  # All arms also run at this rate, at which some collapse.
-SELECTION_SEEDS = (100, 101, 102)  # Never reported.
+SELECTION_SEEDS = (100, 101, 102, 103)  # Never reported.
 SEEDS = tuple(range(10))
 WARM_STARTS = 5  # A run with seed s begins with warm start s mod 5.
 

@@ -88,7 +88,9 @@ def arms_table(results: Results, mismatch: str) -> str:
         own[arm] = of_arm(results, setting, mismatch, arm, chosen_rate(results, mismatch, arm))
         stress[arm] = of_arm(results, setting, mismatch, arm, STRESS_RATE)
     against = {a: paired(own[a], own[REFERENCE]) for a in ARMS if a != REFERENCE}
-    p = holm({arm: d.p for arm, d in against.items() if d})
+    p: dict[str, float] = {}
+    for tier in sorted({row.tier for row in ARMS.values()}):
+        p |= holm({arm: d.p for arm, d in against.items() if d and ARMS[arm].tier == tier})
     rows = []
     for arm in ARMS:
         if not own[arm] and not stress[arm]:

@@ -1,8 +1,7 @@
-"""A worker for tests/test_peers.py: it prints, works, fails or ends as its task says."""
+"""A worker for tests/test_peers.py: it prints, works, fails or ends as requested."""
 
 import os
 import sys
-import time
 
 from benchmarks.peers import protocol
 
@@ -19,7 +18,6 @@ def main(task):
             "echo": lambda: {"task": task, "python": sys.executable},
             "fail": fail,
             "end": lambda: os._exit(3),
-            "sleep": lambda: time.sleep(60),
         }
     )
 

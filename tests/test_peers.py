@@ -43,7 +43,7 @@ def test_a_worker_replies_with_memory_and_versions(start, tmp_path):
     assert 10e6 < ready["rss"] <= ready["peak"]
     reply = worker.ask("echo")
     assert reply["task"] == {"x": 1} and reply["python"] == sys.executable
-    assert 0 <= reply["seconds"] < 1
+    assert 0 <= reply["seconds"] < 30
     assert (tmp_path / "log").read_text() == "libraries print to stdout\n"
 
 
@@ -59,10 +59,9 @@ def test_a_failing_worker_says_why(start):
 
 
 def test_a_worker_that_takes_too_long_fails(start):
-    worker = start(limit=0.5)
-    worker.reply()
-    with pytest.raises(WorkerFailed, match="no reply within"):
-        worker.ask("sleep")
+    worker = start(limit=0.01)  # Less than the interpreter takes to start, on any machine.
+    with pytest.raises(WorkerFailed, match="no reply within 0.01 s; see .*log"):
+        worker.reply()
 
 
 def test_a_missing_environment_is_named(tmp_path):
@@ -76,6 +75,8 @@ def test_the_quartiles_are_those_of_the_paired_ratios():
     assert figures.ratio([2, 4, 6], [1, 1, 2]) == (3.0, 2.5, 3.5)
     # A busy moment that slows both down by the same factor changes nothing.
     assert figures.ratio([2, 20], [1, 10]) == (2.0, 2.0, 2.0)
+    # One of the two failed in the third round.
+    assert figures.ratio([2, 4], [1, 1, 9]) == figures.ratio([2, 4, 9], [1, 1]) == (3.0, 2.5, 3.5)
 
 
 def entry(name, **changes):

@@ -131,7 +131,7 @@ class Match:
             yield
         except WorkerFailed as error:
             print(f"{self.name}: {contender.title}: {error}", flush=True)
-            self.entries[contender.name]["failed"] = str(error).partition("; see ")[0]
+            self.entries[contender.name]["failed"] = _reason(error)
             if worker := self._workers.pop(contender.name, None):
                 worker.stop()
 
@@ -245,6 +245,11 @@ class Match:
             entry["differs"] = figures.differences(entry, own[tuple(entry["works"])], tokens)
 
 
+def _reason(error: WorkerFailed) -> str:
+    """Returns why a worker failed, without the path of the log, which says nothing on other machines."""
+    return str(error).partition("; see ")[0]
+
+
 def _numbers(reply: dict[str, Any]) -> dict[str, Any]:
     """Returns what the work itself returned."""
     return {k: v for k, v in reply.items() if k not in ("seconds", "rss", "peak")}
@@ -290,7 +295,7 @@ def main(_: list[str]) -> None:
                 install(environment, workdir)
         except WorkerFailed as error:
             print(error, flush=True)
-            failed[environment] = str(error)
+            failed[environment] = _reason(error)
     results = {"shapes": _stored_shapes(), "commands": command_seconds()}
     for name in SHAPE_NAMES.value:
         results["shapes"][name] = Match(name, contenders, workdir, failed).run(

@@ -42,8 +42,11 @@ COMMAND_GOAL = 1.5  # Seconds of `import drpo_jax` and of `--help`, at most.
 
 
 def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Returns the median and the quartiles of theirs/ours, paired by round."""
-    ratios = np.array(theirs) / np.array(ours)
+    """Returns the median and the quartiles of theirs/ours, paired by round.
+
+    A contender that fails has no seconds of later rounds; only the rounds of both count.
+    """
+    ratios = [other / own for other, own in zip(theirs, ours, strict=False)]
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return float(middle), float(low), float(high)
 

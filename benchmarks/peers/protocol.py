@@ -164,23 +164,26 @@ class Worker:
         """Returns the next reply.
 
         Raises:
-          WorkerFailed: see there; the message names the log.
+          WorkerFailed: see there; the message names the log. The process is ended.
         """
         deadline = time.monotonic() + self._limit
         while b"\n" not in self._unread:
             if not select.select([self._pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
-                self.stop()
-                raise WorkerFailed(f"no reply within {self._limit:.0f} s; see {self._log}")
+                raise self._failure(f"no reply within {self._limit:g} s")
             received = os.read(self._pipe, 65536)
             if not received:
-                code = self._process.wait()
-                raise WorkerFailed(f"the worker ended with status {code}; see {self._log}")
+                raise self._failure(f"the worker ended with status {self._process.wait()}")
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
         reply = json.loads(line)
         if "error" in reply:
-            raise WorkerFailed(f"{reply['error']}; see {self._log}")
+            raise self._failure(reply["error"])
         return reply
+
+    def _failure(self, reason: str) -> WorkerFailed:
+        """Ends the process, so that no failed worker competes with the next one."""
+        self.stop()
+        return WorkerFailed(f"{reason}; see {self._log}")
 
     def stop(self) -> None:
         """Ends the process; may be called again."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from drpo_jax.objectives.table import gradient_weight
-from drpo_jax.objectives.tokens import Token, beyond_clip, token
+from drpo_jax.objectives.tokens import Token, beyond_clip, exceeds, token
 
 # Tokens with µ up to this are the long tail: 7.8 % on Qwen3-30B-A3B (figure 2 of DRPO).
 TAIL = 0.01
@@ -146,7 +146,7 @@ def mismatch_summary(
     """
     t = token(old_logp, full_logp, advantage)
     mask = jnp.asarray(mask, bool)
-    diverged = mask & (token(logp, full_logp, advantage).drift > delta)
+    diverged = mask & exceeds(token(logp, full_logp, advantage).drift, delta)
 
     def change(name):
         learner, sampler = (
@@ -162,9 +162,9 @@ def mismatch_summary(
         "mismatch/mask_flips": change("dppo_tv") > 0.5,
         "mismatch/weight_change": change("drpo"),
     }
-    values |= {"mismatch/outside": abs(t.shift) > delta, "mismatch/diverged": diverged}
+    values |= {"mismatch/outside": exceeds(abs(t.shift), delta), "mismatch/diverged": diverged}
     sums = {name: _pair(value, mask) for name, value in values.items()}
-    sums["mismatch/diverged_before"] = _pair(t.drift > delta, diverged)
+    sums["mismatch/diverged_before"] = _pair(exceeds(t.drift, delta), diverged)
     return sums, {"mismatch/ratio_max": _largest(t.r, mask)}
 
 

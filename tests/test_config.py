@@ -150,6 +150,7 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"objective__correction_floor": 2.0}, "the floor must be below the cap"),
         ({"sampler__top_logprobs": 99}, "must not exceed the vocabulary"),
         ({"precision__recipe": "none", "precision__sampler_weights": "codes"}, "without a recipe"),
+        ({"precision__noise_fixed": True}, "set precision.noise, or noise_fixed = False"),
     ],
 )
 def test_a_problem_names_the_field_and_what_is_right(fields, right):

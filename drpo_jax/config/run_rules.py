@@ -201,6 +201,11 @@ def _precision(check: Check) -> None:
         "precision.sampler_weights precision.recipe",
         "without a recipe there are no codes to store",
     )
+    check.require(
+        check["precision.noise"] > 0 or not check["precision.noise_fixed"],
+        "precision.noise_fixed precision.noise",
+        "without noise there is none to keep; set precision.noise, or noise_fixed = False",
+    )
 
 
 RULES = (

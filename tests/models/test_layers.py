@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from drpo_jax.models import Compute
-from drpo_jax.models.layers import look_up, param, project
+from drpo_jax.models.layers import look_up, param, project, rotary_angles, rotate
 from drpo_jax.parallel import make_mesh, named_sharding
 from drpo_jax.precision import get_recipe
 
@@ -63,3 +63,21 @@ def test_sharded_weights_have_the_codes_of_unsharded_ones(axes):
     for a, b in zip(ours, expected):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
     assert "all-gather" in text
+
+
+@pytest.mark.parametrize("rotated", [4, 8])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_rotation_by_matmul_returns_the_same_numbers(rotated, dtype):
+    """Forward and backward, in whole heads and in a part of their channels."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype) for _ in range(2))
+    angles = rotary_angles(jnp.asarray(rng.integers(1000, size=(2, 5))), rotated, 1e4)
+    results = []
+    for on_cpu in (False, True):
+        out, pullback = jax.vjp(lambda x, on_cpu=on_cpu: rotate(x, angles, on_cpu), x)
+        results.append((out, *pullback(g)))
+    (out, slope), (cpu_out, cpu_slope) = results
+    assert cpu_out.dtype == cpu_slope.dtype == dtype
+    np.testing.assert_array_equal(out, cpu_out)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(slope), np.float32(cpu_slope), rtol=0, atol=8 * eps)

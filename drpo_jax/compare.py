@@ -66,7 +66,7 @@ def main(
     if not advantage.any():
         raise BadInput(
             f"{rollouts}: all advantages are 0, so no objective has a gradient; use a file in which the "
-            "rewards of some group differ"
+            "rewards of some group differ, or whose column advantage is not all 0"
         )
     if config.train.overlong_filtering:
         rollout["loss_mask"] = rollout["loss_mask"] & rollout["finished"][:, None]

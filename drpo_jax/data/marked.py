@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from drpo_jax.data import arithmetic
 from drpo_jax.data.arithmetic import (
     OPERATIONS,
     ArithmeticTask,
@@ -32,14 +33,8 @@ from drpo_jax.data.procedural import generator, is_integer
 from drpo_jax.data.tokenizer import MARKS
 
 
-class Settings(Protocol):
+class Settings(arithmetic.Settings, Protocol):
     """The settings of the task. `MarkedArithmetic` has them, and so does the config section `data`."""
-
-    @property
-    def operations(self) -> tuple[str, ...] | str: ...
-
-    @property
-    def digits(self) -> int: ...
 
     @property
     def marks(self) -> int: ...

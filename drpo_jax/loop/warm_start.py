@@ -169,9 +169,8 @@ def demonstration_batch(run: Run, step: int) -> Batch:
         return example_batch(run, run.examples.batch(step))
     config, tokenizer, sft = run.config, run.tokenizer, run.config.sft
     demonstrations = data.TASKS[config.data.task].demonstrations
-    assert (
-        demonstrations is not None
-    )  # config/data_rules.py allows sft.steps only with demonstrations
+    # config/data_rules.py allows sft.steps only with demonstrations.
+    assert demonstrations is not None
     pairs = demonstrations(
         config.data,
         config.seed,

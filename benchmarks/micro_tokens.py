@@ -69,9 +69,9 @@ def counted(width: int = 1024, count: int = 64) -> dict[str, dict[str, float]]:
       count: sequences, in micro-batches of `MICRO_BATCH` rows.
 
     Returns:
-      By distribution and layout: "padding", the fraction of computed positions, and "scores", the sum of
-      squared widths of the computed rows, relative to packed rows. A kernel that skips nothing computes
-      all of these.
+      By distribution: "padding LAYOUT", the fraction of the computed positions that are empty, and
+      "scores by tokens", the sum of squared widths of the rows computed by tokens relative to that of
+      packed rows. A kernel that skips nothing computes all of these scores.
     """
     results = {}
     for name, draw in DISTRIBUTIONS.items():
@@ -84,14 +84,12 @@ def counted(width: int = 1024, count: int = 64) -> dict[str, dict[str, float]]:
             "packed": lay_out(*parts, True, micro_batches),
             "by tokens": lay_out_by_tokens(*parts[:2], (count, width), micro_batches),
         }
-        results[name] = {}
-        for layout, rows in layouts.items():
-            empty, computed = rows.padding
-            narrow = _scores(rows) if layout == "by tokens" else computed * width
-            results[name] |= {
-                f"padding {layout}": empty / computed,
-                f"scores {layout}": narrow / (layouts["packed"].padding[1] * width),
-            }
+        padding = {layout: rows.padding for layout, rows in layouts.items()}
+        results[name] = {
+            f"padding {layout}": empty / computed for layout, (empty, computed) in padding.items()
+        }
+        scores = _scores(layouts["by tokens"]) / (padding["packed"][1] * width)
+        results[name]["scores by tokens"] = scores
     return results
 
 

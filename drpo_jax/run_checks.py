@@ -35,8 +35,8 @@ def check_same(what: str, text: str) -> None:
     parts = [part["text"].item() for part in multihost.gather(what, text=text)]
     if differing := [str(i) for i, part in enumerate(parts) if part != parts[0]]:
         raise ValueError(
-            f"{what}: processes {', '.join(differing)} read others than process 0; all processes must "
-            "read the same files"
+            f"{what}: those of process {', '.join(differing)} differ from those of process 0; all "
+            "processes must read the same files"
         )
 
 

@@ -229,4 +229,4 @@ def test_processes_with_other_files_end_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ENTRY", entry)
     fields = ["data.problems=sums.jsonl"]
     for output in launch(tmp_path / "run", 2, 1, fields=fields, status=2):
-        assert "the problems: processes 1 read others than process 0" in output
+        assert "the problems: those of process 1 differ from those of process 0" in output

@@ -56,7 +56,9 @@ def test_sources_of_plugins_are_compared_elsewhere(other_process):
 
 def test_other_files_are_named_by_process(other_process):
     other_process("{}")
-    with pytest.raises(ValueError, match="the files: processes 1 read others than process 0; all"):
+    with pytest.raises(
+        ValueError, match="the files: those of process 1 differ from those of process 0; all"
+    ):
         check_same("the files", '{"a.parquet": "…"}')
 
 

@@ -6,10 +6,10 @@ chooses how all columns are computed:
     careful   x7+5+0=12 y4+8+1=13 z2+3+1=06 #632     with carries
     hasty     y7+5=2 x4+8=2 z2+3=5 #522              without: right only if there are no carries
 
-Marks follow a power law over their ranks, as words do, and the careful ones are among the rare. So the
-tail of the distribution matters: whether a response is right depends on a token of low probability, and
-a policy gains by making some of them more likely, and loses by making the wrong ones more likely. The
-other marks have no effect.
+Marks follow a power law over their ranks, as words do, and the careful ones are rare. The tail of the
+distribution thus decides the outcome: whether a response is right depends on a token of low probability,
+and a policy gains or loses by which of these tokens it makes more likely. The marks of later columns
+have no effect.
 """
 
 import dataclasses
@@ -57,8 +57,8 @@ class MarkedArithmetic:
       operations, digits: as in `ArithmeticTask`.
       marks: number of marks, at most `len(MARKS)`.
       mark_exponent: a mark of rank k is as likely as k**-mark_exponent; 1 is Zipf's law.
-      careful_from, careful_every: careful are the ranks from `careful_from` on that `careful_every`
-        divides.
+      careful_from, careful_every: a mark is careful if its rank is at least `careful_from` and a
+        multiple of `careful_every`.
     """
 
     operations: tuple[str, ...] | str = OPERATIONS

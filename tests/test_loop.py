@@ -135,9 +135,8 @@ def test_a_damaged_warm_start_is_named_or_made_again(whole, tmp_path, caplog):
     with pytest.raises(BadInput, match=r"step 4 in .*source/sft/checkpoints is damaged"):
         loop.train(smallest(data__init_from=str(source)), tmp_path / "other")
     assert (source / "sft" / "checkpoints" / "4").is_dir()
-    shutil.rmtree(
-        source / "checkpoints"
-    )  # Made again, from the same config, for RL from the start.
+    # The warm start is made again from the same config, and RL starts over.
+    shutil.rmtree(source / "checkpoints")
     loop.train(smallest(), source)
     assert "the run continues from step 3" in caplog.text
     assert logged(source) == logged(whole) and logged(source / "sft") == logged(whole / "sft")
@@ -226,9 +225,8 @@ def test_nothing_is_corrected_beyond_every_boundary(other, whole):
 def test_rescored_logprobs_are_the_learners(other, whole):
     for workdir, rescored in ((other, True), (whole, False)):
         saved = load_rollout(rollout_path(workdir, 1))
-        first = loop.learn.mini_batches(smallest(), 0, 0)[
-            0
-        ]  # updated first, with unchanged weights
+        # The mini-batch that is updated first still has unchanged weights.
+        first = loop.learn.mini_batches(smallest(), 0, 0)[0]
         mask = saved["response_mask"][first]
         gap = np.abs(saved["logp"] - saved["behavior_logp"])[first][mask].max()
         assert (gap < 1e-5) == rescored

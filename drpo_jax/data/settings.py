@@ -35,7 +35,9 @@ class DataSettings:
     )
     careful_from: int = field(17, "marked: lowest rank of a careful mark.", POSITIVE)
     careful_every: int = field(
-        2, "marked: of the ranks from careful_from on, its multiples are the careful marks.", POSITIVE
+        2,
+        "marked: of the ranks from careful_from on, its multiples are the careful marks.",
+        POSITIVE,
     )
     problems: str = field(
         "",

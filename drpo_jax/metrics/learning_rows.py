@@ -224,8 +224,9 @@ SECTIONS: tuple[Section, ...] = (
                 "tokens with sign(Â)·(π − µ) > δ at the update", "%",
             ),
             Metric(
-                "mismatch/diverged_before", "Of these, before",
-                "share of them that was beyond it before any update on the rollout", "%",
+                "mismatch/diverged_before", "Beyond it before",
+                "share of the tokens of mismatch/diverged that were beyond the boundary before any "
+                "update on the rollout", "%",
             ),
             Metric("mismatch/shift_real", "Mean |Δp|, real", "at equal weights"),
             Metric("mismatch/shift_injected", "Mean |Δp|, injected", "effect of the weight noise"),

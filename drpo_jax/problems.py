@@ -43,8 +43,12 @@ class Problems(NamedTuple):
         """Returns a SHA-256 of the token ids and answers of all problems that are not generated."""
         train = self.train
         lists = [train] if isinstance(train, list) else getattr(train, "sources", [])
-        problems = [(p.token_ids, p.answer) for part in (*lists, self.heldout) for p in part]
-        return hashlib.sha256(repr(problems).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for part in (*lists, self.heldout):
+            digest.update(f"{len(part)}".encode())
+            for problem in part:
+                digest.update(repr((problem.token_ids, problem.answer)).encode())
+        return digest.hexdigest()
 
 
 def load(config: ConfigDict, tokenizer: Tokenizer, train: bool = True) -> Problems:

@@ -295,7 +295,10 @@ def _check_numbers(check: _Check, arrays: Mapping[str, Any], flat: Mapping[str, 
         right = "must be false, because the version -1 says that the model did not sample the token"
         check.require("loss_mask", mask | ~loss_mask, lambda _: right)
         if not loss_mask.any():
-            check.fail(0, "loss_mask", "no token of the file carries a loss")
+            raise ValueError(
+                f"{check.where}, column loss_mask: false for every token; a file needs tokens with a "
+                "loss"
+            )
 
 
 def _check_groups(check: _Check, group: np.ndarray, prompts: np.ndarray, limits: Limits) -> None:

@@ -178,7 +178,7 @@ def without(column):
         ),
         (
             rows() | {"loss_mask": [[False] * len(ids) for ids in RESPONSES]},
-            "row 1, column loss_mask: no token of the file carries a loss",
+            "column loss_mask: false for every token; a file needs tokens with a loss",
         ),
         (rows() | {"group": [7, 3, 7, 3]}, "row 3, column group: group 7 began in row 1"),
         (rows() | {"group": [7, 7, 7, 3]}, "group 7 has 3 responses, but train.samples = 2"),

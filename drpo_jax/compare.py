@@ -28,6 +28,7 @@ from drpo_jax.comparison import (
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.inspection import Analysis, open_model
 from drpo_jax.learner.rollout_checks import Limits, read_rollouts
+from drpo_jax.learner.rollout_file import advantages_differ
 from drpo_jax.parallel import multihost
 from drpo_jax.reporting.comparison import comparison_page
 from drpo_jax.storage import path_of, write_whole
@@ -59,9 +60,10 @@ def main(
     if output and not output.endswith(".html"):
         raise BadInput(f"--output={output}: must be a file that ends with .html")
     with bad_input():
-        names = comparable(objectives, config)
+        comparable(objectives, config)  # A wrong name is an error before the file is read.
         limits = Limits.of(config, samples=False)
         rollout = read_rollouts(path_of(rollouts), limits, config.train.samples)
+        names = comparable(objectives, config, advantages_differ(rollout))
         advantage = file_advantages(rollout, config)
     if not advantage.any():
         raise BadInput(

@@ -64,27 +64,38 @@ class Judgment:
         return ", ".join(f"{k} {v:g}" if v is not True else k for k, v in values.items())
 
 
-def comparable(names: Sequence[str] | None, config: FrozenConfigDict) -> list[str]:
+def comparable(
+    names: Sequence[str] | None, config: FrozenConfigDict, per_token: bool = False
+) -> list[str]:
     """Returns the objectives to compare.
 
     Args:
-      names: the objectives; None: all whose arrays a rollout file contains, the config's objective
-        first.
+      names: the objectives; None: all that a rollout file suffices for, the config's objective first.
       config: a resolved config.
+      per_token: whether the file has advantages that differ between the tokens of a response.
 
     Raises:
-      ValueError: a name is unknown, occurs twice, or needs arrays that rollout files do not contain.
+      ValueError: a name is unknown, occurs twice, or needs what the rollout file does not contain.
     """
-    able = [name for name, row in OBJECTIVES.items() if "topk_logp" not in row.arrays]
+    able = [
+        name
+        for name, row in OBJECTIVES.items()
+        if "topk_logp" not in row.arrays and not (per_token and row.fixed_aggregation)
+    ]
     if names is None:
         return sorted(able, key=lambda name: name != config.objective.name)
     for i, name in enumerate(names):
         if name not in OBJECTIVES:
             raise unknown("objective", name, OBJECTIVES)
-        if name not in able:
+        if "topk_logp" in OBJECTIVES[name].arrays:
             raise ValueError(
                 f"The objective {name!r} needs the logprobs of the most likely tokens, which rollout "
                 "files do not contain."
+            )
+        if name not in able:
+            raise ValueError(
+                f"The objective {name!r} needs one advantage for all tokens of a response, but those in "
+                "the file differ."
             )
         if name in names[:i]:
             raise ValueError(f"The objective {name!r} is listed twice.")

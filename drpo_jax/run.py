@@ -331,7 +331,7 @@ def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) ->
     check_replayable(config, "topk_logp" in programs.objective.arrays, reward.per_token)
     replay = Replay.open(directory, Limits.of(config), config.train.prompts)
     if replay.advantages:
-        check_advantages(config)
+        check_advantages(config, replay.per_token)
     return replay
 
 

@@ -87,3 +87,10 @@ def test_the_page_and_the_table_state_the_judgments():
 
 def test_named_objectives_keep_their_order():
     assert comparable(["spo", "drpo"], config()) == ["spo", "drpo"]
+
+
+def test_gspo_needs_one_advantage_per_response():
+    everything, rest = (comparable(None, config(), per_token) for per_token in (False, True))
+    assert set(everything) - set(rest) == {"gspo"}
+    with pytest.raises(ValueError, match="'gspo' needs one advantage for all tokens of a response"):
+        comparable(["drpo", "gspo"], config(), per_token=True)

@@ -93,7 +93,8 @@ def test_advantages_from_files_make_the_same_updates(source, tmp_path, caplog):
 
 def test_fields_that_change_advantages_exclude_those_of_files(tmp_path):
     write_groups(tmp_path / "a.parquet", 0, 2, advantage=1.0)
-    assert Replay.open(tmp_path, LIMITS, 2).advantages
+    replay = Replay.open(tmp_path, LIMITS, 2)
+    assert replay.advantages and not replay.per_token
     for fields, message in (
         (
             {"objective__kl": "k1", "objective__kl_coefficient": 0.1},
@@ -106,12 +107,24 @@ def test_fields_that_change_advantages_exclude_those_of_files(tmp_path):
         ({"train__shuffle_rewards": True}, "train.shuffle_rewards = True: it changes"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_advantages(config(**fields))
+            check_advantages(config(**fields), replay.per_token)
     write_groups(tmp_path / "b.parquet", 2, 1)
     with pytest.raises(
         ValueError, match="column advantage is missing in b.parquet, but other files"
     ):
         Replay.open(tmp_path, LIMITS, 2)
+
+
+def test_gspo_excludes_advantages_that_differ_within_a_response(tmp_path):
+    """Its c is the derivative of the sum of J over a response only if all tokens have the same Â."""
+    gspo = config(objective__name="gspo", objective__delta=None)
+    for values, differ in ((1.0, False), ([1.0, 0.5], True)):
+        write_groups(tmp_path / "a.parquet", 0, 2, advantage=values)
+        assert Replay.open(tmp_path, LIMITS, 2).per_token == differ
+    check_advantages(gspo, per_token=False)
+    check_advantages(config(), per_token=True)
+    with pytest.raises(ValueError, match="'gspo': it needs one advantage for all tokens of a resp"):
+        check_advantages(gspo, per_token=True)
 
 
 @pytest.mark.slow
@@ -229,7 +242,7 @@ def write_groups(path, first, count, size=2, **columns):
     """Writes groups of `size` responses, numbered from `first`, which is the reward, too.
 
     Args:
-      columns: values of further columns, the same for every token.
+      columns: values of further columns, for every token or for each of the two tokens of a response.
     """
     numbers = np.repeat(np.arange(first, first + count), size)
     rollout = {

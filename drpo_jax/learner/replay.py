@@ -18,7 +18,8 @@ from absl import logging
 from ml_collections import FrozenConfigDict
 
 from drpo_jax.learner.rollout_checks import Limits, padded_arrays
-from drpo_jax.learner.rollout_file import SUFFIXES, Rollout, load_table
+from drpo_jax.learner.rollout_file import SUFFIXES, Rollout, advantages_differ, load_table
+from drpo_jax.objectives import OBJECTIVES
 from drpo_jax.storage import write_whole
 
 FILE = "replay.json"
@@ -35,6 +36,7 @@ class Replay:
       digests: SHA-256 of each file by name, in the order of the stream.
       groups: number of groups of each file by name.
       advantages: whether the files contain advantages.
+      per_token: whether these differ between the tokens of a response.
     """
 
     directory: Path
@@ -42,6 +44,7 @@ class Replay:
     digests: Mapping[str, str]
     groups: Mapping[str, int]
     advantages: bool
+    per_token: bool
 
     @classmethod
     def open(cls, directory: Path, limits: Limits, prompts: int) -> "Replay":
@@ -56,13 +59,14 @@ class Replay:
             together have fewer groups than a step needs, or only some contain advantages.
           OSError: a file cannot be read.
         """
-        digests, groups, advantages = {}, {}, {}
+        digests, groups, advantages, per_token = {}, {}, {}, False
         for path in _files(directory):
             content = path.read_bytes()
             digests[path.name] = hashlib.sha256(content).hexdigest()
             arrays = _arrays(path, digests[path.name], limits)
             groups[path.name] = len(np.unique(arrays["group"]))
             advantages[path.name] = "advantage" in arrays
+            per_token |= advantages_differ(arrays)
         if (total := sum(groups.values())) < prompts:
             raise ValueError(
                 f"{directory}: its files have {total} groups, but a step learns from train.prompts = "
@@ -74,7 +78,7 @@ class Replay:
                 f"{directory}: the column advantage is missing in {names}, but other files have it; add "
                 "it to all files, or remove it from all"
             )
-        return cls(directory, limits, digests, groups, any(advantages.values()))
+        return cls(directory, limits, digests, groups, any(advantages.values()), per_token)
 
     def rollout(self, step: int, prompts: int) -> Rollout:
         """Returns the rollout of a step, with `prompts` groups.
@@ -154,13 +158,24 @@ def check_replayable(config: FrozenConfigDict, topk: bool, per_token: bool) -> N
         logging.warning("%s: without effect, because --replay samples nothing", ", ".join(idle))
 
 
-def check_advantages(config: FrozenConfigDict) -> None:
+def check_advantages(config: FrozenConfigDict, per_token: bool) -> None:
     """Checks that a config works with advantages from files; warns of fields without effect.
 
+    Args:
+      config: a resolved config.
+      per_token: whether the advantages differ between the tokens of a response.
+
     Raises:
-      ValueError: the config changes rewards or the baseline, but the files contain the advantages.
+      ValueError: the config changes rewards or the baseline, but the files contain the advantages; or
+        the objective needs one advantage for all tokens of a response.
     """
     objective, train = config.objective, config.train
+    if per_token and OBJECTIVES[objective.name].fixed_aggregation:
+        raise ValueError(
+            f"objective.name = {objective.name!r}: it needs one advantage for all tokens of a response, "
+            "but those in the rollout files differ; choose another objective, or change the column "
+            "advantage"
+        )
     for field, value, right in (
         ("objective.kl", objective.kl == "k1" and "k1", "another estimator or 'none'"),
         ("objective.baseline", objective.baseline == "otb" and "otb", "'group'"),

@@ -221,6 +221,15 @@ def rollout_table(rollout: Mapping[str, np.ndarray], samples: int | None = None)
     return pa.table(columns)
 
 
+def advantages_differ(rollout: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether a file has advantages that differ between the tokens of a response with a loss."""
+    if "advantage" not in rollout:
+        return False
+    advantage, mask = rollout["advantage"], rollout["loss_mask"]
+    lowest = np.min(advantage, axis=1, where=mask, initial=np.inf)
+    return bool((lowest < np.max(advantage, axis=1, where=mask, initial=-np.inf)).any())
+
+
 def with_tokens(table: pa.Table, rollout: Mapping[str, np.ndarray], *names: str) -> pa.Table:
     """Returns the table with columns for arrays [N, R] of the rollout, added or replaced."""
     lengths = rollout["response_lengths"]

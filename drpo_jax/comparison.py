@@ -176,7 +176,7 @@ def compare_objectives(
 
 
 def _metrics(judged: Rollout) -> dict[str, float]:
-    mask = judged["response_mask"]
+    mask = judged["loss_mask"]
     advantage = np.broadcast_to(judged["advantage"].reshape(len(mask), -1), mask.shape)
     weight, logp, behavior_logp, coefficient = (
         jnp.asarray(judged[name]) for name in ("weight", "logp", "behavior_logp", "coefficient")

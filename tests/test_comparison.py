@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from drpo_jax import comparison
 from drpo_jax.comparison import (
     BINS,
     Judgment,
@@ -39,6 +40,19 @@ def test_all_objectives_that_files_have_the_arrays_for_are_compared():
     for name in names:
         judged = judge(rollout, name, **hyper_of(name, config()))
         assert np.isfinite(judged["coefficient"]).all(), name
+
+
+def test_tokens_without_a_loss_are_in_no_metric():
+    """They have c = w = 0, which would count as masked."""
+    rng = np.random.default_rng(0)
+    names = ("logp", "behavior_logp", "advantage")
+    arrays = {name: rng.normal(-2, 0.5, (2, 4)).astype(np.float32) for name in names}
+    mask = np.ones((2, 4), bool)
+    part = {name: array[:, :2] for name, array in arrays.items()}
+    part |= {"response_mask": mask[:, :2], "loss_mask": mask[:, :2]}
+    whole = arrays | {"response_mask": mask, "loss_mask": mask & (np.arange(4) < 2)}
+    ours, alone = (comparison._metrics(judge(r, "drpo")) for r in (whole, part))
+    assert ours == pytest.approx(alone, rel=1e-6, nan_ok=True) and ours["weight/masked"] == 0
 
 
 def test_hyperparameters_apply_where_the_boundary_is_of_the_same_kind():

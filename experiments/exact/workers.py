@@ -7,6 +7,7 @@ they import JAX only after its flags are set.
 import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 # Each process runs its cells on one core: faster than one process on all cores, and the bits of a result
@@ -26,10 +27,11 @@ def run(planned: list, cache: Path, jobs: int, seconds: float | None) -> None:
         return
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(waiting)), _start, (cache, seconds)) as pool:
-        finished = 0
-        for done in pool.imap_unordered(_work, waiting):
-            finished += done
+    pool = ProcessPoolExecutor(min(jobs, len(waiting)), context, _start, (cache, seconds))
+    finished = 0
+    try:
+        for future in as_completed([pool.submit(_work, cell) for cell in waiting]):
+            finished += future.result()
             if finished % 20 == 0 or finished == len(waiting):
                 elapsed = time.monotonic() - start
                 left = elapsed / max(finished, 1) * (len(waiting) - finished)
@@ -37,6 +39,8 @@ def run(planned: list, cache: Path, jobs: int, seconds: float | None) -> None:
                     f"{finished}/{len(waiting)} cells, {elapsed:.0f} s, {left:.0f} s left",
                     flush=True,
                 )
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def use_cpu() -> None:

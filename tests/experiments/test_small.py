@@ -16,11 +16,11 @@ from drpo_jax.config import objective_summary
 from drpo_jax.metrics import read_metrics
 from drpo_jax.parallel import make_mesh
 from experiments import statistics
-from experiments.small import __main__ as main
 from experiments.small import analysis as A
 from experiments.small import cell as cells
 from experiments.small import report
 from experiments.small import results as files
+from experiments.small import sweep as sweeps
 from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
 from experiments.small.plan import (
     RATES,
@@ -133,7 +133,7 @@ class FakeWorker:
     def ask(self, kind, cell):
         self.asked.append((kind, cell.id))
         if kind == "run" and cell.id in self.broken:
-            raise main.Failure(f"{cell.id}: broken")
+            raise sweeps.Failure(f"{cell.id}: broken")
         return result(cell, reward=[0.1]) if kind == "run" else {}
 
     def stop(self):
@@ -146,18 +146,18 @@ def wanted(cell):
 
 
 def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "Worker", FakeWorker)
+    monkeypatch.setattr(sweeps, "Worker", FakeWorker)
     monkeypatch.setattr(files.append, "__defaults__", (tmp_path,))
     monkeypatch.setattr(files.read, "__defaults__", (tmp_path,))
     broken = dataclasses.replace(FIRST, learning_rate=RATES[1], seed=101)
     monkeypatch.setattr(FakeWorker, "broken", {broken.id})
-    with main.Pool(1, tmp_path) as pool:
-        assert [str(failure) for failure in main.sweep(pool, wanted)] == [f"{broken.id}: broken"]
+    with sweeps.Pool(1, tmp_path) as pool:
+        assert [str(failure) for failure in sweeps.sweep(pool, wanted)] == [f"{broken.id}: broken"]
     before = files.read()
     assert len(before) == 6 and broken.id not in before
     monkeypatch.setattr(FakeWorker, "broken", set())
-    with main.Pool(2, tmp_path) as pool:
-        assert main.sweep(pool, wanted) == []
+    with sweeps.Pool(2, tmp_path) as pool:
+        assert sweeps.sweep(pool, wanted) == []
         asked = [a for worker in pool._workers for a in worker.asked]
     runs = {cell for kind, cell in asked if kind == "run"}
     assert runs == files.read().keys() - before.keys() and broken.id in runs
@@ -167,20 +167,20 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert f"1/1 {SETTINGS[0]}/recipe/drpo/lr0.0004/seed3: 0.200" in capsys.readouterr().out
     everything = {cell.id for stage in stages({}) for cell in stage.cells}
     monkeypatch.setattr(FakeWorker, "broken", everything)
-    with main.Pool(1, tmp_path) as pool:
-        assert len(main.sweep(pool, lambda cell: True)) == main.MOST_FAILURES
+    with sweeps.Pool(1, tmp_path) as pool:
+        assert len(sweeps.sweep(pool, lambda cell: True)) == sweeps.MOST_FAILURES
 
 
 @pytest.mark.slow
 def test_a_worker_reports_errors_and_is_replaced_when_it_dies(tmp_path):
-    worker, unknown = main.Worker(0, tmp_path), dataclasses.replace(FIRST, arm="none")
+    worker, unknown = sweeps.Worker(0, tmp_path), dataclasses.replace(FIRST, arm="none")
     try:
-        with pytest.raises(main.Failure, match="'none' is none of surrogate"):
+        with pytest.raises(sweeps.Failure, match="'none' is none of surrogate"):
             worker.ask("run", unknown)
         worker._process.kill()
-        with pytest.raises(main.Failure, match=f"the worker ended .see {tmp_path}/worker0.log"):
+        with pytest.raises(sweeps.Failure, match=f"the worker ended .see {tmp_path}/worker0.log"):
             worker.ask("run", unknown)
-        with pytest.raises(main.Failure, match="'none' is none of surrogate"):
+        with pytest.raises(sweeps.Failure, match="'none' is none of surrogate"):
             worker.ask("run", unknown)
     finally:
         worker.stop()

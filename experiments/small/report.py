@@ -49,12 +49,14 @@ def of_arm(
 
 
 def markdown(results: Results | None = None) -> str:
-    """Returns all tables; a sentence if there are no results of reported seeds."""
+    """Returns the number of finished runs and all tables."""
     results = files.read() if results is None else results
     if not results:
         return "No run is finished yet."
     main = SETTINGS[0]
-    parts = [tail_tables()]
+    reported = sum(result["seed"] in SEEDS for result in results.values())
+    parts = [f"{len(results)} runs are finished, {reported} of them with a reported seed."]
+    parts.append(tail_tables())
     if (DOCS / IMAGE).exists():
         parts.append(f"![Learning curves of the arms of tier 1]({IMAGE})")
     for mismatch, row in MISMATCHES.items():
@@ -66,8 +68,7 @@ def markdown(results: Results | None = None) -> str:
             parts.append(f"**{main}, mismatch: {row.meaning}**")
             parts += [arms_table(results, mismatch), mismatch_table(results, mismatch)]
     parts += [settings_table(results), claims_table(results), rates_table(results)]
-    finished = f"{len(results)} runs are finished, none of them with a reported seed."
-    return "\n\n".join(part for part in parts if part) or finished
+    return "\n\n".join(part for part in parts if part)
 
 
 def _rates(results, mismatch, arm):

@@ -16,7 +16,7 @@ split (`is_heldout`), whatever the seed, the index, the difficulty or the set of
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -267,9 +267,22 @@ def demonstrations(
     rng = generator(seed, index, "arithmetic/demonstrations")
     problems = _draw(task, rng, count, "train")
     rng = generator(seed, index, "arithmetic/demonstration errors")
-    is_direct = rng.random(count) < direct_share
+    return direct_or_worked(
+        problems, rng, direct_share, direct_error, lambda p: worked(p, rng, worked_error)
+    )
+
+
+def direct_or_worked(
+    problems: Sequence[Problem],
+    rng: np.random.Generator,
+    direct_share: float,
+    direct_error: float,
+    write_worked: Callable[[Problem], str],
+) -> list[tuple[str, str]]:
+    """Returns pairs (prompt, response), `direct` with probability `direct_share`, otherwise worked."""
+    is_direct = rng.random(len(problems)) < direct_share
     return [
-        (p.prompt, direct(p, rng, direct_error) if d else worked(p, rng, worked_error))
+        (p.prompt, direct(p, rng, direct_error) if d else write_worked(p))
         for p, d in zip(problems, is_direct, strict=True)
     ]
 

@@ -23,7 +23,7 @@ from drpo_jax.data.arithmetic import (
     ArithmeticTask,
     column_result,
     columns,
-    direct,
+    direct_or_worked,
     max_response_length,
     sample_problems,
     written_answer,
@@ -140,11 +140,9 @@ def demonstrations(
     """Returns demonstrations for the supervised warm start, see `arithmetic.demonstrations`."""
     problems = sample_problems(task, seed, index, count, "train", stream="marked/demonstrations")
     rng = generator(seed, index, "marked/demonstration errors")
-    is_direct = rng.random(count) < direct_share
-    return [
-        (p.prompt, direct(p, rng, direct_error) if d else worked(p, rng, worked_error, task))
-        for p, d in zip(problems, is_direct, strict=True)
-    ]
+    return direct_or_worked(
+        problems, rng, direct_share, direct_error, lambda p: worked(p, rng, worked_error, task)
+    )
 
 
 def longest_response(task: Settings) -> int:

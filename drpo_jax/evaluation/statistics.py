@@ -54,7 +54,7 @@ def majority(answers: Sequence[str | None], right: Sequence[float]) -> float:
 
 
 def bootstrap_interval(
-    values_N: ArrayLike, level: float = 0.95, seed: int = 0
+    values_N: ArrayLike, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean over problems.
 
@@ -65,13 +65,14 @@ def bootstrap_interval(
       values_N: one number per problem.
       level: coverage of the interval.
       seed: seeds the resampling.
+      resamples: number of resamples.
 
     Returns:
       (low, high).
     """
     values, rng = np.asarray(values_N, np.float64), np.random.default_rng(seed)
     n = len(values)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

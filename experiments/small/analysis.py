@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from drpo_jax.evaluation.statistics import bootstrap_interval
 from experiments.statistics import sign_flip_p
 
 Result = Mapping[str, Any]
@@ -22,7 +23,6 @@ WINDOW = 3  # Evaluations in a running mean.
 GOAL = 0.7
 COLLAPSED = 0.5  # Share of the best running mean.
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 
 
 def primary(result: Result) -> float:
@@ -74,12 +74,7 @@ class Interval(NamedTuple):
 
 def bootstrap(values: Sequence[float]) -> Interval:
     """Returns the mean with its 95 % percentile interval over resamples of the values."""
-    array = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    means = array[rng.integers(len(array), size=(RESAMPLES, len(array)))].mean(axis=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(array.mean()), float(low), float(high))
+    return Interval(float(np.mean(values)), *bootstrap_interval(values, resamples=RESAMPLES))
 
 
 class Difference(NamedTuple):

@@ -18,6 +18,7 @@ def main(task):
             "echo": lambda: {"task": task, "python": sys.executable},
             "fail": fail,
             "end": lambda: os._exit(3),
+            "child": lambda: {"pid": subprocess.Popen(["sleep", "1000"]).pid},
         }
     )
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -56,6 +58,22 @@ def test_a_failing_worker_says_why(start):
         worker.reply()
         with pytest.raises(WorkerFailed, match=message):
             worker.ask(work_name)
+
+
+@pytest.mark.parametrize("end", ["stop", "end"])
+def test_the_children_of_a_worker_end_with_it(start, end):
+    worker = start()
+    worker.reply()
+    stat = Path(f"/proc/{worker.ask('child')['pid']}/stat")
+    if end == "stop":
+        worker.stop()
+    else:
+        with pytest.raises(WorkerFailed):
+            worker.ask("end")
+    deadline = time.monotonic() + 10
+    while stat.exists() and ") Z " not in stat.read_text():  # A zombie has ended, too.
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_worker_that_takes_too_long_fails(start):

@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,11 +59,12 @@ SKIP_INSTALL = flags.DEFINE_bool("skip_install", False, "Use the environments as
 SKIP_WARMUP = flags.DEFINE_bool(
     "skip_warmup",
     False,
-    "Reuse settings and cold starts that earlier calls have stored in the workdir.",
+    "Reuse what the warm-ups of earlier calls have stored in the workdir, interrupted ones included.",
 )
 LIMIT = flags.DEFINE_float("limit", 600, "Seconds after which a worker has failed.")
 flags.set_default(OUTPUT, "benchmarks/results/peers.json")
 
+WARMUP = "settings", "tried", "start"  # The results of a warm-up.
 UNTIMED = 2  # Calls before the first round; they may compile.
 COMPILATION = 60.0  # Seconds of the first update; settings that need more are not chosen.
 PAUSE = 0.3  # Seconds between calls, in which the threads of the last one stop spinning.
@@ -83,6 +85,7 @@ class Match:
     ):
         self.name, self.shape, self._workdir = name, SHAPES[name], workdir
         self._directory, self._contenders = workdir / name, contenders
+        self._stored = self._directory / "warmup.json"
         self._workers: dict[str, Worker] = {}
         self.entries: dict[str, dict[str, Any]] = {
             c.name: {"title": c.title, "ours": c.ours, "works": c.works, "asked": c.asked}
@@ -91,26 +94,27 @@ class Match:
         }
 
     def run(self, rounds: int, skip_warmup: bool) -> dict[str, Any]:
-        """Returns the results of the shape, see `figures`."""
+        """Returns the results of the shape, see `figures`; stops all workers, even if interrupted."""
+        try:
+            return self._run(rounds, skip_warmup)
+        finally:
+            for worker in self._workers.values():
+                worker.stop()
+
+    def _run(self, rounds: int, skip_warmup: bool) -> dict[str, Any]:
         prepare(self.shape, self._directory)
-        stored = self._directory / "warmup.json"
-        warmup = json.loads(stored.read_text()) if stored.exists() else {}
+        if skip_warmup and self._stored.exists():
+            for name, stored in json.loads(self._stored.read_text()).items():
+                if name in self.entries:
+                    self.entries[name] |= stored
         for contender in self._able():
-            entry = self.entries[contender.name]
-            if not (skip_warmup and contender.name in warmup):
-                with self._excluded_if_failing(contender):
-                    self._warm_up(contender)
-                    kept = ("settings", "tried", "start")
-                    warmup[contender.name] = {name: entry[name] for name in kept if name in entry}
-                    stored.write_text(json.dumps(warmup, indent=2) + "\n")
-            entry |= warmup.get(contender.name, {})
+            with self._excluded_if_failing(contender):
+                self._warm_up(contender)
         for contender in self._able():
             with self._excluded_if_failing(contender):
                 self._start(contender)
         for number in range(-UNTIMED, rounds):
             self._round(number)
-        for contender in self._able():
-            self._workers[contender.name].stop()
         self._compare()
         return {
             "shape": dataclasses.asdict(self.shape),
@@ -143,33 +147,46 @@ class Match:
         return self._workers[contender.name].reply()
 
     def _warm_up(self, contender: Contender) -> None:
-        """Finds the settings of a contender, and measures the cold start of one that makes steps."""
+        """Finds the settings of a contender, and measures the cold start of one that makes steps.
+
+        Whatever the entry already has is not measured again.
+        """
         entry = self.entries[contender.name]
-        if contender.tuned_as:
-            tuned = self.entries[contender.tuned_as]
-            if "settings" not in tuned:
-                raise WorkerFailed(f"{tuned['title']} failed, which finds the settings")
-            entry["settings"] = tuned["settings"]
-        else:
-            self._tune(contender)
-        if "step" in contender.works:
+        if "settings" not in entry:
+            if contender.tuned_as:
+                tuned = self.entries[contender.tuned_as]
+                if "settings" not in tuned:
+                    raise WorkerFailed(f"{tuned['title']} failed, which finds the settings")
+                entry["settings"] = tuned["settings"]
+            else:
+                self._tune(contender)
+        if "step" in contender.works and "start" not in entry:
             shutil.rmtree(contender.cache(self._directory), ignore_errors=True)
             self._launch(contender, entry["settings"])
             worker = self._workers[contender.name]
             worker.ask("step")
             entry["start"] = {"cold": time.perf_counter() - worker.started}
             worker.stop()
+        self._store()
+
+    def _store(self) -> None:
+        """Writes the results of the warm-ups, with those that earlier calls have stored."""
+        stored = json.loads(self._stored.read_text()) if self._stored.exists() else {}
+        for contender, entry in self.entries.items():
+            results = {key: entry[key] for key in WARMUP if key in entry}
+            stored |= {contender: results} if results else {}
+        self._stored.write_text(json.dumps(stored, indent=2) + "\n")
 
     def _tune(self, contender: Contender) -> None:
         """Finds the fastest settings, one setting after the other, each trial in a new process."""
         entry = self.entries[contender.name]
-        entry["tried"], problem = [], None
+        tried, problem = entry.setdefault("tried", []), None
         choices = contender.choices(self.shape)
         best = {name: values[0] for name, values in choices.items()}
         best["micro_batch"] = self.shape.micro_batches[1]
         for name, values in choices.items():
             for settings in [best | {name: value} for value in values]:
-                if settings in [tried for tried, _ in entry["tried"]]:
+                if settings in [done for done, _ in tried]:
                     continue
                 try:
                     seconds = self._update_seconds(contender, settings)
@@ -177,14 +194,15 @@ class Match:
                     print(f"{self.name}: {contender.title}: {error}", flush=True)
                     problem = error
                     continue
-                entry["tried"].append([settings, seconds])
+                tried.append([settings, seconds])
+                self._store()
                 shown = ", ".join(f"{key} {value}" for key, value in settings.items())
                 print(
                     f"{self.name}: {contender.title}: {shown}: update {seconds:.2f} s", flush=True
                 )
-            if entry["tried"]:
-                best = min(entry["tried"], key=lambda pair: pair[1])[0]
-        if problem and not entry["tried"]:
+            if tried:
+                best = min(tried, key=lambda pair: pair[1])[0]
+        if problem and not tried:
             raise problem
         entry["settings"] = best
 
@@ -282,6 +300,7 @@ def command_seconds(repeats: int = 3) -> dict[str, float]:
 
 
 def main(_: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Stops the workers.
     for flag, known in ((SHAPE_NAMES, SHAPES), (ONLY, PEERS)):
         if unknown := set(flag.value) - set(known):
             sys.exit(f"error: --{flag.name}={', '.join(unknown)}: choose from {', '.join(known)}")

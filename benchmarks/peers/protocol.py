@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ def _children(process: str) -> list[str]:
 
 
 class Worker:
-    """The parent's side of a worker process.
+    """The parent's side of a worker process, which leads a process group of its own.
 
     Args:
       python: the interpreter of the worker's environment.
@@ -149,6 +150,7 @@ class Worker:
                 stdout=output,
                 stderr=output,
                 pass_fds=[replies],
+                process_group=0,
             )
         os.close(replies)
 
@@ -164,7 +166,7 @@ class Worker:
         """Returns the next reply.
 
         Raises:
-          WorkerFailed: see there; the message names the log. The process is ended.
+          WorkerFailed: see there; the message names the log. The worker is stopped.
         """
         deadline = time.monotonic() + self._limit
         while b"\n" not in self._unread:
@@ -181,13 +183,14 @@ class Worker:
         return reply
 
     def _failure(self, reason: str) -> WorkerFailed:
-        """Ends the process, so that no failed worker competes with the next one."""
+        """Stops the worker, so that no failed one competes with the next."""
         self.stop()
         return WorkerFailed(f"{reason}; see {self._log}")
 
     def stop(self) -> None:
-        """Ends the process; may be called again."""
-        self._process.kill()
+        """Kills the process and its descendants; may be called again."""
+        with contextlib.suppress(ProcessLookupError):  # All of them have ended.
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(BrokenPipeError):

@@ -1,6 +1,7 @@
 """A worker for tests/test_peers.py: it prints, works, fails or ends as requested."""
 
 import os
+import subprocess
 import sys
 
 from benchmarks.peers import protocol

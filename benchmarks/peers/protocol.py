@@ -189,10 +189,12 @@ class Worker:
 
     def stop(self) -> None:
         """Kills the process and its descendants; may be called again."""
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return  # The id of a stopped process may belong to another one by now.
         with contextlib.suppress(ProcessLookupError):  # All of them have ended.
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            os.close(self._pipe)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        os.close(self._pipe)

@@ -2,11 +2,11 @@
 
 import difflib
 import runpy
-import signal
 import sys
 
 from drpo_jax import __version__
 from drpo_jax.commands import COMMANDS
+from drpo_jax.output import print_page
 
 
 def overview() -> str:
@@ -32,10 +32,7 @@ def main() -> None:
     """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
-        signal.signal(
-            signal.SIGPIPE, signal.SIG_DFL
-        )  # `| head` ends the output without a traceback.
-        print(overview())
+        print_page(overview())
     elif name == "--version":
         print(f"drpo_jax {__version__}")
     elif name in COMMANDS:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import runpy
-import signal
 import sys
 import textwrap
 import threading
@@ -28,6 +27,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from drpo_jax.commands import COMMANDS
 from drpo_jax.config import as_begun, field_table, load_plugin, resolve, suggest, to_json
 from drpo_jax.errors import BadInput, Interrupted, TrainingStopped, bad_input
+from drpo_jax.output import output_is_closed, print_page
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, no_space, path_of
 
@@ -101,8 +101,7 @@ def run(
 
     def parse_or_exit(argv: list[str]) -> list[str]:
         if any(re.fullmatch(r"--?(help|helpshort|h)", arg) for arg in argv[1:]):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # As in `__main__`.
-            print(help_text(flags.FLAGS))
+            print_page(help_text(flags.FLAGS))
             sys.exit(0)
         try:
             return (parse or parse_plain)(argv, flags.FLAGS)
@@ -126,7 +125,7 @@ def run(
             print(f"\n{interrupted}", file=sys.stderr)
             multihost.leave(130)
         except BrokenPipeError:
-            if not _output_is_closed():
+            if not output_is_closed():
                 raise
             print(f"the output was closed: {interrupted}", file=sys.stderr)
             multihost.leave(141)
@@ -153,16 +152,6 @@ def _thread_failed(thread: threading.ExceptHookArgs) -> None:
     """
     _end_if_full(thread.exc_value)
     threading.__excepthook__(thread)
-
-
-def _output_is_closed() -> bool:
-    """Returns whether the reader of stdout has gone; if so, later output is discarded."""
-    try:
-        print(flush=True)  # A flush without new text fails only once.
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        return True
-    return False
 
 
 def exit_with(error: Exception, status: int) -> NoReturn:

@@ -9,7 +9,6 @@ import difflib
 import inspect
 import re
 import runpy
-import signal
 import textwrap
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from drpo_jax.config.variants import common_variants
 from drpo_jax.errors import BadInput
 from drpo_jax.metrics.catalogue import SECTIONS
 from drpo_jax.objectives import HYPERPARAMETERS, OBJECTIVES, THRESHOLDS
+from drpo_jax.output import print_page
 from drpo_jax.rewards import REWARDS, get_reward
 
 
@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
     if not entries:
         words = {part for entry in LISTS[name]() for part in re.split(r"[./]", entry.name)}
         raise BadInput(f"{word!r} does not occur in the list of {name}{_suggestion(word, words)}")
-    print(render(entries))
+    print_page(render(entries))
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
@@ -153,5 +153,4 @@ def _first_line(function: object) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without a traceback.
     cli.run(main)

@@ -13,4 +13,5 @@ if [[ "${1:-}" == --quick ]]; then
   shift
   set -- -m "not slow" "$@"
 fi
-exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+# A process that dies ends the tests with a report; pytest-xdist's replacements can wait for ever.
+exec python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 "$@"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_drpo_alone_describes_every_command(drpo, arguments):
     for name, command in COMMANDS.items():
         assert any(line.split(maxsplit=1) == [name, command.summary] for line in lines)
     assert max(map(len, lines)) <= 100
+    # The default handler would end the process at the first message to a worker that has died.
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN
 
 
 def test_an_unknown_command_gets_a_suggestion(drpo, capsys):
@@ -97,6 +100,17 @@ def test_help_shows_purpose_examples_and_own_flags(form):
     assert set(COMMANDS["train"].examples) <= set(lines)
     own = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
     assert own == ["config", "workdir", "explain_batch", "print_config", "profile", "replay"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["--help", "train --help", "list fields"])
+def test_a_page_ends_quietly_with_its_reader(command):
+    shell = f"{sys.executable} -m drpo_jax {command} | true"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("name", listing.LISTS)

@@ -1,9 +1,7 @@
 """Prints the catalogue of metrics as Markdown: python -m drpo_jax.metrics"""
 
-import signal
-
 from drpo_jax.metrics.catalogue import markdown_table
+from drpo_jax.output import print_page
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the output without a traceback.
-    print(markdown_table())
+    print_page(markdown_table())

@@ -6,6 +6,7 @@ import sys
 
 from drpo_jax import __version__
 from drpo_jax.commands import COMMANDS
+from drpo_jax.host_memory import keep_freed_memory
 from drpo_jax.output import print_page
 
 
@@ -37,6 +38,7 @@ def main() -> None:
         print(f"drpo_jax {__version__}")
     elif name in COMMANDS:
         del sys.argv[1]
+        keep_freed_memory()
         runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
     else:
         close = difflib.get_close_matches(name, COMMANDS, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.peers.protocol import Worker, WorkerFailed
 from benchmarks.peers.work import Shape
+from drpo_jax import host_memory
 
 # Distributions of each environment; ours is the one that runs the benchmark. The configuration of pip
 # decides which build of PyTorch is installed; the CPU one is enough.
@@ -102,6 +103,8 @@ class Contender:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if self.ours:
+            variables |= host_memory.environment()  # As `drpo` itself does.
         python = workdir / self.environment / "bin/python" if self.environment else sys.executable
         module = f"benchmarks.peers.{self.module}"
         return Worker(python, module, task, directory / f"{self.name}.log", variables, limit)

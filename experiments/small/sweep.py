@@ -1,6 +1,7 @@
 """Worker processes, and the sweep that hands cells to them."""
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from drpo_jax import host_memory
 from experiments.small import results as files
 from experiments.small.plan import Cell, stages
 
@@ -32,7 +34,10 @@ class Worker:
         command = [sys.executable, "-m", "experiments.small.worker"]
         with self._log.open("a") as log:
             pipe = subprocess.PIPE
-            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+            return subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=log, text=True,
+                env=os.environ | host_memory.environment(),
+            )  # fmt: skip
 
     def ask(self, kind: str, cell: Cell) -> dict[str, Any]:
         """Sends a request and waits for the reply.

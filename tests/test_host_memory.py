@@ -1,0 +1,77 @@
+"""Memory that a program has freed serves the next one without page faults."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from drpo_jax import host_memory
+
+SCRIPT = """
+import resource, sys
+if sys.argv[1:]:
+    from drpo_jax.host_memory import keep_freed_memory
+    keep_freed_memory()
+import threading
+import numpy as np
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24)  # 128 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults = []
+def work():
+    page_faults()
+    faults.append(page_faults())
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*faults)
+"""
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is set")
+
+
+def page_faults(*arguments, **variables):
+    """Page faults of the second of two equal allocations, in a thread of a new process."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True,
+        env=clean | {"JAX_PLATFORMS": "cpu"} | variables,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+@GLIBC
+def test_freed_memory_serves_the_next_allocation(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    default = page_faults()
+    assert default >= 64  # One for each 2 MiB with huge pages, for each 4 KiB without.
+    assert page_faults("keep") < default / 4
+    assert page_faults(**host_memory.environment()) < default / 4
+
+
+@GLIBC
+def test_the_environment_takes_precedence():
+    assert page_faults("keep", MALLOC_MMAP_THRESHOLD_="65536") >= 64
+
+
+@GLIBC
+@pytest.mark.parametrize("platforms, pays", [("cpu", True), ("cpu,cuda", True), ("tpu", False)])
+def test_it_pays_where_jax_chooses_the_cpu(platforms, pays, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert host_memory.keeping_pays() is pays
+    assert bool(host_memory.environment()) is pays
+
+
+@GLIBC
+@pytest.mark.parametrize("device", ["nvidia0", "kfd", "accel0", "vfio/0"])
+def test_it_does_not_pay_beside_an_accelerator(device, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert host_memory.keeping_pays(tmp_path)
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+    assert not host_memory.keeping_pays(tmp_path)

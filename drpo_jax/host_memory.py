@@ -21,7 +21,7 @@ def keep_freed_memory() -> None:
 
     XLA allocates the temporaries of a CPU program at each call and frees them at its end. By default,
     glibc returns such blocks to the kernel, which maps and zeroes their pages again at the next call.
-    In small updates this took a third of the CPU time.
+    In small updates this takes up to a third of the CPU time.
 
     Only the first arena holds blocks above 64 MiB, hence a single one. A thread keeps the arena that it
     has, and NumPy starts threads on its import, so the call comes before that.

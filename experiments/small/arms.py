@@ -96,3 +96,4 @@ MISMATCHES: dict[str, Mismatch] = {
 SETTINGS = ("moe_fp8_rollout", "moe_fp8_e2e", "moe_bf16", "dense", "hybrid", "qwen2")
 # The arms of the other five settings.
 EVERYWHERE = ("surrogate", "grpo", "dppo_tv", "drpo", "drpo_decoupled")
+REFERENCE = "drpo"  # The arm that the others are compared with.

@@ -1,17 +1,17 @@
 """The tables of level 2, from experiments/results/small: python -m experiments.small.report
 
-Prints the Markdown that docs/laboratory.md shows, and draws the learning curves into docs/images.
+Prints the Markdown that docs/laboratory.md shows, and draws the figures into docs/images.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app
 
+from experiments.small import figures
 from experiments.small import results as files
 from experiments.small.analysis import (
     Difference,
@@ -25,27 +25,23 @@ from experiments.small.analysis import (
     steps_to_goal,
     tail_gradient,
 )
-from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
+from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, REFERENCE, SETTINGS
 from experiments.small.claims import CLAIMS, verdict
-from experiments.small.plan import RATES, SEEDS, SELECTION_SEEDS, STRESS_RATE, Cell, chosen_rate
+from experiments.small.comparison import Result, Results, across_settings, of_arm
+from experiments.small.plan import (
+    RATES,
+    SEEDS,
+    SELECTION_SEEDS,
+    STRESS_RATE,
+    Cell,
+    chosen_rate,
+)
 from experiments.statistics import holm
 
-Result = Mapping[str, Any]
-Results = Mapping[str, Result]
-REFERENCE = "drpo"  # The arm that the others are compared with.
-IMAGE = Path("images/laboratory_small.png")  # Below docs.
+CURVES = Path("images/laboratory_small.png")  # Below docs.
+DIFFERENCES = Path("images/laboratory_settings.png")
 DOCS = Path(__file__).parents[2] / "docs"
 NEEDED = len(SEEDS)  # Pairs that a claim needs.
-
-
-def of_arm(
-    results: Results, setting: str, mismatch: str, arm: str, rate: float | None
-) -> dict[int, Result]:
-    """Returns {seed: result} of the reported runs of an arm at one learning rate."""
-    if rate is None:
-        return {}
-    cells = {seed: Cell(setting, mismatch, arm, rate, seed).id for seed in SEEDS}
-    return {seed: results[cell] for seed, cell in cells.items() if cell in results}
 
 
 def markdown(results: Results | None = None) -> str:
@@ -57,8 +53,8 @@ def markdown(results: Results | None = None) -> str:
     reported = sum(result["seed"] in SEEDS for result in results.values())
     parts = [f"{len(results)} runs are finished, {reported} of them with a reported seed."]
     parts.append(tail_tables())
-    if (DOCS / IMAGE).exists():
-        parts.append(f"![Learning curves of the arms of tier 1]({IMAGE})")
+    if (DOCS / CURVES).exists():
+        parts.append(f"![Learning curves of the arms of tier 1]({CURVES})")
     for mismatch, row in MISMATCHES.items():
         if any(
             of_arm(results, main, mismatch, a, r)
@@ -152,17 +148,26 @@ def mismatch_table(results: Results, mismatch: str) -> str:
 
 
 def settings_table(results: Results) -> str:
-    """Returns a row per setting: the primary measure of the arms that all settings ran."""
-    rows = []
-    for setting in SETTINGS:
-        runs = {
-            arm: of_arm(results, setting, "recipe", arm, chosen_rate(results, "recipe", arm))
-            for arm in EVERYWHERE
-        }
-        if any(runs.values()):
-            cells = [_interval([primary(r) for r in runs[arm].values()]) for arm in EVERYWHERE]
-            rows.append([f"`{setting}`", *cells])
-    return _table(["setting", *(f"`{arm}`" for arm in EVERYWHERE)], rows)
+    """Returns a row per setting: DRPO's measure, and how far the other arms are above it.
+
+    The p-values are adjusted within a row.
+    """
+    others, rows = [arm for arm in EVERYWHERE if arm != REFERENCE], []
+    for setting, reference, differences in across_settings(results):
+        start = [result["evaluations"][0][1] for result in reference.values()]
+        p = holm({arm: d.p for arm, d in differences.items()})
+        rows.append(
+            [
+                f"`{setting}`",
+                str(min(d.pairs for d in differences.values())),
+                _mean(start),
+                _interval([primary(r) for r in reference.values()]),
+                *(_difference(differences.get(arm), p.get(arm)) for arm in others),
+            ]
+        )
+    titles = ["setting", "seeds", "before", f"`{REFERENCE}`"]
+    titles += [f"`{arm}` minus `{REFERENCE}` (adjusted p)" for arm in others]
+    return _table(titles, rows)
 
 
 def rates_table(results: Results) -> str:
@@ -276,64 +281,12 @@ def _share(runs: Sequence[Result], holds: Callable[[Result], bool]) -> str:
     return f"{sum(map(holds, runs))}/{len(runs)}" if runs else ""
 
 
-def figure(results: Results, path: Path) -> None:
-    """Draws the learning curves of the arms of tier 1: mean and 95 % interval over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = (
-        "#000000",
-        "#E69F00",
-        "#56B4E9",
-        "#009E73",
-        "#0072B2",
-        "#D55E00",
-        "#CC79A7",
-        "#999999",
-    )
-    mismatches = [name for name, row in MISMATCHES.items() if row.tier == 1]
-    arms = [name for name, row in ARMS.items() if row.tier == 1]
-    plots, axes = plt.subplots(
-        2, len(mismatches), figsize=(10, 7.5), sharex=True, sharey=True, layout="constrained"
-    )
-    for column, mismatch in enumerate(mismatches):
-        for row, stress in enumerate((False, True)):
-            axis = axes[row][column]
-            title = f"all at {STRESS_RATE:g}" if stress else "each at its own rate"
-            axis.set_title(f"mismatch: {MISMATCHES[mismatch].meaning}\n{title}", fontsize=9)
-            for arm, color in zip(arms, colors):
-                rate = STRESS_RATE if stress else chosen_rate(results, mismatch, arm)
-                runs = list(of_arm(results, SETTINGS[0], mismatch, arm, rate).values())
-                if len(runs) < 2:
-                    continue
-                steps = [step for step, _ in runs[0]["evaluations"]]
-                bands = [
-                    bootstrap([run["evaluations"][i][1] for run in runs]) for i in range(len(steps))
-                ]
-                axis.plot(steps, [b.mean for b in bands], color=color, label=arm)
-                low, high = [b.low for b in bands], [b.high for b in bands]
-                axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("rollout step")
-    for row in axes:
-        row[0].set_ylabel("held-out accuracy")
-    handles = {
-        label: handle
-        for axis in axes.flat
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    plots.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    plots.savefig(path, dpi=110)
-
-
 def main(_: Sequence[str]) -> None:
     results = files.read()
     print(markdown(results))
     if results:
-        figure(results, DOCS / IMAGE)
+        figures.curves(results, DOCS / CURVES)
+        figures.settings(results, DOCS / DIFFERENCES)
 
 
 if __name__ == "__main__":

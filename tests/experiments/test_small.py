@@ -18,7 +18,7 @@ from drpo_jax.parallel import make_mesh
 from experiments import statistics
 from experiments.small import analysis as A
 from experiments.small import cell as cells
-from experiments.small import report
+from experiments.small import figures, report
 from experiments.small import results as files
 from experiments.small import sweep as sweeps
 from experiments.small.arms import ARMS, EVERYWHERE, MISMATCHES, SETTINGS
@@ -240,7 +240,8 @@ def test_the_report_of_a_finished_sweep(tmp_path, monkeypatch):
     assert "H6" not in claims  # mask_drpo has not run.
     rate = chosen_rate(results, "recipe", "drpo_decoupled")
     assert f"| `drpo_decoupled` | {rate:g} | 10 | 0.30" in text
-    report.figure(results, tmp_path / "figure.png")
+    figures.curves(results, tmp_path / "curves.png")
+    figures.settings(results, tmp_path / "settings.png")
 
 
 # ------------------------------------------------------------------------------------ one cell

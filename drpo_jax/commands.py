@@ -25,11 +25,12 @@ COMMANDS = {
     "train": Command(
         "drpo_jax.train",
         "Train a language model by reinforcement learning; the same command resumes.",
-        f"{RUN} [--replay=DIR]",
+        f"{RUN} [--compare=NAME] [--replay=DIR]",
         (
             "drpo train --config=configs/tiny.py --workdir=runs/tiny",
             "drpo train --config=configs/tiny.py:bf16 --workdir=runs/grpo "
             "--config.objective.name=grpo",
+            "drpo train --config=configs/tiny.py --workdir=runs/tiny --compare=surrogate",
             "drpo train --config=configs/tiny.py --workdir=runs/again --replay=runs/tiny/rollouts",
         ),
     ),

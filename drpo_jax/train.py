@@ -3,6 +3,10 @@
 The same command on the same workdir resumes. At the end it prints a table of held-out accuracy before
 and after training and a plot, and writes `learning.png`.
 
+With --compare=NAME, a second run with the objective NAME follows, from the same warm start and with the
+same seed (`counterpart`). It lives in `compare/NAME` below the workdir, and a table shows both runs side
+by side at every evaluation.
+
 With --explain_batch it makes one update on the first `train.mini_batch_prompts` problems and prints how
 one of them contributes to the gradient; the workdir is left unchanged.
 
@@ -20,7 +24,8 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drpo_jax import cli, loop
-from drpo_jax.config import has_warm_start
+from drpo_jax.config import has_warm_start, objective_summary
+from drpo_jax.counterpart import counterpart, paired_table
 from drpo_jax.errors import BadInput
 from drpo_jax.learner.record import load_rollout, rollout_path
 from drpo_jax.metrics import read_metrics, summary_table, text_plot
@@ -36,6 +41,11 @@ EXPLAIN = flags.DEFINE_bool(
 REPLAY = flags.DEFINE_string(
     "replay", None, "Directory of rollout files to learn from instead of sampling."
 )
+COMPARE = flags.DEFINE_string(
+    "compare",
+    None,
+    "Objective of a second run from the same warm start, in compare/NAME below the workdir.",
+)
 PROFILE = flags.DEFINE_string(
     "profile",
     "",
@@ -49,6 +59,7 @@ def main(
     explained: bool = False,
     replay: str | None = None,
     profile: str = "",
+    compare: str | None = None,
 ) -> None:
     """Trains in `workdir` and prints the results.
 
@@ -58,6 +69,7 @@ def main(
       explained: explain one update instead, see `explain_batch`.
       replay: directory of rollout files to learn from instead of sampling.
       profile: the steps to trace, see `loop.profile`.
+      compare: objective of a second run, see `counterpart`; None: no second run.
 
     Raises:
       BadInput: the config, the problems, the files or the workdir do not fit together.
@@ -66,11 +78,35 @@ def main(
     if explained:
         if replay is not None:
             raise BadInput("--explain_batch samples the batch that it explains; remove --replay")
+        if compare is not None:
+            raise BadInput("--explain_batch explains one objective; remove --compare")
         if page := explain_batch(config, workdir):
             print(page)
         return
     files = None if replay is None else path_of(replay)
-    evaluations = loop.train(config, workdir, files, profile)
+    if compare is None:
+        train(config, workdir, files, profile)
+        return
+    other, directory = counterpart(config, workdir, compare)  # A wrong name is an error at once.
+    train(config, workdir, files, profile)
+    print(
+        f"\n--compare: the same run with {objective_summary(other)}, in {directory}\n", flush=True
+    )
+    train(other, directory, files, profile)
+    if multihost.is_main():
+        names, workdirs = (config.objective.name, compare), (workdir, directory)
+        runs = dict(zip(names, map(read_metrics, workdirs)))
+        print(f"\n{paired_table(runs, config.evaluate.samples)}")
+        print(
+            "\nOne seed: each difference includes the noise of two runs. Repeat it with other values of "
+            f"--config.seed.\ncurves of both: drpo report --workdir={workdir} "
+            f"--workdir={directory} --output=report.html"
+        )
+
+
+def train(config: FrozenConfigDict, workdir: Path, replay: Path | None, profile: str) -> None:
+    """Trains in `workdir`, and prints a table and a plot of the run; the arguments are as in `main`."""
+    evaluations = loop.train(config, workdir, replay, profile)
     if evaluations is None:  # not the first process
         return
     before, after = evaluations
@@ -125,5 +161,7 @@ def _warning(config, workdir):
 
 if __name__ == "__main__":
     cli.launch(
-        lambda config, workdir: main(config, workdir, EXPLAIN.value, REPLAY.value, PROFILE.value)
+        lambda config, workdir: main(
+            config, workdir, EXPLAIN.value, REPLAY.value, PROFILE.value, COMPARE.value
+        )
     )

@@ -32,10 +32,12 @@ def from_json(text: str) -> ConfigDict:
       BadInput: the text is not a JSON object, or has unknown fields or values of the wrong type.
     """
     values = _parse_json(text, "the config")
-    # The hyperparameters of an objective plug-in are fields only while it is loaded.
+    # The hyperparameters of an objective plug-in are fields only while it is loaded. The counterpart of
+    # its run records them as null.
     rows = {row.path for row in field_table()}
     own = {f for f in values if f.startswith("objective.") and f not in rows}
-    check_fields({f: v for f, v in values.items() if not (values["objective.path"] and f in own)})
+    unchecked = {f for f in own if values["objective.path"] or values[f] is None}
+    check_fields({f: v for f, v in values.items() if f not in unchecked})
     return from_dict(values)
 
 

@@ -55,7 +55,7 @@ def write() -> None:
     for name, figure in {
         "exact_maps": figures.maps(results),
         "exact_rewards": figures.rewards(results),
-        "exact_curves": figures.curves(_read_curves((RESULTS / "curves.csv").read_text())),
+        "exact_curves": figures.curves(read_curves()),
         "exact_thresholds": figures.thresholds(results),
         "exact_gradients": figures.shares(summaries, shown),
     }.items():
@@ -72,6 +72,18 @@ def read() -> tuple[Results, dict[str, dict[str, np.ndarray]]]:
     start = json.loads((RESULTS / "setup.json").read_text())["start"]
     rows = from_csv((RESULTS / "cells.csv").read_text(), start)
     return Results(rows), _read_gradients((RESULTS / "gradients.csv").read_text())
+
+
+def read_curves() -> dict[Cell, dict[str, np.ndarray]]:
+    """Returns the learning curves in the main conditions at the chosen rates, from the CSV file.
+
+    Each has `low`, `mean` and `high`, float64 [1 + rollouts]: quartiles and mean over seeds.
+    """
+    curves: dict[Cell, dict[str, np.ndarray]] = {}
+    for line in csv.DictReader((RESULTS / "curves.csv").read_text().splitlines()):
+        curve = np.array(line["values"].split(), float)
+        curves.setdefault(parse(line["cell"]), {})[line["quantity"]] = curve
+    return curves
 
 
 def markdown() -> str:
@@ -92,15 +104,6 @@ def _curves_csv(results: Results, by_cell: Mapping[Cell, Mapping]) -> str:
             for name, curve in (("low", low), ("mean", rewards.mean(axis=0)), ("high", high)):
                 writer.writerow([chosen.name, name, " ".join(f"{x:.4f}" for x in curve)])
     return out.getvalue()
-
-
-def _read_curves(text: str) -> dict[Cell, dict[str, np.ndarray]]:
-    """Reads what `_curves_csv` wrote."""
-    curves: dict[Cell, dict[str, np.ndarray]] = {}
-    for line in csv.DictReader(io.StringIO(text)):
-        curve = np.array(line["values"].split(), float)
-        curves.setdefault(parse(line["cell"]), {})[line["quantity"]] = curve
-    return curves
 
 
 def _gradients_csv(summaries: Mapping[str, Mapping[str, np.ndarray]]) -> str:

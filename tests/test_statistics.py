@@ -40,7 +40,7 @@ def test_majority(answers, right, expected):
     assert S.majority(answers, right) == pytest.approx(expected)
 
 
-def test_bootstrap_interval():
+def test_bootstrap_interval(monkeypatch):
     values = np.repeat([0.0, 1.0], [60, 40])
     low, high = S.bootstrap_interval(values)
     assert (low, high) == S.bootstrap_interval(values)
@@ -48,5 +48,11 @@ def test_bootstrap_interval():
     assert low == pytest.approx(0.4 - half, abs=0.015)
     assert high == pytest.approx(0.4 + half, abs=0.015)
     assert S.bootstrap_interval(np.ones(5)) == (1, 1)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(2000):
+        means.append(values[rng.integers(len(values), size=len(values))].mean())
+    assert (low, high) == tuple(np.quantile(means, [0.025, 0.975]))
+    monkeypatch.setattr(S, "BLOCK", 7 * len(values))  # Blocks change no bit.
+    assert (low, high) == S.bootstrap_interval(values)
     narrow = S.bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < 0.4 < narrow[1] < high

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 RESAMPLES = 2000  # bootstrap samples
+BLOCK = 2**20  # Values that are resampled at a time; 16 MiB with their indices.
 
 
 def pass_at_k(right_NxK: np.ndarray, k: int) -> np.ndarray:
@@ -72,7 +73,9 @@ def bootstrap_interval(
     """
     values, rng = np.asarray(values_N, np.float64), np.random.default_rng(seed)
     n = len(values)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    rows = max(1, BLOCK // n)
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = np.concatenate([values[rng.integers(n, size=(k, n))].mean(axis=1) for k in sizes])
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

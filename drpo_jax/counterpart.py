@@ -20,7 +20,7 @@ from drpo_jax.objectives import OBJECTIVES, hyperparameters, resolve_hyper
 from drpo_jax.objectives.choice import unknown
 from drpo_jax.storage import is_remote
 
-COMPARED = ("reward/mean", "weight/corrected", "weight/masked", "policy/shift")
+TRAINING_METRICS = ("reward/mean", "weight/corrected", "weight/masked", "policy/shift")
 
 
 def counterpart(
@@ -82,7 +82,7 @@ def paired_table(runs: Mapping[str, Sequence[Record]], samples: int) -> str:
     """
     names = tuple(runs)
     columns = {"eval/avg": Column(f"avg@{samples} %", "11.1f")}
-    columns |= {n: column for n in COMPARED if (column := describe(n).column)}
+    columns |= {n: column for n in TRAINING_METRICS if (column := describe(n).column)}
     summaries = [_by_evaluation(records) for records in runs.values()]
     labels = (*names, " − ".join(names))
     width = max(map(len, labels)) + 2
@@ -102,7 +102,7 @@ def _by_evaluation(records: Sequence[Record]) -> dict[int, Record]:
     summary, before = {}, -1
     for step, accuracy in zip(*series(records, "eval/avg")):
         since = [record for record in records if before < record["step"] <= step]
-        values = {name: series(since, name)[1] for name in COMPARED}
+        values = {name: series(since, name)[1] for name in TRAINING_METRICS}
         means = {name: reduce_values(name, v) for name, v in values.items() if v}
         summary[step], before = {"eval/avg": accuracy} | means, step
     return summary

@@ -99,7 +99,7 @@ def test_help_shows_purpose_examples_and_own_flags(form):
     assert lines[0] == COMMANDS["train"].summary
     assert set(COMMANDS["train"].examples) <= set(lines)
     own = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
-    assert own == ["config", "workdir", "explain_batch", "print_config", "profile", "replay"]
+    assert own == "config workdir compare explain_batch print_config profile replay".split()
 
 
 @pytest.mark.slow

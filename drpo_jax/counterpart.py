@@ -12,7 +12,7 @@ from ml_collections import FrozenConfigDict
 
 from drpo_jax.config import flatten, from_dict, has_warm_start, resolve
 from drpo_jax.config.variants import objective_variant
-from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.errors import BadInput
 from drpo_jax.metrics import Record, describe, reduce_values, series
 from drpo_jax.metrics.console import NOTHING
 from drpo_jax.metrics.metric import Column
@@ -41,9 +41,8 @@ def counterpart(
       BadInput: the objective is unknown, is that of the run, or contradicts another field.
     """
     own = config.objective.name
-    with bad_input():
-        if name not in OBJECTIVES:
-            raise unknown("objective", name, OBJECTIVES)
+    if name not in OBJECTIVES:
+        raise BadInput(f"--compare={name}: {unknown('objective', name, OBJECTIVES)}")
     if name == own:
         raise BadInput(f"--compare={name}: the run has this objective already; name another one")
     values = flatten(config)

@@ -92,7 +92,11 @@ def test_a_plug_in_is_compared_with_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("surogate", {}, "Unknown objective 'surogate'. Did you mean 'surrogate'"),
+        (
+            "surogate",
+            {},
+            "--compare=surogate: Unknown objective 'surogate'. Did you mean 'surrogate'",
+        ),
         ("drpo", {}, "--compare=drpo: the run has this objective already"),
         ("cppo", {"objective.delta": 0.01}, r"--compare=cppo: .*\s.*delta_b \(0.02\) must not"),
     ],

@@ -4,19 +4,10 @@ import pytest
 
 from drpo_jax import config as C
 from drpo_jax import loop, train
-from drpo_jax.config import changed_fields, from_json, objective_hyper, to_json
+from drpo_jax.config import changed_fields, objective_hyper
 from drpo_jax.counterpart import counterpart, paired_table
 from drpo_jax.errors import BadInput
 from tests.runs import killed_at, logged, odd, one_device, smallest
-
-PLUGIN = '''
-import jax.numpy as jnp
-
-def mine(t, delta=0.3, bite=1.0):
-    """J = bite·r·Â."""
-    w = bite * jnp.ones_like(t.r)
-    return t.r * t.A * w, t.r * t.A * w, w
-'''
 
 
 def differing(config, other):
@@ -73,20 +64,6 @@ def test_hyperparameters_carry_over_where_they_mean_the_same(fields, name, hyper
 def test_an_objective_that_defines_its_aggregation_gets_it(tmp_path):
     other, _ = counterpart(smallest(), tmp_path, "gspo")
     assert other.objective.aggregation == "seq-mean-token-mean"
-
-
-def test_a_plug_in_is_compared_with_the_table(tmp_path):
-    """The recorded config is readable without the plug-in, too, whose fields then do not exist."""
-    path = tmp_path / "own.py"
-    path.write_text(PLUGIN)
-    config = smallest({"objective.path": f"{path}:mine", "objective.delta": 0.2})
-    other, _ = counterpart(config, tmp_path, "drpo")
-    assert (other.objective.name, other.objective.path, other.objective.source) == ("drpo", "", "")
-    assert other.objective.delta == 0.15  # The plug-in does not say what its boundary limits.
-    text = to_json(other).replace('"bite": null', '"unloaded": null')
-    assert from_json(text).objective.name == "drpo"
-    with pytest.raises(BadInput, match="objective.unloaded is not a field"):
-        from_json(text.replace('"unloaded": null', '"unloaded": 1.0'))
 
 
 @pytest.mark.parametrize(

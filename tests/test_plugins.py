@@ -15,6 +15,7 @@ from ml_collections import FrozenConfigDict
 from drpo_jax import cli, plugins
 from drpo_jax import config as C
 from drpo_jax.config.workdir import claim_workdir
+from drpo_jax.counterpart import counterpart
 from drpo_jax.errors import BadInput
 from drpo_jax.listing import LISTS, main
 from drpo_jax.objectives import HYPERPARAMETERS, OBJECTIVES
@@ -277,3 +278,16 @@ def test_hosts_must_have_the_same_source(files, tmp_path, monkeypatch):
         BadInput, match="the source differs between hosts: .* 0000000000000000 on other"
     ):
         Run.create(config, tmp_path / "run")
+
+
+def test_the_counterpart_of_a_run_with_an_objective_of_ones_own(files):
+    """Its recorded config is readable without the plug-in, too, whose fields then do not exist."""
+    config = C.resolve(own(reward__path=""))
+    assert config.objective.gain == 1.5
+    other, _ = counterpart(config, files, "drpo")
+    assert (other.objective.name, other.objective.path, other.objective.source) == ("drpo", "", "")
+    assert other.objective.delta == 0.15
+    text = C.to_json(other).replace('"gain": null', '"unloaded": null')
+    assert C.from_json(text).objective.name == "drpo"
+    with pytest.raises(BadInput, match="objective.unloaded is not a field"):
+        C.from_json(text.replace('"unloaded": null', '"unloaded": 1.0'))

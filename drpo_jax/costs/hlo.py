@@ -2,9 +2,11 @@
 
 The trip count of a loop is XLA's annotation `known_trip_count`. On TPU the text lacks this annotation,
 and the trip count follows from a counter that runs from one constant to another. For all other loops the
-caller supplies it. A conditional counts as its most expensive branch.
+caller supplies it. A conditional counts as its most expensive branch, or, in `Module.skipping`, as its
+least expensive one.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -81,7 +83,7 @@ class Module:
 
     def __init__(self, text: str, trips: int = 1, rare: str | None = None):
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, self.trips, self.rare = "", trips, rare
+        self.entry, self.trips, self.rare, self._branch = "", trips, rare, max
         header = re.search(r"^HloModule.*", text, re.MULTILINE)
         partitions = re.search(r"num_partitions=(\d+)", header[0]) if header else None
         self.devices = int(partitions[1]) if partitions else 1
@@ -98,6 +100,12 @@ class Module:
         """All instructions that run, including those of loops and fusions."""
         yield from self._visit(self.entry, 1, True, False, None)
 
+    def skipping(self) -> "Module":
+        """The same program if every conditional takes its least expensive branch."""
+        module = copy.copy(self)
+        module._branch = min
+        return module
+
     def _visit(self, name, times, certain, fused, loop):
         computation = self.computations[name]
         for instruction in computation.values():
@@ -113,7 +121,7 @@ class Module:
                 continue
             called = _called(instruction)
             if instruction.opcode == "conditional":
-                called = [max(called, key=lambda branch: self._computed(branch, loop))]
+                called = [self._branch(called, key=lambda branch: self._computed(branch, loop))]
             for callee in called:
                 deeper = fused or instruction.opcode == "fusion"
                 yield from self._visit(callee, times, certain, deeper, loop)

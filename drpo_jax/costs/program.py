@@ -69,6 +69,8 @@ class Cost:
       collectives: the collectives that the device takes part in.
       seconds: time at the chip's peak rates, of "compute", "memory" traffic and "links"; the last
         includes the latency of every collective.
+      idle: the same if every conditional takes its least expensive branch. For a learner's program,
+        this is the time of a call whose micro-batches are all empty.
       problem: the reason why it did not compile; "" if it did.
     """
 
@@ -85,6 +87,7 @@ class Cost:
     traffic: float = 0.0
     collectives: Sequence[Collective] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    idle: Mapping[str, float] = dataclasses.field(default_factory=dict)
     problem: str = ""
 
     @property
@@ -178,11 +181,9 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
     padding = memory.argument_size_in_bytes - sum(arguments.values())
     module = Module(compiled.as_text(), program.trips, RARE)
     flops, traffic, sent = matmul_flops(module), memory_traffic(module), collectives(module)
-    rates = {
-        "compute": (max(flops, known["work"].model if known["work"] else 0.0), chip.peak(dtype)),
-        "memory": (traffic, chip.bandwidth),
-        "links": (sum((c.sent + chip.latency * chip.links) * c.times for c in sent), chip.links),
-    }
+    needed = known["work"].model if known["work"] else 0.0
+    skipping = module.skipping()
+    idle = matmul_flops(skipping), memory_traffic(skipping), collectives(skipping)
     return Cost(
         **known,
         compile_seconds=compile_seconds,
@@ -194,5 +195,16 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
         reported_flops=reported.get("flops", 0.0),
         traffic=traffic,
         collectives=sent,
-        seconds={name: amount / rate for name, (amount, rate) in rates.items() if rate},
+        seconds=_seconds(max(flops, needed), traffic, sent, chip, dtype),
+        idle=_seconds(*idle, chip, dtype),
     )
+
+
+def _seconds(flops, traffic, sent, chip, dtype):
+    """Seconds at the chip's peak rates, for those rates that are known."""
+    rates = {
+        "compute": (flops, chip.peak(dtype)),
+        "memory": (traffic, chip.bandwidth),
+        "links": (sum((c.sent + chip.latency * chip.links) * c.times for c in sent), chip.links),
+    }
+    return {name: amount / rate for name, (amount, rate) in rates.items() if rate}

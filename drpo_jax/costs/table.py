@@ -112,6 +112,7 @@ def figures(measured: Sequence[Cost], chip: Chip) -> dict:
             "sent": dict(cost.sent()),
             "largest_sent": [dataclasses.asdict(c) for c in largest],
             "seconds": dict(cost.seconds),
+            "idle_seconds": dict(cost.idle),
             "compile_seconds": cost.compile_seconds,
         }
     return {"chip": dataclasses.asdict(chip), "programs": programs}

@@ -27,6 +27,7 @@ Files, in reading order:
     token     `SamplingParams`, filters, and sampling one token from logits
     rollouts  `Rollouts`, the result
     sizes     the few shapes that programs are compiled for
+    rehearsal the device calls for responses of known lengths, without a model
     checks    validation of the caller's arguments
     settings  the config section `sampler`
 
@@ -38,7 +39,8 @@ R response tokens, V vocabulary, D model width, K key/value heads, H head width.
 
 from drpo_jax.sampler.engine import Sampler
 from drpo_jax.sampler.flight import Flight
+from drpo_jax.sampler.rehearsal import Rehearsal, rehearse
 from drpo_jax.sampler.rollouts import Rollouts
 from drpo_jax.sampler.token import SamplingParams
 
-__all__ = ["Flight", "Rollouts", "Sampler", "SamplingParams"]
+__all__ = ["Flight", "Rehearsal", "Rollouts", "Sampler", "SamplingParams", "rehearse"]

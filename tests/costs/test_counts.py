@@ -314,4 +314,7 @@ def test_the_branch_that_computes_most_counts():
 
     text = compiled(lambda x: jax.lax.fori_loop(0, TRIPS, step, x), struct(8, 8)).as_text()
     assert "conditional" in text
-    assert matmul_flops(Module(text)) == TRIPS * 2 * 8**3
+    module = Module(text)
+    assert matmul_flops(module) == TRIPS * 2 * 8**3
+    assert matmul_flops(module.skipping()) == 0
+    assert 0 < memory_traffic(module.skipping()) < memory_traffic(module)

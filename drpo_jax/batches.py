@@ -67,6 +67,27 @@ class Batches:
         """The number of micro-batches of a policy update."""
         return self.update_shape[0] // self.micro_batch
 
+    def layout(
+        self,
+        prompt_lengths: np.ndarray,
+        response_lengths: np.ndarray,
+        pack: bool = True,
+        width: int | None = None,
+    ) -> Layout:
+        """Returns the layout of N sequences in a batch.
+
+        Args:
+          prompt_lengths, response_lengths: int [N], tokens.
+          pack: see `batch`.
+          width: T of the rows unless train.micro_tokens packs them; default: that of a policy update.
+        """
+        train, micro_batches = self.config.train, self.micro_batches
+        lengths = prompt_lengths, response_lengths
+        if pack and train.micro_tokens:
+            return lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
+        width = width or self.update_shape[1]
+        return lay_out(*lengths, width, pack and train.pack, micro_batches)
+
     def batch(
         self,
         tokens: np.ndarray,
@@ -91,12 +112,7 @@ class Batches:
         Returns:
           The Batch, and the Layout that maps its rows back to sequences.
         """
-        train, micro_batches = self.config.train, self.micro_batches
-        lengths = prompt_lengths, response_lengths
-        if pack and train.micro_tokens:
-            layout = lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
-        else:
-            layout = lay_out(*lengths, tokens.shape[1], pack and train.pack, micro_batches)
+        layout = self.layout(prompt_lengths, response_lengths, pack, tokens.shape[1])
         return self._on_mesh(make_batch(layout, tokens, inputs, routes, loss_mask)), layout
 
     def supervised_batch(

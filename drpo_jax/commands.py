@@ -88,9 +88,11 @@ COMMANDS = {
     "preflight": Command(
         "drpo_jax.preflight",
         "Compile a run for a TPU slice and report whether it fits; no TPU required.",
-        "--config=FILE[:VARIANT] --topology=SLICE [--config.FIELD=VALUE ...]",
+        "--config=FILE[:VARIANT] --topology=SLICE [--lengths=LENGTHS] [--config.FIELD=VALUE ...]",
         (
             "drpo preflight --config=configs/qwen3_4b_base.py --topology=v6e:4x4",
+            "drpo preflight --config=configs/qwen3_4b_base.py --topology=v6e:4x4 "
+            "--lengths=mean:1500,max:8192",
             "drpo preflight --config=configs/tiny.py --topology=cpu:8",
         ),
     ),

@@ -8,6 +8,7 @@ nothing.
 
 The exit code is 0 if every program fits. Otherwise it is 1, and the output says what to change.
 --json=FILE writes all figures. --programs=update,decode compiles only these programs.
+--lengths=mean:1500,max:8192 or --lengths=ROLLOUTS.npz adds a forecast for these lengths (`forecast`).
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ from drpo_jax import calls, cli, costs
 from drpo_jax.config import has_warm_start
 from drpo_jax.costs import Chip, Cost, Program
 from drpo_jax.errors import BadInput, bad_input
+from drpo_jax.forecast import forecast, forecast_text, hardware_limits, parse_lengths
 from drpo_jax.learner.head import chunk_tokens
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
@@ -37,6 +39,12 @@ TOPOLOGY = flags.DEFINE_string(
 )
 JSON = flags.DEFINE_string("json", None, "The file to write all figures to.")
 PROGRAMS = flags.DEFINE_list("programs", None, "The programs to compile. Default: all.")
+LENGTHS = flags.DEFINE_string(
+    "lengths",
+    None,
+    "Lengths to forecast a step for, next to the worst case: mean:1500,max:8192,prompt:200 (mean and "
+    "maximum tokens of the responses, tokens of a prompt), or a rollout file (.npz or .parquet).",
+)
 
 
 def main(
@@ -44,6 +52,7 @@ def main(
     topology: str | None,
     file: str | None = None,
     names: Sequence[str] | None = None,
+    lengths: str | None = None,
 ) -> int:
     """Compiles a run's programs for a topology and prints their costs.
 
@@ -52,16 +61,19 @@ def main(
       topology: such as "v5p:4x4x4" or "cpu:8".
       file: a JSON file to write all figures to.
       names: the programs to compile; None: all.
+      lengths: the lengths to forecast a step for, see `forecast.parse_lengths`; None: no forecast.
 
     Returns:
       The exit code: 0 if all programs fit, otherwise 1.
 
     Raises:
-      BadInput: no topology, an unknown one, an unknown program, or a config that the mesh does not fit.
+      BadInput: no topology, an unknown one, an unknown program, a config that the mesh does not fit, or
+        lengths that the config does not fit.
     """
     if not topology:
         raise BadInput("--topology=SLICE is missing, for example --topology=v5p:4x4x4 or cpu:8")
     with bad_input():
+        real = parse_lengths(lengths, config) if lengths else None
         devices, chip = costs.get_devices(topology)
         mesh = make_mesh(**config.mesh, devices=devices)
         programs = Programs(config, mesh, stop=(0,))
@@ -72,8 +84,12 @@ def main(
     for table in (costs.memory_table, costs.work_table, costs.transfer_table):
         print("\n" + table(measured))
     step = UNKNOWN if names else step_figures(measured, chip, config.compute.dtype)
-    limits = step_limits(programs, listed, chip)
+    limits = hardware_limits(programs, chip, *longest(config))
     print("\n" + step_line(step, limits))
+    forecasts = {}
+    if real:
+        forecasts = {"forecast": forecast(programs, real, measured, chip)}
+        print("\n" + forecast_text(forecasts["forecast"]))
     print("\n" + verdict(measured, chip, config, mesh, complete=not names))
     fits = all(cost.fits for cost in measured)
     if file:
@@ -85,6 +101,7 @@ def main(
             "step": step,
             "limits": limits,
             "step_flops": flops,
+            **forecasts,
             **costs.figures(measured, chip),
         }
         with bad_input():
@@ -262,43 +279,15 @@ def step_figures(measured: Sequence[Cost], chip: Chip, dtype: str) -> dict[str, 
     return {"seconds": seconds, "flops": flops, "mfu": flops / (chip.peak(dtype) * seconds)}
 
 
-def step_limits(
-    programs: Programs, listed: Sequence[Program], chip: Chip
-) -> dict[str, float | None]:
-    """Returns the hardware limits of decoding and of the updates of a rollout step, in seconds.
-
-    See `costs.limits`. Both are None on a chip whose peak rates are unknown.
-    """
-    config, devices = programs.config, programs.mesh.size
-    if not chip.bandwidth:
-        return {"decode": None, "update": None}
-    weights = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.abstract_weights)
-    )
-    moved = costs.decode_bytes(
-        programs.model_config,
-        weights,
-        size=jnp.dtype(config.compute.dtype).itemsize,
-        float8_cache=config.precision.kv_cache == "e4m3",
-    )
-    sampler, train = config.sampler, config.train
-    update = next(program for program in listed if program.name == "update")
-    assert update.work is not None
-    one = costs.compute_seconds(update.work, chip, devices, config.compute.dtype)
-    decode = costs.decode_seconds(
-        moved,
-        chip,
-        devices,
-        sampler.slots,
-        train.prompts * train.samples,
-        sampler.max_prompt_length,
-        sampler.max_response_length,
-    )
-    return {"decode": decode, "update": update.calls * one}
+def longest(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the maximum lengths of the prompt and the response, for each response of a rollout."""
+    count = config.train.prompts * config.train.samples
+    sampler = config.sampler
+    return np.full(count, sampler.max_prompt_length), np.full(count, sampler.max_response_length)
 
 
 def step_line(step: Mapping[str, Any], limits: Mapping[str, float | None]) -> str:
-    """Puts `step_figures` and `step_limits` into words."""
+    """Puts `step_figures` and `hardware_limits` into words."""
     decode, update = limits["decode"], limits["update"]
     if decode is None or update is None:
         return "The lower bound on the time of a step is unknown."
@@ -360,7 +349,7 @@ def advice(cost: Cost, config: ConfigDict, mesh: Mesh) -> str:
 
 if __name__ == "__main__":
     cli.launch(
-        lambda config, _: main(config, TOPOLOGY.value, JSON.value, PROGRAMS.value),
+        lambda config, _: main(config, TOPOLOGY.value, JSON.value, PROGRAMS.value, LENGTHS.value),
         workdir=False,
         prepare=without_text,
     )

@@ -24,7 +24,14 @@ from drpo_jax.costs.flops import (
 )
 from drpo_jax.costs.limits import DecodeBytes, compute_seconds, decode_bytes, decode_seconds
 from drpo_jax.costs.program import Cost, Program, device_bytes, measure
-from drpo_jax.costs.table import amount, figures, memory_table, transfer_table, work_table
+from drpo_jax.costs.table import (
+    amount,
+    figures,
+    grid,
+    memory_table,
+    transfer_table,
+    work_table,
+)
 
 __all__ = [
     "CHIPS",
@@ -42,6 +49,7 @@ __all__ = [
     "figures",
     "generating",
     "get_devices",
+    "grid",
     "head_flops",
     "layers_flops",
     "measure",

@@ -8,6 +8,8 @@ not count, so a compiled program can approach a limit but never beat it.
 
 import dataclasses
 
+import numpy as np
+
 from drpo_jax.costs.chips import Chip
 from drpo_jax.costs.flops import Work
 from drpo_jax.models import ModelConfig
@@ -62,21 +64,20 @@ def decode_seconds(
     chip: Chip,
     devices: int,
     slots: int,
-    sequences: int,
-    prompt: int,
-    response: int,
+    prompts: np.ndarray,
+    responses: np.ndarray,
 ) -> float:
-    """Returns the minimum seconds in which `devices` chips decode responses of full length.
+    """Returns the minimum seconds in which `devices` chips decode N responses, with no slot ever free.
 
     Args:
       moved: from `decode_bytes`.
       chip, devices: type and number of the chips.
       slots: sequences decoded at the same time.
-      sequences: responses to decode.
-      prompt, response: tokens; half of the response is in the cache on average.
+      prompts, responses: int [N], tokens; half of a response is in the cache on average.
     """
-    steps = sequences * response / slots
-    return steps * moved.step(slots, prompt + response / 2) / (devices * chip.bandwidth)
+    tokens = responses.sum()
+    context = (responses * (prompts + responses / 2)).sum() / tokens
+    return float(tokens / slots * moved.step(slots, context) / (devices * chip.bandwidth))
 
 
 def compute_seconds(work: Work, chip: Chip, devices: int, dtype: str) -> float:

@@ -75,7 +75,7 @@ def rehearse(
     rehearsing.model, rehearsing.programs = model, device.programs()
     rehearsing.statistics = dict.fromkeys(COUNTERS, 0)
     params = dataclasses.replace(params, stop=(STOP,), top_logprobs=0, routes=False)
-    prompts = [np.zeros(length, np.int32) for length in prompt_lengths]
+    prompts = [[OTHER] * length for length in prompt_lengths.tolist()]
     for _ in rehearsing.stream(prompts, params, jax.random.key(0)):
         pass
     steps, live, columns = np.array(device.decoded, int).reshape(-1, 3).T
@@ -165,7 +165,7 @@ class _Device:
 
 
 def _sampled(ends):
-    """Returns a `Sampled` of tokens [...] that end their responses where `ends`, with zeros otherwise."""
+    """Returns a `Sampled` of tokens that end their responses where `ends` is True."""
     zero = np.broadcast_to(np.float32(0), ends.shape)
     none = np.zeros((*ends.shape, 0), np.float32)
     values: Any = dict.fromkeys(Sampled._fields, zero) | {"top_ids": none, "top_logp": none}

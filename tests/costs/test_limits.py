@@ -4,9 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from drpo_jax.costs import CHIPS, Work, compute_seconds, decode_bytes, decode_seconds
+from drpo_jax.costs import (
+    CHIPS,
+    Chip,
+    DecodeBytes,
+    Work,
+    compute_seconds,
+    decode_bytes,
+    decode_seconds,
+)
 from drpo_jax.models import Compute, ModelConfig, Transformer
 
 DENSE = ModelConfig(
@@ -52,9 +61,19 @@ def test_seconds_of_qwen3_4b():
     assert moved.token == 36 * 2 * 8 * 128 * 2 and moved.state == 0
     step = 8.045e9 + 128 * 6144 * moved.token
     assert moved.step(128, 6144) == step
-    seconds = decode_seconds(moved, CHIPS["v6e"], 16, 128, 512, 2048, 8192)
+    lengths = np.full(512, 2048), np.full(512, 8192)
+    seconds = decode_seconds(moved, CHIPS["v6e"], 16, 128, *lengths)
     assert seconds == pytest.approx(4 * 8192 * step / (16 * 1.638e12))
     assert seconds == pytest.approx(155, abs=1)
+
+
+def test_seconds_of_different_lengths():
+    """Two responses of 2 and 4 tokens, each of which reads its prompt and half of itself per token."""
+    moved = DecodeBytes(weights=100.0, token=3.0, state=5.0)
+    chip = Chip("made up", 1.0, {}, bandwidth=2.0, links=1.0)
+    seconds = decode_seconds(moved, chip, 4, 2, np.array([10, 20]), np.array([2, 4]))
+    tokens = 2 * 3 * (10 + 1) + 4 * 3 * (20 + 2)
+    assert seconds == pytest.approx((3 * 100 + tokens + 6 * 2 * 5) / 8)
 
 
 def test_seconds_of_flops():

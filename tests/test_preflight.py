@@ -250,9 +250,9 @@ def test_a_tpu(tmp_path):
     if not has_libtpu():
         pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
     file = tmp_path / "figures.json"
-    changed = MESH | {"sft.steps": 0, "compute.dtype": "bfloat16"}
+    changed = MESH | {"sft.steps": 0, "compute.dtype": "bfloat16", "train.pack": True}
     fields = [f"--config.{name}={value}" for name, value in changed.items()]
-    code, out, err = run("--topology=v5e:2x4", f"--json={file}", *fields)
+    code, out, err = run("--topology=v5e:2x4", "--lengths=mean:8", f"--json={file}", *fields)
     assert code == 0, err
     assert "s of a rollout step or more" in out and "It fits" in out
     figures = json.loads(file.read_text())
@@ -266,6 +266,14 @@ def test_a_tpu(tmp_path):
         assert all("shard_map/while" in source for source in unsure), unsure
     update = figures["programs"]["update"]
     assert update["flops"]["compiled"] > 0.8 * update["flops"]["needed"]
+
+    # Of a call with empty micro-batches, the optimizer's traffic is left.
+    idle = update["idle_seconds"]
+    assert idle["compute"] == 0 and 0 < idle["memory"] < update["seconds"]["memory"]
+    forecast = figures["forecast"]
+    assert 0 < forecast["step_seconds"] < sum(forecast["worst_case"].values())
+    assert sum(forecast["worst_case"].values()) == pytest.approx(figures["step"]["seconds"])
+    assert "Forecast for 16 responses" in out
 
 
 NO_EXPERTS = {"model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0}

@@ -17,9 +17,9 @@ from drpo_jax.storage import path_of
 
 # Standard deviation of the logarithm of a response's length before the cut. Lengths are positive and
 # skewed, with a long tail: at sigma 1, the 99th percentile is ten times the median, and the coefficient
-# of variation is 1.3. Measured: one public RL step (256 responses of at most 4,096 tokens, 62.9 % of them
-# cut off, 3,344 on average, 319 at least; github.com/Tjh-UKN/vime, train.metrics.jsonl). Its mean belongs
-# to sigma 1.26, its shortest response to 1.1; at sigma 1, the mean would be 3,439.
+# of variation is 1.3. Measured in one public RL step (github.com/Tjh-UKN/vime, train.metrics.jsonl): 256
+# responses, 62.9 % of them cut off at 4,096 tokens, 3,344 on average, 319 at least. The mean belongs to
+# sigma 1.26 and the shortest response to 1.1; at sigma 1, the mean would be 3,439.
 SIGMA = 1.0
 
 KEYS = {

@@ -293,12 +293,15 @@ def forecast_text(figures: Mapping[str, Any]) -> str:
     ]
     table = costs.grid(["Seconds of a step", *PHASES, "step"], rows)
     return (
-        f"{text}{table}\n"
-        f"At most {figures['tokens_per_second']:,.0f} response tokens per second on the whole slice. These "
-        "are bounds, not measurements: each\nprogram runs at the slowest of its three peak rates. The worst "
-        "case has all lengths at their maximum. The\nlimit is for decoding that reads only live keys and "
-        "values with no slot ever free, and for updates at\npeak FLOP/s."
+        f"{text}{table}\nAt most {figures['tokens_per_second']:,.0f} response tokens per second on the "
+        f"whole slice. {NOTE}"
     )
+
+
+NOTE = """These are bounds, not measurements:
+each program runs at the slowest of its three peak rates. The worst case has all lengths at their
+maximum. The limit is for decoding that reads only live keys and values, with no slot ever free, and for
+updates at peak FLOP/s."""
 
 
 def _seconds(value):

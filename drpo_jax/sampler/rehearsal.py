@@ -13,7 +13,6 @@ import dataclasses
 from collections import Counter
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from drpo_jax.sampler.engine import COUNTERS, Sampler
@@ -52,7 +51,7 @@ def rehearse(
 ) -> Rehearsal:
     """Returns the device calls in which a sampler samples responses of these lengths.
 
-    Call it inside `jax.set_mesh(mesh)` if the sampler runs on a mesh.
+    If the sampler runs on a mesh, call it inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
 
     Args:
       sampler: gives the slots and the sizes; it stays unchanged and needs no weights.
@@ -76,7 +75,8 @@ def rehearse(
     rehearsing.statistics = dict.fromkeys(COUNTERS, 0)
     params = dataclasses.replace(params, stop=(STOP,), top_logprobs=0, routes=False)
     prompts = [[OTHER] * length for length in prompt_lengths.tolist()]
-    for _ in rehearsing.stream(prompts, params, jax.random.key(0)):
+    no_key: Any = None
+    for _ in rehearsing.stream(prompts, params, no_key):
         pass
     steps, live, columns = np.array(device.decoded, int).reshape(-1, 3).T
     return Rehearsal(steps, live, columns, dict(device.calls), rehearsing.read_statistics())

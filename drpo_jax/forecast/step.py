@@ -8,7 +8,8 @@ programs, at the chip's peak rates, and counts what a step does at the given len
               ring saves the bytes and FLOPs of its missing columns.
     prefill   The calls of prefill, first_tokens and admit in the same rehearsal, each at its full size.
     rescore,  The micro-batches that hold a sequence, in the layout that the learner would choose
-    update    (`Batches.layout`). Without packing, all of them do.
+    update    (`Batches.layout`). Without packing, all of them do. Rows that are cut into narrower ones
+              count as whole rows, whose attention costs more.
     sync      Does not depend on lengths.
 
 Resizing the rings, which copies them a few times per rollout, is not counted, nor is the host's work

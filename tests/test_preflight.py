@@ -283,25 +283,30 @@ DELTA_NET = {
 }  # fmt: skip
 
 
-@pytest.mark.slow  # Compiles a decode loop for each family.
+@pytest.mark.slow  # Compiles two programs for each family.
 @pytest.mark.parametrize(
     "family",
     [
-        NO_EXPERTS | {"model.mlp_size": 2048},
-        {"model.experts": 16, "model.expert_size": 256},
-        NO_EXPERTS | {"model.mlp_size": 2048} | DELTA_NET,
+        NO_EXPERTS | {"model.mlp_size": 16384},
+        {"model.experts": 16, "model.expert_size": 2048},
+        NO_EXPERTS | {"model.mlp_size": 16384} | DELTA_NET,
     ],
     ids=["dense", "mixture", "hybrid"],
 )
-def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
-    """Rings larger than a core's memory are read whole, weights once; states are also written."""
+def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
+    """Rings and prompts are read whole, weights once; states are also written.
+
+    Rings are larger than a core's memory, and a chunk of the prompts is so short that its activations
+    stay in there.
+    """
     if not has_libtpu():
         pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
     changed = {
         "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
-        "model.load_balance": 0, "model.hidden_size": 512, "model.vocab_size": 4096,
-        "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 128, "sampler.slots": 64,
+        "model.load_balance": 0, "model.hidden_size": 2048, "model.vocab_size": 4096,
+        "model.heads": 16, "model.kv_heads": 4, "model.head_dim": 128, "sampler.slots": 64,
         "sampler.max_prompt_length": 1024, "sampler.max_response_length": 8192,
+        "sampler.prefill_chunk": 16,
     }  # fmt: skip
     changed |= family
     resolved = smallest(changed)
@@ -311,8 +316,12 @@ def test_decoding_moves_the_bytes_of_the_equations(family, tmp_path):
 
     file = tmp_path / "figures.json"
     fields = [f"--config.{name}={value}" for name, value in changed.items()]
-    code, _, err = run("--topology=v5e:2x2", "--programs=decode", f"--json={file}", *fields)
+    code, _, err = run("--topology=v5e:2x2", "--programs=prefill,decode", f"--json={file}", *fields)
     assert code == 0, err
-    counted = json.loads(file.read_text())["programs"]["decode"]["hbm_bytes"]
-    rings = moved.step(64 / 4, 1024 + 8192)  # A device has a quarter of the slots.
-    assert counted == pytest.approx(32 * rings, rel=0.05)
+    figures = json.loads(file.read_text())["programs"]
+    # A device has a quarter of the slots, and of the 16 prompts.
+    step = moved.step(64 / 4, 1024 + 8192)
+    assert figures["decode"]["hbm_bytes"] == pytest.approx(32 * step, rel=0.05)
+    head = 2 * 2048 * 4096
+    chunk = moved.step(16 / 4, 1024) - head
+    assert figures["prefill"]["hbm_bytes"] == pytest.approx(chunk, rel=0.1)

@@ -170,6 +170,8 @@ def _traffic(site, module):
     opcode = instruction.opcode
     if opcode.endswith(("-done", "-update")) or 'target="AllocateBuffer"' in instruction.attributes:
         return 0
+    if _prefetched(site):
+        return 0
     operands = [site.computation[name] for name in instruction.operands]
     shapes = instruction.shapes
     if opcode == "slice-start":
@@ -192,6 +194,19 @@ def _traffic(site, module):
     root = root_of(inside)
     names = root.operands if root.opcode == "tuple" else [root.name]
     return read + sum(_written(name, shape, inside) for name, shape in zip(names, shapes))
+
+
+def _prefetched(site):
+    """Whether this copies an argument that the end of the previous call has already copied.
+
+    The compiler may fetch an argument into the core's own memory at the start of a program and again at
+    its end, for the next call. Only one of the two copies counts.
+    """
+    copy = site.instruction
+    return "cross_program_prefetch_index" in copy.attributes and any(
+        other.opcode == "copy-start" and other.operands == copy.operands and other is not copy
+        for other in site.computation.values()
+    )
 
 
 def _main(shapes):

@@ -258,6 +258,7 @@ ENTRY %main (q: bf16[8,2], keys: bf16[8,2,1,512], ring: bf16[8,512], new: bf16[8
 }
 """  # noqa: E501
 RING, KEYS = 8 * 512 * 2, 8 * 2 * 512 * 2
+FETCH = "(bf16[8,512]{1,0:S(1)}, bf16[8,512]{1,0}, u32[]{:S(2)}) copy-start(%ring)"
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,13 @@ RING, KEYS = 8 * 512 * 2, 8 * 2 * 512 * 2
             "slice={[0:2], [0:512]}",
             RING / 4,
         ),
+        # The ring arrives at the start, unless the end of the previous call has already fetched it.
+        (
+            f"{FETCH}, cross_program_prefetch_index=0\n  %again = {FETCH}",
+            RING,
+        ),
     ],
-    ids=["view", "update", "update and read", "slice"],
+    ids=["view", "update", "update and read", "slice", "prefetch"],
 )
 def test_what_a_tpu_program_reads(operation, traffic):
     assert memory_traffic(Module(NESTED.replace("OPERATION", operation))) == traffic

@@ -283,8 +283,7 @@ DELTA_NET = {
 }  # fmt: skip
 
 
-@pytest.mark.slow  # Compiles two programs for each family.
-@pytest.mark.parametrize(
+FAMILIES = pytest.mark.parametrize(
     "family",
     [
         NO_EXPERTS | {"model.mlp_size": 16384},
@@ -293,35 +292,66 @@ DELTA_NET = {
     ],
     ids=["dense", "mixture", "hybrid"],
 )
-def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
-    """Rings and prompts are read whole, weights once; states are also written.
+# Two layers whose weights outweigh the activations of a few tokens, which stay in a core's memory.
+WIDE = {
+    "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
+    "model.load_balance": 0, "model.hidden_size": 2048, "model.vocab_size": 4096, "model.heads": 16,
+    "model.kv_heads": 4, "model.head_dim": 128,
+}  # fmt: skip
 
-    Rings are larger than a core's memory, and a chunk of the prompts is so short that its activations
-    stay in there.
-    """
+
+def hbm_bytes(tmp_path, topology, fields, *names):
+    """The HBM traffic of the programs `names` of a model of two layers, by program."""
     if not has_libtpu():
         pytest.skip(f"needs the TPU compiler: pip install --no-deps '{libtpu_requirement()}'")
-    changed = {
-        "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
-        "model.load_balance": 0, "model.hidden_size": 2048, "model.vocab_size": 4096,
-        "model.heads": 16, "model.kv_heads": 4, "model.head_dim": 128, "sampler.slots": 64,
-        "sampler.max_prompt_length": 1024, "sampler.max_response_length": 8192,
-        "sampler.prefill_chunk": 16,
+    file = tmp_path / "figures.json"
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    only = f"--programs={','.join(names)}"
+    code, _, err = run(f"--topology={topology}", only, f"--json={file}", *changed)
+    assert code == 0, err
+    programs = json.loads(file.read_text())["programs"]
+    return {name: programs[name]["hbm_bytes"] for name in names}
+
+
+@pytest.mark.slow  # Compiles two programs for each family.
+@FAMILIES
+def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
+    """Rings and prompts are read whole, weights once; states are also written."""
+    changed = WIDE | family | {
+        "sampler.slots": 64, "sampler.max_prompt_length": 1024,
+        "sampler.max_response_length": 8192, "sampler.prefill_chunk": 16,
     }  # fmt: skip
-    changed |= family
     resolved = smallest(changed)
     programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
     weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(programs.abstract_weights))
     moved = costs.decode_bytes(programs.model_config, weights)
 
-    file = tmp_path / "figures.json"
-    fields = [f"--config.{name}={value}" for name, value in changed.items()]
-    code, _, err = run("--topology=v5e:2x2", "--programs=prefill,decode", f"--json={file}", *fields)
-    assert code == 0, err
-    figures = json.loads(file.read_text())["programs"]
+    counted = hbm_bytes(tmp_path, "v5e:2x2", changed, "prefill", "decode")
     # A device has a quarter of the slots, and of the 16 prompts.
     step = moved.step(64 / 4, 1024 + 8192)
-    assert figures["decode"]["hbm_bytes"] == pytest.approx(32 * step, rel=0.05)
+    assert counted["decode"] == pytest.approx(32 * step, rel=0.05)
     head = 2 * 2048 * 4096
-    chunk = moved.step(16 / 4, 1024) - head
-    assert figures["prefill"]["hbm_bytes"] == pytest.approx(chunk, rel=0.1)
+    assert counted["prefill"] == pytest.approx(moved.step(16 / 4, 1024) - head, rel=0.1)
+
+
+@pytest.mark.slow  # Compiles an update for each family.
+@FAMILIES
+def test_an_update_moves_the_bytes_of_its_passes(family, tmp_path):
+    """Every pass over the parameters, of which there are many more bytes than activations.
+
+    Bytes per parameter: a bfloat16 copy is made of the float32 weights (4 + 2). A micro-batch reads it
+    forward and backward (2 + 2), and writes zeros and then a float32 gradient (4 + 4), which is added to
+    the sum (8 + 4). AdamW reads weight, gradient and two moments, and writes all but the gradient (16 +
+    12). The norms of the gradient, of the change and of the new weights read them again (4 + 12).
+    """
+    changed = WIDE | family | {
+        "sampler.max_prompt_length": 6, "sampler.max_response_length": 26, "train.micro_batch": 4
+    }  # fmt: skip
+    resolved = smallest(changed)
+    programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
+    assert programs.micro_batches == 2 and not resolved.train.pack
+    parameters = sum(a.size for a in jax.tree.leaves(programs.abstract_state.model))
+    micro_batch = (2 + 2) + (4 + 4) + (8 + 4)
+    passes = (4 + 2) + 2 * micro_batch + (16 + 12) + (4 + 12)
+    counted = hbm_bytes(tmp_path, "v5e:1x1", changed, "update")
+    assert counted["update"] == pytest.approx(parameters * passes, rel=0.2)

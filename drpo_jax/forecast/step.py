@@ -286,7 +286,10 @@ def forecast_text(figures: Mapping[str, Any]) -> str:
         f"computed; {batches['padding']:.1%} of their positions are padding\n"
     )
     if not figures["seconds"]:
-        return text + "The times are unknown."
+        return (
+            text
+            + "The times are unknown: they need a chip's peak rates and the costs of all programs."
+        )
     worst, seconds, limits = (figures[n] for n in ("worst_case", "seconds", "limits"))
     rows = [
         ["worst case", *map(_seconds, (*worst.values(), sum(worst.values())))],

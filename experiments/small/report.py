@@ -63,7 +63,11 @@ def markdown(results: Results | None = None) -> str:
         ):
             parts.append(f"**{main}, mismatch: {row.meaning}**")
             parts += [arms_table(results, mismatch), mismatch_table(results, mismatch)]
-    parts += [settings_table(results), claims_table(results), rates_table(results)]
+    parts.append("**All settings, mismatch: that of the recipe alone**")
+    parts.append(settings_table(results))
+    if (DOCS / DIFFERENCES).exists():
+        parts.append(f"![Differences from DRPO in each setting]({DIFFERENCES})")
+    parts += [claims_table(results), rates_table(results)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 from drpo_jax.models.grouped import (
     KERNELS,
     block_rows,
+    capacity_layout,
+    capacity_rows,
     combine,
     dispatch,
     make_layout,
@@ -76,17 +78,8 @@ def run_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
-    recipe = compute.matmul
-    if isinstance(weights[0], Quantized):  # The weight sync has quantized them already.
-        recipe = dataclasses.replace(recipe, weight=None)
-    dense = [dequantize(w, x.dtype) if isinstance(w, Quantized) else w for w in weights]
-    values = [
-        constrain(
-            weight_values(jax.lax.stop_gradient(w), recipe, x.dtype), *axes, rules=SAMPLER_RULES
-        )
-        for w, axes in zip(dense, AXES)
-    ]
-    compute = dataclasses.replace(compute, matmul=dataclasses.replace(recipe, weight=None))
+    dense, values, compute = _values(weights, compute, x.dtype)
+    values = [constrain(w, *axes, rules=SAMPLER_RULES) for w, axes in zip(values, AXES)]
 
     def body(x, gates, experts, weights, values):
         gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
@@ -107,6 +100,22 @@ def run_experts(
     )(x, gates, experts, dense, values)
 
 
+def _values(weights, compute, dtype):
+    """Quantizes the weights once, outside the matmuls.
+
+    Returns:
+      The weights as arrays, which receive the gradient; the values that the matmuls multiply; and
+      `compute` without quantization of weights.
+    """
+    recipe = compute.matmul
+    if isinstance(weights[0], Quantized):  # The weight sync has quantized them already.
+        recipe = dataclasses.replace(recipe, weight=None)
+    dense = [dequantize(w, dtype) if isinstance(w, Quantized) else w for w in weights]
+    values = [weight_values(jax.lax.stop_gradient(w), recipe, dtype) for w in dense]
+    recipe = dataclasses.replace(recipe, weight=None)
+    return dense, values, dataclasses.replace(compute, matmul=recipe)
+
+
 def _local_experts(
     x_NxD, gates_Nxk, experts_Nxk, weights, num_experts, compute, values=None, part=None
 ):
@@ -117,19 +126,40 @@ def _local_experts(
         shards over `fsdp`.
       part: None, or the most rows that are computed at once.
     """
-    size, block = experts_Nxk.size, 1
-    if compute.grouped_kernel() == "blocked":
+    size, block, kernel = experts_Nxk.size, 1, compute.grouped_kernel()
+    if kernel == "blocked":
         block = block_rows(size, num_experts)
+        if values is None:
+            return _with_capacity(
+                compute, block, x_NxD, gates_Nxk, experts_Nxk, weights, num_experts
+            )
+    arrays = x_NxD, gates_Nxk, weights, values
     if part is None or part >= size:
         layout = make_layout(experts_Nxk, num_experts, block)
-        return _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, "fsdp")
+        return _rows_of_experts(compute, kernel, "fsdp", *arrays, layout)
     layout = make_layout(experts_Nxk, num_experts, block, part)
-    return _in_parts(compute, part, x_NxD, gates_Nxk, weights, values, layout)
+    return _in_parts(compute, part, "fsdp", *arrays, layout)
 
 
-def _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, axis):
+def _with_capacity(compute, block, x_NxD, gates_Nxk, experts_Nxk, weights, num_experts):
+    """Computes `_local_experts` on one CPU.
+
+    Most rows are computed by batched matmuls over groups of equal size, which read the weights in
+    place. Blocks copy rows and weights, which takes as long as their matmuls, so they compute only
+    the rows beyond an expert's capacity.
+    """
+    weights, values, compute = _values(weights, compute, x_NxD.dtype)
+    arrays = x_NxD, gates_Nxk, weights, values
+    capacity = capacity_rows(experts_Nxk.size, num_experts)
+    layout = capacity_layout(experts_Nxk, num_experts, capacity)
+    y = _rows_of_experts(compute, "batched", None, *arrays, layout)
+    part = -(-experts_Nxk.size // (8 * block)) * block
+    further = make_layout(experts_Nxk, num_experts, block, part, skip=capacity)
+    return y + _in_parts(compute, part, None, *arrays, further)
+
+
+def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, layout):
     """Computes `_local_experts` for the assignments that have a row in the layout."""
-    kernel = compute.grouped_kernel()
     ops, groups = KERNELS[kernel], (layout.group_sizes,)
     if kernel == "blocked":
         groups = layout.block_expert, layout.blocks, layout.group_sizes
@@ -147,44 +177,45 @@ def _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, axis):
     return combine(grouped(rows, 2), layout)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_parts(compute, part, x_NxD, gates_Nxk, weights, values, layout):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_parts(compute, part, axis, x_NxD, gates_Nxk, weights, values, layout):
     """Computes `_rows_of_experts` for `part` rows at a time until all rows in use are done.
 
     One part is nearly always enough, and no temporary of the matmuls has the size of the worst
     case. The backward pass recomputes the rows part by part.
     """
+    kernel = compute.grouped_kernel()
 
     def compute_part(layout):
-        return _rows_of_experts(compute, x_NxD, gates_Nxk, weights, values, layout, None)
+        return _rows_of_experts(compute, kernel, None, x_NxD, gates_Nxk, weights, values, layout)
 
     return _sum_of_parts(compute_part, layout, part)
 
 
-def _in_parts_fwd(compute, part, x, gates, weights, values, layout):
-    y = _in_parts(compute, part, x, gates, weights, values, layout)
+def _in_parts_fwd(compute, part, axis, x, gates, weights, values, layout):
+    y = _in_parts(compute, part, axis, x, gates, weights, values, layout)
     return y, (x, gates, weights, values, layout)
 
 
-def _in_parts_bwd(compute, part, residuals, g):
+def _in_parts_bwd(compute, part, axis, residuals, g):
     x, gates, weights, values, layout = residuals
+    kernel = compute.grouped_kernel()
 
     def compute_part(layout):
         def y(x, gates, sums):
-            return _rows_of_experts(compute, x, gates, sums, values, layout, None)
+            return _rows_of_experts(compute, kernel, None, x, gates, sums, values, layout)
 
         # Only the shapes and dtypes of these primals matter: they receive the float32 gradients.
         sums = [jnp.zeros(value.shape, jnp.float32) for value in values]
         return jax.vjp(y, x, gates, sums)[1](g)
 
     dx, dgates, sums = _sum_of_parts(compute_part, layout, part)
-    shards = [
-        jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=axes.index("embed"), tiled=True).astype(
-            w.dtype
-        )
-        for dw, w, axes in zip(sums, weights, AXES)
-    ]
-    return dx, dgates, shards, None, None
+    if axis is not None:
+        sums = [
+            jax.lax.psum_scatter(dw, axis, scatter_dimension=axes.index("embed"), tiled=True)
+            for dw, axes in zip(sums, AXES)
+        ]
+    return dx, dgates, [dw.astype(w.dtype) for dw, w in zip(sums, weights)], None, None
 
 
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)

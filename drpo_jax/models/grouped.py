@@ -43,7 +43,14 @@ def block_rows(assignments: int, num_experts: int) -> int:
     return block
 
 
-def make_layout(experts_Nxk: jax.Array, num_experts: int, block: int, part: int = 1) -> Layout:
+def capacity_rows(assignments: int, num_experts: int) -> int:
+    """Returns the rows of each expert in `capacity_layout`: 1.25 times the mean, a multiple of 16."""
+    return -(-5 * assignments // (4 * num_experts) // 16) * 16
+
+
+def make_layout(
+    experts_Nxk: jax.Array, num_experts: int, block: int, part: int = 1, skip: int = 0
+) -> Layout:
     """Groups assignments by expert.
 
     Args:
@@ -51,32 +58,73 @@ def make_layout(experts_Nxk: jax.Array, num_experts: int, block: int, part: int 
       num_experts: E.
       block: each group is padded to a multiple of this number of rows.
       part: R is padded to a multiple of this number of rows.
+      skip: the first assignments of each expert that get no row.
     """
-    expert_M = experts_Nxk.reshape(-1)
-    m = expert_M.shape[0]
+    order_M, expert_M, place_M, sizes = _sort(experts_Nxk, num_experts)
+    m = experts_Nxk.size
     r = -(-m // block) * block + (num_experts * block if block > 1 else 0)
     r = -(-r // part) * part
-    order = jnp.argsort(expert_M, stable=True)
-    expert_sorted = expert_M[order]
-    bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
-    sizes = jnp.diff(bounds)
-    padded = -(-sizes // block) * block
+    padded = -(-jnp.maximum(sizes - skip, 0) // block) * block
     ends = jnp.cumsum(padded)
-    start = jnp.append(ends - padded, r) - bounds
-    row_sorted = jnp.where(
-        expert_sorted < num_experts, jnp.arange(m) + start[expert_sorted], r
-    ).astype(jnp.int32)
-    row = jnp.zeros((m,), jnp.int32).at[order].set(row_sorted, unique_indices=True)
-    source = jnp.full((r,), m, jnp.int32).at[row_sorted].set(order.astype(jnp.int32), mode="drop")
+    start = jnp.append(ends - padded, 0)
+    row_M = jnp.where(
+        (expert_M < num_experts) & (place_M >= skip), start[expert_M] + place_M - skip, r
+    )
     first_row = jnp.arange(r // block) * block
     block_expert = jnp.minimum(jnp.searchsorted(ends, first_row, side="right"), num_experts - 1)
     return Layout(
-        row.reshape(experts_Nxk.shape),
-        source,
+        *_row_and_source(order_M, row_M, r, experts_Nxk.shape),
         padded.astype(jnp.int32),
         block_expert.astype(jnp.int32),
         (ends[-1] // block).astype(jnp.int32),
     )
+
+
+def capacity_layout(experts_Nxk: jax.Array, num_experts: int, capacity: int) -> Layout:
+    """Groups at most `capacity` assignments of each expert, in groups of exactly that many rows.
+
+    `make_layout` with `skip=capacity` has the rows of all further assignments.
+
+    Args:
+      experts_Nxk: int32, the expert of each assignment, from 0 to `num_experts` (no row).
+      num_experts: E.
+      capacity: rows per expert, including padding.
+    """
+    order_M, expert_M, place_M, _ = _sort(experts_Nxk, num_experts)
+    r = num_experts * capacity
+    row_M = jnp.where(
+        (expert_M < num_experts) & (place_M < capacity), expert_M * capacity + place_M, r
+    )
+    return Layout(
+        *_row_and_source(order_M, row_M, r, experts_Nxk.shape),
+        jnp.full(num_experts, capacity, jnp.int32),
+        jnp.arange(num_experts, dtype=jnp.int32),
+        jnp.int32(num_experts),
+    )
+
+
+def _sort(experts_Nxk, num_experts):
+    """Sorts the assignments by expert.
+
+    Returns:
+      int32 [M] each, in sorted order: the assignment, its expert, and its place among those of the
+      same expert; and int32 [E], assignments per expert.
+    """
+    expert_M = experts_Nxk.reshape(-1)
+    order_M = jnp.argsort(expert_M, stable=True)
+    expert_sorted = expert_M[order_M]
+    bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
+    place_M = jnp.arange(len(expert_M)) - bounds[expert_sorted]
+    return order_M, expert_sorted, place_M, jnp.diff(bounds)
+
+
+def _row_and_source(order_M, row_M, r, shape):
+    """Returns the first two fields of a `Layout` of r rows, from the row of each sorted assignment."""
+    m = len(order_M)
+    row_M = row_M.astype(jnp.int32)
+    row = jnp.zeros((m,), jnp.int32).at[order_M].set(row_M, unique_indices=True)
+    source = jnp.full((r,), m, jnp.int32).at[row_M].set(order_M.astype(jnp.int32), mode="drop")
+    return row.reshape(shape), source
 
 
 def part_of(layout: Layout, start: jax.Array, rows: int) -> Layout:
@@ -224,6 +272,27 @@ def megablox_dw(
     return tgmm(x_RxK.T, g_RxN, group_sizes, jnp.float32, tiling, interpret=interpret)
 
 
+def _batched(a_RxK, b, group_sizes, contract_a, contract_b):
+    """Multiplies groups of equal size in one batched matmul, over the experts as the batch."""
+    groups = [x.reshape(len(group_sizes), -1, x.shape[-1]) for x in (a_RxK, b)]
+    return jax.lax.dot_general(
+        *groups,
+        (((contract_a,), (contract_b,)), ((0,), (0,))),
+        precision=dot_precision(a_RxK.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _batched_rows(x_RxK, w_ExKxN, group_sizes, contract):
+    y = _batched(x_RxK, w_ExKxN, group_sizes, 2, contract)
+    return y.reshape(len(x_RxK), -1)
+
+
+BATCHED = Ops(
+    dot=lambda x, w, sizes: _batched_rows(x, w, sizes, 1),
+    dot_dx=lambda g, w, sizes: _batched_rows(g, w, sizes, 2),
+    dot_dw=lambda x, g, sizes: _batched(x, g, sizes, 1, 1),
+)
 BLOCKED = Ops(
     dot=lambda x, w, block_expert, blocks, sizes: _blocked(x, w, block_expert, blocks, 1),
     dot_dx=lambda g, w, block_expert, blocks, sizes: _blocked(g, w, block_expert, blocks, 2),
@@ -236,5 +305,5 @@ RAGGED = Ops(
 )
 MEGABLOX = RAGGED._replace(dot_dw=megablox_dw)
 
-# The kernels that `Compute.grouped_matmul` names.
-KERNELS = {"blocked": BLOCKED, "ragged_dot": RAGGED, "megablox": MEGABLOX}
+# The kernels that `Compute.grouped_matmul` names, and "batched", for groups of equal size.
+KERNELS = {"batched": BATCHED, "blocked": BLOCKED, "ragged_dot": RAGGED, "megablox": MEGABLOX}

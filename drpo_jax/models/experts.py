@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from drpo_jax.models.grouped import (
     KERNELS,
     block_rows,
-    capacity_layout,
+    capacity_layouts,
     capacity_rows,
     combine,
     dispatch,
@@ -150,11 +150,12 @@ def _with_capacity(compute, block, x_NxD, gates_Nxk, experts_Nxk, weights, num_e
     """
     weights, values, compute = _values(weights, compute, x_NxD.dtype)
     arrays = x_NxD, gates_Nxk, weights, values
-    capacity = capacity_rows(experts_Nxk.size, num_experts)
-    layout = capacity_layout(experts_Nxk, num_experts, capacity)
+    size = experts_Nxk.size
+    part = -(-size // (8 * block)) * block
+    layout, further = capacity_layouts(
+        experts_Nxk, num_experts, capacity_rows(size, num_experts), block, part
+    )
     y = _rows_of_experts(compute, "batched", None, *arrays, layout)
-    part = -(-experts_Nxk.size // (8 * block)) * block
-    further = make_layout(experts_Nxk, num_experts, block, part, skip=capacity)
     return y + _in_parts(compute, part, None, *arrays, further)
 
 

@@ -48,9 +48,7 @@ def capacity_rows(assignments: int, num_experts: int) -> int:
     return -(-5 * assignments // (4 * num_experts) // 16) * 16
 
 
-def make_layout(
-    experts_Nxk: jax.Array, num_experts: int, block: int, part: int = 1, skip: int = 0
-) -> Layout:
+def make_layout(experts_Nxk: jax.Array, num_experts: int, block: int, part: int = 1) -> Layout:
     """Groups assignments by expert.
 
     Args:
@@ -58,73 +56,93 @@ def make_layout(
       num_experts: E.
       block: each group is padded to a multiple of this number of rows.
       part: R is padded to a multiple of this number of rows.
-      skip: the first assignments of each expert that get no row.
     """
-    order_M, expert_M, place_M, sizes = _sort(experts_Nxk, num_experts)
-    m = experts_Nxk.size
+    return _blocks_of(_sort(experts_Nxk, num_experts), block, part)
+
+
+def capacity_layouts(
+    experts_Nxk: jax.Array, num_experts: int, capacity: int, block: int, part: int
+) -> tuple[Layout, Layout]:
+    """Groups the first `capacity` assignments of each expert, and all further ones.
+
+    Args:
+      experts_Nxk: int32, the expert of each assignment, from 0 to `num_experts` (no row).
+      num_experts: E.
+      capacity: rows of each group in the first layout, including padding.
+      block, part: see `make_layout`, for the second layout.
+    """
+    groups, r = _sort(experts_Nxk, num_experts), num_experts * capacity
+    place_M = groups.place_M()
+    row_M = jnp.where(place_M < capacity, groups.expert_M * capacity + place_M, r)
+    first = Layout(
+        *_row_and_source(groups, jnp.minimum(row_M, r), r),
+        jnp.full(num_experts, capacity, jnp.int32),
+        jnp.arange(num_experts, dtype=jnp.int32),
+        jnp.int32(num_experts),
+    )
+    return first, _blocks_of(groups, block, part, skip=capacity)
+
+
+class _Groups(NamedTuple):
+    """Assignments sorted by expert.
+
+    Attributes:
+      order_M: int32, the assignments (n·k + j) in order of their experts.
+      expert_M: int32, their experts.
+      bounds: int32 [E + 1], where the group of each expert begins, and the end of the last one.
+      k: assignments per token.
+    """
+
+    order_M: jax.Array
+    expert_M: jax.Array
+    bounds: jax.Array
+    k: int
+
+    def place_M(self):
+        """Returns each assignment's place in its group, int32 [M]."""
+        return jnp.arange(len(self.expert_M)) - self.bounds[self.expert_M]
+
+
+def _sort(experts_Nxk, num_experts):
+    expert_M = experts_Nxk.reshape(-1)
+    order_M = jnp.argsort(expert_M, stable=True)
+    expert_sorted = expert_M[order_M]
+    bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
+    return _Groups(order_M, expert_sorted, bounds, experts_Nxk.shape[1])
+
+
+def _blocks_of(groups, block, part, skip=0):
+    """Returns the layout in blocks of all assignments but the first `skip` of each expert."""
+    num_experts, m = len(groups.bounds) - 1, len(groups.order_M)
     r = -(-m // block) * block + (num_experts * block if block > 1 else 0)
     r = -(-r // part) * part
-    padded = -(-jnp.maximum(sizes - skip, 0) // block) * block
+    sizes = jnp.diff(groups.bounds)
+    if skip:
+        sizes = jnp.maximum(sizes - skip, 0)
+    padded = -(-sizes // block) * block
     ends = jnp.cumsum(padded)
-    start = jnp.append(ends - padded, 0)
-    row_M = jnp.where(
-        (expert_M < num_experts) & (place_M >= skip), start[expert_M] + place_M - skip, r
-    )
+    start = jnp.append(ends - padded, r) - groups.bounds
+    has_row = groups.expert_M < num_experts
+    if skip:
+        start, has_row = start - skip, has_row & (groups.place_M() >= skip)
+    row_M = jnp.where(has_row, jnp.arange(m) + start[groups.expert_M], r)
     first_row = jnp.arange(r // block) * block
     block_expert = jnp.minimum(jnp.searchsorted(ends, first_row, side="right"), num_experts - 1)
     return Layout(
-        *_row_and_source(order_M, row_M, r, experts_Nxk.shape),
+        *_row_and_source(groups, row_M, r),
         padded.astype(jnp.int32),
         block_expert.astype(jnp.int32),
         (ends[-1] // block).astype(jnp.int32),
     )
 
 
-def capacity_layout(experts_Nxk: jax.Array, num_experts: int, capacity: int) -> Layout:
-    """Groups at most `capacity` assignments of each expert, in groups of exactly that many rows.
-
-    `make_layout` with `skip=capacity` has the rows of all further assignments.
-
-    Args:
-      experts_Nxk: int32, the expert of each assignment, from 0 to `num_experts` (no row).
-      num_experts: E.
-      capacity: rows per expert, including padding.
-    """
-    order_M, expert_M, place_M, _ = _sort(experts_Nxk, num_experts)
-    r = num_experts * capacity
-    row_M = jnp.where(
-        (expert_M < num_experts) & (place_M < capacity), expert_M * capacity + place_M, r
-    )
-    return Layout(
-        *_row_and_source(order_M, row_M, r, experts_Nxk.shape),
-        jnp.full(num_experts, capacity, jnp.int32),
-        jnp.arange(num_experts, dtype=jnp.int32),
-        jnp.int32(num_experts),
-    )
-
-
-def _sort(experts_Nxk, num_experts):
-    """Sorts the assignments by expert.
-
-    Returns:
-      int32 [M] each, in sorted order: the assignment, its expert, and its place among those of the
-      same expert; and int32 [E], assignments per expert.
-    """
-    expert_M = experts_Nxk.reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True)
-    expert_sorted = expert_M[order_M]
-    bounds = jnp.searchsorted(expert_sorted, jnp.arange(num_experts + 1))
-    place_M = jnp.arange(len(expert_M)) - bounds[expert_sorted]
-    return order_M, expert_sorted, place_M, jnp.diff(bounds)
-
-
-def _row_and_source(order_M, row_M, r, shape):
-    """Returns the first two fields of a `Layout` of r rows, from the row of each sorted assignment."""
-    m = len(order_M)
-    row_M = row_M.astype(jnp.int32)
-    row = jnp.zeros((m,), jnp.int32).at[order_M].set(row_M, unique_indices=True)
-    source = jnp.full((r,), m, jnp.int32).at[row_M].set(order_M.astype(jnp.int32), mode="drop")
-    return row.reshape(shape), source
+def _row_and_source(groups, row_M, r):
+    """Returns `row` and `source` of a layout of r rows; assignments with row r have none."""
+    m, row_M = len(row_M), row_M.astype(jnp.int32)
+    row = jnp.zeros((m,), jnp.int32).at[groups.order_M].set(row_M, unique_indices=True)
+    source = jnp.full((r,), m, jnp.int32)
+    source = source.at[row_M].set(groups.order_M.astype(jnp.int32), mode="drop")
+    return row.reshape(-1, groups.k), source
 
 
 def part_of(layout: Layout, start: jax.Array, rows: int) -> Layout:

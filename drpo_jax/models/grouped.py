@@ -5,6 +5,10 @@ contiguous and start at a multiple of `block`. The experts' matmuls run over tha
 results are read back from it. An assignment to expert E has no row and costs nothing. Padding
 tokens are assigned to it, and so are, under expert parallelism, tokens of other devices' experts.
 
+On CPU, a batched matmul over groups of equal size is twice as fast as blocks, which copy their rows
+and weights. So `capacity_layouts` makes two layouts there: equal groups, and blocks for the rows that
+do not fit into them.
+
 Axis letters: N tokens, k experts per token, M = N·k assignments, R rows of the grouped layout, D
 model width, E experts; in matmuls [R, K] @ [E, K, N], K and N are widths.
 """

@@ -109,7 +109,8 @@ class Compute:
     )
     grouped_matmul: str = field(
         "auto",
-        "Kernel for the experts' matmul: blocked, ragged_dot, or megablox (ragged_dot with the weight "
+        "Kernel for the experts' matmul: blocked (blocks of rows in a loop; on a single device, most "
+        "rows in one batched matmul instead), ragged_dot, or megablox (ragged_dot with the weight "
         "gradient from a Pallas kernel for TPU, where XLA would expand it to a dense matmul over all "
         "local experts). auto: blocked on CPU, where ragged_dot computes every expert for every row; "
         "megablox on TPU; ragged_dot elsewhere.",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
 from drpo_jax.models import experts as expert_parallel
-from drpo_jax.models.grouped import make_layout, megablox_dw, part_of
+from drpo_jax.models.grouped import capacity_layouts, make_layout, megablox_dw, part_of
 from drpo_jax.models.moe import MoE
 from drpo_jax.parallel import make_mesh, named_sharding, shardings
 from drpo_jax.precision import get_recipe
@@ -43,6 +43,7 @@ CASES = {
     "several blocks, idle experts, padding": (5, 2, 70, 5, 2),
     "one per token, sizes that do not divide": (16, 1, 13, 0, 0),
     "every expert per token": (3, 3, 9, 0, 0),
+    "one expert for all tokens, far beyond its capacity": (8, 1, 200, 0, 7),
 }
 
 
@@ -110,6 +111,7 @@ def test_load_balance_loss_is_one_when_balanced_and_E_when_collapsed():
 
 SHAPES = [(1, 1, 1, 1), (7, 2, 3, 16), (20, 1, 5, 4), (9, 3, 4, 1), (33, 2, 6, 16)]
 jitted_layout = jax.jit(make_layout, static_argnums=(1, 2))
+jitted_capacity_layouts = jax.jit(capacity_layouts, static_argnums=(1, 2, 3, 4))
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,6 +147,35 @@ def test_every_assignment_has_its_own_row(data):
         assert part.blocks == (i < layout.blocks) and part.block_expert == layout.block_expert[i]
     counts = np.bincount(flat, minlength=e + 1)[:e]
     assert np.all(layout.group_sizes - counts < block)  # no more padding than necessary
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_first_and_further_rows_of_each_expert(data):
+    n, k, e, block = data.draw(st.sampled_from(SHAPES))
+    flat = data.draw(st.lists(st.integers(0, e), min_size=n * k, max_size=n * k))
+    capacity, experts = 2 * block, np.array(flat, np.int32)
+    first, further = jax.tree.map(
+        np.asarray, jitted_capacity_layouts(experts.reshape(n, k), e, capacity, block, 2 * block)
+    )
+    rows, later = first.row.reshape(-1), further.row.reshape(-1)
+    assert len(first.source) == e * capacity and np.all(first.group_sizes == capacity)
+    assert len(further.source) % (2 * block) == 0
+    ends = np.cumsum(further.group_sizes)
+    for expert in range(e):
+        of_expert = np.flatnonzero(experts == expert)
+        early, late = of_expert[:capacity], of_expert[capacity:]
+        np.testing.assert_array_equal(rows[early], expert * capacity + np.arange(len(early)))
+        start = ends[expert] - further.group_sizes[expert]
+        np.testing.assert_array_equal(later[late], start + np.arange(len(late)))
+        assert np.all(rows[late] == e * capacity)
+        assert np.all(later[early] == len(further.source))
+        assert 0 <= further.group_sizes[expert] - len(late) < block
+    for layout, own in ((first, rows), (further, later)):
+        has_row = own < len(layout.source)
+        np.testing.assert_array_equal(layout.source[own[has_row]], np.flatnonzero(has_row))
+        assert np.sum(layout.source < n * k) == has_row.sum()
+        assert not np.any(has_row[experts == e])
 
 
 # Eight devices

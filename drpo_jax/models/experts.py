@@ -128,11 +128,11 @@ def _local_experts(
     """
     size, block, kernel = experts_Nxk.size, 1, compute.grouped_kernel()
     if kernel == "blocked":
-        block = block_rows(size, num_experts)
-        if values is None:
-            return _with_capacity(
-                compute, block, x_NxD, gates_Nxk, experts_Nxk, weights, num_experts
-            )
+        block, capacity = block_rows(size, num_experts), capacity_rows(size, num_experts)
+        if capacity and values is None:
+            part = -(-size // (8 * block)) * block
+            layouts = capacity_layouts(experts_Nxk, num_experts, capacity, block, part)
+            return _with_capacity(compute, part, x_NxD, gates_Nxk, weights, layouts)
     arrays = x_NxD, gates_Nxk, weights, values
     if part is None or part >= size:
         layout = make_layout(experts_Nxk, num_experts, block)
@@ -141,22 +141,12 @@ def _local_experts(
     return _in_parts(compute, part, "fsdp", *arrays, layout)
 
 
-def _with_capacity(compute, block, x_NxD, gates_Nxk, experts_Nxk, weights, num_experts):
-    """Computes `_local_experts` on one CPU.
-
-    Most rows are computed by batched matmuls over groups of equal size, which read the weights in
-    place. Blocks copy rows and weights, which takes as long as their matmuls, so they compute only
-    the rows beyond an expert's capacity.
-    """
+def _with_capacity(compute, part, x_NxD, gates_Nxk, weights, layouts):
+    """Computes `_local_experts` on one CPU: equal groups at once, further rows in parts of blocks."""
     weights, values, compute = _values(weights, compute, x_NxD.dtype)
     arrays = x_NxD, gates_Nxk, weights, values
-    size = experts_Nxk.size
-    part = -(-size // (8 * block)) * block
-    layout, further = capacity_layouts(
-        experts_Nxk, num_experts, capacity_rows(size, num_experts), block, part
-    )
-    y = _rows_of_experts(compute, "batched", None, *arrays, layout)
-    return y + _in_parts(compute, part, None, *arrays, further)
+    y = _rows_of_experts(compute, "batched", None, *arrays, layouts[0])
+    return y + _in_parts(compute, part, None, *arrays, layouts[1])
 
 
 def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, layout):

@@ -48,7 +48,13 @@ def block_rows(assignments: int, num_experts: int) -> int:
 
 
 def capacity_rows(assignments: int, num_experts: int) -> int:
-    """Returns the rows of each expert in `capacity_layout`: 1.25 times the mean, a multiple of 16."""
+    """Returns the rows of each group in `capacity_layouts`, or 0 if blocks alone are faster.
+
+    They are 1.25 times the mean size of a group, rounded up to a multiple of 16. Blocks are faster
+    where few tokens leave many experts without any, because groups read the weights of all experts.
+    """
+    if assignments < 4 * num_experts:
+        return 0
     return -(-5 * assignments // (4 * num_experts) // 16) * 16
 
 

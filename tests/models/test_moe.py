@@ -44,6 +44,7 @@ CASES = {
     "one per token, sizes that do not divide": (16, 1, 13, 0, 0),
     "every expert per token": (3, 3, 9, 0, 0),
     "one expert for all tokens, far beyond its capacity": (8, 1, 200, 0, 7),
+    "fewer tokens than experts": (16, 2, 5, 0, 0),
 }
 
 

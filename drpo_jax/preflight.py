@@ -28,6 +28,7 @@ from drpo_jax.costs import Chip, Cost, Program
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.forecast import forecast, forecast_text, hardware_limits, parse_lengths
 from drpo_jax.learner.head import chunk_tokens
+from drpo_jax.models.cache import copied_fraction
 from drpo_jax.parallel import batch_shards, make_mesh
 from drpo_jax.programs import Programs
 from drpo_jax.storage import path_of
@@ -122,8 +123,8 @@ def without_text(config: ConfigDict) -> ConfigDict:
 def program_list(programs: Programs) -> list[Program]:
     """Returns the programs of `calls.rollout_step` with analytic FLOPs, trip counts and remedies.
 
-    The trip count is that of the loop whose length depends on the data. The remedy is what to change
-    if the temporaries are too large.
+    The trip count is that of the loop whose length depends on the data. Decode steps copy the columns of
+    half of a full response on average. The remedy is what to change if the temporaries are too large.
     """
     config, model = programs.config, programs.model_config
     sampler, sft = config.sampler, config.sft
@@ -132,6 +133,9 @@ def program_list(programs: Programs) -> list[Program]:
     examples = programs.supervised_width - learned, learned
     sequences = programs.sequences_per_update
     listed = {program.name: program for program in calls.rollout_step(programs)}
+    ring = next(c for c in listed["decode"].arguments["caches"].caches if c.columns)
+    platform = programs.mesh.devices.flat[0].platform
+    live = {"decode": float(copied_fraction(ring, platform, prompt + response / 2))}
     prompt_tokens = listed["prefill"].arguments["tokens"].size
     work = {
         "warm start": costs.training(model, sft.batch, *examples, config.compute.remat),
@@ -160,6 +164,7 @@ def program_list(programs: Programs) -> list[Program]:
             program,
             work=work.get(name),
             trips=trips.get(name, 1),
+            live=live.get(name, 1.0),
             remedy=remedy.get(name, program.remedy),
         )
         for name, program in listed.items()

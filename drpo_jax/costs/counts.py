@@ -9,6 +9,7 @@ import math
 import re
 
 from drpo_jax.costs.hlo import Module, root_of
+from drpo_jax.models.cache import LIVE_KERNEL
 
 KINDS = (
     "all-gather",
@@ -90,10 +91,15 @@ def matmul_flops(module: Module) -> float:
     return flops
 
 
-def memory_traffic(module: Module) -> float:
-    """Bytes that a device reads from and writes to HBM, summed over instructions and fusions."""
+def memory_traffic(module: Module, live: float = 1.0) -> float:
+    """Bytes that a device reads from and writes to HBM, summed over instructions and fusions.
+
+    Args:
+      module: the compiled program.
+      live: the fraction of the rings that the kernel of `models.live` copies.
+    """
     return sum(
-        site.times * _traffic(site, module)
+        site.times * _traffic(site, module, live)
         for site in module.sites()
         if not site.fused and site.instruction.opcode not in _FREE
     )
@@ -165,7 +171,7 @@ def _convolution(site):
     return count
 
 
-def _traffic(site, module):
+def _traffic(site, module, live):
     instruction = site.instruction
     opcode = instruction.opcode
     if opcode.endswith(("-done", "-update")) or 'target="AllocateBuffer"' in instruction.attributes:
@@ -186,7 +192,10 @@ def _traffic(site, module):
     if opcode == "dynamic-update-slice":
         return 2 * _main(operands[1].shapes)
     if opcode != "fusion":
-        return _main(shapes) + sum(_main(operand.shapes) for operand in operands)
+        read = [_main(operand.shapes) for operand in operands]
+        if opcode == "custom-call" and f"{LIVE_KERNEL}/" in instruction.attributes:
+            read[-2:] = (live * ring for ring in read[-2:])
+        return _main(shapes) + sum(read)
     inside = _inside(instruction, module)
     read = sum(
         _read(place, operand.shapes, inside, module) for place, operand in enumerate(operands)

@@ -35,6 +35,7 @@ class Program:
       calls: calls in one rollout step; 0 for a program outside the step.
       work: FLOPs of one call by the equations; None for a program without matmuls.
       trips: trip count of loops whose length the compiler does not know.
+      live: the fraction of the rings that a decode step copies, where it copies live columns alone.
       remedy: what to change if its temporaries are too large.
     """
 
@@ -46,6 +47,7 @@ class Program:
     calls: float = 0
     work: Work | None = None
     trips: int = 1
+    live: float = 1.0
     remedy: str = "more devices"
 
 
@@ -180,7 +182,8 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis() or {}
     padding = memory.argument_size_in_bytes - sum(arguments.values())
     module = Module(compiled.as_text(), program.trips, RARE)
-    flops, traffic, sent = matmul_flops(module), memory_traffic(module), collectives(module)
+    flops, sent = matmul_flops(module), collectives(module)
+    traffic = memory_traffic(module, program.live)
     needed = known["work"].model if known["work"] else 0.0
     skipping = module.skipping()
     idle = matmul_flops(skipping), memory_traffic(skipping), collectives(skipping)

@@ -30,6 +30,7 @@ from drpo_jax import costs
 from drpo_jax.costs import Chip, Cost, Work
 from drpo_jax.forecast.lengths import Lengths
 from drpo_jax.learner import Layout
+from drpo_jax.models.cache import copied_columns, copied_fraction
 from drpo_jax.programs import Programs
 from drpo_jax.sampler import Rehearsal, rehearse
 
@@ -196,18 +197,24 @@ def decode_seconds(
 ) -> float:
     """Returns the seconds of all decode steps of a rehearsal.
 
-    The cost is that of a call with the largest rings. Smaller ones have fewer columns to read.
+    The cost is that of a call with the largest rings. Smaller ones have fewer columns to read, and with
+    the kernel of `models.live`, a step copies only the blocks that hold the tokens of live slots.
     """
     model, slots = programs.model_config, programs.sampler.slots
     devices, room = programs.mesh.size, programs.sampler.decode_steps
     peak = chip.peak(programs.config.compute.dtype)
     rings = [cache for cache in cost.program.arguments["caches"].caches if cache.columns]
-    largest = rings[0].columns
+    largest, platform = rings[0].columns, programs.mesh.devices.flat[0].platform
+    figures = schedule_figures(schedule, slots, lengths)
     missing_C = largest - schedule.columns
-    memory_C = cost.traffic / room - missing_C * costs.device_bytes(rings) / largest
     column = costs.layers_flops(model, 1) - costs.layers_flops(model, 0)
     compiled_C = cost.flops / room - missing_C * column * slots / devices
-    figures = schedule_figures(schedule, slots, lengths)
+    if copied_columns(rings[0], platform) < largest:
+        live_C = schedule.live / schedule.steps / slots
+        copied_C = live_C * largest * copied_fraction(rings[0], platform, figures["context"])
+        missing_C = cost.program.live * largest - np.minimum(copied_C, schedule.columns)
+        compiled_C = np.full(missing_C.shape, cost.flops / room)  # Without those of the kernel.
+    memory_C = cost.traffic / room - missing_C * costs.device_bytes(rings) / largest
     needed = costs.decoding(model, 1, figures["context"]).model * figures["live_slots"] / devices
     bound_C = np.maximum.reduce(
         [

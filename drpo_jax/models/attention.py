@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         angles: Angles,
         cache: Ring | Ring8,
         column: jax.Array,
-        mask_BxC: jax.Array,
+        live_B: jax.Array,
         compute: Compute,
     ) -> tuple[jax.Array, Ring | Ring8]:
         """Computes attention of one token per row, and adds its key and value to the cache.
@@ -167,7 +167,7 @@ class Attention(nnx.Module):
           angles: `rotary_angles` [B, rotated // 2]; every row has its own position.
           cache: keys and values of the sequences.
           column: int32 scalar, the column that all rows write.
-          mask_BxC: bool, the columns that each row may read, including the one it writes.
+          live_B: int32, how many columns each row reads, of which `column` is the last.
           compute: how to compute.
 
         Returns:
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         """
         q, k, v, gate = self.project(x_BxD, angles, compute)
         cache = cache.append(k, v, column)
-        out = cache.attend(q, mask_BxC, compute.on_cpu())
+        out = cache.attend(q, column, live_B, compute.device())
         return self.output(out, gate, compute), cache
 
 

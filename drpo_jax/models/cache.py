@@ -13,6 +13,9 @@ paged cache would be another such class.
 Keys lie in M blocks of W columns, C = M·W. XLA's CPU backend reads them at memory bandwidth only if
 their last axis is at most 64 long. On other platforms there is a single block.
 
+On TPU, a kernel reads the live columns of a `Ring` alone (`models.live`). Elsewhere, and from rings
+that the kernel does not support, XLA reads all columns.
+
 Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M blocks
 of W columns, S columns of a prompt. For a DeltaNet: T tokens of the convolution's window, X convolution
 channels, N value heads, H key width, V value width.
@@ -23,11 +26,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from drpo_jax.models.flash import MASKED
 from drpo_jax.models.settings import ModelConfig
 from drpo_jax.parallel.axes import LogicalAxes
 from drpo_jax.precision import dot_precision, quantize
+
+LIVE_KERNEL = "attend_live"  # Name of the kernel of `models.live` in compiled programs.
 
 
 class KV(NamedTuple):
@@ -64,9 +71,28 @@ class Ring(NamedTuple):
         write = jax.lax.dynamic_update_slice_in_dim
         return Ring(_write(self.keys, k, column), write(self.values, v[:, :, None], column, 2))
 
-    def attend(self, q_BxNxH: jax.Array, mask_BxC: jax.Array, on_cpu: bool) -> jax.Array:
-        """Returns softmax(q kᵀ / √H) v over the columns of `mask_BxC` (bool), [B, N, H] in q's dtype."""
-        return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu)
+    def attend(
+        self, q_BxNxH: jax.Array, newest: jax.Array, live_B: jax.Array, device: str
+    ) -> jax.Array:
+        """Returns softmax(q kᵀ / √H) v, [B, N, H] in q's dtype.
+
+        Args:
+          q_BxNxH: queries.
+          newest: int32 scalar, the column that all rows have written last.
+          live_B: int32, how many columns up to `newest` each row reads. The output of rows that read
+            none is finite and has no meaning.
+          device: platform of the devices.
+        """
+        size = copied_columns(self, device)
+        if size == self.columns:
+            mask = _newest(newest, live_B, self.columns)
+            return _attend(q_BxNxH, self.keys, self.values, mask, device == "cpu")
+        from drpo_jax.models.live import attend_live  # Importing Pallas takes a second.
+
+        b, n, h = q_BxNxH.shape
+        q = q_BxNxH.reshape(b, self.keys.shape[1], -1, h)
+        out = attend_live(q, self.keys[:, :, 0], self.values, newest, live_B, size)
+        return out.reshape(b, n, h)
 
     def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring":
         """Returns the ring with a new row in a slot.
@@ -129,10 +155,12 @@ class Ring8(NamedTuple):
             write(self.value_scales, v.scales, column, 2),
         )
 
-    def attend(self, q_BxNxH: jax.Array, mask_BxC: jax.Array, on_cpu: bool) -> jax.Array:
+    def attend(
+        self, q_BxNxH: jax.Array, newest: jax.Array, live_B: jax.Array, device: str
+    ) -> jax.Array:
         """See `Ring.attend`."""
-        scales = self.key_scales, self.value_scales
-        return _attend(q_BxNxH, self.keys, self.values, mask_BxC, on_cpu, *scales)
+        mask, scales = _newest(newest, live_B, self.columns), (self.key_scales, self.value_scales)
+        return _attend(q_BxNxH, self.keys, self.values, mask, device == "cpu", *scales)
 
     def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring8":
         """See `Ring.put`."""
@@ -177,6 +205,34 @@ def block_columns(columns: int, on_cpu: bool) -> int:
     if not on_cpu:
         return columns
     return next(w for w in range(min(columns, 64), 0, -1) if columns % w == 0)
+
+
+def copied_columns(ring: Ring | Ring8, device: str) -> int:
+    """Returns how many columns of a row a decode step copies at once: all of them without the kernel.
+
+    The kernel of `models.live` runs on TPU, for rings of bfloat16 whose head width is a multiple of
+    128. It copies blocks of 128, 256 or 512 columns.
+    """
+    columns, width = ring.values.shape[-2:]
+    size = min(columns & -columns, 512)  # The largest power of two that divides the columns.
+    supported = isinstance(ring, Ring) and ring.values.dtype == jnp.bfloat16 and width % 128 == 0
+    return size if device == "tpu" and supported and size >= 128 else columns
+
+
+def copied_fraction(ring: Ring | Ring8, device: str, tokens: ArrayLike) -> np.ndarray:
+    """Returns the mean fraction of the columns that a decode step copies for a row of some tokens.
+
+    A row of n tokens may begin at any column of a block of S, so that it lies in (n + S − 1) / S blocks
+    on average.
+    """
+    size = copied_columns(ring, device)
+    return np.minimum(np.asarray(tokens) + size - 1, ring.columns) / ring.columns
+
+
+def _newest(newest, live_B, columns):
+    """Returns the columns that the rows read, bool [B, C]."""
+    age = (newest - jnp.arange(columns)) % columns
+    return age < live_B[:, None]
 
 
 def _blocked(x_CxH, width):

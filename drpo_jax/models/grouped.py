@@ -84,8 +84,10 @@ def capacity_layouts(
     groups, r = _sort(experts_Nxk, num_experts), num_experts * capacity
     place_M = groups.place_M()
     row_M = jnp.where(place_M < capacity, groups.expert_M * capacity + place_M, r)
+    row, source = _row_and_source(groups, jnp.minimum(row_M, r), r)
     first = Layout(
-        *_row_and_source(groups, jnp.minimum(row_M, r), r),
+        row,
+        source,
         jnp.full(num_experts, capacity, jnp.int32),
         jnp.arange(num_experts, dtype=jnp.int32),
         jnp.int32(num_experts),

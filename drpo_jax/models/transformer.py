@@ -321,7 +321,7 @@ class Transformer(nnx.Module):
         angles: Angles,
         caches: Sequence[Ring | Ring8 | DeltaState],
         column: jax.Array,
-        mask_BxC: jax.Array,
+        live_B: jax.Array,
         valid_B: jax.Array | None = None,
         compute: Compute = Compute(),
     ) -> tuple[jax.Array, list[Ring | Ring8 | DeltaState], jax.Array]:
@@ -334,7 +334,7 @@ class Transformer(nnx.Module):
           angles: `angles` of the rows' positions.
           caches: one per layer, from `empty_caches` or a previous call.
           column: int32 scalar, the column of the rings that all rows write.
-          mask_BxC: bool, the columns that each row may read, including the one it writes.
+          live_B: int32, how many columns of the rings each row reads, of which `column` is the last.
           valid_B: bool, False for rows whose output is not used, which visit no expert; default: True.
           compute: how to compute.
 
@@ -348,7 +348,7 @@ class Transformer(nnx.Module):
         def mix(module, normed, cache):
             if isinstance(module, GatedDeltaNet):
                 return module.decode(normed, cache, compute)
-            return module.decode(normed, angles, cache, column, mask_BxC, compute)
+            return module.decode(normed, angles, cache, column, live_B, compute)
 
         for block, cache in zip(self.layers(), caches):
             x, cache, router = block(x, valid, compute, partial(mix, cache=cache))

@@ -284,14 +284,12 @@ def _step(model, slots, angles, uniform_B, *, params, compute):
     Returns:
       The slots after the step, and a Round without the axis S.
     """
-    columns = slots.columns()
-    age = (slots.clock - jnp.arange(columns)) % columns
     hidden, caches, experts = model.decode(
         slots.last,
         angles,
         slots.caches,
         slots.clock,
-        age <= slots.lengths[:, None],
+        jnp.where(slots.live, slots.lengths + 1, 0),
         slots.live,
         compute,
     )
@@ -304,7 +302,7 @@ def _step(model, slots, angles, uniform_B, *, params, compute):
     slots = dataclasses.replace(
         slots,
         caches=caches,
-        clock=(slots.clock + 1) % columns,
+        clock=(slots.clock + 1) % slots.columns(),
         last=jnp.where(live, sampled.token, slots.last),
         lengths=slots.lengths + live,
         counts=counts,

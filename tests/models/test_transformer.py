@@ -113,9 +113,8 @@ def test_a_prefix_then_decoding_equals_the_full_forward(model, tokens, defaults)
         return model.logits(hidden), caches
 
     for _ in range(5):
-        age = (clock - np.arange(columns)) % columns
         token = tokens[np.arange(B), lengths]
-        args = token, model.angles(lengths), rings, clock, age <= lengths[:, None]
+        args = token, model.angles(lengths), rings, clock, lengths + 1
         logits, rings = decode(*args)
         np.testing.assert_allclose(logits, full[np.arange(B), lengths], atol=1e-5)
         clock, lengths = (clock + 1) % columns, lengths + 1

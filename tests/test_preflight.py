@@ -316,7 +316,7 @@ def hbm_bytes(tmp_path, topology, fields, *names):
 @pytest.mark.slow  # Compiles two programs for each family.
 @FAMILIES
 def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
-    """Weights and prompts are read once, and of the rings the blocks of a row; states are also written."""
+    """Weights and prompts are read once, of the rings the blocks of a row; states are also written."""
     changed = WIDE | family | {
         "sampler.slots": 64, "sampler.max_prompt_length": 1024,
         "sampler.max_response_length": 8192, "sampler.prefill_chunk": 16,

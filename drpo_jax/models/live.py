@@ -77,20 +77,8 @@ def _attend_live(q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH, newest, live_B, *, siz
     )(newest.reshape(1), live_B, q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH)
 
 
-def _kernel(
-    newest,
-    live,
-    q_ref,
-    keys,
-    values,
-    out_ref,
-    key_buffer,
-    value_buffer,
-    semaphores,
-    *,
-    columns,
-    size,
-):
+def _kernel(newest, live, q_ref, keys, values, out_ref, *scratch, columns, size):
+    *buffers, semaphores = scratch
     row, newest = pl.program_id(0), newest[0]
     live, blocks = live[row], columns // size
     oldest = jax.lax.rem(newest + 1 - live + columns, columns)
@@ -104,14 +92,11 @@ def _kernel(
 
     def copies(i):
         at, place = start_of(i), jax.lax.rem(i, 2)
-        return (
-            pltpu.make_async_copy(
-                keys.at[row, :, :, pl.ds(at, size)], key_buffer.at[place], semaphores.at[place, 0]
-            ),
-            pltpu.make_async_copy(
-                values.at[row, :, pl.ds(at, size)], value_buffer.at[place], semaphores.at[place, 1]
-            ),
-        )
+        blocks = keys.at[row, :, :, pl.ds(at, size)], values.at[row, :, pl.ds(at, size)]
+        return [
+            pltpu.make_async_copy(block, buffers[n].at[place], semaphores.at[place, n])
+            for n, block in enumerate(blocks)
+        ]
 
     def begin(i):
         for copy in copies(i):
@@ -124,20 +109,11 @@ def _kernel(
         place = jax.lax.rem(i, 2)
         column = start_of(i) + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         age = jax.lax.rem(newest - column + columns, columns)
-        updated = []
-        for head, (peak, total, out) in enumerate(carry):
-            scores = jnp.dot(
-                q_ref[0, head], key_buffer[place, head], preferred_element_type=jnp.float32
-            )
-            scores = jnp.where(age < live, scores * h**-0.5, MASKED)
-            new = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
-            probs, decay = jnp.exp(scores - new), jnp.exp(peak - new)
-            v = value_buffer[place, head]
-            y = jnp.dot(probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            updated.append(
-                (new, decay * total + jnp.sum(probs, axis=-1, keepdims=True), decay * out + y)
-            )
-        return tuple(updated)
+        k_KxHxS, v_KxSxH = (buffer.at[place] for buffer in buffers)
+        return tuple(
+            _attend_block(q_ref[0, head], k_KxHxS[head], v_KxSxH[head], age < live, *softmax)
+            for head, softmax in enumerate(carry)
+        )
 
     pl.when(count > 0)(lambda: begin(0))
     empty = (
@@ -146,3 +122,14 @@ def _kernel(
     )  # fmt: skip
     for head, (_, total, out) in enumerate(jax.lax.fori_loop(0, count, step, (empty,) * k)):
         out_ref[0, head] = (out / jnp.maximum(total, 1e-30)).astype(out_ref.dtype)
+
+
+def _attend_block(q_GxH, k_HxS, v_SxH, seen_1xS, peak_Gx1, total_Gx1, out_GxH):
+    """Returns the running softmax (peak, sum and unnormalized output) after another block."""
+    scores = jnp.dot(q_GxH, k_HxS, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen_1xS, scores * q_GxH.shape[-1] ** -0.5, MASKED)
+    peak = jnp.maximum(peak_Gx1, jnp.max(scores, axis=-1, keepdims=True))
+    probs, decay = jnp.exp(scores - peak), jnp.exp(peak_Gx1 - peak)
+    y = jnp.dot(probs.astype(v_SxH.dtype), v_SxH, preferred_element_type=jnp.float32)
+    total = decay * total_Gx1 + jnp.sum(probs, axis=-1, keepdims=True)
+    return peak, total, decay * out_GxH + y

@@ -56,13 +56,14 @@ def attend_live(
 
 def _attend_live(q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH, newest, live_B, *, size):
     b, k, g, h = q_BxKxGxH.shape
-    columns = values_BxKxCxH.shape[2]
+    extent = partial(_extent, newest, size=size, columns=values_BxKxCxH.shape[2])
+    counts_B = extent(live_B)[1]
     row = pl.BlockSpec((1, k, g, h), lambda i, *_: (i, 0, 0, 0))
     ring = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        partial(_kernel, columns=columns, size=size),
+        partial(_kernel, size=size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(b,),
             in_specs=[row, ring, ring],
             out_specs=row,
@@ -74,48 +75,67 @@ def _attend_live(q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH, newest, live_B, *, siz
         ),
         out_shape=jax.ShapeDtypeStruct(q_BxKxGxH.shape, q_BxKxGxH.dtype),
         name=LIVE_KERNEL,
-    )(newest.reshape(1), live_B, q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH)
+    )(
+        newest.reshape(1), live_B, jnp.cumsum(counts_B) - counts_B,
+        q_BxKxGxH, keys_BxKxHxC, values_BxKxCxH,
+    )  # fmt: skip
 
 
-def _kernel(newest, live, q_ref, keys, values, out_ref, *scratch, columns, size):
-    *buffers, semaphores = scratch
-    row, newest = pl.program_id(0), newest[0]
-    live, blocks = live[row], columns // size
-    oldest = jax.lax.rem(newest + 1 - live + columns, columns)
+def _extent(newest, live, size, columns):
+    """Returns the block of a row's oldest token, and the number of blocks that hold its tokens."""
+    oldest = jax.lax.rem(newest + 1 - live + columns, jnp.int32(columns))
+    blocks = pl.cdiv(jax.lax.rem(oldest, jnp.int32(size)) + live, size)
     # The newest and the oldest tokens of a nearly full ring share a block.
-    count = jnp.minimum(pl.cdiv(jax.lax.rem(oldest, size) + live, size), blocks)
-    count = jnp.where(live > 0, count, 0)
-    k, g, h = q_ref.shape[1:]
+    return oldest // size, jnp.where(live > 0, jnp.minimum(blocks, columns // size), 0)
 
-    def start_of(i):
-        return pl.multiple_of(jax.lax.rem(oldest // size + i, blocks) * size, size)
 
-    def copies(i):
-        at, place = start_of(i), jax.lax.rem(i, 2)
-        blocks = keys.at[row, :, :, pl.ds(at, size)], values.at[row, :, pl.ds(at, size)]
+def _kernel(newest, live, begun, q_ref, keys, values, out_ref, *scratch, size):
+    """Computes one row. The copy of the next row's first block begins before the row ends.
+
+    `begun` has the number of blocks of the rows before each row. The two buffers take turns over all
+    blocks of all rows.
+    """
+    *buffers, semaphores = scratch
+    rows, columns = values.shape[0], values.shape[2]
+    row, newest, (k, g, h) = pl.program_id(0), newest[0], q_ref.shape[1:]
+
+    def extent(at):
+        return _extent(newest, live[jnp.clip(at, 0, rows - 1)], size, columns)
+
+    def start_of(at, i):
+        block = jax.lax.rem(extent(at)[0] + i, columns // size)
+        return pl.multiple_of(block * size, size)
+
+    def copies(at, i):
+        part, place = pl.ds(start_of(at, i), size), jax.lax.rem(begun[at] + i, 2)
+        blocks = keys.at[at, :, :, part], values.at[at, :, part]
         return [
             pltpu.make_async_copy(block, buffers[n].at[place], semaphores.at[place, n])
             for n, block in enumerate(blocks)
         ]
 
-    def begin(i):
-        for copy in copies(i):
+    def begin(at, i):
+        for copy in copies(at, i):
             copy.start()
 
+    count = extent(row)[1]
+    continues = (row + 1 < rows) & (extent(row + 1)[1] > 0)
+    # The row before has begun the first copy, if it has any block itself.
+    pl.when((count > 0) & ((row == 0) | (extent(row - 1)[1] == 0)))(lambda: begin(row, 0))
+
     def step(i, carry):
-        pl.when(i + 1 < count)(lambda: begin(i + 1))
-        for copy in copies(i):
+        pl.when(i + 1 < count)(lambda: begin(row, i + 1))
+        pl.when((i + 1 == count) & continues)(lambda: begin(row + 1, 0))
+        for copy in copies(row, i):
             copy.wait()
-        place = jax.lax.rem(i, 2)
-        column = start_of(i) + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        age = jax.lax.rem(newest - column + columns, columns)
-        k_KxHxS, v_KxSxH = (buffer.at[place] for buffer in buffers)
+        age = newest - start_of(row, i) - jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        seen = jax.lax.rem(age + columns, columns) < live[row]
+        k_KxHxS, v_KxSxH = (buffer.at[jax.lax.rem(begun[row] + i, 2)] for buffer in buffers)
         return tuple(
-            _attend_block(q_ref[0, head], k_KxHxS[head], v_KxSxH[head], age < live, *softmax)
+            _attend_block(q_ref[0, head], k_KxHxS[head], v_KxSxH[head], seen, *softmax)
             for head, softmax in enumerate(carry)
         )
 
-    pl.when(count > 0)(lambda: begin(0))
     empty = (
         jnp.full((g, 1), MASKED, jnp.float32), jnp.zeros((g, 1), jnp.float32),
         jnp.zeros((g, h), jnp.float32),

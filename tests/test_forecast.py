@@ -1,5 +1,6 @@
 """Forecasts at real lengths: distributions, files, and closed forms on made-up costs."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,9 +14,11 @@ from drpo_jax import costs, preflight
 from drpo_jax.costs import Chip, Cost
 from drpo_jax.errors import BadInput
 from drpo_jax.forecast import Lengths, forecast, forecast_text, hardware_limits, parse_lengths
+from drpo_jax.forecast import step as forecast_step
 from drpo_jax.forecast.lengths import quantiles
 from drpo_jax.forecast.step import batch_seconds, filled, mini_batches
 from drpo_jax.learner.rollout_file import write_rollouts
+from drpo_jax.models import cache
 from drpo_jax.parallel import make_mesh
 from drpo_jax.programs import Programs
 from tests.runs import smallest
@@ -199,6 +202,28 @@ def test_smaller_rings_save_the_bytes_of_their_columns(programs):
     assert figures["schedule"]["context"] == PROMPT + 4
 
 
+def test_the_kernel_copies_the_blocks_of_live_slots(programs, monkeypatch):
+    """As before, but a decode step copies blocks of 4 columns of the rows that are live."""
+    for module in (cache, forecast_step):
+        monkeypatch.setattr(module, "copied_columns", lambda ring, device: 4)
+    lengths = constant(programs, 8)
+    costs_of = {cost.program.name: cost for cost in made_up(programs)}
+    decode = costs_of["decode"]
+    rings = decode.program.arguments["caches"].caches
+    largest, live = rings[0].columns, 0.75
+    program = dataclasses.replace(decode.program, live=live)
+    decode = dataclasses.replace(decode, program=program)
+    schedule = forecast(programs, lengths, made_up(programs), CHIP)["schedule"]
+    # Every slot is live in each step, with PROMPT + 4 tokens on average.
+    copied = PROMPT + 4 + 3
+    ring_bytes = costs.device_bytes(rings)
+    seconds = 2.0**30 / 8 - ring_bytes * (live - copied / largest)
+    measured = [*(c for name, c in costs_of.items() if name != "decode"), decode]
+    figures = forecast(programs, lengths, measured, CHIP)
+    assert figures["seconds"]["decode"] == pytest.approx(4 * 7 * seconds / 2.0**30)
+    assert schedule["live_slots"] == programs.sampler.slots
+
+
 def test_an_update_computes_the_micro_batches_with_sequences(programs):
     """Responses of 10 tokens: six sequences per row of 106 leave one of four micro-batches filled."""
     lengths = constant(programs, 10)
@@ -245,7 +270,7 @@ def test_the_text(programs):
     assert re.search(
         r"\n  decoding  \d+ steps in \d+ device calls; \d\.\d of 4 slots are live", text
     )
-    assert "whole rings" in text and "not measurements" in text
+    assert "in a live slot on average; rings of" in text and "not measurements" in text
     [row] = [line.split() for line in text.splitlines() if line.startswith("forecast ")]
     seconds = [*figures["seconds"].values(), figures["step_seconds"]]
     assert [float(value) for value in row[1:]] == pytest.approx(seconds, rel=0.01)

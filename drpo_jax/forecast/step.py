@@ -286,9 +286,9 @@ def forecast_text(figures: Mapping[str, Any]) -> str:
         f"most; prompts {lengths['prompt_mean']:,.0f}\n"
         f"  decoding  {schedule['steps']:,} steps in {schedule['device_calls']:,} device calls; "
         f"{schedule['live_slots']:.1f} of {schedule['slots']} slots are live on average\n"
-        f"  caches    {schedule['context']:,.0f} tokens in a live slot on average, but a step reads the "
-        f"whole rings of all\n            slots: {schedule['columns']:,.0f} columns on average, "
-        f"{schedule['largest_ring']:,} at most\n"
+        f"  caches    {schedule['context']:,.0f} tokens in a live slot on average; rings of "
+        f"{schedule['columns']:,.0f} columns on average,\n"
+        f"            {schedule['largest_ring']:,} at most\n"
         f"  updates   {batches['filled']} of {batches['micro_batches']} micro-batches of an epoch are "
         f"computed; {batches['padding']:.1%} of their positions are padding\n"
     )

@@ -13,8 +13,8 @@ Files, in reading order:
     delta_net    gated DeltaNet, the linear attention of Qwen3.5
     moe          the dense MLP and the mixture of experts: routing and its statistics
     experts      the experts' matmuls, on one device or over the mesh; `grouped` holds their kernels
-    cache        what decoding keeps for each layer: keys and values, or the state of a DeltaNet; `live` is
-                 its attention kernel for TPU
+    cache        what decoding keeps for each layer: keys and values, or the state of a DeltaNet
+    live         the attention kernel of decoding on TPU
     presets      the `ModelConfig`s of released models
     huggingface  reads and writes Hugging Face directories; `config_json` handles config.json
     gguf         converts files of llama.cpp to Hugging Face directories

@@ -105,7 +105,6 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
     largest = programs.sampler.largest(
         programs.abstract_weights,
         programs.sampling_params,
-        programs.mesh,
         begun=train.partial_tokens > 0,
     )
     prompts_at_once, chunk = largest["prefill"][1]["tokens"].shape
@@ -132,6 +131,7 @@ def _sampling(programs: Programs, resident: Mapping[str, Any]) -> list[Program]:
             keywords,
             resident={**resident, **{k: v for k, v in buffers.items() if k not in arguments}},
             calls=calls[name],
+            mesh=programs.sampler_mesh,
         )
         for name, (function, arguments, keywords) in largest.items()
     ]

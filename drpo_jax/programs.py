@@ -39,6 +39,7 @@ from drpo_jax.models import Compute, ModelConfig, Transformer
 from drpo_jax.parallel import (
     SAMPLER_RULES,
     DeviceClock,
+    make_sampler_mesh,
     shardings,
     with_shardings,
 )
@@ -56,8 +57,9 @@ STEP_PROGRAMS = (
 class Programs(Batches):
     """The jitted functions of a run, and the batches that they take.
 
-    Call them inside `jax.set_mesh(mesh)`. Axis letters: N sequences of a batch, P rows that hold them, T
-    tokens of a row, R response tokens. Weights, gradients and traces are float32.
+    Call them inside `jax.set_mesh(mesh)`; the samplers enter their own mesh themselves. Axis letters: N
+    sequences of a batch, P rows that hold them, T tokens of a row, R response tokens. Weights, gradients
+    and traces are float32.
 
     Learner programs:
       init(key): a TrainState for supervised learning, sharded.
@@ -78,7 +80,7 @@ class Programs(Batches):
 
     Weight sync:
       sync(model, key): the weights of the rollout sampler: with the noise of precision.noise drawn
-        from `key`, in the formats of the recipe, in the sampler's layout on the mesh.
+        from `key`, in the formats of the recipe, on the sampler's mesh.
       sync_exact(model): the same without quantization and without noise, for exact evaluation.
       perturbed(model, key): the learner's model with the noise that `sync` draws from `key`.
 
@@ -87,6 +89,7 @@ class Programs(Batches):
       exact_sampler: the Sampler of exact evaluation, which follows none.
 
     Attributes:
+      sampler_mesh: the mesh of the samplers, see `parallel.make_sampler_mesh`.
       clock: the `DeviceClock` of the programs of a rollout step and of the samplers.
       model_config: the architecture.
       objective: the `Policy` that the updates maximize.
@@ -107,7 +110,8 @@ class Programs(Batches):
       supervised_updates: number of updates of supervised learning; None: sft.steps.
 
     Raises:
-      ValueError: the mesh does not divide a batch or the sampler's caches.
+      ValueError: the mesh does not divide a batch, or the sampler's mesh does not divide its slots or
+        the heads of its caches.
     """
 
     def __init__(
@@ -118,7 +122,8 @@ class Programs(Batches):
         supervised_updates: int | None = None,
     ):
         self.model_config = model_config(config)
-        check_split(self.model_config, config.sampler.slots, mesh)
+        self.sampler_mesh = make_sampler_mesh(mesh, **config.sampler_mesh)
+        check_split(self.model_config, config.sampler.slots, self.sampler_mesh)
         super().__init__(config, mesh)
         steps = config.sft.steps
         self.supervised_updates = steps if supervised_updates is None else supervised_updates
@@ -311,6 +316,7 @@ class Programs(Batches):
             decode_steps=config.sampler.decode_steps,
             prompt_length=config.sampler.max_prompt_length,
             prefill_chunk=config.sampler.prefill_chunk,
+            mesh=self.sampler_mesh,
         )
 
         def sampling(recipe):
@@ -333,7 +339,7 @@ class Programs(Batches):
         convert = partial(sampler_weights, recipe=recipe, dtype=compute.dtype, codes=codes)
         converted = jax.eval_shape(convert, self._abstract_model)
         source = shardings(self.mesh, converted)
-        target = shardings(self.mesh, converted, SAMPLER_RULES)
+        target = shardings(self.sampler_mesh, converted, SAMPLER_RULES)
 
         def sync(model, *key):
             # Convert in the learner's layout first, so that devices exchange narrow values.

@@ -95,6 +95,9 @@ def test_every_field_has_a_row_with_a_meaning():
         ({"model__experts": 0}, "without experts"),
         ({"model__vocab_size": 16}, "must be at least the tokenizer's 32"),
         ({"mesh__expert": 3}, "mesh.expert must divide model.experts"),
+        ({"sampler_mesh__expert": 3}, "sampler_mesh.expert must divide model.experts"),
+        ({"sampler_mesh__data": -1, "sampler_mesh__fsdp": -1}, "only one may be -1"),
+        ({"sampler_mesh__tensor": -2}, "sampler_mesh.tensor = -2: must be 0 or more, or -1"),
         (
             {"train__micro_tokens": 512},
             "train.micro_batch = 64, train.micro_tokens = 512: exactly one of the two must be 0",

@@ -24,6 +24,9 @@ from drpo_jax.precision import Quantized, fake_quantize
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEY = jax.random.key(7)
 MIXED = NAMED["all but data"]
+# The sampler's own division of the eight devices.
+OWN = {f"sampler_mesh.{axis}": 2 for axis in ("fsdp", "expert", "tensor")}
+OWN_DENSE = {"sampler_mesh.fsdp": 4, "sampler_mesh.tensor": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,13 @@ def assert_same(ours, expected, family):
 )
 def test_eight_devices_compute_what_one_does(family, mesh, one_device):
     assert_same(numbers(FAMILIES[family], **NAMED[mesh]), one_device(family), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sampler_with_its_own_mesh_computes_what_one_device_does(family, one_device):
+    """The learner splits over fsdp alone; the sampler's weights stay in place, and tokens move."""
+    own = OWN_DENSE if family == "dense" else OWN
+    assert_same(numbers(FAMILIES[family] | own, data=1, fsdp=8), one_device(family), family)
 
 
 def test_the_penalties_of_the_config_reach_the_objective():
@@ -94,11 +104,15 @@ def test_sync_quantizes_the_projections_and_nothing_else():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("sizes", [{}, MIXED], ids=["one", "mixed"])
-def test_codes_and_values_sample_alike(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "own"),
+    [({}, {}), (MIXED, {}), (MIXED, OWN)],
+    ids=["one", "mixed", "own mesh"],
+)
+def test_codes_and_values_sample_alike(sizes, own):
     samples, kinds = [], []
     for held in ("values", "codes"):
-        fields = MOE | {"precision.recipe": "rollout", "precision.sampler_weights": held}
+        fields = MOE | {"precision.recipe": "rollout", "precision.sampler_weights": held} | own
         programs = new_programs(fields, **sizes)
         with jax.set_mesh(programs.mesh):
             programs.sampler.load(programs.sync(programs.init(KEY).model))
@@ -120,15 +134,18 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named():
     few = MOE | {"train.micro_batch": 0, "train.micro_tokens": 100}
     with pytest.raises(ValueError, match="micro_tokens = 100 is too small: each of the 8 devices"):
         new_programs(few, data=8)
-    with pytest.raises(ValueError, match="mesh.tensor = 8 must divide the model's 4 kv_heads"):
+    with pytest.raises(
+        ValueError, match="tensor = 8 of the sampler's mesh must divide the model's 4 kv"
+    ):
         new_programs(MOE, data=1, tensor=8)
 
 
-def test_every_replica_holds_the_synced_weights():
+@pytest.mark.parametrize("own", [{}, OWN], ids=["mixed", "own mesh"])
+def test_every_replica_holds_the_synced_weights(own):
     """From FSDP to the sampler's layout: checksums of the bits on every device."""
     fields = MOE | {"precision.recipe": "rollout", "precision.noise": 0.01}
     fields |= {"compute.dtype": "bfloat16"}
-    programs = new_programs(fields, **MIXED)
+    programs = new_programs(fields | own, **MIXED)
 
     def checksum(array):
         return np.sum(np.asarray(array).view(np.uint16), dtype=np.uint64)

@@ -48,6 +48,7 @@ def _experts(check: Check) -> None:
         )
         check.require(check["model.expert_size"] > 0, sizes, "experts need an expert_size")
         check.divides("mesh.expert", "model.experts")
+        check.divides("sampler_mesh.expert", "model.experts")
         return
     none = "without experts"
     check.require(
@@ -56,14 +57,17 @@ def _experts(check: Check) -> None:
     check.require(not any(check[f] for f in sizes.split()), sizes, f"all three must be 0 {none}")
     for field, off in (("model.shared_expert_size", 0), ("mesh.expert", 1)):
         check.require(check[field] == off, f"{field} model.experts", f"must be {off} {none}")
+    field = "sampler_mesh.expert"
+    check.require(check[field] in (0, 1), f"{field} model.experts", f"must be 0 or 1 {none}")
     replay = "train.routing_replay"
     check.require(not check[replay], f"{replay} model.experts", f"{none} there are no routes")
 
 
 def _mesh(check: Check) -> None:
-    axes = [f for f in check.values if f.startswith("mesh.")]
-    rest = sum(check[f] == -1 for f in axes)
-    check.require(rest <= 1, " ".join(axes), "only one may be -1, the remaining devices")
+    for section in ("mesh.", "sampler_mesh."):
+        axes = [f for f in check.values if f.startswith(section)]
+        rest = sum(check[f] == -1 for f in axes)
+        check.require(rest <= 1, " ".join(axes), "only one may be -1, the remaining devices")
 
 
 def _batches(check: Check) -> None:

@@ -23,7 +23,7 @@ from drpo_jax.learner.settings import (
     hyperparameter_fields,
 )
 from drpo_jax.models.settings import ComputeSettings, ModelSettings
-from drpo_jax.parallel.settings import MeshSettings
+from drpo_jax.parallel.settings import MeshSettings, SamplerMeshSettings
 from drpo_jax.precision.settings import PrecisionSettings
 from drpo_jax.rewards.settings import RewardSettings
 from drpo_jax.sampler.settings import SamplerSettings
@@ -33,6 +33,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "compute": ComputeSettings,
     "mesh": MeshSettings,
+    "sampler_mesh": SamplerMeshSettings,
     "precision": PrecisionSettings,
     "objective": ObjectiveSettings,
     "reward": RewardSettings,

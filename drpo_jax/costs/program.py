@@ -1,5 +1,6 @@
 """Memory, FLOPs and traffic of one program, compiled for a chip that need not be present."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from drpo_jax.costs.chips import Chip
 from drpo_jax.costs.counts import (
@@ -34,6 +36,7 @@ class Program:
       resident: name → pytree of other arrays in device memory while the program runs.
       calls: calls in one rollout step; 0 for a program outside the step.
       work: FLOPs of one call by the equations; None for a program without matmuls.
+      mesh: the mesh that it is called on; None: that of the caller's context.
       trips: trip count of loops whose length the compiler does not know.
       live: the fraction of the rings that a decode step copies, where it copies live columns alone.
       remedy: what to change if its temporaries are too large.
@@ -46,6 +49,7 @@ class Program:
     resident: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calls: float = 0
     work: Work | None = None
+    mesh: Mesh | None = None
     trips: int = 1
     live: float = 1.0
     remedy: str = "more devices"
@@ -154,8 +158,9 @@ def measure(program: Program, chip: Chip, devices: int, dtype: str) -> Cost:
     }
     started = time.monotonic()
     try:
-        lowered = program.function.lower(*program.arguments.values(), **program.keywords)
-        compiled = lowered.compile()
+        with jax.set_mesh(program.mesh) if program.mesh else contextlib.nullcontext():
+            lowered = program.function.lower(*program.arguments.values(), **program.keywords)
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

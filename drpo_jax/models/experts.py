@@ -15,6 +15,7 @@ F expert width.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import cache, partial
 
@@ -34,11 +35,22 @@ from drpo_jax.models.grouped import (
     spread,
 )
 from drpo_jax.models.settings import Compute
-from drpo_jax.parallel import BATCH_AXES, RULES, SAMPLER_RULES, constrain, partition_spec
+from drpo_jax.parallel import (
+    BATCH_AXES,
+    GATHERED_RULES,
+    RULES,
+    SAMPLER_RULES,
+    constrain,
+    partition_spec,
+)
 from drpo_jax.precision import Ops, Quantized, dequantize, matmul, weight_values
 
 # Logical axes of the experts' gate_proj, up_proj and down_proj.
-AXES = (("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed"))
+AXES = (
+    ("experts", "embed", "expert_mlp"),
+    ("experts", "embed", "expert_mlp"),
+    ("experts", "expert_mlp", "embed"),
+)
 
 # With experts on several devices, a device computes at most ROOM times the rows that it would have
 # if all experts were visited equally often, rounded up to a multiple of PART_ROWS. Further rows are
@@ -57,8 +69,9 @@ def run_experts(
 ) -> jax.Array:
     """Computes Σ_k gate · expert(x) for every token.
 
-    On a mesh, tokens are gathered over the `expert` axis, every device computes the share of its
-    own experts and of its own slice of the expert width, and the shares are summed.
+    On a mesh, tokens are gathered over the axes that split the experts (`expert`; in the sampler also
+    `fsdp`), every device computes the share of its own experts and of its own slice of the expert
+    width, and the shares are summed.
 
     Weights are quantized outside the `shard_map`, because blocks of codes do not have to end where
     a device's slice ends. They are passed twice: as values gathered over `fsdp`, which the matmuls
@@ -78,25 +91,25 @@ def run_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
+    stored, used = (SAMPLER_RULES,) * 2 if compute.sampling else (RULES, GATHERED_RULES)
     dense, values, compute = _values(weights, compute, x.dtype)
-    values = [constrain(w, *axes, rules=SAMPLER_RULES) for w, axes in zip(values, AXES)]
+    values = [constrain(w, *axes, rules=used) for w, axes in zip(values, AXES)]
+    split = used["experts"]
 
     def body(x, gates, experts, weights, values):
-        gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-        local = num_experts // mesh.shape["expert"]
-        own = gather(experts) - jax.lax.axis_index("expert") * local
+        gather = partial(jax.lax.all_gather, axis_name=split, axis=0, tiled=True)
+        local = num_experts // math.prod(mesh.shape[axis] for axis in split)
+        own = gather(experts) - jax.lax.axis_index(split) * local
         own = jnp.where((own >= 0) & (own < local), own, local)
         part = -(-int(ROOM * own.size * local / num_experts) // PART_ROWS) * PART_ROWS
         y = _local_experts(gather(x), gather(gates), own, weights, local, compute, values, part)
         y = jax.lax.psum(y, "tensor")
-        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+        return jax.lax.psum_scatter(y, split, scatter_dimension=0, tiled=True)
 
     tokens = P(BATCH_AXES, None)
-    shards, whole = (
-        [partition_spec(axes, rules=r) for axes in AXES] for r in (RULES, SAMPLER_RULES)
-    )
+    specs = [[partition_spec(axes, rules=rules) for axes in AXES] for rules in (stored, used)]
     return jax.shard_map(
-        body, in_specs=(tokens, tokens, tokens, shards, whole), out_specs=tokens, check_vma=False
+        body, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False
     )(x, gates, experts, dense, values)
 
 

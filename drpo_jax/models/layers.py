@@ -13,7 +13,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import BATCH_AXES, SAMPLER_RULES, batch_shards, constrain, partition_spec
+from drpo_jax.parallel import (
+    BATCH_AXES,
+    GATHERED_RULES,
+    SAMPLER_RULES,
+    batch_shards,
+    constrain,
+    partition_spec,
+)
 from drpo_jax.precision import DENSE, matmul
 
 # Cosine and sine of rotary angles.
@@ -61,7 +68,8 @@ def project(
     Returns:
       [..., n] in x's dtype.
     """
-    ops = _gathering(weight.get_metadata()["axes"])
+    axes = weight.get_metadata()["axes"]
+    ops = _resting(axes) if compute.sampling else _gathering(axes)
     y = matmul(x, value(weight), compute.matmul, ops)
     return y if bias is None else y + bias[...].astype(y.dtype)
 
@@ -75,13 +83,49 @@ def _gathering(axes):
     """
 
     def whole(w):
-        return constrain(w, *axes, rules=SAMPLER_RULES)
+        return constrain(w, *axes, rules=GATHERED_RULES)
 
     return DENSE._replace(
         dot=lambda x, w: DENSE.dot(x, whole(w)),
         dot_dx=lambda g, w: DENSE.dot_dx(g, whole(w)),
         dot_dw=lambda x, g: constrain(DENSE.dot_dw(x, g), *axes),
     )
+
+
+@cache
+def _resting(axes):
+    """Returns the matmul operations for a weight of the sampler with these logical axes."""
+    return DENSE._replace(dot=lambda x, w: DENSE.dot(x, constrain(w, *axes, rules=SAMPLER_RULES)))
+
+
+def gather_rows(x: jax.Array, compute: Compute) -> jax.Array:
+    """Gathers the rows of an activation before a matmul whose weight the sampler splits over `fsdp`.
+
+    The weights of MLP and vocabulary stay where they are, and every device computes its columns for
+    the rows of all devices along `fsdp`.
+
+    Args:
+      x: [rows, ..., features].
+      compute: how to compute. Nothing changes in the learner, which gathers the weights instead.
+
+    Returns:
+      x, split over the other batch axes.
+    """
+    if not _splits_weights(compute):
+        return x
+    return constrain(x, "wide_batch", *[None] * (x.ndim - 1), rules=SAMPLER_RULES)
+
+
+def scatter_rows(x: jax.Array, compute: Compute) -> jax.Array:
+    """Splits the rows of an activation over all batch axes again; the inverse of `gather_rows`."""
+    if not _splits_weights(compute):
+        return x
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _splits_weights(compute):
+    mesh = jax.sharding.get_abstract_mesh()
+    return compute.sampling and not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def look_up(table_VxD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:

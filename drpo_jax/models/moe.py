@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.experts import AXES, run_experts
-from drpo_jax.models.layers import fan_in_normal, param, project, value
+from drpo_jax.models.layers import fan_in_normal, gather_rows, param, project, scatter_rows, value
 from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
@@ -44,8 +44,9 @@ class MLP(nnx.Module):
         routes: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns y [..., D] and {}, in the form of `MoE`; `valid` and `routes` are not used."""
+        x = gather_rows(x, compute)
         y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
-        return project(y, self.down_proj, compute), {}
+        return scatter_rows(project(y, self.down_proj, compute), compute), {}
 
 
 class MoE(nnx.Module):

@@ -86,6 +86,7 @@ class Compute:
         is followed only by padding (neither packed nor right-aligned). cudnn requires it and
         returns wrong results otherwise.
       platform: platform of the devices, "cpu", "gpu" or "tpu"; "" is JAX's default backend.
+      sampling: whether the weights are the sampler's, laid out by `parallel.SAMPLER_RULES`.
     """
 
     dtype: str = field(
@@ -126,6 +127,7 @@ class Compute:
     )
     one_segment: bool = False
     platform: str = ""
+    sampling: bool = False
 
     def device(self) -> str:
         """Returns the platform of the devices."""

@@ -22,11 +22,13 @@ from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
     Angles,
     fan_in_normal,
+    gather_rows,
     look_up,
     norm_scale,
     param,
     rms_norm,
     rotary_angles,
+    scatter_rows,
 )
 from drpo_jax.models.moe import MLP, MoE
 from drpo_jax.models.settings import Compute, ModelConfig
@@ -150,6 +152,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array, compute: Compute = Compute()) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
+        hidden = gather_rows(hidden, compute)
         weight = self.head_weight().astype(hidden.dtype)
         precision = dot_precision(hidden.dtype)
         return jnp.dot(hidden, weight, precision=precision, preferred_element_type=jnp.float32)
@@ -357,7 +360,8 @@ class Transformer(nnx.Module):
         return self._final(x), updated, jnp.stack(experts, axis=1)
 
     def _embed(self, tokens, compute):
-        x = look_up(self.embed[...], tokens, compute.dtype)
+        x = look_up(self.embed[...], gather_rows(tokens, compute), compute.dtype)
+        x = scatter_rows(gather_rows(x, compute), compute)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
 
 

@@ -2,16 +2,17 @@
 
 Files, in reading order:
 
-    axes           one table from logical axes to mesh axes, and the shardings that follow from it
-    mesh           builds the mesh with the axes data, fsdp, expert and tensor
+    axes           tables from logical axes to mesh axes, and the shardings that follow from them
+    mesh           builds the meshes of learner and sampler, with the axes data, fsdp, expert and tensor
     placement      shardings of whole pytrees
     multihost      starts `jax.distributed` and exchanges host data between processes
     jax_internals  all private API of jax that multihost needs
-    settings       the config section `mesh`
+    settings       the config sections `mesh` and `sampler_mesh`
 """
 
 from drpo_jax.parallel.axes import (
     BATCH_AXES,
+    GATHERED_RULES,
     MESH_AXES,
     RULES,
     SAMPLER_RULES,
@@ -21,11 +22,12 @@ from drpo_jax.parallel.axes import (
     partition_spec,
 )
 from drpo_jax.parallel.device_clock import DeviceClock
-from drpo_jax.parallel.mesh import check_mesh, make_mesh
+from drpo_jax.parallel.mesh import check_mesh, make_mesh, make_sampler_mesh
 from drpo_jax.parallel.placement import is_param, shardings, with_shardings
 
 __all__ = [
     "BATCH_AXES",
+    "GATHERED_RULES",
     "MESH_AXES",
     "RULES",
     "SAMPLER_RULES",
@@ -35,6 +37,7 @@ __all__ = [
     "constrain",
     "is_param",
     "make_mesh",
+    "make_sampler_mesh",
     "named_sharding",
     "partition_spec",
     "shardings",

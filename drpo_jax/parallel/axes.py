@@ -1,8 +1,8 @@
-"""The sharding rules: one table from logical axes to mesh axes.
+"""The sharding rules: tables from logical axes to mesh axes.
 
-Every array names its axes by meaning, for example `("experts", "embed", "mlp")`, and `RULES` maps each
-name to mesh axes. Parameters carry their logical axes as metadata of their `nnx.Param`; activations
-pass theirs to `constrain`.
+Every array names its axes by meaning, for example `("experts", "embed", "expert_mlp")`, and a table maps
+each name to mesh axes: `RULES` for the learner's arrays, `SAMPLER_RULES` for the sampler's. Parameters
+carry their logical axes as metadata of their `nnx.Param`; activations pass theirs to `constrain`.
 """
 
 import math
@@ -23,6 +23,7 @@ RULES = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "expert_mlp": ("tensor",),
     "router": (),
     "norm": (),
     # activations
@@ -30,9 +31,18 @@ RULES = {
     "length": (),
     "hidden": (),
 }
-# The sampler reads every weight for every token. Its weights are therefore not sharded over fsdp, which
-# would require gathering them at each step.
-SAMPLER_RULES = RULES | {"embed": ()}
+# The weights of a layer while the learner computes it: gathered over fsdp.
+GATHERED_RULES = RULES | {"embed": ()}
+# The sampler reads every weight for every token, so no weight is gathered. Where a weight is split over
+# an axis that also splits the batch, the activations of a few tokens are gathered and their sums
+# scattered instead.
+SAMPLER_RULES = GATHERED_RULES | {
+    "vocab": ("fsdp", "tensor"),
+    "mlp": ("fsdp", "tensor"),
+    "experts": ("fsdp", "expert"),
+    # The rows of activations whose features are split over fsdp, "mlp" or "vocab".
+    "wide_batch": ("data", "expert"),
+}
 
 LogicalAxes = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]

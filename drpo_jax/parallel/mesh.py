@@ -1,4 +1,4 @@
-"""The device mesh with the axes data, fsdp, expert and tensor."""
+"""The meshes of learner and sampler, both with the axes data, fsdp, expert and tensor."""
 
 import math
 from collections.abc import Sequence
@@ -37,23 +37,53 @@ def make_mesh(
       ValueError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, tensor)))
-    free = [name for name, size in sizes.items() if size == -1]
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh sizes must be positive, at most one of them -1, got {sizes}")
-    if free:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(
-            f"mesh {sizes} needs {math.prod(sizes.values()) or fixed} devices, there are "
-            f"{len(devices)}; set one of mesh.data, mesh.fsdp, mesh.expert, mesh.tensor to -1 to let "
-            "it take the remaining ones"
-        )
-    shape = tuple(sizes.values())
+    shape = _sizes("mesh", len(devices), data, fsdp, expert, tensor)
     try:
         placed = mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
         # No product of the TPU torus's dimensions equals these sizes, so one dimension must be split.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def make_sampler_mesh(
+    mesh: Mesh, data: int = 0, fsdp: int = 0, expert: int = 0, tensor: int = 0
+) -> Mesh:
+    """Returns the mesh of the sampler: the learner's devices, in the same order, under other sizes.
+
+    One program, the weight sync, takes arrays on both meshes. JAX requires that all arrays of a program
+    list their devices in the same order.
+
+    Args:
+      mesh: the learner's mesh, from `make_mesh`.
+      data, fsdp, expert, tensor: sizes of the axes. 0 stands for one device, and at most one of them may
+        be -1, which takes the remaining devices. If all are 0, the sampler splits batch, experts and
+        heads as the learner does: `fsdp` is joined to `data`.
+
+    Raises:
+      ValueError: if the product of the sizes is not the number of devices.
+    """
+    sizes = data, fsdp, expert, tensor
+    if not any(sizes):
+        shape = mesh.shape
+        sizes = shape["data"] * shape["fsdp"], 1, shape["expert"], shape["tensor"]
+    shape = _sizes("sampler_mesh", mesh.size, *(size or 1 for size in sizes))
+    return Mesh(mesh.devices.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _sizes(section: str, devices: int, *axes: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes with -1 resolved; `section` is that of the config, for errors."""
+    sizes = dict(zip(MESH_AXES, axes))
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"{section} sizes must be positive, at most one of them -1, got {sizes}")
+    if free:
+        sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        names = ", ".join(f"{section}.{name}" for name in MESH_AXES)
+        raise ValueError(
+            f"{section} {sizes} needs {math.prod(sizes.values()) or fixed} devices, there are "
+            f"{devices}; set one of {names} to -1 to let it take the remaining ones"
+        )
+    return tuple(sizes.values())

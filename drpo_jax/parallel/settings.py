@@ -1,4 +1,4 @@
-"""The section `mesh`: devices along each axis."""
+"""The sections `mesh` and `sampler_mesh`: devices along each axis."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ SIZE = Range("positive, or -1 for the rest", lambda x: x >= 1 or x == -1)
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each mesh axis. One axis may be -1, which stands for all remaining devices."""
+    """The section `mesh`. One axis may be -1, which stands for all remaining devices."""
 
     data: int = field(
         -1,
@@ -28,5 +28,42 @@ class MeshSettings:
         1,
         "Devices that split heads, MLP width and vocabulary.",
         SIZE,
+        **OPERATIONAL,
+    )
+
+
+SAMPLER_SIZE = Range("0 or more, or -1 for the rest", lambda x: x >= -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerMeshSettings:
+    """The section `sampler_mesh`: how the sampler divides the same devices.
+
+    0 stands for one device. If all fields are 0, the sampler splits batch, experts and heads as the
+    learner does, with `mesh.fsdp` joined to `data`.
+    """
+
+    data: int = field(
+        0,
+        "Groups of devices that split the sampler's batch, each with its own copy of the weights. All "
+        "four fields 0: as the learner, with mesh.fsdp joined to data.",
+        SAMPLER_SIZE,
+        **OPERATIONAL,
+    )
+    fsdp: int = field(
+        0,
+        "Devices that split the sampler's batch, and MLP width, vocabulary and experts; tokens are "
+        "gathered instead of weights.",
+        SAMPLER_SIZE,
+        **OPERATIONAL,
+    )
+    expert: int = field(
+        0, "Devices that split the sampler's batch and the experts.", SAMPLER_SIZE, **OPERATIONAL
+    )
+    tensor: int = field(
+        0,
+        "Devices that split the sampler's heads, caches, MLP width and vocabulary; divides the "
+        "key/value heads.",
+        SAMPLER_SIZE,
         **OPERATIONAL,
     )

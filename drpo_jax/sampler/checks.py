@@ -52,7 +52,7 @@ def check_model(model: Any, slots: int) -> None:
 
 
 def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> None:
-    """Checks that a mesh divides the slots and the heads of the caches.
+    """Checks that the sampler's mesh divides the slots and the heads of the caches.
 
     Raises:
       ValueError: if it does not.
@@ -61,13 +61,14 @@ def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> N
     if slots % shards:
         raise ValueError(
             f"slots = {slots} (config field sampler.slots) must be a multiple of data·fsdp·expert = "
-            f"{shards}, the number of devices that share them"
+            f"{shards} of the sampler's mesh, the number of devices that share them"
         )
     for name in ("kv_heads", "linear_key_heads", "linear_value_heads"):
         if getattr(config, name) % tensor:
             raise ValueError(
-                f"mesh.tensor = {tensor} must divide the model's {getattr(config, name)} {name} "
-                f"(config field model.{name}), over which the caches are sharded"
+                f"tensor = {tensor} of the sampler's mesh must divide the model's "
+                f"{getattr(config, name)} {name} (config field model.{name}), over which the caches are "
+                "sharded; set mesh.tensor, or sampler_mesh for the sampler alone"
             )
 
 

@@ -22,6 +22,7 @@ differs from the learner. The values recorded for a token always describe the di
 drawn from.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from drpo_jax.models import Compute, Transformer
 from drpo_jax.parallel import named_sharding
@@ -73,6 +75,8 @@ class Sampler:
       prefill_chunk: tokens of a prompt that are prefilled at once.
       compute: how to compute.
       float8_cache: whether to keep keys and values in float8_e4m3fn, with a scale per token and head.
+      mesh: the mesh of the weights and of everything that the sampler computes, from
+        `parallel.make_mesh` or `parallel.make_sampler_mesh`; None: the mesh of the caller's context.
 
     Attributes:
       version: version of the weights, recorded with every token.
@@ -93,6 +97,7 @@ class Sampler:
         prefill_chunk: int = 256,
         compute: Compute = Compute(),
         float8_cache: bool = False,
+        mesh: Mesh | None = None,
     ):
         sizes = {"slots": slots, "decode_steps": decode_steps, "prefill_chunk": prefill_chunk}
         if prompt_length is not None:
@@ -100,7 +105,8 @@ class Sampler:
         check_sampler(compute, **sizes)
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self.loads = compute, 0
+        self.compute, self.mesh, self.loads = compute, mesh, 0
+        compute = dataclasses.replace(compute, sampling=True)
         self.statistics = dict.fromkeys(COUNTERS, 0)
         self.version = 0
         self.load(model, version=0)
@@ -138,10 +144,15 @@ class Sampler:
           ValueError: if `model` is not a model, or if the mesh does not divide its heads or the slots.
         """
         if model is not None:
-            check_model(model, self.slots)
+            with self.on_mesh():
+                check_model(model, self.slots)
         self.model = model
         self.version = self.version + 1 if version is None else version
         self.loads += 1
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which the mesh of the sampler is JAX's current mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def compilations(self) -> int:
         """Returns the number of programs compiled so far.
@@ -183,17 +194,17 @@ class Sampler:
 
     def shape(self, params: SamplingParams, limit: int) -> Shape:
         """Returns the shapes of the programs for prompts of at most `limit` tokens."""
-        return Shape(self.slots, self.decode_steps, self.prefill_chunk, params, limit)
+        with self.on_mesh():
+            return Shape(self.slots, self.decode_steps, self.prefill_chunk, params, limit)
 
     def largest(
-        self, model: Any, params: SamplingParams, mesh: jax.sharding.Mesh, begun: bool = False
+        self, model: Any, params: SamplingParams, begun: bool = False
     ) -> dict[str, tuple[jax.stages.Wrapped, dict[str, Any], dict[str, Any]]]:
         """Returns the programs at their largest shapes, to be compiled without weights.
 
         Args:
           model: ShapeDtypeStructs of the weights, with their shardings.
           params: how to sample.
-          mesh: the mesh to compile for.
           begun: whether calls continue responses. The largest prefilled rows then contain prompt and
             response.
 
@@ -202,12 +213,12 @@ class Sampler:
           order, ShapeDtypeStructs by descriptive names; its static keyword arguments.
 
         Raises:
-          ValueError: if the sampler has no prompt_length.
+          ValueError: if the sampler has no prompt_length or no mesh.
         """
-        if self.prompt_length is None:
-            raise ValueError("largest: only a Sampler with a prompt_length has largest programs")
+        if self.prompt_length is None or self.mesh is None:
+            raise ValueError("largest: the Sampler needs a prompt_length and a mesh")
         dtype = self.compute.dtype
-        with jax.set_mesh(mesh):
+        with self.on_mesh():
             shape = self.shape(params, self.prompt_length)
             row = shape.continued if begun else shape.prompts
             slots = jax.eval_shape(
@@ -217,7 +228,7 @@ class Sampler:
                 lambda m: empty_prompts(m, row.together, row.widths[-1], dtype), model
             )
 
-        place = partial(_abstract, mesh)
+        place = partial(_abstract, self.mesh)
 
         def placed(caches):
             return [type(c)(*map(place, c, c.axes)) for c in caches]
@@ -314,7 +325,8 @@ class Sampler:
         """
         if self.model is None:
             raise RuntimeError("the sampler has no weights; call `load` first")
-        check_model(self.model, self.slots)
+        with self.on_mesh():
+            check_model(self.model, self.slots)
         check_params(params, self.model.config)
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
         requests = check_requests(places, limits, len(prompts), params)

@@ -418,7 +418,8 @@ class Flight:
         return self.sampler.model
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self.sampler.programs[name](*args, **kwargs)
+        with self.sampler.on_mesh():
+            return self.sampler.programs[name](*args, **kwargs)
 
 
 def _by_name(sampled: Sampled) -> dict[str, Any]:

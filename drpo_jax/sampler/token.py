@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.parallel import SAMPLER_RULES, partition_spec
+
+# The mesh axes that split the vocabulary, and the layouts of rows without and with it.
+VOCAB = SAMPLER_RULES["vocab"]
+ROWS = partition_spec(("wide_batch",), rules=SAMPLER_RULES)
+WHOLE = partition_spec(("wide_batch", "vocab"), rules=SAMPLER_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +228,16 @@ def draw(mass_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
         return jnp.minimum(token, mass.shape[1] - 1).astype(jnp.int32)
 
     def sharded(mass, uniform):
-        shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), "tensor", axis=1)
+        shards = jax.lax.all_gather(jnp.sum(mass, axis=-1), VOCAB, axis=1)
         shard, rest = search(shards, uniform)
-        me = jax.lax.axis_index("tensor")
+        me = jax.lax.axis_index(VOCAB)
         token = local(mass, rest) + me * mass.shape[1]
-        return jax.lax.psum(jnp.where(shard == me, token, 0), "tensor")
+        return jax.lax.psum(jnp.where(shard == me, token, 0), VOCAB)
 
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] == 1:
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in VOCAB):
         return local(mass_BxV, uniform_B)
-    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, "tensor")
-    return jax.shard_map(sharded, in_specs=(whole, rows), out_specs=rows, check_vma=False)(
+    return jax.shard_map(sharded, in_specs=(WHOLE, ROWS), out_specs=ROWS, check_vma=False)(
         mass_BxV, uniform_B
     )
 
@@ -260,15 +263,12 @@ def _largest(logits_BxV, count):
 
     def local(logits):
         top, ids = jax.lax.top_k(logits, min(count, logits.shape[1]))
-        ids += jax.lax.axis_index("tensor") * logits.shape[1]
-        top, ids = (jax.lax.all_gather(a, "tensor", axis=1, tiled=True) for a in (top, ids))
+        ids += jax.lax.axis_index(VOCAB) * logits.shape[1]
+        top, ids = (jax.lax.all_gather(a, VOCAB, axis=1, tiled=True) for a in (top, ids))
         top, at = jax.lax.top_k(top, count)
         return top, jnp.take_along_axis(ids, at, axis=1)
 
-    rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        local, in_specs=PartitionSpec(BATCH_AXES, "tensor"), out_specs=(rows, rows), check_vma=False
-    )(logits_BxV)
+    return jax.shard_map(local, in_specs=WHOLE, out_specs=(ROWS, ROWS), check_vma=False)(logits_BxV)
 
 
 def token_logp(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:

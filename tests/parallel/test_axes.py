@@ -6,11 +6,14 @@ from drpo_jax.parallel import SAMPLER_RULES, batch_shards, constrain, make_mesh,
 
 
 def test_specs_follow_the_table():
-    assert partition_spec(("layers", "experts", "embed", "mlp")) == P(
+    assert partition_spec(("layers", "experts", "embed", "expert_mlp")) == P(
         None, "expert", "fsdp", "tensor"
     )
     assert partition_spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
-    assert partition_spec(("vocab", "embed"), rules=SAMPLER_RULES) == P("tensor", None)
+    vocab = partition_spec(("vocab", "embed"), rules=SAMPLER_RULES)
+    assert vocab == P(("fsdp", "tensor"), None)
+    wide = partition_spec(("wide_batch", "mlp"), rules=SAMPLER_RULES)
+    assert wide == P(("data", "expert"), ("fsdp", "tensor"))
 
 
 def test_unknown_axis_raises():

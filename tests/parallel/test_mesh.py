@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from drpo_jax.parallel import MESH_AXES, make_mesh
+from drpo_jax.parallel import MESH_AXES, make_mesh, make_sampler_mesh
 
 
 def test_one_axis_takes_the_remaining_devices():
@@ -26,3 +26,25 @@ def test_one_axis_takes_the_remaining_devices():
 def test_wrong_sizes_raise(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(**sizes)
+
+
+def sizes_of(mesh):
+    return tuple(mesh.shape[axis] for axis in MESH_AXES)
+
+
+def test_the_sampler_divides_the_same_devices():
+    learner = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
+    assert sizes_of(make_sampler_mesh(learner)) == (2, 1, 2, 2)
+    assert sizes_of(make_sampler_mesh(learner, expert=-1, tensor=2)) == (1, 1, 4, 2)
+    assert sizes_of(make_sampler_mesh(learner, data=8)) == (8, 1, 1, 1)
+    mesh = make_sampler_mesh(learner, fsdp=8)
+    assert mesh.axis_types == learner.axis_types
+    assert list(mesh.devices.flat) == list(learner.devices.flat)
+    with pytest.raises(
+        ValueError, match="sampler_mesh .* needs 4 devices, there are 8; set one of sam"
+    ):
+        make_sampler_mesh(learner, expert=4)
+    with pytest.raises(
+        ValueError, match="sampler_mesh sizes must be positive, at most one of them"
+    ):
+        make_sampler_mesh(learner, data=-1, tensor=-1)

@@ -249,7 +249,7 @@ def test_meshes_that_do_not_divide_raise(model):
         ),
         (
             dict(data=2, tensor=4),
-            "mesh.tensor = 4 must divide the model's 2 kv_heads .config field model.kv_heads",
+            "tensor = 4 of the sampler's mesh must divide the model's 2 kv_heads .config field model.kv",
         ),
     ):
         with jax.set_mesh(make_mesh(**sizes)), pytest.raises(ValueError, match=message):

@@ -29,6 +29,7 @@ from drpo_jax.models.grouped import (
     capacity_layouts,
     capacity_rows,
     combine,
+    combine_few,
     dispatch,
     make_layout,
     part_of,
@@ -54,8 +55,11 @@ AXES = (
 
 # With experts on several devices, a device computes at most ROOM times the rows that it would have
 # if all experts were visited equally often, rounded up to a multiple of PART_ROWS. Further rows are
-# computed in further iterations (`_in_parts`).
-ROOM, PART_ROWS = 1.5, 2048
+# computed in further iterations (`_in_parts`). In the sampler, whose decode steps have few rows, they
+# are rounded up to a multiple of SAMPLER_PART_ROWS.
+ROOM, PART_ROWS, SAMPLER_PART_ROWS = 1.5, 2048, 256
+# The sampler uses `combine_few` for fewer rows than these, except on CPU.
+FEW_ROWS = 2049
 RARE = "further_rows"  # Name of that loop, which normally runs zero iterations.
 
 
@@ -101,7 +105,7 @@ def run_experts(
         local = num_experts // math.prod(mesh.shape[axis] for axis in split)
         own = gather(experts) - jax.lax.axis_index(split) * local
         own = jnp.where((own >= 0) & (own < local), own, local)
-        part = -(-int(ROOM * own.size * local / num_experts) // PART_ROWS) * PART_ROWS
+        part = _part_rows(own.size * local / num_experts, compute)
         y = _local_experts(gather(x), gather(gates), own, weights, local, compute, values, part)
         y = jax.lax.psum(y, "tensor")
         return jax.lax.psum_scatter(y, split, scatter_dimension=0, tiled=True)
@@ -127,6 +131,12 @@ def _values(weights, compute, dtype):
     values = [weight_values(jax.lax.stop_gradient(w), recipe, dtype) for w in dense]
     recipe = dataclasses.replace(recipe, weight=None)
     return dense, values, dataclasses.replace(compute, matmul=recipe)
+
+
+def _part_rows(mean, compute):
+    """Returns the most rows that a device computes at once; `mean` is its share of all rows."""
+    step = SAMPLER_PART_ROWS if compute.sampling else PART_ROWS
+    return -(-int(ROOM * mean) // step) * step
 
 
 def _local_experts(
@@ -178,7 +188,9 @@ def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, l
     gates = spread(gates_Nxk, layout)[:, None].astype(rows.dtype)
     # The gates are applied where rows are narrowest, in a pass over them that is needed anyway.
     rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1) * gates
-    return combine(grouped(rows, 2), layout)
+    count = len(layout.source)
+    few = compute.sampling and kernel != "blocked" and count < min(FEW_ROWS, layout.row.size)
+    return (combine_few if few else combine)(grouped(rows, 2), layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -202,6 +202,21 @@ def combine(y_RxD: jax.Array, layout: Layout) -> jax.Array:
     return sum(rows).astype(y_RxD.dtype)
 
 
+def combine_few(y_RxD: jax.Array, layout: Layout) -> jax.Array:
+    """Computes `combine` as a matmul with a matrix of zeros and ones, for the sampler.
+
+    `combine` reads and writes the N tokens once for each of their k experts. This function reads R rows
+    and writes N tokens once, for 2·N·R·D FLOPs. On TPU it takes less time up to about 2,000 rows.
+    """
+    n, k = layout.row.shape
+    token_R = layout.source // k
+    # The kernels leave rows after the last group undefined, and 0 · NaN is NaN.
+    y = jnp.where((token_R < n)[:, None], y_RxD, 0)
+    chosen_NxR = (jnp.arange(n)[:, None] == token_R).astype(y.dtype)
+    y = jnp.dot(chosen_NxR, y, precision=dot_precision(y.dtype), preferred_element_type=jnp.float32)
+    return y.astype(y_RxD.dtype)
+
+
 @jax.custom_vjp
 def spread(gates_Nxk: jax.Array, layout: Layout) -> jax.Array:
     """Returns the gate of each row, [R]; zero for padding rows."""

@@ -7,9 +7,16 @@ from hypothesis import strategies as st
 
 from drpo_jax.models import Compute, ModelConfig, Transformer, load_balance_loss
 from drpo_jax.models import experts as expert_parallel
-from drpo_jax.models.grouped import capacity_layouts, make_layout, megablox_dw, part_of
+from drpo_jax.models.grouped import (
+    capacity_layouts,
+    combine,
+    combine_few,
+    make_layout,
+    megablox_dw,
+    part_of,
+)
 from drpo_jax.models.moe import MoE
-from drpo_jax.parallel import make_mesh, named_sharding, shardings
+from drpo_jax.parallel import SAMPLER_RULES, make_mesh, named_sharding, shardings
 from drpo_jax.precision import get_recipe
 from tests.fixtures import routes
 
@@ -293,6 +300,46 @@ def test_computing_rows_in_parts_changes_nothing(kernel, part, monkeypatch):
         ours = jax.device_get(jax.jit(compute)(placed, *inputs))
     for a, b in zip(*map(jax.tree.leaves, (ours, expected))):
         assert_close(a, b)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("kernel", ["blocked", "ragged_dot"])
+def test_the_sampler_computes_few_rows_in_parts(kernel, monkeypatch):
+    """Experts are split over `fsdp` and `expert`; one device receives nearly all tokens."""
+    moe, rng = new_moe(8, 3), np.random.default_rng(2)
+    moe.router[...] = moe.router[...].at[0, 5:].add(50.0)
+    x = rng.normal(size=(P, T, D)).astype(np.float32)
+    x[..., 0] = 1.0
+    valid = np.arange(T) < np.array([[T], [T - 3]] * (P // 2))
+
+    def y(moe, x, valid):
+        return moe(x, valid, Compute(grouped_matmul=kernel, sampling=True))[0]
+
+    expected = jax.jit(y)(moe, x, valid)
+    calls = []
+    monkeypatch.setattr(expert_parallel, "ROOM", 0.5)
+    monkeypatch.setattr(expert_parallel, "SAMPLER_PART_ROWS", 128)
+    few = expert_parallel.combine_few
+    monkeypatch.setattr(
+        expert_parallel, "combine_few", lambda y, layout: calls.append(len(y)) or few(y, layout)
+    )
+    mesh = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(moe, shardings(mesh, moe, SAMPLER_RULES))
+        inputs = jax.device_put((x, valid), named_sharding(mesh, ("batch",)))
+        ours = jax.device_get(jax.jit(y)(placed, *inputs))
+    assert set(calls) == ({128} if kernel == "ragged_dot" else set())
+    assert_close(ours, expected)
+
+
+def test_few_rows_are_combined_without_those_behind_the_last_group():
+    rng = np.random.default_rng(1)
+    experts = rng.integers(5, size=(6, 3)).astype(np.int32)  # Expert 4 is another device's.
+    layout = make_layout(experts, 4, 1)
+    rows = rng.normal(size=(18, 4)).astype(np.float32)
+    rows[int(jnp.sum(layout.group_sizes)) :] = np.nan
+    y = jnp.asarray(rows)
+    np.testing.assert_allclose(combine_few(y, layout), combine(y, layout), atol=1e-6)
 
 
 def test_megablox_gradient_of_the_weights():

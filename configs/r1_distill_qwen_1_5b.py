@@ -22,5 +22,7 @@ VARIANTS = BASELINES
 
 def get_config(variants=""):
     config = paper_config("r1-distill-qwen-1.5b")
-    config.mesh.tensor = 2  # The model has two key/value heads.
+    config.mesh.tensor = 2
+    # Two key/value heads split attention over two devices only; fsdp splits all other weights.
+    config.sampler_mesh.update(data=0, fsdp=-1)
     return with_variants(config, variants, VARIANTS)

@@ -54,14 +54,16 @@ def paper_config(preset: str) -> ConfigDict:
     float32 weights. model.path must name the checkpoint. data.problems may name a file of
     DAPO-Math-17k.
 
-    The mesh takes 4, 8 or 16 devices. With 16 devices of 32 GB (v6e:4x4), each holds a quarter of a
-    bfloat16 copy of the model for sampling, a sixteenth of the training state, and a sixteenth of the
-    cache of 128 sequences, which takes 12 GB for Qwen3-4B.
+    The mesh takes as many devices as the model has key/value heads, or a multiple: 8 or 16 for
+    Qwen3-4B. With 16 devices of 32 GB (v6e:4x4), each holds an eighth of a bfloat16 copy of the model
+    for sampling, a sixteenth of the training state, and a sixteenth of the cache of 128 sequences,
+    which takes 12 GB for Qwen3-4B. docs/devices.md says why the meshes are as they are.
     """
     config = default_config()
     config.model.update(dataclasses.asdict(PRESETS[preset]))
     config.compute.update(dtype="bfloat16", remat="full")
-    config.mesh.update(data=1, fsdp=-1, tensor=4)
+    config.mesh.update(data=1, fsdp=-1)
+    config.sampler_mesh.update(data=-1, tensor=config.model.kv_heads)
     config.objective.update(
         name="drpo",
         threshold="released",
@@ -92,12 +94,13 @@ def large_config(preset: str) -> ConfigDict:
     """Returns the settings of the paper's Qwen3-30B-A3B run, for a mixture of experts on 64 chips.
 
     256 prompts with 16 responses each, 8 updates per rollout; all else as in `paper_config`. The mesh
-    is for v5p:4x4x4. Experts are split over 4 devices. Over 8, the sampler would read half as many
-    weights per token, but every layer of the learner would gather twice as many tokens
-    (`models.experts.run_experts`).
+    is for v5p:4x4x4. The learner splits the experts over 4 devices; over 8, every layer would gather
+    twice as many tokens (`models.experts.run_experts`). The sampler, which has few tokens, splits them
+    over all devices.
     """
     config = paper_config(preset)
-    config.mesh.update(expert=4, tensor=1)
+    config.mesh.expert = 4
+    config.sampler_mesh.update(data=0, expert=-1)
     config.sampler.slots = 1024
     config.train.update(prompts=256, samples=16, mini_batch_prompts=32, micro_batch=64)
     return config

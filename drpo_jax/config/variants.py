@@ -112,6 +112,7 @@ def _smoke(config: ConfigDict) -> None:
         # FP8 on a random DeltaNet this narrow differs by 0.4 to 0.6 nats.
         config.sampler.parity_bound = 1.0
     config.mesh.update(data=-1, fsdp=1, expert=1, tensor=1)
+    config.sampler_mesh.update(data=0, fsdp=0, expert=0, tensor=0)
     config.data.update(
         task="arithmetic", digits=1, operations="+", problems="", filter="none", tokenizer="",
         chat=False, thinking="default", system="", instruction="{problem}",

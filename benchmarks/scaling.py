@@ -19,6 +19,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from benchmarks.common import OUTPUT, write_results
+from drpo_jax.parallel import MESH_AXES
 from drpo_jax.storage import path_of
 
 MODELS = flags.DEFINE_list("models", ["qwen3_4b_base", "qwen3_30b_a3b"], "Names of config files.")
@@ -51,6 +52,7 @@ def compile_point(model, chips, length):
             "mesh.data": 1,
             "mesh.fsdp": -1,  # All chips, except for the config's mesh.expert.
             "mesh.tensor": 1,
+            **{f"sampler_mesh.{axis}": 0 for axis in MESH_AXES},  # As the learner.
             "train.prompts": SEQUENCES // 8,
             "train.samples": 8,
             "train.mini_batch_prompts": SEQUENCES // 8,

@@ -98,6 +98,7 @@ def main(
             "topology": topology,
             "devices": mesh.size,
             "mesh": dict(mesh.shape),
+            "sampler_mesh": dict(programs.sampler_mesh.shape),
             "fits": fits,
             "step": step,
             "limits": limits,
@@ -236,10 +237,14 @@ def heading(programs: Programs, topology: str, chip: Chip, flops: Mapping[str, f
     count = sum(leaf.size for leaf in jax.tree.leaves(state.model))
     model, optimizer = (costs.device_bytes(tree) for tree in (state.model, state.opt_state))
     word, unit = ("billion", 1e9) if count >= 1e9 else ("million", 1e6)
+
+    def sizes(mesh):
+        return " · ".join(f"{name} {size}" for name, size in mesh.shape.items())
+
     return (
-        f"{topology}: {mesh.size} devices of {costs.amount(chip.memory)}, mesh "
-        + " · ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        + f"\n{count / unit:.3g} {word} parameters, {costs.amount(4 * count)} in float32; per device: "
+        f"{topology}: {mesh.size} devices of {costs.amount(chip.memory)}, mesh {sizes(mesh)}"
+        f"\nthe sampler's mesh: {sizes(programs.sampler_mesh)}"
+        f"\n{count / unit:.3g} {word} parameters, {costs.amount(4 * count)} in float32; per device: "
         f"parameters {costs.amount(model)}, optimizer state {costs.amount(optimizer)}"
         f"\na rollout step: {train.prompts} prompts of {sampler.max_prompt_length:,} tokens, "
         f"{train.samples} responses of {sampler.max_response_length:,} tokens to each; "
@@ -335,8 +340,9 @@ def advice(cost: Cost, config: ConfigDict, mesh: Mesh) -> str:
     elif largest == "caches":
         change = "fewer sampler.slots, or more devices"
     elif "sampler weights" in largest or cost.program.name == "sync" and largest == "results":
-        change = "more mesh.tensor" + (" or mesh.expert" if config.model.experts else "")
-        change += ", which split them as mesh.fsdp does not"
+        change = "more sampler_mesh.tensor, sampler_mesh.fsdp"
+        change += " or sampler_mesh.expert" if config.model.experts else ""
+        change += ", which split them, and less sampler_mesh.data"
         if config.precision.recipe != "none" and config.precision.sampler_weights != "codes":
             change += "; or precision.sampler_weights = 'codes'"
     elif mesh.shape["data"] > 1:

@@ -35,11 +35,14 @@ from pathlib import Path
 
 PROGRAMS = ["sync", "rescore", "update", "prefill", "first_tokens", "admit", "decode"]
 BOUNDS = ["decode, s", "limit, s", "ratio", "step, s", "limit, s", "ratio", "MFU"]
-print("| setting | slice | mesh |", " | ".join([*PROGRAMS, "most", *BOUNDS]), "|")
-print("|" + "---|" * (len(PROGRAMS) + len(BOUNDS) + 4))
+print("| setting | slice | mesh | sampler's mesh |", " | ".join([*PROGRAMS, "most", *BOUNDS]), "|")
+print("|" + "---|" * (len(PROGRAMS) + len(BOUNDS) + 5))
 for path in map(Path, sys.argv[1:]):
     figures = json.loads(path.read_text())
-    mesh = " · ".join(f"{name} {size}" for name, size in figures["mesh"].items() if size > 1)
+    meshes = [
+        " · ".join(f"{name} {size}" for name, size in figures[mesh].items() if size > 1)
+        for mesh in ("mesh", "sampler_mesh")
+    ]
     memory = [figures["programs"][name]["memory"]["total"] for name in PROGRAMS]
     step = figures["step"]
     bounds = ["–"] * len(BOUNDS)
@@ -56,5 +59,5 @@ for path in map(Path, sys.argv[1:]):
     share += "" if figures["fits"] else ", too much"
     gib = [f"{size / 2**30:.3g}" for size in memory]
     setting = path.stem.replace(",", ", ")
-    print("|", " | ".join([setting, figures["topology"], mesh, *gib, share, *bounds]), "|")
+    print("|", " | ".join([setting, figures["topology"], *meshes, *gib, share, *bounds]), "|")
 TABLE

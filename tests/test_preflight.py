@@ -137,8 +137,9 @@ def test_what_does_not_fit(monkeypatch, capsys):
     assert unread == "update does not compile: RESOURCE_EXHAUSTED: vmem"
     assert "fewer sampler.slots" in advice({"caches": 5.0})
     weights = advice({"sampler weights": 5.0}, precision__recipe="rollout")
-    assert "more mesh.tensor or mesh.expert" in weights and "'codes'" in weights
-    assert "more mesh.tensor" in advice({"results": 5.0}, program="sync")
+    split = "more sampler_mesh.tensor, sampler_mesh.fsdp or sampler_mesh.expert, which split them"
+    assert split in weights and "'codes'" in weights
+    assert split in advice({"results": 5.0}, program="sync")
     assert "mesh.fsdp = -1" in advice({"learner state": 5.0})
     copies = advice({"learner state": 5.0}, mesh__data=2, mesh__fsdp=1)
     assert "mesh.fsdp instead of mesh.data = 2" in copies

@@ -61,15 +61,13 @@ def forecast(
       given lengths; "step_seconds" and "tokens_per_second", response tokens on all devices together.
       The last five are None if a peak rate is unknown or a program has no cost.
     """
-    # Only the shape of the mesh counts; its devices need not be present.
-    with jax.sharding.use_abstract_mesh(programs.mesh.abstract_mesh):
-        schedule = rehearse(
-            programs.sampler,
-            programs.abstract_weights,
-            programs.sampling_params,
-            lengths.prompts,
-            lengths.responses,
-        )
+    schedule = rehearse(
+        programs.sampler,
+        programs.abstract_weights,
+        programs.sampling_params,
+        lengths.prompts,
+        lengths.responses,
+    )
     layouts = mini_batches(programs, lengths)
     prompts, responses = lengths.flat()
     figures: dict[str, Any] = {

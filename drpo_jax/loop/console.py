@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drpo_jax.config import has_warm_start, objective_summary
@@ -31,7 +32,6 @@ def introduction(run: Run) -> str:
     config, devices = run.config, run.mesh.devices
     train, sampler, evaluate = config.train, config.sampler, config.evaluate
     updates = run.programs.updates_per_epoch * train.epochs
-    axes = " × ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     files = {
         "metrics.jsonl, tensorboard/": 1,
         f"checkpoints/ {_every(config.checkpoint.every)}": config.checkpoint.every,
@@ -61,11 +61,18 @@ def introduction(run: Run) -> str:
         + "before and after training"
         + f" and {_every(evaluate.every)}" * bool(evaluate.every),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}"
-        + (f", {axes}" if axes else ""),
+        + _axes("", run.mesh)
+        + _axes("sampler ", run.programs.sampler_mesh) * any(config.sampler_mesh.values()),
         "seed": f"{config.seed}",
         "files": f"{run.workdir}: " + ", ".join(text for text, every in files.items() if every),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _axes(whose: str, mesh: Mesh) -> str:
+    """Returns the axes of a mesh that have several devices."""
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f", {whose}{axes}" if axes else ""
 
 
 def _every(steps: int) -> str:

@@ -68,52 +68,47 @@ def project(
     Returns:
       [..., n] in x's dtype.
     """
-    axes = weight.get_metadata()["axes"]
-    ops = _resting(axes) if compute.sampling else _gathering(axes)
+    ops = _placed(weight.get_metadata()["axes"], compute.sampling)
     y = matmul(x, value(weight), compute.matmul, ops)
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
 @cache
-def _gathering(axes):
-    """Returns the matmul operations for a weight with these logical axes, sharded over `fsdp`.
+def _placed(axes, sampling):
+    """Returns the matmul operations for a weight with these logical axes.
 
-    The weight is gathered after it has been quantized and cast, and its gradient is summed directly
-    into the shards. Without these constraints XLA may move the activations instead.
+    The learner's weight is sharded over `fsdp`. It is gathered after it has been quantized and cast,
+    and its gradient is summed directly into the shards. The sampler's weight stays where it is. Without
+    these constraints XLA may move the activations of the learner, or the weights of the sampler.
     """
+    rules = SAMPLER_RULES if sampling else GATHERED_RULES
 
-    def whole(w):
-        return constrain(w, *axes, rules=GATHERED_RULES)
+    def placed(w):
+        return constrain(w, *axes, rules=rules)
 
     return DENSE._replace(
-        dot=lambda x, w: DENSE.dot(x, whole(w)),
-        dot_dx=lambda g, w: DENSE.dot_dx(g, whole(w)),
+        dot=lambda x, w: DENSE.dot(x, placed(w)),
+        dot_dx=lambda g, w: DENSE.dot_dx(g, placed(w)),
         dot_dw=lambda x, g: constrain(DENSE.dot_dw(x, g), *axes),
     )
 
 
-@cache
-def _resting(axes):
-    """Returns the matmul operations for a weight of the sampler with these logical axes."""
-    return DENSE._replace(dot=lambda x, w: DENSE.dot(x, constrain(w, *axes, rules=SAMPLER_RULES)))
-
-
 def gather_rows(x: jax.Array, compute: Compute) -> jax.Array:
-    """Gathers the rows of an activation before a matmul whose weight the sampler splits over `fsdp`.
+    """Gathers the rows of an activation over `fsdp`, before a weight that the sampler splits over it.
 
-    The weights of MLP and vocabulary stay where they are, and every device computes its columns for
-    the rows of all devices along `fsdp`.
+    Every device then computes its part of an MLP or of the vocabulary for the rows of all devices along
+    `fsdp`.
 
     Args:
       x: [rows, ..., features].
-      compute: how to compute. Nothing changes in the learner, which gathers the weights instead.
+      compute: how to compute. The learner gathers weights instead, so nothing changes there.
 
     Returns:
       x, split over the other batch axes.
     """
     if not _splits_weights(compute):
         return x
-    return constrain(x, "wide_batch", *[None] * (x.ndim - 1), rules=SAMPLER_RULES)
+    return constrain(x, "gathered_batch", *[None] * (x.ndim - 1), rules=SAMPLER_RULES)
 
 
 def scatter_rows(x: jax.Array, compute: Compute) -> jax.Array:

@@ -41,7 +41,7 @@ SAMPLER_RULES = GATHERED_RULES | {
     "mlp": ("fsdp", "tensor"),
     "experts": ("fsdp", "expert"),
     # The rows of activations whose features are split over fsdp, "mlp" or "vocab".
-    "wide_batch": ("data", "expert"),
+    "gathered_batch": ("data", "expert"),
 }
 
 LogicalAxes = Sequence[str | None]

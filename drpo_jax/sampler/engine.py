@@ -105,8 +105,8 @@ class Sampler:
         check_sampler(compute, **sizes)
         self.slots, self.decode_steps = slots, decode_steps
         self.prompt_length, self.prefill_chunk = prompt_length, prefill_chunk
-        self.compute, self.mesh, self.loads = compute, mesh, 0
         compute = dataclasses.replace(compute, sampling=True)
+        self.compute, self.mesh, self.loads = compute, mesh, 0
         self.statistics = dict.fromkeys(COUNTERS, 0)
         self.version = 0
         self.load(model, version=0)

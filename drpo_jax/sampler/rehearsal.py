@@ -51,7 +51,7 @@ def rehearse(
 ) -> Rehearsal:
     """Returns the device calls in which a sampler samples responses of these lengths.
 
-    If the sampler runs on a mesh, call it inside `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
+    The devices of the sampler's mesh need not be present.
 
     Args:
       sampler: gives the slots and the sizes; it stays unchanged and needs no weights.

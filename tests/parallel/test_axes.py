@@ -12,7 +12,7 @@ def test_specs_follow_the_table():
     assert partition_spec(("batch", None)) == P(("data", "fsdp", "expert"), None)
     vocab = partition_spec(("vocab", "embed"), rules=SAMPLER_RULES)
     assert vocab == P(("fsdp", "tensor"), None)
-    wide = partition_spec(("wide_batch", "mlp"), rules=SAMPLER_RULES)
+    wide = partition_spec(("gathered_batch", "mlp"), rules=SAMPLER_RULES)
     assert wide == P(("data", "expert"), ("fsdp", "tensor"))
 
 

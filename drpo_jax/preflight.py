@@ -76,9 +76,8 @@ def main(
     with bad_input():
         real = parse_lengths(lengths, config) if lengths else None
         devices, chip = costs.get_devices(topology)
-        mesh = make_mesh(**config.mesh, devices=devices)
-        programs = Programs(config, mesh, stop=(0,))
-    listed = program_list(programs)
+        programs = Programs(config, make_mesh(**config.mesh, devices=devices), stop=(0,))
+    mesh, listed = programs.mesh, program_list(programs)
     flops = step_flops(programs, listed)
     print(heading(programs, topology, chip, flops), flush=True)
     measured = measure(_selected(listed, names), chip, mesh, config.compute.dtype)

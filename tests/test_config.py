@@ -522,6 +522,7 @@ def test_the_checkpoint_sets_the_architecture_in_every_config(name, tmp_path):
     architecture(tmp_path)
     config = load_config(str(ROOT / "configs" / f"{name}.py"))
     config.model.path, config.sft.steps, config.mesh.expert = str(tmp_path), 0, 1
+    config.sampler_mesh.expert = 0
     model = C.resolve(config).model
     assert (model.layers, model.mlp_size, model.experts, model.tie_embeddings) == (3, 96, 0, True)
 

@@ -8,7 +8,7 @@ them measures or checks is what the others run.
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from drpo_jax.parallel import (
     SAMPLER_RULES,
     DeviceClock,
     make_sampler_mesh,
+    route,
     shardings,
     with_shardings,
 )
@@ -340,10 +341,18 @@ class Programs(Batches):
         converted = jax.eval_shape(convert, self._abstract_model)
         source = shardings(self.mesh, converted)
         target = shardings(self.sampler_mesh, converted, SAMPLER_RULES)
+        # Convert in the learner's layout first, so that devices exchange narrow values.
+        routes = [
+            [start, *route(start, end, array.shape)]
+            for start, end, array in zip(*map(jax.tree.leaves, (source, target, converted)))
+        ]
 
         def sync(model, *key):
-            # Convert in the learner's layout first, so that devices exchange narrow values.
-            return jax.lax.with_sharding_constraint(convert(change(model, *key)), source)
+            arrays, structure = jax.tree.flatten(convert(change(model, *key)))
+            moved = [
+                reduce(jax.lax.with_sharding_constraint, *pair) for pair in zip(routes, arrays)
+            ]
+            return jax.tree.unflatten(structure, moved)
 
         return jax.jit(sync, out_shardings=target), with_shardings(converted, target)
 

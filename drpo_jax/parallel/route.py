@@ -40,7 +40,7 @@ def route(
 
 
 def _next_move(now: Split, goal: Split, mesh: Mesh, shape: Sequence[int]) -> Split | None:
-    """Returns the split after the next move of axes from one dimension to the one they split at the goal.
+    """Returns the split after the next move of axes from one dimension to their final one.
 
     It is the first move after which the mesh divides that dimension; None if there is none.
     """

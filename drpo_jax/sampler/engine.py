@@ -331,6 +331,8 @@ class Sampler:
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
         requests = check_requests(places, limits, len(prompts), params)
         check_begun(begun or {}, prompts, params, self.model.config)
+        if self.mesh is not None:  # JAX keeps the mesh of the context in which a key was made.
+            key = jax.device_put(key, named_sharding(self.mesh, ()))
         return Flight(self, prompts, params, key, *requests, limit, begun or {})
 
 

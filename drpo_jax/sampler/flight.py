@@ -315,7 +315,8 @@ class Flight:
         for i, cache in enumerate(caches):
             if cache.columns:
                 caches[i] = self._call("resize", cache, clock, columns=columns)
-        clock = jnp.full_like(clock, min(old, columns) % columns)
+        with self.sampler.on_mesh():
+            clock = jnp.full_like(clock, min(old, columns) % columns)
         self.device = dataclasses.replace(self.device, caches=caches, clock=clock)
 
     # ------------------------------------------------------------------------------- decoding

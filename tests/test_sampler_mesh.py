@@ -7,7 +7,7 @@ from benchmarks.meshes import FAMILIES, new_programs
 from drpo_jax import loop, rewards
 from drpo_jax.costs.counts import collectives
 from drpo_jax.costs.hlo import Module
-from tests.runs import checkpoint_bytes, killed_at, logged, odd, smallest
+from tests.runs import DENSE, checkpoint_bytes, killed_at, logged, odd, smallest
 from tests.test_programs import OWN, OWN_DENSE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -17,9 +17,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     """With FP8 codes in the sampler and rollouts that are sampled a step ahead."""
     monkeypatch.setitem(rewards.REWARDS, "arithmetic", odd)
     settings = smallest(
-        mesh__data=1, mesh__fsdp=8, sampler_mesh__fsdp=4, sampler_mesh__tensor=2, sft__steps=0,
-        train__steps=2, train__staleness=1, evaluate__every=0, evaluate__precision="sampler",
-        precision__sampler_weights="codes", checkpoint__every=1,
+        DENSE, mesh__data=1, mesh__fsdp=8, sampler_mesh__fsdp=4, sampler_mesh__tensor=2,
+        train__steps=2, train__staleness=1, evaluate__every=0, precision__sampler_weights="codes",
+        checkpoint__every=1,
     )  # fmt: skip
     loop.train(settings, tmp_path / "unbroken")
     with killed_at(loop.loop, "rl_step", 1):

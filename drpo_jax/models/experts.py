@@ -58,8 +58,8 @@ AXES = (
 # computed in further iterations (`_in_parts`). In the sampler, whose decode steps have few rows, they
 # are rounded up to a multiple of SAMPLER_PART_ROWS.
 ROOM, PART_ROWS, SAMPLER_PART_ROWS = 1.5, 2048, 256
-# The sampler uses `combine_few` for fewer rows than these, except on CPU.
-FEW_ROWS = 2049
+# Most rows in a part for which the sampler uses `combine_few`, except on CPU.
+FEW_ROWS = 2048
 RARE = "further_rows"  # Name of that loop, which normally runs zero iterations.
 
 
@@ -188,8 +188,8 @@ def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, l
     gates = spread(gates_Nxk, layout)[:, None].astype(rows.dtype)
     # The gates are applied where rows are narrowest, in a pass over them that is needed anyway.
     rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1) * gates
-    count = len(layout.source)
-    few = compute.sampling and kernel != "blocked" and count < min(FEW_ROWS, layout.row.size)
+    fewer = len(layout.source) <= FEW_ROWS and len(layout.source) < layout.row.size
+    few = compute.sampling and kernel != "blocked" and fewer
     return (combine_few if few else combine)(grouped(rows, 2), layout)
 
 

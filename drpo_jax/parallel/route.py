@@ -57,8 +57,8 @@ def _next_move(now: Split, goal: Split, mesh: Mesh, shape: Sequence[int]) -> Spl
     return None
 
 
-def _common_mesh(first: Mesh, second: Mesh) -> Mesh | None:
-    """Returns the coarsest mesh that has the axes of both meshes as groups of consecutive axes."""
+def _common_mesh(first, second):
+    """Returns the coarsest mesh whose consecutive axes form those of both meshes; None without one."""
     strides = sorted({*_strides(first), *_strides(second)})
     if any(large % small for small, large in zip(strides, strides[1:])):
         return None

@@ -2,7 +2,8 @@
 
 XLA's partitioner exchanges shards by an all-to-all if one dimension of an array becomes less split and
 another one more. If more than two dimensions change, it gathers the whole array on every device
-("involuntary full rematerialization"). A route consists of changes of the first kind.
+("involuntary full rematerialization"). It does so as well if one dimension is to be gathered and another
+one to be split. A route first splits and then exchanges, so that the rest is a gather of what is needed.
 """
 
 import math
@@ -25,16 +26,16 @@ def route(
       shape: the shape of the array.
 
     Returns:
-      Shardings on a mesh whose axes are factors of the axes of both meshes. The list is empty if no axis
-      moves from one dimension to another, or if there is no such mesh, as for 2 × 3 and 3 × 2 devices.
+      Shardings on a mesh whose axes are factors of the axes of both meshes. The list is empty if nothing
+      but gathers remains, or if there is no such mesh, as for 2 × 3 and 3 × 2 devices.
     """
     mesh = _common_mesh(source.mesh, target.mesh)
     if mesh is None:
         return []
     now, goal = (_split(sharding, mesh, len(shape)) for sharding in (source, target))
     steps = []
-    while move := _next_move(now, goal, mesh, shape):
-        now = move
+    while following := _further_split(now, goal, mesh, shape) or _next_move(now, goal, mesh, shape):
+        now = following
         steps.append(NamedSharding(mesh, PartitionSpec(*(axes or None for axes in now))))
     return steps
 
@@ -51,10 +52,31 @@ def _next_move(now: Split, goal: Split, mesh: Mesh, shape: Sequence[int]) -> Spl
                 continue
             moved = list(now)
             moved[i] = tuple(axis for axis in axes if axis not in moving)
-            moved[j] = tuple(sorted([*now[j], *moving], key=mesh.axis_names.index))
-            if shape[j] % math.prod(mesh.shape[axis] for axis in moved[j]) == 0:
+            moved[j] = _joined(now[j], moving, mesh)
+            if _divides(mesh, moved[j], shape[j]):
                 return moved
     return None
+
+
+def _further_split(now: Split, goal: Split, mesh: Mesh, shape: Sequence[int]) -> Split | None:
+    """Returns the split by further axes of the goal, which split no dimension yet; None without one."""
+    used = {axis for axes in now for axis in axes}
+    wider = [
+        _joined(axes, [axis for axis in wanted if axis not in used], mesh)
+        for axes, wanted in zip(now, goal)
+    ]
+    further = [
+        wide if _divides(mesh, wide, size) else axes for wide, axes, size in zip(wider, now, shape)
+    ]
+    return further if further != now else None
+
+
+def _joined(axes, more, mesh):
+    return tuple(sorted([*axes, *more], key=mesh.axis_names.index))
+
+
+def _divides(mesh, axes, size):
+    return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def _common_mesh(first, second):

@@ -39,6 +39,18 @@ def test_a_move_waits_until_the_mesh_divides_the_dimension():
     assert specs(source, target, (8, 3, 8)) == [P(("axis_0", "axis_2"), "axis_1", None)]
 
 
+def test_a_dimension_is_split_before_another_is_gathered():
+    """An embedding [V, D] from fsdp 4, replicated over expert 2, to tensor 2, replicated over four."""
+    learner = make_mesh(data=1, fsdp=4, expert=2)
+    sampler = make_sampler_mesh(learner, expert=-1, tensor=2)
+    source, target = (
+        NamedSharding(learner, P("tensor", "fsdp")),
+        NamedSharding(sampler, P(("fsdp", "tensor"), None)),
+    )
+    assert specs(source, target, (64, 8)) == [P("axis_1", "axis_0")]
+    assert specs(source, target, (63, 8)) == []
+
+
 def test_there_is_nothing_between_shardings_that_only_gather_or_have_no_common_mesh():
     learner = make_mesh(data=1, fsdp=4, expert=2)
     sampler = make_sampler_mesh(learner)

@@ -28,7 +28,7 @@ from drpo_jax.sampler import Rollouts, SamplingParams
 FAMILY = flags.DEFINE_multi_string(
     "family", ["dense", "moe", "hybrid"], "Family of models; may be repeated."
 )
-DEVICES, ROWS, PROMPT, RESPONSE = 8, 16, 10, 6
+DEVICES, ROWS, PROMPT, RESPONSE, SEED = 8, 16, 10, 6, 7
 GREEDY = SamplingParams(max_tokens=RESPONSE, temperature=0.0)
 MOE = {"model.experts": 8, "model.experts_per_token": 2, "model.expert_size": 16}
 FAMILIES = {
@@ -120,15 +120,20 @@ class Numbers(NamedTuple):
     rollouts: Rollouts
 
 
+def greedy_samples(programs, model):
+    """Returns the Rollouts of eight prompts."""
+    programs.exact_sampler.load(programs.sync_exact(model))
+    prompts = [[2 + i] * (1 + i) for i in range(8)]
+    return programs.exact_sampler.generate(prompts, GREEDY, jax.random.key(SEED))
+
+
 def numbers(fields, policy=False, **sizes):
     """Returns the `Numbers` of a family's fields on a mesh, from supervised or policy updates."""
-    programs, key = new_programs(fields, **sizes), jax.random.key(7)
+    programs = new_programs(fields, **sizes)
     with jax.set_mesh(programs.mesh):
-        state = programs.init(key)
+        state = programs.init(jax.random.key(SEED))
         start = jax.device_get(state.model)
-        programs.exact_sampler.load(programs.sync_exact(state.model))
-        prompts = [[2 + i] * (1 + i) for i in range(8)]
-        rollouts = programs.exact_sampler.generate(prompts, GREEDY, key)
+        rollouts = greedy_samples(programs, state.model)
         batch, metrics = new_batch(programs), []
         step, like = programs.supervised_update, programs.abstract_sft_state
         if policy:

@@ -331,9 +331,16 @@ class Sampler:
         limit = check_prompts(prompts, self.prompt_length, self.model.config.vocab_size)
         requests = check_requests(places, limits, len(prompts), params)
         check_begun(begun or {}, prompts, params, self.model.config)
-        if self.mesh is not None:  # JAX keeps the mesh of the context in which a key was made.
-            key = jax.device_put(key, named_sharding(self.mesh, ()))
+        key = self._on_own_mesh(key)
         return Flight(self, prompts, params, key, *requests, limit, begun or {})
+
+    def _on_own_mesh(self, key):
+        """Returns the same key, made on the sampler's mesh: a key remembers the mesh of its context."""
+        if self.mesh is None or key is None:  # A rehearsal has no key.
+            return key
+        data, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+        with self.on_mesh():
+            return jax.random.wrap_key_data(data, impl=kind)
 
 
 def _abstract(mesh, x, axes=()):

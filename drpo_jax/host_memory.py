@@ -38,8 +38,14 @@ def keep_freed_memory() -> None:
 
 
 def environment() -> Mapping[str, str]:
-    """Returns variables with which a new process does as `keep_freed_memory` says."""
-    return {name: str(value) for name, (_, value) in _PARAMETERS.items()} if keeping_pays() else {}
+    """Returns the variables that a child process needs, to do as `keep_freed_memory` says.
+
+    Those that this process's environment has are left out, so that the user's values reach the child.
+    """
+    if not keeping_pays():
+        return {}
+    parameters = {name: str(value) for name, (_, value) in _PARAMETERS.items()}
+    return {name: value for name, value in parameters.items() if name not in os.environ}
 
 
 def keeping_pays(devices: Path = Path("/dev")) -> bool:

@@ -370,7 +370,7 @@ def _objective(config: ConfigDict) -> Policy:
         penalty |= {"kl": section.kl, "kl_coefficient": section.kl_coefficient}
     inputs = shared_hyper(config)
     constants = {n: v for n, v in objective_hyper(config).items() if n not in inputs}
-    return policy(section.name, **penalty | constants)
+    return policy(section.name, shared=inputs, **penalty | constants)
 
 
 class _Bound(partial):

@@ -55,8 +55,12 @@ def test_freed_memory_serves_the_next_allocation(monkeypatch):
 
 
 @GLIBC
-def test_the_environment_takes_precedence():
+def test_the_environment_takes_precedence(monkeypatch):
     assert page_faults("keep", MALLOC_MMAP_THRESHOLD_="65536") >= 64
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    assert "MALLOC_ARENA_MAX" in (variables := host_memory.environment())
+    assert "MALLOC_MMAP_THRESHOLD_" not in variables
 
 
 @GLIBC

@@ -122,6 +122,17 @@ def test_programs_refuse_a_config_that_they_are_not_compiled_for():
             programs.for_config(resolved(**{field: value}))
 
 
+def test_a_batch_must_carry_the_numbers_of_the_objective():
+    programs = new_programs(**{"objective.delta": 0.02})
+    assert programs.objective.shared == tuple(programs.hyper) and "delta" in programs.hyper
+    logp = np.zeros(3, np.float32)
+    numbers = {name: np.full(3, value, np.float32) for name, value in programs.hyper.items()}
+    programs.objective(logp, logp, logp, **numbers)
+    del numbers["delta"]
+    with pytest.raises(ValueError, match="Batch.inputs lacks delta: with compute.shared_programs"):
+        programs.objective(logp, logp, logp, **numbers)
+
+
 def test_fixed_noise_is_one_draw_per_run(tmp_path, monkeypatch):
     monkeypatch.setattr("drpo_jax.run.make_mesh", one_device)
     programs = new_programs()

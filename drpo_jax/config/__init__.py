@@ -21,7 +21,6 @@ Wrong input raises `drpo_jax.errors.BadInput`; the message names the field, its 
 be right.
 """
 
-from drpo_jax.config.checks import validate
 from drpo_jax.config.objective import (
     boundary,
     learns_from_equal_rewards,
@@ -39,6 +38,7 @@ from drpo_jax.config.sections import (
     from_dict,
     suggest,
 )
+from drpo_jax.config.validation import validate
 from drpo_jax.config.workdir import (
     as_begun,
     changed_fields,

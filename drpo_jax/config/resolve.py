@@ -6,10 +6,10 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from drpo_jax.config.checks import check_fields, validate
 from drpo_jax.config.objective import with_hyper
 from drpo_jax.config.plugins import with_plugins
 from drpo_jax.config.sections import flatten, from_dict
+from drpo_jax.config.validation import check_fields, validate
 from drpo_jax.errors import BadInput
 from drpo_jax.models import read_config
 from drpo_jax.objectives import OBJECTIVES

@@ -10,9 +10,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from drpo_jax import digests
-from drpo_jax.config.checks import check_fields
 from drpo_jax.config.objective import with_hyper
 from drpo_jax.config.sections import field_table, flatten, from_dict
+from drpo_jax.config.validation import check_fields
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.storage import make_workdir, write_whole
 

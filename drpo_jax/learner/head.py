@@ -20,7 +20,7 @@ Axis letters: N tokens, C tokens per chunk, D model width, V vocabulary, K top t
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,11 +73,13 @@ class Policy:
 
     Attributes:
       name, hyper: the objective and its hyperparameters, as (name, value) pairs.
+      shared: names of the hyperparameters that a call takes as arrays.
       kl, kl_coefficient, kl_behavior: the penalties, see `policy`.
     """
 
     name: str
     hyper: tuple[tuple[str, Any], ...]
+    shared: tuple[str, ...]
     kl: str
     kl_coefficient: float
     kl_behavior: float
@@ -101,6 +103,11 @@ class Policy:
         correction: jax.Array | float = 1.0,
         **arrays: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if missing := [name for name in self.shared if name not in arrays]:
+            raise ValueError(
+                f"Batch.inputs lacks {', '.join(missing)}: with compute.shared_programs, batches carry "
+                f"the numbers of the objective {self.name!r} (`Programs.hyper`)"
+            )
         # Looked up at call time, so that a replacement in the table applies here and in
         # policy_objective.
         J, c, w = table.token_terms(
@@ -121,6 +128,7 @@ def policy(
     kl: str = "none",
     kl_coefficient: float = 0.0,
     kl_behavior: float = 0.0,
+    shared: Iterable[str] = (),
     **hyper: Any,
 ) -> Policy:
     """The objective called `name`: (logp, behavior_logp=, advantage=, …) → (J, c, w).
@@ -130,8 +138,10 @@ def policy(
       kl: "k2" or "k3" subtracts β times this penalty from J, see `objectives.penalty`.
       kl_coefficient: β.
       kl_behavior: κ; J −= κ·(log r)².
+      shared: names of the hyperparameters that are no constants of the program: each call takes them
+        as arrays, and raises ValueError without them.
     """
-    return Policy(name, tuple(hyper.items()), kl, kl_coefficient, kl_behavior)
+    return Policy(name, tuple(hyper.items()), tuple(shared), kl, kl_coefficient, kl_behavior)
 
 
 def likelihood(logp: jax.Array, **_: jax.Array) -> table.Terms:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from drpo_jax.config import default_config
-from drpo_jax.config.checks import validate
+from drpo_jax.config.validation import validate
 from drpo_jax.errors import BadInput
 from drpo_jax.rewards import EXTRACTORS, REWARDS, get_reward, math_reward, reward_summary
 

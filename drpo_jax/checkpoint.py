@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from drpo_jax import digests
@@ -58,6 +57,8 @@ class Checkpoints:
         config: str = "",
         before_commit: Callable[[], None] = lambda: None,
     ):
+        import orbax.checkpoint as ocp  # In functions, because it would take a sixth of the start.
+
         self.directory = directory
         self._config, self._before_commit = config, before_commit
         self._saving, self._logged = 0, ""
@@ -114,6 +115,8 @@ class Checkpoints:
           TrainingStopped: the disk is full, or another process owns the run; possibly raised only by
             the next save.
         """
+        import orbax.checkpoint as ocp
+
         metrics, best_metric = metrics or {}, self._retention.best_metric
         if step and "eval/avg" in metrics and best_metric not in metrics:
             logging.warning(
@@ -158,6 +161,8 @@ class Checkpoints:
           DamagedCheckpoint: a file is missing or damaged, on any process.
           ValueError: the checkpoint lacks a leaf of `like`, or holds it in another shape.
         """
+        import orbax.checkpoint as ocp
+
         leaves = flatten(like)
         self._wait()  # A save in progress has no directory yet.
         self._verify(step, leaves)
@@ -321,6 +326,8 @@ class Checkpoints:
 
     def _digest_and_wait(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier: all processes digest their files before Orbax's process 0 commits."""
+        import orbax.checkpoint as ocp
+
         process = ocp.multihost.process_index()
         if "async_write_complete" in key:
             self._before_commit()
@@ -394,6 +401,8 @@ class Checkpoints:
 
 def saved_steps(directory: Path) -> list[int]:
     """Returns the steps with a complete checkpoint, ascending; initializes no device."""
+    import orbax.checkpoint as ocp
+
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 

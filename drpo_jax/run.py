@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import FrozenConfigDict
@@ -15,8 +15,6 @@ from drpo_jax.checkpoint import Checkpoints, saved_steps
 from drpo_jax.config import changed_fields, claim_workdir, from_json, has_warm_start, to_json
 from drpo_jax.errors import BadInput, bad_input
 from drpo_jax.interrupts import Interrupts
-from drpo_jax.learner.replay import Replay, check_advantages, check_replayable, check_source
-from drpo_jax.learner.rollout_checks import Limits
 from drpo_jax.lock import hold
 from drpo_jax.metrics import check_tracking
 from drpo_jax.models import Transformer
@@ -28,6 +26,9 @@ from drpo_jax.sampler import Rollouts, Sampler, SamplingParams
 from drpo_jax.storage import BackgroundWriter, path_of
 from drpo_jax.supervised import Examples, recorded_updates
 from drpo_jax.supervised import load as load_examples
+
+if TYPE_CHECKING:  # PyArrow takes time to import, and only replays need it.
+    from drpo_jax.learner.replay import Replay
 
 # Purposes of random keys: `Run.key` folds the step and then the purpose into the seed's key.
 INIT, SAMPLE, EVALUATE, SHUFFLE, NOISE, DRAW = range(6)
@@ -83,7 +84,7 @@ class Run:
     report: str
     mesh: jax.sharding.Mesh
     programs: Programs
-    replay: Replay | None = None
+    replay: "Replay | None" = None
     examples: Examples | None = None
     reference: Transformer | None = None
     writer: BackgroundWriter = dataclasses.field(default_factory=BackgroundWriter)
@@ -255,6 +256,8 @@ def claim(run: Run) -> Iterator[Run]:
       BadInput: the workdir holds another run, or another process is running in it.
     """
 
+    from drpo_jax.learner.replay import check_source
+
     changes = {}
 
     def write():
@@ -325,8 +328,11 @@ def _open_checkpoints(config, directory, *of_a_run):
     return Checkpoints(directory / "checkpoints", options.keep, options.best_metric, *of_a_run)
 
 
-def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) -> Replay:
+def _open_replay(programs: Programs, reward: rewards.Reward, directory: Path) -> "Replay":
     """Opens the files to learn from; raises ValueError if they do not fit the config."""
+    from drpo_jax.learner.replay import Replay, check_advantages, check_replayable
+    from drpo_jax.learner.rollout_checks import Limits
+
     config = programs.config
     check_replayable(config, "topk_logp" in programs.objective.arrays, reward.per_token)
     replay = Replay.open(directory, Limits.of(config), config.train.prompts)

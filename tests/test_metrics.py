@@ -337,11 +337,13 @@ def test_compile_clocks_count_on_their_own_with_one_listener(monkeypatch):
     assert first.read() == {"compile/count": 0, "compile/seconds": 0}
 
 
-def test_a_run_imports_neither_torch_nor_matplotlib_before_it_plots(tmp_path):
+def test_a_run_imports_heavy_packages_only_when_it_needs_them(tmp_path):
+    """`--help` does without Orbax, PyArrow and Jinja, and a run without torch and matplotlib."""
     program = f"""
 import sys
 from pathlib import Path
 import drpo_jax.train
+assert not {{"orbax", "pyarrow", "jinja2"}} & set(sys.modules), "at the start"
 from drpo_jax.metrics import MetricLogger
 with MetricLogger(Path({str(tmp_path)!r}), 1, console=False) as log:
     log.log(0, {{"loss": 1.0}})

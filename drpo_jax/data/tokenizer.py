@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
-
 from drpo_jax.hub import TEXT_FILES, local_directory
 
 _CHARACTERS = "0123456789+-*/= #().,;:?<>[]x\n"
@@ -200,6 +198,8 @@ class TextTokenizer:
         return self.encode(prompt), self.response(answer)
 
     def _render(self, messages, add_generation_prompt):
+        from jinja2 import TemplateError  # Only chats need it.
+
         opened = bool(messages) and messages[0]["role"] == "system"
         try:
             return self._inner.apply_chat_template(

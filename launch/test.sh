@@ -14,4 +14,5 @@ if [[ "${1:-}" == --quick ]]; then
   set -- -m "not slow" "$@"
 fi
 # A process that dies ends the tests with a report; pytest-xdist's replacements can wait for ever.
-exec python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0 "$@"
+# tests/conftest.py orders the files.
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 "$@"

@@ -4,6 +4,7 @@ JAX reads these environment variables on its first import, which comes after thi
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,31 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+MEMORY = 3 * 2**30  # bytes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts with the files that have most slow tests, so that no worker ends long after the other."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Drops compiled programs after a module whose process has grown beyond `MEMORY`."""
+    yield
+    if resident_memory() > MEMORY:
+        import jax
+
+        jax.clear_caches()
+
+
+def resident_memory() -> int:
+    """Returns the resident memory of this process in bytes; 0 where there is no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 @pytest.fixture(scope="module")

@@ -80,19 +80,26 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_weights_decay():
     np.testing.assert_allclose(decay, [[-0.1 * 0.5 * 2.0]], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_matrices_decay_unless_norms_are_included(family):
     """With zero gradients, an update consists of weight decay alone."""
-    model = Transformer(
-        model_config(small_config(FAMILIES[family] | {"model.attention_bias": family == "dense"})),
-        jax.random.key(0),
-    )
-    zeros = jax.tree.map(jnp.zeros_like, model)
+    fields = FAMILIES[family] | {"model.attention_bias": family == "dense"}
+    architecture = model_config(small_config(fields))
+    abstract = jax.eval_shape(lambda: Transformer(architecture, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    model = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), abstract)
     for decay_norms in (False, True):
         config = optimizer_config(decay_norms=decay_norms)
         config.weight_decay = 0.5
         optimizer = make_optimizer(config, 10)
-        changes, _ = optimizer.update(zeros, optimizer.init(model), model)
+
+        @jax.jit
+        def update(model, optimizer=optimizer):
+            zeros = jax.tree.map(jnp.zeros_like, model)
+            return optimizer.update(zeros, optimizer.init(model), model)[0]
+
+        changes = update(model)
         changes = jax.tree_util.tree_leaves_with_path(changes, is_leaf=is_param)
         for (path, change), weight in zip(changes, jax.tree.leaves(model, is_leaf=is_param)):
             decays = decay_norms or weight.get_metadata()["decay"]

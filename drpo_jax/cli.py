@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from drpo_jax.commands import COMMANDS
 from drpo_jax.config import as_begun, field_table, load_plugin, resolve, suggest, to_json
 from drpo_jax.errors import BadInput, Interrupted, TrainingStopped, bad_input
+from drpo_jax.host_memory import return_compilation_memory
 from drpo_jax.output import output_is_closed, print_page
 from drpo_jax.parallel import multihost
 from drpo_jax.storage import check_workdir, no_space, path_of
@@ -76,6 +77,7 @@ def launch(
             sys.stdout = open(os.devnull, "w")
         with bad_input():
             use_compilation_cache(resolved.compute.compilation_cache)
+        return_compilation_memory()
         return main(resolved, None if directory is None else path_of(directory.value))
 
     resume = "; run the same command again to resume from the last checkpoint" if workdir else ""

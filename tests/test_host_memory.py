@@ -63,6 +63,32 @@ def test_the_environment_takes_precedence(monkeypatch):
     assert "MALLOC_MMAP_THRESHOLD_" not in variables
 
 
+TRIM = """
+import jax
+from drpo_jax import host_memory
+pages = lambda: int(open("/proc/self/statm").read().split()[1])
+host_memory.return_compilation_memory()
+blocks = [bytearray(4096) for _ in range(2**15)]  # 128 MiB
+kept = bytearray(4096)  # Without trimming, the heap ends here.
+full = pages()
+del blocks
+freed = pages()
+jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", SECONDS)
+print(int(freed - pages() > (full - pages()) / 2 > 2**13))
+"""
+
+
+@GLIBC
+@pytest.mark.parametrize("seconds, trimmed", [("1.0", "1"), ("0.01", "0")])
+def test_a_long_compilation_returns_its_memory(seconds, trimmed):
+    keep = {name: str(value) for name, (_, value) in host_memory._PARAMETERS.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIM.replace("SECONDS", seconds)], capture_output=True, text=True,
+        env=os.environ | keep | {"JAX_PLATFORMS": "cpu"}, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == trimmed
+
+
 @GLIBC
 @pytest.mark.parametrize("platforms, pays", [("cpu", True), ("cpu,cuda", True), ("tpu", False)])
 def test_it_pays_where_jax_chooses_the_cpu(platforms, pays, monkeypatch):

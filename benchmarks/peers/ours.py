@@ -12,6 +12,7 @@ from benchmarks.peers import protocol, work
 from drpo_jax import loop
 from drpo_jax.cli import use_compilation_cache
 from drpo_jax.config import default_config, resolve
+from drpo_jax.host_memory import return_compilation_memory
 from drpo_jax.models import from_pretrained
 from drpo_jax.parallel import make_mesh, shardings
 from drpo_jax.programs import Programs
@@ -132,6 +133,7 @@ def main(task: dict[str, Any]) -> None:
     """Serves the work of a task."""
     server = protocol.Server(PACKAGES)
     use_compilation_cache("auto")
+    return_compilation_memory()
     if task["works"] == ["step"]:
         serve_steps(server, task)
         return

@@ -12,8 +12,9 @@ _PARAMETERS = {
     "MALLOC_MMAP_THRESHOLD_": (-3, 2**30),  # bytes
     "MALLOC_ARENA_MAX": (-8, 1),
 }
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
-_LONG = 0.2  # seconds; shorter compilations leave little behind
+# JAX's event at the end of a compilation.
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+_LONG = 0.2  # Seconds; shorter compilations leave little behind.
 # What drivers create in /dev for NVIDIA GPUs, AMD GPUs and TPUs.
 _ACCELERATORS = "nvidia0", "kfd", "accel0", "vfio/0"
 
@@ -51,8 +52,8 @@ def return_compilation_memory() -> None:
 
     trim = ctypes.CDLL(None).malloc_trim
 
-    def compiled(event: str, seconds: float, **_: object) -> None:
-        if event == _COMPILATION and seconds > _LONG:
+    def compiled(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILATION and duration_secs > _LONG:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from drpo_jax.host_memory import COMPILATION
 from drpo_jax.metrics.records import Record
 
 
@@ -27,7 +28,7 @@ def _compilations() -> list[float]:
     seconds: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILATION:
             seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -12,6 +12,7 @@ import pytest
 
 from drpo_jax import costs, preflight
 from drpo_jax.costs import Chip, Cost
+from drpo_jax.costs.chips import has_libtpu
 from drpo_jax.errors import BadInput
 from drpo_jax.forecast import Lengths, forecast, forecast_text, hardware_limits, parse_lengths
 from drpo_jax.forecast import step as forecast_step
@@ -184,6 +185,16 @@ def test_the_longest_lengths_are_the_worst_case():
     assert figures["limits"] == hardware_limits(programs, CHIP, *preflight.longest(programs.config))
     tokens = 16 * LONGEST / sum(seconds.values())
     assert figures["tokens_per_second"] == pytest.approx(tokens)
+
+
+@pytest.mark.skipif(not has_libtpu(), reason="needs the TPU compiler")
+def test_a_forecast_needs_no_device():
+    """Rings grow while it runs, on a mesh of TPUs that nobody has."""
+    devices, chip = costs.get_devices("v5e:2x2")
+    config = smallest(SIZES, train__micro_batch=4)
+    programs = Programs(config, make_mesh(**config.mesh, devices=devices), stop=(1,))
+    figures = forecast(programs, constant(programs, LONGEST), made_up(programs), chip)
+    assert figures["schedule"]["largest_ring"] > figures["schedule"]["columns"]
 
 
 def test_smaller_rings_save_the_bytes_of_their_columns(programs):

@@ -8,11 +8,13 @@ Axis letters: C device calls of decode, S decode steps per device call, B slots,
 a prompt.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from drpo_jax.sampler.engine import COUNTERS, Sampler
@@ -73,11 +75,15 @@ def rehearse(
     rehearsing = copy.copy(sampler)
     rehearsing.model, rehearsing.programs = model, device.programs()
     rehearsing.statistics = dict.fromkeys(COUNTERS, 0)
+    # Of the mesh, only the shape counts.
+    mesh, rehearsing.mesh = sampler.mesh, None
+    shape = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
     params = dataclasses.replace(params, stop=(STOP,), top_logprobs=0, routes=False)
     prompts = [[OTHER] * length for length in prompt_lengths.tolist()]
     no_key: Any = None
-    for _ in rehearsing.stream(prompts, params, no_key):
-        pass
+    with shape:
+        for _ in rehearsing.stream(prompts, params, no_key):
+            pass
     steps, live, columns = np.array(device.decoded, int).reshape(-1, 3).T
     return Rehearsal(steps, live, columns, dict(device.calls), rehearsing.read_statistics())
 

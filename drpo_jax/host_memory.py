@@ -60,7 +60,7 @@ def return_compilation_memory() -> None:
 
 
 def environment() -> Mapping[str, str]:
-    """Returns the variables that a child process needs, to do as `keep_freed_memory` says.
+    """Returns variables with which a child process behaves as after `keep_freed_memory`.
 
     Those that this process's environment has are left out, so that the user's values reach the child.
     """

@@ -339,9 +339,11 @@ def advice(cost: Cost, config: ConfigDict, mesh: Mesh) -> str:
     elif largest == "caches":
         change = "fewer sampler.slots, or more devices"
     elif "sampler weights" in largest or cost.program.name == "sync" and largest == "results":
-        change = "more sampler_mesh.tensor, sampler_mesh.fsdp"
-        change += " or sampler_mesh.expert" if config.model.experts else ""
-        change += ", which split them, and less sampler_mesh.data"
+        axes = ["tensor", "fsdp", *(["expert"] if config.model.experts else [])]
+        change = (
+            f"split them over more devices: a larger sampler_mesh.{' or sampler_mesh.'.join(axes)}"
+        )
+        change += ", with sampler_mesh.data = -1 for the rest"
         if config.precision.recipe != "none" and config.precision.sampler_weights != "codes":
             change += "; or precision.sampler_weights = 'codes'"
     elif mesh.shape["data"] > 1:

@@ -40,7 +40,7 @@ from drpo_jax.parallel import (
     SAMPLER_RULES,
     DeviceClock,
     make_sampler_mesh,
-    route,
+    resharding,
     shardings,
     with_shardings,
 )
@@ -340,18 +340,19 @@ class Programs(Batches):
         convert = partial(sampler_weights, recipe=recipe, dtype=compute.dtype, codes=codes)
         converted = jax.eval_shape(convert, self._abstract_model)
         source = shardings(self.mesh, converted)
-        target = shardings(self.sampler_mesh, converted, SAMPLER_RULES)
+        try:
+            target = shardings(self.sampler_mesh, converted, SAMPLER_RULES)
+        except ValueError as error:
+            raise ValueError(f"sampler_mesh: {error}") from None
         # Convert in the learner's layout first, so that devices exchange narrow values.
-        routes = [
-            [start, *route(start, end, array.shape)]
+        steps = [
+            [start, *resharding(start, end, array.shape)]
             for start, end, array in zip(*map(jax.tree.leaves, (source, target, converted)))
         ]
 
         def sync(model, *key):
             arrays, structure = jax.tree.flatten(convert(change(model, *key)))
-            moved = [
-                reduce(jax.lax.with_sharding_constraint, *pair) for pair in zip(routes, arrays)
-            ]
+            moved = [reduce(jax.lax.with_sharding_constraint, *pair) for pair in zip(steps, arrays)]
             return jax.tree.unflatten(structure, moved)
 
         return jax.jit(sync, out_shardings=target), with_shardings(converted, target)

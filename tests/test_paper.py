@@ -259,6 +259,17 @@ def test_the_mesh_divides_the_arrays_and_the_batches(name):
 
 
 @pytest.mark.slow
+def test_the_dense_setting_on_four_devices():
+    """As docs/models.md says."""
+    config = load("qwen3_4b_base")
+    config.data.tokenizer, config.sampler_mesh.tensor = "of the checkpoint", 4
+    config = resolve(config)
+    mesh = make_mesh(**config.mesh, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        Programs(config, mesh, stop=(0,))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", SIX)
 def test_a_small_run(name, variant, tmp_path, monkeypatch, compile_quickly):
     """Runs on one of the eight devices, to compile faster, with a reward that a random model gets."""

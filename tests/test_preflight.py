@@ -137,7 +137,7 @@ def test_what_does_not_fit(monkeypatch, capsys):
     assert unread == "update does not compile: RESOURCE_EXHAUSTED: vmem"
     assert "fewer sampler.slots" in advice({"caches": 5.0})
     weights = advice({"sampler weights": 5.0}, precision__recipe="rollout")
-    split = "more sampler_mesh.tensor, sampler_mesh.fsdp or sampler_mesh.expert, which split them"
+    split = "a larger sampler_mesh.tensor or sampler_mesh.fsdp or sampler_mesh.expert, with"
     assert split in weights and "'codes'" in weights
     assert split in advice({"results": 5.0}, program="sync")
     assert "mesh.fsdp = -1" in advice({"learner state": 5.0})

@@ -38,7 +38,7 @@ class Program:
       work: FLOPs of one call by the equations; None for a program without matmuls.
       mesh: the mesh that it is called on; None: that of the caller's context.
       trips: trip count of loops whose length the compiler does not know.
-      live: the fraction of the rings that a decode step copies, where it copies live columns alone.
+      live: the fraction of the rings that the kernel of `models.live` copies in a decode step.
       remedy: what to change if its temporaries are too large.
     """
 

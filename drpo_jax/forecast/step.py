@@ -4,8 +4,8 @@ Preflight's worst case has responses of maximum length. A forecast takes the tim
 programs, at the chip's peak rates, and counts what a step does at the given lengths:
 
     decode    The device calls of `sampler.rehearse`: how many steps each has, with how many live slots
-              and how many columns in the rings. A step reads its rings whole, live or not. A smaller
-              ring saves the bytes and FLOPs of its missing columns.
+              and how many columns in the rings. A smaller ring saves the bytes and FLOPs of its missing
+              columns. The kernel of `models.live` copies the blocks of live slots alone.
     prefill   The calls of prefill, first_tokens and admit in the same rehearsal, each at its full size.
     rescore,  The micro-batches that hold a sequence, in the layout that the learner would choose
     update    (`Batches.layout`). Without packing, all of them do. Rows that are cut into narrower ones
@@ -209,8 +209,8 @@ def decode_seconds(
     compiled_C = cost.flops / room - missing_C * column * slots / devices
     if copied_columns(rings[0], platform) < largest:
         live_C = schedule.live / schedule.steps / slots
-        copied_C = live_C * largest * copied_fraction(rings[0], platform, figures["context"])
-        missing_C = cost.program.live * largest - np.minimum(copied_C, schedule.columns)
+        row = largest * copied_fraction(rings[0], platform, figures["context"])
+        missing_C = cost.program.live * largest - live_C * np.minimum(row, schedule.columns)
         compiled_C = np.full(missing_C.shape, cost.flops / room)  # Without those of the kernel.
     memory_C = cost.traffic / room - missing_C * costs.device_bytes(rings) / largest
     needed = costs.decoding(model, 1, figures["context"]).model * figures["live_slots"] / devices

@@ -211,10 +211,14 @@ def copied_columns(ring: Ring | Ring8, device: str) -> int:
     """Returns how many columns of a row a decode step copies at once: all of them without the kernel.
 
     The kernel of `models.live` runs on TPU, for rings of bfloat16 whose head width is a multiple of
-    128. It copies blocks of 128, 256 or 512 columns.
+    128. It copies blocks of 128, 256 or 512 columns, as many as fit into a quarter of the 16 MiB that a
+    TPU's kernels get by default.
     """
-    columns, width = ring.values.shape[-2:]
-    size = min(columns & -columns, 512)  # The largest power of two that divides the columns.
+    heads, columns, width = ring.values.shape[-3:]
+    fit = 2**22 // (4 * heads * width * ring.values.dtype.itemsize)  # Two of keys, two of values.
+    size = columns & -columns  # The largest power of two that divides the columns.
+    while size > min(fit, 512):
+        size //= 2
     supported = isinstance(ring, Ring) and ring.values.dtype == jnp.bfloat16 and width % 128 == 0
     return size if device == "tpu" and supported and size >= 128 else columns
 

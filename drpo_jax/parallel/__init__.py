@@ -5,7 +5,7 @@ Files, in reading order:
     axes           tables from logical axes to mesh axes, and the shardings that follow from them
     mesh           builds the meshes of learner and sampler, with the axes data, fsdp, expert and tensor
     placement      shardings of whole pytrees
-    route          the way of an array from one mesh to the other
+    resharding     the shardings through which an array moves from one mesh to the other
     multihost      starts `jax.distributed` and exchanges host data between processes
     jax_internals  all private API of jax that multihost needs
     settings       the config sections `mesh` and `sampler_mesh`
@@ -25,7 +25,7 @@ from drpo_jax.parallel.axes import (
 from drpo_jax.parallel.device_clock import DeviceClock
 from drpo_jax.parallel.mesh import check_mesh, make_mesh, make_sampler_mesh
 from drpo_jax.parallel.placement import is_param, shardings, with_shardings
-from drpo_jax.parallel.route import route
+from drpo_jax.parallel.resharding import resharding
 
 __all__ = [
     "BATCH_AXES",
@@ -42,7 +42,7 @@ __all__ = [
     "make_sampler_mesh",
     "named_sharding",
     "partition_spec",
-    "route",
+    "resharding",
     "shardings",
     "with_shardings",
 ]

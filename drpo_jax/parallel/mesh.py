@@ -82,8 +82,11 @@ def _sizes(section: str, devices: int, *axes: int) -> tuple[int, ...]:
         sizes[free[0]] = devices // fixed
     if math.prod(sizes.values()) != devices:
         names = ", ".join(f"{section}.{name}" for name in MESH_AXES)
+        remedy = f"set one of {names} to -1 to let it take the remaining ones"
+        if free:
+            remedy = f"the axes besides {section}.{free[0]} = -1 must divide them: make one smaller"
         raise ValueError(
             f"{section} {sizes} needs {math.prod(sizes.values()) or fixed} devices, there are "
-            f"{devices}; set one of {names} to -1 to let it take the remaining ones"
+            f"{devices}; {remedy}"
         )
     return tuple(sizes.values())

@@ -68,7 +68,7 @@ def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> N
             raise ValueError(
                 f"tensor = {tensor} of the sampler's mesh must divide the model's "
                 f"{getattr(config, name)} {name} (config field model.{name}), over which the caches are "
-                "sharded; set mesh.tensor, or sampler_mesh for the sampler alone"
+                "sharded; lower sampler_mesh.tensor (mesh.tensor if all of sampler_mesh is 0)"
             )
 
 

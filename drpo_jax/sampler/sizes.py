@@ -15,7 +15,8 @@ def ring_sizes(longest: int, decode_steps: int) -> list[int]:
     """Returns the numbers of columns that the rings may have, in ascending order.
 
     Sizes are multiples of `decode_steps` up to eight times `decode_steps`, then double, up to `longest`.
-    Sizes above 64 are rounded up to multiples of 16 because of `models.cache.block_columns`.
+    Sizes above 64 are rounded up to multiples of 16 because of `models.cache.block_columns`, those above
+    512 to multiples of 128 and those above 4,096 to multiples of 512 because of `copied_columns`.
 
     Args:
       longest: maximum tokens of a sequence, prompt and response.
@@ -23,7 +24,8 @@ def ring_sizes(longest: int, decode_steps: int) -> list[int]:
     """
 
     def rounded(n: int) -> int:
-        return n if n <= 64 else -(-n // 16) * 16
+        multiple = next(m for most, m in ((64, 1), (512, 16), (4096, 128), (n, 512)) if n <= most)
+        return -(-n // multiple) * multiple
 
     longest = rounded(longest)
     sizes = [min(rounded(decode_steps), longest)]

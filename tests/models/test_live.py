@@ -71,7 +71,11 @@ def test_rings_that_the_kernel_does_not_support_are_read_whole(inputs):
     assert copied_columns(wide, "tpu") == COLUMNS
     rng = np.random.default_rng(0)
     assert copied_columns(new_ring(rng, columns=192), "tpu") == 192
-    assert copied_columns(new_ring(rng, columns=4096), "tpu") == 512
+    many = new_ring(rng, columns=4096)
+    assert copied_columns(many, "tpu") == 512
+    # 32 heads: two blocks of keys and two of values take 4 MiB.
+    many = Ring(*(jnp.repeat(x[:1], 16, axis=1) for x in many))
+    assert copied_columns(many, "tpu") == 128 == 2**22 // (4 * 32 * WIDTH * 2)
     assert copied_fraction(wide, "tpu", 7) == 1
 
 

@@ -15,7 +15,7 @@ def test_one_axis_takes_the_remaining_devices():
     "sizes, message",
     [
         (dict(data=3), "needs 3 devices, there are 8; set one of .* to -1"),
-        (dict(data=-1, fsdp=3), "there are 8"),
+        (dict(data=-1, fsdp=3), "there are 8; the axes besides mesh.data = -1 must divide them"),
         (dict(data=-1, fsdp=16), "needs 16 devices, there are 8"),
         (dict(data=-1, fsdp=-1), "at most one of them -1"),
         (dict(data=8, tensor=0), "must be positive"),

@@ -393,6 +393,9 @@ def test_ring_sizes():
     assert ring_sizes(1, 16) == [1] and ring_sizes(9, 4) == [4, 8, 9]
     long = ring_sizes(8192, 32)
     assert long[-1] == 8192 and len(long) < 30 and all(a < b for a, b in zip(long, long[1:]))
+    # The kernel of `models.live` needs blocks of 128 columns or more.
+    assert ring_sizes(4000, 32)[-1] == 4096 and ring_sizes(4100, 32)[-1] == 4608
+    assert all(size % 128 == 0 for size in ring_sizes(4000, 32) if size > 512)
 
 
 def test_a_mesh_samples_the_same_without_more_compilations(rollouts):

@@ -2,11 +2,11 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.parallel import make_mesh, make_sampler_mesh, route
+from drpo_jax.parallel import make_mesh, make_sampler_mesh, resharding
 
 
 def specs(source, target, shape):
-    return [step.spec for step in route(source, target, shape)]
+    return [step.spec for step in resharding(source, target, shape)]
 
 
 def test_axes_move_from_one_dimension_to_another_one_dimension_at_a_time():
@@ -18,11 +18,11 @@ def test_axes_move_from_one_dimension_to_another_one_dimension_at_a_time():
     # axis_0 has four devices, axis_1 has two.
     ways = [P(None, "axis_0", "axis_1"), P("axis_0", None, "axis_1")]
     assert specs(source, target, (4, 8, 8)) == ways
-    assert [step.shard_shape((4, 8, 8)) for step in route(source, target, (4, 8, 8))] == [
+    assert [step.shard_shape((4, 8, 8)) for step in resharding(source, target, (4, 8, 8))] == [
         (4, 2, 4),
         (1, 8, 4),
     ]
-    assert route(source, target, (4, 8, 8))[0].mesh.devices.flat[:].tolist() == (
+    assert resharding(source, target, (4, 8, 8))[0].mesh.devices.flat[:].tolist() == (
         learner.devices.flat[:].tolist()
     )
 
@@ -55,8 +55,8 @@ def test_there_is_nothing_between_shardings_that_only_gather_or_have_no_common_m
     learner = make_mesh(data=1, fsdp=4, expert=2)
     sampler = make_sampler_mesh(learner)
     source = NamedSharding(learner, P("expert", "fsdp"))
-    assert route(source, NamedSharding(sampler, P("expert", None)), (4, 8)) == []
+    assert resharding(source, NamedSharding(sampler, P("expert", None)), (4, 8)) == []
     six = make_mesh(data=2, tensor=3, devices=jax.devices()[:6])
     other = make_sampler_mesh(six, data=3, tensor=2)
     source, target = NamedSharding(six, P("tensor", None)), NamedSharding(other, P(None, "tensor"))
-    assert route(source, target, (6, 6)) == []
+    assert resharding(source, target, (6, 6)) == []

@@ -1,9 +1,10 @@
-"""The way of an array from one mesh to another over the same devices, without gathering it.
+"""The shardings through which an array moves from one mesh to another over the same devices.
 
 XLA's partitioner exchanges shards by an all-to-all if one dimension of an array becomes less split and
 another one more. If more than two dimensions change, it gathers the whole array on every device
 ("involuntary full rematerialization"). It does so as well if one dimension is to be gathered and another
-one to be split. A route first splits and then exchanges, so that the rest is a gather of what is needed.
+one to be split. These shardings first split and then exchange, so that the rest is a gather of what is
+needed.
 """
 
 import math
@@ -15,10 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Split = list[tuple[str, ...]]
 
 
-def route(
+def resharding(
     source: NamedSharding, target: NamedSharding, shape: Sequence[int]
 ) -> list[NamedSharding]:
-    """Returns the shardings that an array takes on its way from `source` to `target`, both excluded.
+    """Returns the shardings that an array takes between `source` and `target`, in order.
 
     Args:
       source: the sharding of the array.

@@ -74,12 +74,15 @@ def test_signs_and_zero():
     assert [arithmetic_reward("", f"#{a}", a) for a in ("007", "3.5", "", "x")] == [0.0] * 4
 
 
+OWN = tuple(REWARDS.values())  # Before any test loads a plug-in.
+
+
 @pytest.mark.slow
 @settings(deadline=None)
 @given(st.text() | st.text("0123456789#+- \n=*"), st.integers())
 @example("#" + "9" * 5000, 3)
 def test_fuzz_rewards(text, answer):
-    for reward in REWARDS.values():
+    for reward in OWN:
         assert reward(text, text, str(answer)) in (0.0, 1.0)
     right = [str(answer)] + [f"+{answer}"] * (answer > 0)
     expected = text.rpartition("#")[2].strip(" \t\r\n") in right

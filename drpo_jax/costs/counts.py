@@ -9,7 +9,7 @@ import math
 import re
 
 from drpo_jax.costs.hlo import Module, root_of
-from drpo_jax.models.cache import LIVE_KERNEL
+from drpo_jax.models.flash import LIVE_KERNEL
 
 KINDS = (
     "all-gather",

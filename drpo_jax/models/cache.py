@@ -34,8 +34,6 @@ from drpo_jax.models.settings import ModelConfig
 from drpo_jax.parallel.axes import LogicalAxes
 from drpo_jax.precision import dot_precision, quantize
 
-LIVE_KERNEL = "attend_live"  # Name of the kernel of `models.live` in compiled programs.
-
 
 class KV(NamedTuple):
     """Keys and values of one layer for prompts, each [B, S, K, H]."""

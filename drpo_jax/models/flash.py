@@ -35,6 +35,7 @@ from drpo_jax.precision import dot_precision
 # Score of keys that a query does not attend to. It is finite, so that the softmax of a row that
 # attends to nothing is uniform rather than NaN.
 MASKED = -1e30
+LIVE_KERNEL = "attend_live"  # Name of the kernel of `models.live` in compiled programs.
 SPLASH_WIDTHS = (64, 128, 256)  # Head widths that the Pallas kernel supports.
 
 

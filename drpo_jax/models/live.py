@@ -18,8 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from drpo_jax.models.cache import LIVE_KERNEL
-from drpo_jax.models.flash import MASKED
+from drpo_jax.models.flash import LIVE_KERNEL, MASKED
 from drpo_jax.parallel import BATCH_AXES
 
 

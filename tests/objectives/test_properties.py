@@ -207,7 +207,9 @@ def test_weights_are_lipschitz_where_they_are_continuous(tokens, other, step):
     names = ("drpo", "drpo_no_correction", "spo", "sapo", "surrogate")
     one, two = (evaluate(names, x, behavior_logp, advantage, {}) for x in (logp, moved))
     in_pi = abs(pi - other_pi) + 4 * EPS
-    in_r = abs(r - other_r) + 8 * EPS * (1 + np.maximum(r, other_r))
+    # A rounded log r is off by up to EPS · |log r| / 2, and r by the same fraction.
+    log_r = np.maximum(abs(logp - behavior_logp), abs(moved - behavior_logp))
+    in_r = abs(r - other_r) + (8 + log_r) * EPS * (1 + np.maximum(r, other_r))
     for name, bound in (
         ("drpo", in_pi / 0.15),
         ("drpo_no_correction", in_pi / 0.15),

@@ -116,3 +116,14 @@ def killed_at(module: Any, name: str, step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(module, name, function)
         yield
+
+
+def check_resume(config: FrozenConfigDict, directory: Path) -> None:
+    """Checks that a run of two steps, killed in the second one, resumes to the same bits."""
+    loop.train(config, directory / "unbroken")
+    with killed_at(loop.loop, "rl_step", 1):
+        loop.train(config, directory / "killed")
+    loop.train(config, directory / "killed")
+    assert logged(directory / "killed") == logged(directory / "unbroken")
+    ours, theirs = (checkpoint_bytes(config, directory / d, 2) for d in ("killed", "unbroken"))
+    assert ours == theirs

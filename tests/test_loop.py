@@ -24,7 +24,14 @@ from drpo_jax.objectives import advantages, optimal_token_baseline, token_object
 from drpo_jax.programs import Programs
 from drpo_jax.reporting.explain import explain
 from drpo_jax.run import SHUFFLE
-from tests.runs import checkpoint_bytes, killed_at, logged, one_device, smallest
+from tests.runs import (
+    check_resume,
+    checkpoint_bytes,
+    killed_at,
+    logged,
+    one_device,
+    smallest,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -109,13 +116,7 @@ def test_a_killed_run_by_tokens_resumes_to_the_same_bits(whole, tmp_path):
         data__init_from=str(whole), train__steps=2, train__micro_batch=0, train__micro_tokens=64,
         evaluate__precision="sampler", train__save_rollout_every=1, checkpoint__every=1,
     )  # fmt: skip
-    loop.train(settings, tmp_path / "unbroken")
-    with killed_at(loop.loop, "rl_step", 1):
-        loop.train(settings, tmp_path / "killed")
-    loop.train(settings, tmp_path / "killed")
-    assert logged(tmp_path / "killed") == logged(tmp_path / "unbroken")
-    ours, theirs = (checkpoint_bytes(settings, tmp_path / d, 2) for d in ("killed", "unbroken"))
-    assert ours == theirs
+    check_resume(settings, tmp_path)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(whole, tmp_path, caplog):

@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from benchmarks.meshes import FAMILIES, new_programs
-from drpo_jax import loop, rewards
+from drpo_jax import rewards
 from drpo_jax.costs.counts import collectives
 from drpo_jax.costs.hlo import Module
-from tests.runs import DENSE, checkpoint_bytes, killed_at, logged, odd, smallest
+from tests.runs import DENSE, check_resume, odd, smallest
 from tests.test_programs import OWN, OWN_DENSE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -21,13 +21,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
         train__steps=2, train__staleness=1, evaluate__every=0, precision__sampler_weights="codes",
         checkpoint__every=1,
     )  # fmt: skip
-    loop.train(settings, tmp_path / "unbroken")
-    with killed_at(loop.loop, "rl_step", 1):
-        loop.train(settings, tmp_path / "killed")
-    loop.train(settings, tmp_path / "killed")
-    assert logged(tmp_path / "killed") == logged(tmp_path / "unbroken")
-    ours, theirs = (checkpoint_bytes(settings, tmp_path / d, 2) for d in ("killed", "unbroken"))
-    assert ours == theirs
+    check_resume(settings, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

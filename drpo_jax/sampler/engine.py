@@ -336,7 +336,7 @@ class Sampler:
 
     def _on_own_mesh(self, key):
         """Returns the same key, made on the sampler's mesh: a key remembers the mesh of its context."""
-        if self.mesh is None or key is None:  # A rehearsal has no key.
+        if self.mesh is None:
             return key
         data, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
         with self.on_mesh():

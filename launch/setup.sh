@@ -35,7 +35,8 @@ read -r -a install <<<"${INSTALL:--r requirements.txt}"
 stamp="$(printf "%s\n" "${install[*]}" && cat requirements.txt pyproject.toml)"
 if [[ "$(cat "$VENV/installed.txt" 2>/dev/null)" != "$stamp" ]]; then
   echo "installing ${install[*]} into $VENV (takes a few minutes the first time)" >&2
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${install[@]}"
+  # Python compiles what it imports; to compile all packages now would take longer than to copy them.
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "${install[@]}"
   printf '%s\n' "$stamp" >"$VENV/installed.txt"
 fi
 

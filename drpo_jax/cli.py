@@ -175,13 +175,18 @@ class PlainFormatter(logging.Formatter):
 
 
 def use_compilation_cache(setting: str) -> None:
-    """Points JAX's persistent compilation cache to a directory.
+    """Points JAX's persistent compilation cache to a directory, and keeps small programs there, too.
+
+    A run has dozens of small programs, which together take seconds to compile again. The environment
+    variable JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS overrides this.
 
     Args:
       setting: The field `compute.compilation_cache`. "auto" follows JAX_COMPILATION_CACHE_DIR if it
         is set, and otherwise takes `COMPILATION_CACHE`; "" turns the cache off; any other value is
         the directory.
     """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if setting == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return  # JAX reads it.

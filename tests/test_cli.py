@@ -205,6 +205,20 @@ def test_the_compilation_cache_follows_the_field_and_the_environment(monkeypatch
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+def test_small_programs_are_cached_unless_the_environment_says_otherwise(monkeypatch):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "2")
+        cli.use_compilation_cache("auto")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 2
+        monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+        cli.use_compilation_cache("auto")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def test_config_file_errors_name_the_line(tmp_path):
     path = tmp_path / "mine.py"
     head = (

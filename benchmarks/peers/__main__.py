@@ -67,6 +67,9 @@ flags.set_default(OUTPUT, "benchmarks/results/peers.json")
 
 WARMUP = "settings", "tried", "start"  # The results of a warm-up.
 UNTIMED = 2  # Calls before the first round; they may compile.
+NEAR = (
+    1.05  # Trials differ by so much; of settings this near the fastest, the least memory decides.
+)
 COMPILATION = 60.0  # Seconds of the first update; settings that need more are not chosen.
 PAUSE = 0.3  # Seconds between calls, in which the threads of the last one stop spinning.
 
@@ -179,7 +182,7 @@ class Match:
         self._stored.write_text(json.dumps(stored, indent=2) + "\n")
 
     def _tune(self, contender: Contender) -> None:
-        """Finds the fastest settings, one setting after the other, each trial in a new process."""
+        """Finds the best settings, one setting after the other, each trial in a new process."""
         entry = self.entries[contender.name]
         tried, problem = entry.setdefault("tried", []), None
         choices = contender.choices(self.shape)
@@ -202,7 +205,9 @@ class Match:
                     f"{self.name}: {contender.title}: {shown}: update {seconds:.2f} s", flush=True
                 )
             if tried:
-                best = min(tried, key=lambda pair: pair[1])[0]
+                limit = NEAR * min(seconds for _, seconds in tried)
+                near = [settings for settings, seconds in tried if seconds <= limit]
+                best = min(near, key=lambda settings: settings["micro_batch"])
         if problem and not tried:
             raise problem
         entry["settings"] = best

@@ -4,6 +4,7 @@ JAX reads these environment variables on its first import, which comes after thi
 """
 
 import ctypes
+import gc
 import os
 import platform
 from collections import Counter
@@ -16,9 +17,14 @@ import pytest
 COUNT = "--xla_force_host_platform_device_count"
 if COUNT not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNT}=8".strip()
-EMITTERS = "--xla_cpu_use_fusion_emitters"  # Compiles small CPU programs slowly.
-if version("jax").startswith("0.10.") and EMITTERS not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += f" {EMITTERS}=false"
+# Small CPU programs compile faster without the fusion emitters, and in one piece: other tests use the
+# cores on which LLVM would compile further pieces.
+for flag, value in (
+    ("--xla_cpu_use_fusion_emitters", "false"),
+    ("--xla_cpu_parallel_codegen_split_count", "1"),
+):
+    if version("jax").startswith("0.10.") and flag not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {flag}={value}"
 # A collective blocks one of XLA's threads on each device, and a device may run several at a time. With
 # the default of one thread per device, they can wait for each other for ever.
 os.environ.setdefault("PJRT_NPROC", "64")
@@ -30,6 +36,17 @@ os.environ.pop("INSTALL", None)  # The launch scripts under test install what th
 
 
 MEMORY = 3 * 2**30  # bytes
+
+# Imports and traces make millions of objects that stay, and Python's collector would scan them again and
+# again. It starts after the imports, leaves their objects out, and runs less often than by default.
+gc.disable()
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """Starts Python's garbage collector."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +63,7 @@ def bounded_memory() -> Iterator[None]:
         import jax
 
         jax.clear_caches()
+        gc.collect()
         if platform.libc_ver()[0] == "glibc":  # It keeps most of what is freed.
             ctypes.CDLL(None).malloc_trim(0)
 

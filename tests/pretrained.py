@@ -1,6 +1,7 @@
 """A tiny Hugging Face checkpoint with a tokenizer of bytes, and a config that starts from it."""
 
 import json
+from functools import partial
 
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,7 +35,7 @@ def write_tokenizer(directory):
 
 def write_checkpoint(directory):
     """Writes a model with random weights and its tokenizer, and returns the model."""
-    model = Transformer(MODEL, jax.random.key(7))
+    model = jax.jit(partial(Transformer, MODEL))(jax.random.key(7))
     save_pretrained(model, MODEL, directory)
     fields = json.loads((directory / "config.json").read_text())
     fields |= {"max_position_embeddings": 512, "eos_token_id": 0}

@@ -1,6 +1,7 @@
 """Whole runs of the smallest config, shared by the tests of the loop."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,10 +26,10 @@ DENSE = {
     "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0, "model.mlp_size": 32,
     "model.load_balance": 0.0, "sft.steps": 0, "evaluate.precision": "sampler",
 }  # fmt: skip
-# Prefixes of fields that no compiled program depends on.
+# Prefixes of fields that no compiled program depends on; the learning rate of these runs is constant.
 UNCOMPILED = (
     "reward.", "evaluate.", "checkpoint.", "data.", "log.", "sampler.parity", "train.staleness",
-    "train.save_rollout_every", "train.max_skipped",
+    "train.steps", "train.save_rollout_every", "train.max_skipped",
 )  # fmt: skip
 # Prefixes of metrics that differ between equal runs.
 CLOCKS = ("time/", "compile/", "tokens_per_second")
@@ -51,13 +52,16 @@ def one_device(reward: Callable[..., float] | None = None, share: bool = True) -
 
     Args:
       reward: the reward of the task, which an untrained model should earn; None: the task's own.
-      share: runs whose configs compile to the same programs share them. Otherwise a run that resumes in
-        this process traces and compiles all programs again, as a new process does.
+      share: runs whose configs compile to the same programs share them, and all samplers share theirs.
+        Otherwise a run that resumes in this process traces and compiles all programs again, as a new
+        process does.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drpo_jax.run.make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         if share:
             patch.setattr("drpo_jax.run.Programs", _shared_programs())
+            # jax.jit traces and compiles an object once; a sampler makes new ones on purpose.
+            patch.setattr("drpo_jax.sampler.engine.partial", functools.cache(partial))
         if reward is not None:
             patch.setitem(rewards.REWARDS, "arithmetic", reward)
         yield

@@ -30,7 +30,9 @@ def write_problems(path, numbers):
 
 
 def test_the_example_runs(tmp_path, monkeypatch, compile_quickly):
-    save_pretrained(Transformer(MODEL, jax.random.key(7)), MODEL, tmp_path / "model")
+    save_pretrained(
+        jax.jit(partial(Transformer, MODEL))(jax.random.key(7)), MODEL, tmp_path / "model"
+    )
     write_tokenizer(tmp_path / "model")
     write_problems(tmp_path / "train.jsonl", range(8))
     write_problems(tmp_path / "test.jsonl", range(50, 54))

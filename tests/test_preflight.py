@@ -27,11 +27,13 @@ KINDS = {"arguments", "resident", "results", "temporaries", "total"}
 
 def run(*arguments, **environment):
     """Runs preflight on the smallest config: (exit code, stdout, stderr)."""
-    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # Preflight itself sets the number of devices.
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     command = [sys.executable, "-m", "drpo_jax.preflight", f"--config={SMALLEST}", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=600
-    )
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags} | environment,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 

@@ -11,7 +11,7 @@ from tests.pretrained import config, write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, compile_quickly):
     """The directory of a tiny model and its tokenizer."""
     directory = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(directory)

@@ -5,6 +5,8 @@ holds several, it is an integer: the number of the response (1, 2, …, at most 
 0 elsewhere.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -58,6 +60,7 @@ def sequence_quantile(x: ArrayLike, mask: ArrayLike, q: float) -> jax.Array:
     return jnp.where(ids > 0, low + (place - below) * (high - low), 0)
 
 
+@partial(jax.jit, inline=True)  # Eagerly, the scan would compile more than a hundred operations.
 def prefix_sum(x: ArrayLike, mask: ArrayLike) -> jax.Array:
     """Returns the sum of x over the earlier tokens of each token's response.
 

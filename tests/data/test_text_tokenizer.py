@@ -9,6 +9,8 @@ from drpo_jax.data import CharTokenizer, MarkTokenizer, TextTokenizer, make_toke
 from tests.fixtures import qwen3_tokenizer
 
 IM_END, END_OF_TEXT = 151645, 151643
+LETTERS = 256  # tokens of Qwen3 that are no merges; they come first
+ENDS = LETTERS, LETTERS + 2  # <|endoftext|> and <|im_end|> in `base`
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +20,30 @@ def directory(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def letters(directory):
+    """Qwen3's two files without its merges, which take most of the time to load."""
+    tokenizer, config = (
+        json.loads((directory / f"{name}.json").read_text())
+        for name in ("tokenizer", "tokenizer_config")
+    )
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"] |= {"vocab": {t: i for t, i in vocab.items() if i < LETTERS}, "merges": []}
+    fewer = len(vocab) - LETTERS
+    for token in tokenizer["added_tokens"]:
+        token["id"] -= fewer
+    added = config["added_tokens_decoder"]
+    config["added_tokens_decoder"] = {str(int(i) - fewer): token for i, token in added.items()}
+    return tokenizer, config
+
+
 @pytest.fixture
-def base(directory, tmp_path):
-    """The tokenizer of the base models, whose end of sequence is <|endoftext|>."""
-    config = json.loads((directory / "tokenizer_config.json").read_text())
-    config["eos_token"] = "<|endoftext|>"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.json").symlink_to(directory / "tokenizer.json")
+def base(letters, tmp_path):
+    """A tokenizer like that of the base models, whose end of sequence is <|endoftext|>."""
+    tokenizer, config = letters
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.dumps(config | {"eos_token": "<|endoftext|>"})
+    (tmp_path / "tokenizer_config.json").write_text(config)
     return tmp_path
 
 
@@ -67,17 +86,17 @@ def test_chat(directory, thinking):
 
 def test_a_base_model_stops_at_its_own_end_and_at_that_of_the_template(base):
     plain = TextTokenizer(base)
-    assert plain.stop_ids == (END_OF_TEXT,)
+    assert plain.stop_ids == ENDS[:1]
     assert plain.prompt("1+1?") == plain.encode("1+1?")
-    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT, IM_END)
+    assert TextTokenizer(base, chat=True).stop_ids == ENDS
 
 
 def test_generation_config_adds_ends(base):
-    (base / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": IM_END}}))
-    assert TextTokenizer(base).stop_ids == (END_OF_TEXT, IM_END)
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END_OF_TEXT]}))
+    (base / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": ENDS[1]}}))
+    assert TextTokenizer(base).stop_ids == ENDS
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, ENDS[0]]}))
     tokenizer = TextTokenizer(base)
-    assert tokenizer.stop_ids == (7, END_OF_TEXT)
+    assert tokenizer.stop_ids == (7, ENDS[0])
     assert tokenizer.decode([16, 7]) == "1"  # The stop token is removed.
 
 
@@ -102,14 +121,14 @@ def test_the_end_of_a_turn_is_a_stop(base, end, named):
         for field in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
             config.pop(field, None)
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT, IM_END)
+    assert TextTokenizer(base, chat=True).stop_ids == ENDS
 
 
 def test_a_template_without_an_end_of_turn(base):
     config = json.loads((base / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    assert TextTokenizer(base, chat=True).stop_ids == (END_OF_TEXT,)
+    assert TextTokenizer(base, chat=True).stop_ids == ENDS[:1]
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
@@ -148,13 +167,12 @@ def test_a_plain_prompt_begins_with_the_beginning_of_sequence(base):
         "single": [first, {text: {"id": "A", "type_id": 0}}],
         "pair": [{text: {"id": "A", "type_id": 0}}, {text: {"id": "B", "type_id": 1}}],
         "special_tokens": {
-            "<|im_start|>": {"id": "<|im_start|>", "ids": [151644], "tokens": ["<|im_start|>"]}
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [LETTERS + 1], "tokens": ["<|im_start|>"]}
         },
     }
-    (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     opened = TextTokenizer(base)
-    assert opened.prompt("5") == [151644, *opened.encode("5")]
+    assert opened.prompt("5") == [LETTERS + 1, *opened.encode("5")]
 
 
 def test_errors(tmp_path, base):
@@ -173,5 +191,5 @@ def test_the_tokenizer_of_a_config(directory, base):
     fields = dict(task="math", tokenizer="", chat=False, thinking="default", system="")
     assert isinstance(make_tokenizer(fields), CharTokenizer)
     assert isinstance(make_tokenizer(fields | {"task": "marked"}), MarkTokenizer)
-    assert make_tokenizer(fields, base).eos_id == END_OF_TEXT
+    assert make_tokenizer(fields, base).eos_id == ENDS[0]
     assert make_tokenizer(fields | {"tokenizer": directory}, base).eos_id == IM_END

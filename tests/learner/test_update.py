@@ -32,6 +32,7 @@ from drpo_jax.objectives import AGGREGATIONS, token_weights
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZES = dict(hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8, rope_theta=1e4)
 MOE = ModelConfig(vocab_size=64, **SIZES, experts=5, experts_per_token=2, expert_size=24)
+DENSE = ModelConfig(vocab_size=64, **SIZES, mlp_size=48)
 N, P, R = 8, 5, 6
 SETTINGS = UpdateSettings(policy("drpo"), "token-mean", horizon=R, temperature=0.9, head_chunk=16)
 SGD = optax.sgd(1.0)  # the change of a parameter is its gradient
@@ -71,6 +72,12 @@ def run(state, batch, settings, optimizer=SGD, schedule=ONE):
 @pytest.fixture(scope="module")
 def state():
     return init_state(new_model(MOE), SGD)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A TrainState for what does not depend on the experts, which compile slowly."""
+    return init_state(new_model(DENSE), SGD)
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +154,11 @@ MIXED = dataclasses.replace(
     [(GSPO, ()), (PREFIX, ()), (MIXED, ("old_logp", "ref_logp"))],
     ids=["gspo", "prefix", "mixed"],
 )
-def test_packing_and_micro_batches_change_nothing(state, settings, extra):
+def test_packing_and_micro_batches_change_nothing(dense, settings, extra):
     """Sequence-level and penalized objectives against the definition, for several partitions."""
     batch, layout = new_batch(extra=extra)
     definition = functools.partial(loss_of_definition, settings=settings)
-    expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, batch)
+    expected, grads = jax.jit(jax.value_and_grad(definition))(dense.model, batch)
     assert abs(expected) > 1e-2
     traces = []
     for pack, micro_batches, order in (
@@ -164,7 +171,7 @@ def test_packing_and_micro_batches_change_nothing(state, settings, extra):
         if pack:
             assert len(np.unique(layout.rows)) == 6  # of eight
         ours, trace, metrics = jax.jit(functools.partial(gradients, settings=cut))(
-            state.model, batch
+            dense.model, batch
         )
         np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
         assert_gradients(ours, grads)
@@ -192,6 +199,7 @@ BY_TOKENS = dict(pack=True, parts=PARTS, micro_batches=N)
 EVERY_WIDTH = np.array([5, 3, 2, 3, 1, 1, 1, 1]), np.array([6, 5, 5, 4, 3, 2, 1, 1])
 
 
+@pytest.mark.slow
 def test_widths_change_nothing(state):
     """Loss, gradient, router metrics and trace of one micro-batch, with replayed routes."""
     (batch, layout), (apart, places) = new_batch_by_tokens(EVERY_WIDTH, routes=True)
@@ -199,10 +207,9 @@ def test_widths_change_nothing(state):
     assert len(used) == 3 and len(np.unique(layout.rows[layout.starts == 0])) == 3
     whole = dataclasses.replace(SETTINGS, aggregation="seq-mean-token-mean")
     by_tokens = dataclasses.replace(whole, **BY_TOKENS)
-    run = jax.jit(lambda batch, settings: gradients(state.model, batch, settings=settings),
-                  static_argnums=1)  # fmt: skip
-    ours, trace, metrics = run(batch, by_tokens)
-    expected, traced, same = run(apart, whole)
+    run = jax.jit(functools.partial(gradients), static_argnames="settings")
+    ours, trace, metrics = run(state.model, batch, settings=by_tokens)
+    expected, traced, same = run(state.model, apart, settings=whole)
     assert_gradients(ours, expected)
     for name in same:
         np.testing.assert_allclose(metrics[name], same[name], rtol=2e-5, err_msg=name)
@@ -213,25 +220,25 @@ def test_widths_change_nothing(state):
     for seed in range(3):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, 6, N), rng.integers(0, 7, N)
-        run(new_batch_by_tokens(lengths, routes=True)[0][0], by_tokens)
+        run(state.model, new_batch_by_tokens(lengths, routes=True)[0][0], settings=by_tokens)
     assert run._cache_size() == 2
 
 
-@pytest.mark.slow  # Three programs of four widths: a minute of compilation.
+@pytest.mark.slow  # Three programs of four widths.
 @pytest.mark.parametrize(
     "settings, extra",
     [(GSPO, ()), (PREFIX, ()), (MIXED, ("old_logp", "ref_logp"))],
     ids=["gspo", "prefix", "mixed"],
 )
-def test_widths_change_no_objective(state, settings, extra):
+def test_widths_change_no_objective(dense, settings, extra):
     (batch, layout), (apart, places) = new_batch_by_tokens(EVERY_WIDTH, 2, extra)
     definition = functools.partial(loss_of_definition, settings=settings)
-    expected, grads = jax.jit(jax.value_and_grad(definition))(state.model, apart)
+    expected, grads = jax.jit(jax.value_and_grad(definition))(dense.model, apart)
     cut = dataclasses.replace(settings, **BY_TOKENS | {"micro_batches": N // 2})
-    ours, trace, metrics = jax.jit(functools.partial(gradients, settings=cut))(state.model, batch)
+    ours, trace, metrics = jax.jit(functools.partial(gradients, settings=cut))(dense.model, batch)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
     assert_gradients(ours, grads)
-    scored = jax.jit(lambda m, b: response_trace(m, b, cut))(state.model, batch)
+    scored = jax.jit(lambda m, b: response_trace(m, b, cut))(dense.model, batch)
     np.testing.assert_allclose(scored.logp, trace.logp, atol=1e-6)
 
 
@@ -352,8 +359,7 @@ def test_nothing_holds_the_logits_of_a_batch():
 
 
 def test_a_dense_model_has_no_load_to_balance(batch):
-    config = ModelConfig(vocab_size=64, **SIZES, mlp_size=48)
-    state = jax.eval_shape(lambda: init_state(Transformer(config, jax.random.key(0)), SGD))
+    state = jax.eval_shape(lambda: init_state(Transformer(DENSE, jax.random.key(0)), SGD))
     programs = {
         str(
             jax.make_jaxpr(

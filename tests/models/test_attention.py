@@ -228,6 +228,7 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_memory_grows_with_the_length_not_its_square(optimized):
@@ -306,12 +307,12 @@ def test_a_model_computes_the_same_with_any_kernel():
     tokens = np.random.default_rng(0).integers(32, size=(2, length)).astype(np.int32)
     segments = np.stack([segment([20, 17], length), segment([31], length, left=9)])
 
-    @partial(jax.jit, static_argnums=0)
-    def hidden(attention, tokens):
+    @partial(jax.jit, static_argnums=1)
+    def hidden(model, attention):
         return model.hidden(tokens, None, segments, Compute(attention=attention)).hidden
 
     real = segments > 0
-    exact, chunks = hidden("full", tokens), hidden("chunked", tokens)
+    exact, chunks = hidden(model, "full"), hidden(model, "chunked")
     assert np.all(np.isfinite(exact)) and np.all(np.isfinite(chunks))
     np.testing.assert_allclose(exact[real], chunks[real], atol=1e-5)
     assert np.any(exact != chunks)
@@ -411,6 +412,7 @@ def tpu_program():
     print(json.dumps(figures))
 
 
+@pytest.mark.slow
 def test_on_tpu():
     """Splash and its two backward kernels run without communication in linear memory."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:

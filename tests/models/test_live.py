@@ -11,6 +11,7 @@ from drpo_jax.parallel import make_mesh, named_sharding
 
 SLOTS, KV_HEADS, GROUP, WIDTH, COLUMNS = 5, 2, 3, 128, 384
 LIVE = np.array([1, COLUMNS, 130, 0, 300], np.int32)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def new_ring(rng, slots=SLOTS, columns=COLUMNS):

@@ -199,7 +199,7 @@ def new_model():
         vocab_size=32, hidden_size=16, layers=2, heads=4, kv_heads=2, head_dim=4,
         experts=8, experts_per_token=2, expert_size=F,
     )  # fmt: skip
-    model = Transformer(config, jax.random.key(5))
+    model = jax.jit(lambda key: Transformer(config, key))(jax.random.key(5))
     router = model.blocks.mlp.router
     router[...] = router[...].at[1, :, 1].set(router[1, :, 0] * (1 + 2e-7))
     return model

@@ -11,6 +11,7 @@ CONFIGS = {
     "moe": ModelConfig(**SIZES, experts=5, experts_per_token=2, expert_size=24, rope_theta=1e4),
 }
 B, T = 2, 12
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 forward = jax.jit(lambda model, *args: model(*args))
 
 

@@ -39,6 +39,7 @@ from drpo_jax.models.transformer import (
     Hidden,
     Prefix,
     Transformer,
+    check_heads,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Prefix",
     "Ring",
     "Transformer",
+    "check_heads",
     "from_pretrained",
     "load_balance_loss",
     "read_config",

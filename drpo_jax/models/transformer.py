@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from drpo_jax.models.attention import Attention
+from drpo_jax.models.attention import Attention, key_copies
 from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8, empty_ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
@@ -32,7 +33,7 @@ from drpo_jax.models.layers import (
 )
 from drpo_jax.models.moe import MLP, MoE
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import constrain
+from drpo_jax.parallel import columns_are_split, constrain
 from drpo_jax.precision import dot_precision
 
 
@@ -192,6 +193,8 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        if columns_are_split():  # Gathered here once, because every mixer needs whole rows of them.
+            segment_ids = constrain(segment_ids, "batch", None)
         layer = self._layer(segment_ids, positions, compute, prefix, record)
         x = self._embed(tokens, compute)
         if routes is not None:
@@ -363,6 +366,22 @@ class Transformer(nnx.Module):
         x = look_up(self.embed[...], gather_rows(tokens, compute), compute.dtype)
         x = scatter_rows(gather_rows(x, compute), compute)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
+
+
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Checks that the learner's mesh divides the heads of attention and DeltaNets.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    key_copies(config.heads, config.kv_heads, mesh)
+    tensor, sequence = (mesh.shape[axis] for axis in ("tensor", "sequence"))
+    if sequence > 1 and config.linear_key_heads % (tensor * sequence):
+        raise ValueError(
+            f"mesh.tensor · mesh.sequence = {tensor} · {sequence} must divide the "
+            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); lower one of "
+            "the two"
+        )
 
 
 def _run(layer, x, blocks, caches, routes):

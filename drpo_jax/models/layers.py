@@ -191,9 +191,9 @@ def _look_up(table, tokens, dtype, vocabulary):
         return rows.reshape(*tokens.shape, -1)
 
     columns, table_spec = P(BATCH_AXES, "sequence"), partition_spec(("vocab", "embed"))
-    return jax.shard_map(
-        body, in_specs=(table_spec, columns), out_specs=columns, check_vma=False
-    )(table, tokens)
+    return jax.shard_map(body, in_specs=(table_spec, columns), out_specs=columns, check_vma=False)(
+        table, tokens
+    )
 
 
 def _look_up_fwd(table, tokens, dtype, vocabulary):

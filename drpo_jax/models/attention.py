@@ -301,6 +301,22 @@ def key_copies(heads: int, kv_heads: int, mesh: Mesh | AbstractMesh) -> int:
     return split // kv_heads
 
 
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Checks that the learner's mesh divides the heads of attention and DeltaNets.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    key_copies(config.heads, config.kv_heads, mesh)
+    tensor, sequence = (mesh.shape[axis] for axis in RULES["mixed_heads"])
+    if sequence > 1 and config.linear_key_heads % (tensor * sequence):
+        raise ValueError(
+            f"mesh.tensor · mesh.sequence = {tensor} · {sequence} must divide the "
+            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); lower one of "
+            "the two"
+        )
+
+
 def full(
     q_BxTxNxH: jax.Array, k_BxTxKxH: jax.Array, v_BxTxKxH: jax.Array, segment_ids_BxT: jax.Array
 ) -> jax.Array:

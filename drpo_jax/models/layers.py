@@ -85,9 +85,10 @@ def project(
 def _placed(axes, sampling):
     """Returns the matmul operations for a weight with these logical axes.
 
-    The learner's weight is sharded over `fsdp` and `sequence`. It is gathered after it has been quantized and cast,
-    and its gradient is summed directly into the shards. The sampler's weight stays where it is. Without
-    these constraints XLA may move the activations of the learner, or the weights of the sampler.
+    The learner's weight is sharded over `fsdp` and `sequence`. It is gathered after it has been
+    quantized and cast, and its gradient is summed directly into the shards. The sampler's weight stays
+    where it is. Without these constraints XLA may move the activations of the learner, or the weights
+    of the sampler.
     """
     rules = SAMPLER_RULES if sampling else GATHERED_RULES
 

@@ -85,8 +85,8 @@ class MoE(nnx.Module):
         """Computes the mixture for tokens.
 
         Args:
-          x: [..., D].
-          valid: bool [...], False for padding tokens, which visit no expert and count in no
+          x: [B, D] or [B, T, D].
+          valid: bool [B] or [B, T], False for padding tokens, which visit no expert and count in no
             statistic.
           compute: how to compute.
           routes: int [..., k], experts that each token visits instead of those that the router

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from drpo_jax.models.attention import Attention, key_copies
+from drpo_jax.models.attention import Attention
 from drpo_jax.models.cache import KV, DeltaState, Ring, Ring8, empty_ring
 from drpo_jax.models.delta_net import GatedDeltaNet
 from drpo_jax.models.layers import (
@@ -366,22 +365,6 @@ class Transformer(nnx.Module):
         x = look_up(self.embed[...], gather_rows(tokens, compute), compute.dtype)
         x = scatter_rows(gather_rows(x, compute), compute)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
-
-
-def check_heads(config: ModelConfig, mesh: Mesh) -> None:
-    """Checks that the learner's mesh divides the heads of attention and DeltaNets.
-
-    Raises:
-      ValueError: if it does not.
-    """
-    key_copies(config.heads, config.kv_heads, mesh)
-    tensor, sequence = (mesh.shape[axis] for axis in ("tensor", "sequence"))
-    if sequence > 1 and config.linear_key_heads % (tensor * sequence):
-        raise ValueError(
-            f"mesh.tensor · mesh.sequence = {tensor} · {sequence} must divide the "
-            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); lower one of "
-            "the two"
-        )
 
 
 def _run(layer, x, blocks, caches, routes):

@@ -57,7 +57,7 @@ def test_batch_shards_and_constrain():
 
 
 def test_tokens_are_flattened_where_they_are():
-    """In rows with tokens numbered from 0, each device's tokens are a block of two rows and two columns."""
+    """The tokens of a device are a block of two rows and two columns."""
     x = np.arange(4 * 4 * 3).reshape(4, 4, 3)
     np.testing.assert_array_equal(flatten_tokens(x), x.reshape(16, 3))  # no mesh
     with jax.set_mesh(make_mesh(data=2, sequence=2, tensor=2)):

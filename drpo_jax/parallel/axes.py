@@ -49,6 +49,11 @@ SAMPLER_RULES = GATHERED_RULES | {
     "gathered_batch": ("data", "expert"),
 }
 
+# Rows split by columns, and their tokens in the order of the devices.
+_ROWS, _TOKENS = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(TOKEN_AXES)
+# Runs a function on the tokens of each device. Features may be split over the other axes.
+_locally = partial(jax.shard_map, axis_names=set(TOKEN_AXES))
+
 LogicalAxes = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -135,7 +140,7 @@ def flatten_tokens(x_BxT: jax.Array) -> jax.Array:
 
     if not columns_are_split():
         return flat(x_BxT)
-    return _LOCALLY(flat, in_specs=_COLUMNS, out_specs=_TOKENS)(x_BxT)
+    return _locally(flat, in_specs=_ROWS, out_specs=_TOKENS)(x_BxT)
 
 
 def unflatten_tokens(x_N: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -148,9 +153,4 @@ def unflatten_tokens(x_N: jax.Array, shape: Sequence[int]) -> jax.Array:
     def rows(x):
         return x.reshape(*local, *x.shape[1:])
 
-    return _LOCALLY(rows, in_specs=_TOKENS, out_specs=_COLUMNS)(x_N)
-
-
-_COLUMNS, _TOKENS = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(TOKEN_AXES)
-# Features stay split over the other axes.
-_LOCALLY = partial(jax.shard_map, axis_names=set(TOKEN_AXES))
+    return _locally(rows, in_specs=_TOKENS, out_specs=_ROWS)(x_N)

@@ -56,8 +56,7 @@ NAMED = {
     "tensor": dict(data=2, tensor=4),
     "fsdp and tensor": dict(data=1, fsdp=4, tensor=2),
     "all but data": dict(data=1, fsdp=2, expert=2, tensor=2),
-    "sequence": dict(data=2, sequence=4),
-    "sequence and expert": dict(data=1, sequence=2, expert=4),
+    "sequence and expert": dict(data=1, sequence=4, expert=2),
     "sequence, fsdp and tensor": dict(data=1, fsdp=2, sequence=2, tensor=2),
 }
 

@@ -1,4 +1,4 @@
-"""Checks that all meshes compute the same: every way to split eight devices over the four mesh axes.
+"""Checks that all meshes compute the same: every way to split eight devices over the five mesh axes.
 
     python -m benchmarks.meshes [--family=dense --family=moe --family=hybrid] [--output=FILE.json]
 
@@ -56,6 +56,8 @@ NAMED = {
     "tensor": dict(data=2, tensor=4),
     "fsdp and tensor": dict(data=1, fsdp=4, tensor=2),
     "all but data": dict(data=1, fsdp=2, expert=2, tensor=2),
+    "sequence and expert": dict(data=1, sequence=4, expert=2),
+    "sequence, fsdp and tensor": dict(data=1, fsdp=2, sequence=2, tensor=2),
 }
 
 

@@ -16,6 +16,8 @@ from drpo_jax.sampler import Rollouts
 class Batches:
     """Shapes and layout of the batches of a run.
 
+    Rows are rounded up to a width that the mesh divides (`row_width`).
+
     Axis letters: N sequences of a batch, P rows that hold them, T tokens of a row, R response tokens,
     L layers, k experts per token.
 
@@ -25,7 +27,7 @@ class Batches:
       update_shape: (P, T) of a policy update with `sequences_per_update` sequences.
       micro_batch: rows of a micro-batch of a policy update.
       updates_per_epoch: mini-batches of a rollout.
-      supervised_width: tokens of a row of supervised learning.
+      supervised_width: maximum tokens of an example of supervised learning.
 
     Args:
       config: a resolved config.
@@ -47,15 +49,16 @@ class Batches:
             self._check_batch("sft.micro_batch")
         if not train.micro_tokens:
             self._check_batch("train.micro_batch")
-            self.update_shape = self.sequences_per_update, width
+            self.update_shape = self.sequences_per_update, self.row_width(width)
             return
-        width = -(-width // PARTS[-1]) * PARTS[-1]
+        parts = PARTS[-1] * mesh.shape["sequence"]
+        width = -(-width // parts) * parts
         if train.micro_tokens < shards * width:
             raise ValueError(
                 f"train.micro_tokens = {train.micro_tokens} is too small: each of the {shards} devices "
                 f"over which the mesh {dict(mesh.shape)} splits a batch (data · fsdp · expert) "
                 f"needs a row of {width} tokens (prompt and response, rounded up to a multiple of "
-                f"{PARTS[-1]}). Set at least {shards * width}, or 0 with train.micro_batch"
+                f"{parts}). Set at least {shards * width}, or 0 with train.micro_batch"
             )
         largest = min(train.micro_tokens // width, self.sequences_per_update + shards - 1)
         self.micro_batch = largest // shards * shards
@@ -66,6 +69,10 @@ class Batches:
     def micro_batches(self) -> int:
         """The number of micro-batches of a policy update."""
         return self.update_shape[0] // self.micro_batch
+
+    def row_width(self, tokens: int) -> int:
+        """Returns the columns T of rows that hold `tokens`: the next multiple of `mesh.sequence`."""
+        return -(-tokens // self.mesh.shape["sequence"]) * self.mesh.shape["sequence"]
 
     def layout(
         self,
@@ -79,13 +86,14 @@ class Batches:
         Args:
           prompt_lengths, response_lengths: int [N], tokens.
           pack: see `batch`.
-          width: T of the rows unless train.micro_tokens packs them; default: that of a policy update.
+          width: tokens that a row must hold, unless train.micro_tokens packs the rows; default: those of
+            a policy update.
         """
         train, micro_batches = self.config.train, self.micro_batches
         lengths = prompt_lengths, response_lengths
         if pack and train.micro_tokens:
             return lay_out_by_tokens(*lengths, self.update_shape, micro_batches)
-        width = width or self.update_shape[1]
+        width = self.row_width(width or self.update_shape[1])
         return lay_out(*lengths, width, pack and train.pack, micro_batches)
 
     def batch(
@@ -98,7 +106,7 @@ class Batches:
         routes: np.ndarray | None = None,
         loss_mask: np.ndarray | None = None,
     ) -> tuple[Batch, Layout]:
-        """Returns N sequences as a Batch on the mesh, with rows split over the batch axes.
+        """Returns N sequences as a Batch on the mesh, split by rows and columns.
 
         Args:
           tokens: int32 [N, T], prompt and response without a gap.
@@ -133,7 +141,7 @@ class Batches:
         layout = lay_out(
             prompt_lengths,
             response_lengths,
-            width=tokens.shape[1],
+            width=self.row_width(tokens.shape[1]),
             pack=sft.pack,
             micro_batches=sft.batch // sft.micro_batch,
         )
@@ -170,10 +178,10 @@ class Batches:
         )
 
     def _on_mesh(self, batch: Batch) -> Batch:
-        """Places a batch of NumPy arrays; every process places the rows that its own devices hold."""
-        rows = named_sharding(self.mesh, ("batch",))
+        """Places a batch of NumPy arrays; every process places the parts that its own devices hold."""
+        parts = named_sharding(self.mesh, ("batch", "length"))
         return jax.tree.map(
-            lambda a: jax.make_array_from_callback(a.shape, rows, a.__getitem__), batch
+            lambda a: jax.make_array_from_callback(a.shape, parts, a.__getitem__), batch
         )
 
     def _check_batch(self, field):

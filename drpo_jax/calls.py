@@ -85,7 +85,7 @@ def rollout_step(programs: Programs) -> list[Program]:
 def _warm_start(programs: Programs) -> list[Program]:
     if not has_warm_start(programs.config):
         return []
-    shape = programs.config.sft.batch, programs.supervised_width
+    shape = programs.config.sft.batch, programs.row_width(programs.supervised_width)
     batch = abstract_batch(programs, shape, ())
     arguments = {"learner state": programs.abstract_sft_state, "batch": batch}
     return [Program("warm start", programs.supervised_update, arguments)]
@@ -148,10 +148,10 @@ def abstract_batch(
       replay: whether the batch contains the sampler's routes.
     """
     sampler, model = programs.config.sampler, programs.model_config
-    rows = named_sharding(programs.mesh, ("batch",))
+    parts = named_sharding(programs.mesh, ("batch", "length"))
 
     def array(dtype, *more):
-        return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=rows)
+        return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=parts)
 
     def token_input(name):
         top = (sampler.top_logprobs,) if "topk" in name else ()

@@ -174,7 +174,10 @@ def program_list(programs: Programs) -> list[Program]:
 def head_chunks(programs: Programs, micro_batch: int) -> int:
     """Chunks of the head in a micro-batch, the one trip count that depends on the data."""
     mesh, config = programs.mesh, programs.config
-    tokens = micro_batch // batch_shards(mesh) * config.sampler.max_response_length
+    # The columns of a device may all belong to a response.
+    columns = programs.update_shape[1] // mesh.shape["sequence"]
+    columns = min(columns, config.sampler.max_response_length)
+    tokens = micro_batch // batch_shards(mesh) * columns
     chunk = chunk_tokens(config.model.vocab_size // mesh.shape["tensor"])
     return max(-(-tokens // chunk), 1)
 
@@ -196,7 +199,7 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
     elif (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
-        "more mesh.tensor, because each device already computes one sequence at a time; or a smaller "
+        "more mesh.sequence, because each device already computes one row at a time; or a smaller "
         "sampler.max_response_length"
     )
 
@@ -238,7 +241,8 @@ def heading(programs: Programs, topology: str, chip: Chip, flops: Mapping[str, f
     word, unit = ("billion", 1e9) if count >= 1e9 else ("million", 1e6)
 
     def sizes(mesh):
-        return " · ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        several = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+        return " · ".join(several) or "of one device"
 
     return (
         f"{topology}: {mesh.size} devices of {costs.amount(chip.memory)}, mesh {sizes(mesh)}"

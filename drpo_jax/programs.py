@@ -35,7 +35,7 @@ from drpo_jax.learner import (
     summarize,
     update,
 )
-from drpo_jax.models import Compute, ModelConfig, Transformer
+from drpo_jax.models import Compute, ModelConfig, Transformer, check_heads
 from drpo_jax.parallel import (
     SAMPLER_RULES,
     DeviceClock,
@@ -111,8 +111,8 @@ class Programs(Batches):
       supervised_updates: number of updates of supervised learning; None: sft.steps.
 
     Raises:
-      ValueError: the mesh does not divide a batch, or the sampler's mesh does not divide its slots or
-        the heads of its caches.
+      ValueError: the mesh does not divide a batch or the heads, or the sampler's mesh does not divide
+        its slots or the heads of its caches.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Programs(Batches):
         self.model_config = model_config(config)
         self.sampler_mesh = make_sampler_mesh(mesh, **config.sampler_mesh)
         check_split(self.model_config, config.sampler.slots, self.sampler_mesh)
+        check_heads(self.model_config, mesh)
         super().__init__(config, mesh)
         steps = config.sft.steps
         self.supervised_updates = steps if supervised_updates is None else supervised_updates

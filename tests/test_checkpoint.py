@@ -38,7 +38,8 @@ def state(width=8):
 def placed(tree, **sizes):
     """`tree` on a mesh of eight devices, its matrices split over fsdp and tensor."""
     mesh = make_mesh(**sizes)
-    spec = {0: (), 1: ("fsdp",), 2: ("fsdp", "tensor")}
+    embed = "fsdp", "sequence"
+    spec = {0: (), 1: (embed,), 2: (embed, "tensor")}
     return jax.tree.map(
         lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec[a.ndim]))), tree
     )
@@ -69,7 +70,12 @@ def test_round_trip_onto_other_meshes(tmp_path):
         checkpoints.save(3, saved)
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.latest_step() == checkpoints.best_step() == 3
-        for sizes in ({"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"tensor": 8}, {}):
+        for sizes in (
+            {"fsdp": 4, "tensor": 2},
+            {"fsdp": 2, "sequence": 2, "tensor": 2},
+            {"tensor": 8},
+            {},
+        ):
             other = placed(state(), **sizes)
             equal(checkpoints.restore(3, abstract(other)), other)
         one = jax.device_put(state(), jax.devices()[0])

@@ -56,7 +56,7 @@ def test_eight_cpu_devices(tmp_path):
         "--topology=cpu:8", f"--json={file}", *fields, JAX_DISABLE_MOST_OPTIMIZATIONS="1"
     )
     assert code == 0, err
-    assert "cpu:8: 8 devices" in out and "data 1 · fsdp 2 · expert 2 · tensor 2" in out
+    assert "cpu:8: 8 devices" in out and "mesh fsdp 2 · expert 2 · tensor 2" in out
     assert "It fits" in out and "lower bound on the time of a step is unknown" in out
     figures = json.loads(file.read_text())
     assert figures["devices"] == 8 and figures["fits"] is True
@@ -156,7 +156,7 @@ def test_remedies_for_large_temporaries():
     below = "train.micro_tokens below 256, at least 128"
     assert preflight.smaller(known, "train") == below
     known = new_programs(train__micro_batch=4, compute__remat="full")
-    assert "already computes one sequence at a time" in preflight.smaller(known, "train")
+    assert "already computes one row at a time" in preflight.smaller(known, "train")
     assert preflight.smaller(known, "sft") == "sft.micro_batch below 16, a multiple of 4"
 
 

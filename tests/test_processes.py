@@ -127,10 +127,12 @@ def test_the_rollouts_equal_those_of_one_process(runs, step):
 def test_both_choose_the_same_groups(tmp_path):
     """Each process verifies every second draw; both drop, carry and continue the same groups.
 
-    The sampler has a mesh of its own, and its rings change their size.
+    The sampler has a mesh of its own, and its rings change their size. The learner's rows are split
+    between the processes by columns.
     """
     fields = "train.dynamic_sampling=True train.partial_tokens=12 sampler.decode_steps=8".split()
     fields += "sampler_mesh.fsdp=2 sampler_mesh.expert=2 sampler_mesh.tensor=2".split()
+    fields += "mesh.data=1 mesh.fsdp=1 mesh.sequence=2 mesh.expert=4".split()
     runs = [tmp_path / "one", tmp_path / "two"]
     for processes, workdir in enumerate(runs, 1):
         launch(workdir, processes, steps=2, fields=fields)

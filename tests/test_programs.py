@@ -26,6 +26,7 @@ from drpo_jax.precision import Quantized, fake_quantize
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEY = jax.random.key(SEED)
 MIXED = NAMED["all but data"]
+LONG = dict(data=1, fsdp=2, sequence=2, expert=2)
 # The sampler's own division of the eight devices.
 OWN = {f"sampler_mesh.{axis}": 2 for axis in ("fsdp", "expert", "tensor")}
 OWN_DENSE = {"sampler_mesh.fsdp": 4, "sampler_mesh.tensor": 2}
@@ -76,20 +77,22 @@ def test_the_penalties_of_the_config_reach_the_objective():
     assert (policy.kl, policy.kl_coefficient, policy.kl_behavior) == ("k3", 0.1, 0.01)
 
 
-def test_policy_updates_on_a_mixed_mesh():
+def test_policy_updates_on_mixed_meshes():
     fields = MOE | {"model.load_balance": 0.0, "train.pack": True, "objective.name": "gspo"}
     fields["objective.aggregation"] = "seq-mean-token-mean"
     expected = numbers(fields, policy=True)
-    assert_same(numbers(fields, policy=True, **MIXED), expected, "moe")
+    for mesh in (MIXED, LONG):
+        assert_same(numbers(fields, policy=True, **mesh), expected, "moe")
 
 
-def test_updates_by_tokens_on_a_mixed_mesh():
+def test_updates_by_tokens_on_mixed_meshes():
     """Micro-batches of several widths on eight devices, and one device with a sequence per row."""
     fields = MOE | {"model.load_balance": 0.0, "objective.name": "gspo"}
     fields["objective.aggregation"] = "seq-mean-token-mean"
     expected = numbers(fields, policy=True)
     fields |= {"train.micro_batch": 0, "train.micro_tokens": 4 * 8 * -(-(PROMPT + RESPONSE) // 8)}
-    assert_same(numbers(fields, policy=True, **MIXED), expected, "moe")
+    for mesh in (MIXED, LONG):
+        assert_same(numbers(fields, policy=True, **mesh), expected, "moe")
 
 
 def test_sync_quantizes_the_projections_and_nothing_else():

@@ -14,7 +14,7 @@ Chunks contain the tokens that count, in order. Tokens of weight zero (prompts, 
 
 On a mesh the head runs under `shard_map`. Tokens stay on their devices. The vocabulary is split over
 `tensor`, and the log-sum-exp is summed over it. The gradient of the weight is reduced once per call,
-after the loop over chunks, directly into its `fsdp` shards.
+after the loop over chunks, directly into its shards over `fsdp` and `sequence`.
 
 Axis letters: N tokens, C tokens per chunk, D model width, V vocabulary, K top tokens.
 """
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.objectives import OBJECTIVES, behavior_penalty, kl_penalty, table
-from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.parallel import RULES, TOKEN_AXES
 from drpo_jax.precision import dot_precision
 
 # Logits per chunk and device; 2**26 float32 values are 256 MiB.
@@ -218,11 +218,11 @@ def _head_pass(static, hidden, weight, arrays, gradient):
     run = partial(_local_pass, static, gradient)
     if mesh.empty or mesh.size == 1:
         return run(None, hidden, weight, *arrays)
-    tokens, replicated = P(BATCH_AXES), P()
-    gradients = (P(BATCH_AXES, None), P("fsdp", "tensor")) if gradient else None
+    tokens, replicated = P(TOKEN_AXES), P()
+    gradients = (P(TOKEN_AXES, None), P(RULES["embed"], "tensor")) if gradient else None
     return jax.shard_map(
         partial(run, mesh),
-        in_specs=(P(BATCH_AXES, None), P(None, "tensor"), tokens, tokens, tokens),
+        in_specs=(P(TOKEN_AXES, None), P(None, "tensor"), tokens, tokens, tokens),
         out_specs=(replicated, tokens, gradients),
         check_vma=False,
     )(hidden, weight.astype(hidden.dtype), *arrays)  # cast before the gather: half the bytes
@@ -283,7 +283,7 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     gradients = (d_hidden, zeros(weight_DxV.shape)) if gradient else None
     chunks = (jnp.sum(token_weight != 0) + chunk - 1) // chunk
     if mesh is not None:  # the loop contains collectives, so all devices need the same trip count
-        chunks = jax.lax.pmax(chunks, BATCH_AXES)
+        chunks = jax.lax.pmax(chunks, TOKEN_AXES)
     loss, trace, gradients = jax.lax.fori_loop(0, chunks, one_chunk, (zeros(()), trace, gradients))
     if gradient:
         gradients = expand(gradients[0]), gradients[1]
@@ -312,14 +312,14 @@ def _compaction(counted, chunk):
 
 
 def _reduced(mesh, loss, trace, gradients):
-    """Loss and weight gradient summed over the devices, the latter scattered over `fsdp`."""
+    """Loss and weight gradient summed over the devices, the latter scattered over its shards."""
     if mesh is None:
         return loss, trace, gradients
     if gradients is not None:
         d_hidden, d_weight = gradients
-        d_weight = jax.lax.psum_scatter(d_weight, "fsdp", scatter_dimension=0, tiled=True)
+        d_weight = jax.lax.psum_scatter(d_weight, RULES["embed"], scatter_dimension=0, tiled=True)
         gradients = d_hidden, jax.lax.psum(d_weight, ("data", "expert"))
-    return jax.lax.psum(loss, BATCH_AXES), trace, gradients
+    return jax.lax.psum(loss, TOKEN_AXES), trace, gradients
 
 
 @dataclasses.dataclass(frozen=True)

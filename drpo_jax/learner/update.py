@@ -16,6 +16,7 @@ from drpo_jax.learner.head import TokenTrace, head_loss, likelihood, precomputed
 from drpo_jax.learner.state import Batch, TrainState
 from drpo_jax.models import Compute, Transformer, router_metrics
 from drpo_jax.objectives import token_weights
+from drpo_jax.parallel import flatten_tokens, unflatten_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,19 +187,16 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
     out = model.hidden(
         batch.tokens, batch.positions, batch.segment_ids, settings.compute, routes=batch.routes
     )
-    operands = out.hidden.reshape(-1, out.hidden.shape[-1]), model.head_weight()
+    operands = flatten_tokens(out.hidden), model.head_weight()
     targets = jnp.roll(batch.tokens, -1, axis=1)  # position t predicts token t + 1
 
     def loss_of(objective, operands, weight_PxT, inputs):
-        def flat(a):
-            return a.reshape(weight_PxT.size, *a.shape[2:])
-
         loss, trace = head_loss(
-            *operands, *jax.tree.map(flat, (targets, weight_PxT, inputs)),
+            *operands, *jax.tree.map(flatten_tokens, (targets, weight_PxT, inputs)),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
             entropy_bonus=settings.entropy_bonus, sum_squares=settings.sum_squares,
         )  # fmt: skip
-        return loss, jax.tree.map(lambda a: a.reshape(*weight_PxT.shape, *a.shape[1:]), trace)
+        return loss, jax.tree.map(lambda a: unflatten_tokens(a, weight_PxT.shape), trace)
 
     objective, inputs = settings.objective, batch.inputs
     if getattr(objective, "needs_sequences", False):

@@ -30,16 +30,13 @@ Families, and the fields of `ModelConfig` that distinguish them:
                  (norm_offset), a mixture of experts with a shared expert (shared_expert_size)
 """
 
+from drpo_jax.models.attention import check_heads
 from drpo_jax.models.cache import KV, DeltaState, Ring
 from drpo_jax.models.huggingface import from_pretrained, read_config, save_pretrained
 from drpo_jax.models.moe import load_balance_loss, router_metrics
 from drpo_jax.models.presets import PRESETS
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.models.transformer import (
-    Hidden,
-    Prefix,
-    Transformer,
-)
+from drpo_jax.models.transformer import Hidden, Prefix, Transformer
 
 __all__ = [
     "KV",
@@ -51,6 +48,7 @@ __all__ = [
     "Prefix",
     "Ring",
     "Transformer",
+    "check_heads",
     "from_pretrained",
     "load_balance_loss",
     "read_config",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.cache import KV, Ring, Ring8
@@ -25,9 +26,11 @@ from drpo_jax.models.layers import (
     project,
     rms_norm,
     rotate,
+    split_columns,
+    whole_columns,
 )
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import BATCH_AXES, batch_shards
+from drpo_jax.parallel import BATCH_AXES, RULES, batch_shards
 from drpo_jax.precision import dot_precision
 
 
@@ -195,6 +198,10 @@ def attend(
     `tensor`, they are copied, and if the batch axes do not divide the rows, every device computes
     all rows.
 
+    Where `sequence` splits the columns, they are exchanged for heads before the kernel and back after
+    it (DeepSpeed-Ulysses, arXiv 2309.14509), so that a kernel sees whole rows of its heads, which are
+    split over `tensor` and `sequence`.
+
     Args:
       q_BxTxNxH: queries.
       k_BxTxKxH, v_BxTxKxH: keys and values.
@@ -205,21 +212,19 @@ def attend(
       [B, T, N, H] in q's dtype.
 
     Raises:
-      ValueError: if the selected kernel does not support the heads, or if the mesh's `tensor` axis
-        does not divide them.
+      ValueError: if the selected kernel does not support the heads, or if the axes `tensor` and
+        `sequence` of the mesh do not divide them.
     """
     _, t, _, h = q_BxTxNxH.shape
     name = attention_kernel(compute, q_BxTxNxH.dtype, t, h)
-    if name == "full":
-        out = full(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
-    else:
-        # The kernels for TPU and GPU are emulated on other platforms.
-        kernel = {
-            "chunked": partial(chunked, block=128 if compute.on_cpu() else 512),
-            "splash": partial(splash, interpret=compute.device() != "tpu"),
-            "cudnn": partial(cudnn, implementation="cudnn" if compute.device() == "gpu" else "xla"),
-        }[name]
-        out = _on_mesh(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+    # The kernels for TPU and GPU are emulated on other platforms.
+    kernel = {
+        "full": full,
+        "chunked": partial(chunked, block=128 if compute.on_cpu() else 512),
+        "splash": partial(splash, interpret=compute.device() != "tpu"),
+        "cudnn": partial(cudnn, implementation="cudnn" if compute.device() == "gpu" else "xla"),
+    }[name]
+    out = _on_mesh(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
     return jnp.where((segment_ids_BxT > 0)[..., None, None], out, 0)
 
 
@@ -269,19 +274,47 @@ def _on_mesh(kernel: Callable, q, k, v, segment_ids):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segment_ids)
-    parts, n, kv = mesh.shape["tensor"], q.shape[2], k.shape[2]
-    split = lcm(parts, kv)
-    if n % split:
-        raise ValueError(
-            f"mesh.tensor = {parts} cannot split {n} query heads (model.heads) of {kv} key/value heads "
-            f"(model.kv_heads): the number of query heads must be a multiple of {split}"
-        )
-    k, v = (jnp.repeat(a, split // kv, axis=2) for a in (k, v))
+    copies = key_copies(q.shape[2], k.shape[2], mesh)
+    k, v = (jnp.repeat(a, copies, axis=2) for a in (k, v))
     axes = BATCH_AXES if q.shape[0] % batch_shards(mesh) == 0 else None
-    heads, rows = P(axes, None, "tensor"), P(axes)
-    return jax.shard_map(
+    heads, rows = P(axes, None, RULES["mixed_heads"]), P(axes)
+    kernel = jax.shard_map(
         kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-    )(q, k, v, segment_ids)
+    )
+    return split_columns(kernel(*map(whole_columns, (q, k, v)), segment_ids))
+
+
+def key_copies(heads: int, kv_heads: int, mesh: Mesh | AbstractMesh) -> int:
+    """Returns how often key/value heads are repeated, so that the mesh splits them like the queries.
+
+    Raises:
+      ValueError: if the axes `tensor` and `sequence` of the mesh do not divide the query heads.
+    """
+    tensor, sequence = (mesh.shape[axis] for axis in RULES["mixed_heads"])
+    split = lcm(tensor * sequence, kv_heads)
+    if heads % split:
+        raise ValueError(
+            f"mesh.tensor = {tensor} and mesh.sequence = {sequence} cannot split {heads} query heads "
+            f"(model.heads) of {kv_heads} key/value heads (model.kv_heads): the number of query heads "
+            f"must be a multiple of {split}"
+        )
+    return split // kv_heads
+
+
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Checks that the learner's mesh divides the heads of attention and DeltaNets.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    key_copies(config.heads, config.kv_heads, mesh)
+    tensor, sequence = (mesh.shape[axis] for axis in RULES["mixed_heads"])
+    if sequence > 1 and config.linear_key_heads % (tensor * sequence):
+        raise ValueError(
+            f"mesh.tensor · mesh.sequence = {tensor} · {sequence} must divide the "
+            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); lower one of "
+            "the two"
+        )
 
 
 def full(

@@ -27,7 +27,8 @@ Tensors on disk (transformers' `Qwen3_5MoeGatedDeltaNet`) and parameters here:
 
 The channels of qkv_proj and conv are grouped by key head: its query, its key, the values of its
 value heads. A shard over `tensor` is therefore a set of whole heads, and no channel moves between
-devices.
+devices. Where `sequence` splits the columns, they are exchanged for heads before the convolution and
+back after the recurrence.
 
 Axis letters: B batch, T time, D model width, X convolution channels, W convolution kernel, K key
 heads, R value heads per key head (N = K·R value heads), H key width, V value width, M chunks of C
@@ -42,7 +43,14 @@ import numpy as np
 from flax import nnx
 
 from drpo_jax.models.cache import DeltaState
-from drpo_jax.models.layers import fan_in_normal, param, project, rms_norm
+from drpo_jax.models.layers import (
+    fan_in_normal,
+    param,
+    project,
+    rms_norm,
+    split_columns,
+    whole_columns,
+)
 from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.precision import dot_precision
 
@@ -127,7 +135,7 @@ class GatedDeltaNet(nnx.Module):
         Returns:
           The output [B, T, D], and the state after each row's last token.
         """
-        x = project(x_BxTxD, self.qkv_proj, compute)
+        x = whole_columns(project(x_BxTxD, self.qkv_proj, compute))
         inputs, segments, lead = x, segment_ids_BxT, 0
         if state is not None:
             lead = state.window.shape[1]
@@ -135,14 +143,14 @@ class GatedDeltaNet(nnx.Module):
             segments = jnp.pad(segments, ((0, 0), (lead, 0)), constant_values=1)
         mixed = jax.checkpoint(causal_convolution)(inputs, self.conv[...], segments)[:, lead:]
         q, k, v = self._heads(mixed)
-        g, beta = self._gates(x_BxTxD)
+        g, beta = map(whole_columns, self._gates(x_BxTxD))
         S = (
             None
             if state is None
             else state.memory.reshape(*v.shape[:1], *v.shape[2:4], *state.memory.shape[2:])
         )
         o, memory = delta_rule(q, k, v, g, beta, segment_ids_BxT, S)
-        out = self._output(o, x_BxTxD, compute)
+        out = self._output(split_columns(o), x_BxTxD, compute)
         window = last_inputs(inputs, segments, self.conv.shape[0] - 1)
         return out, DeltaState(window, memory.reshape(memory.shape[0], -1, *memory.shape[3:]))
 

@@ -37,10 +37,10 @@ from drpo_jax.models.grouped import (
 )
 from drpo_jax.models.settings import Compute
 from drpo_jax.parallel import (
-    BATCH_AXES,
     GATHERED_RULES,
     RULES,
     SAMPLER_RULES,
+    TOKEN_AXES,
     constrain,
     partition_spec,
 )
@@ -78,8 +78,8 @@ def run_experts(
     width, and the shares are summed.
 
     Weights are quantized outside the `shard_map`, because blocks of codes do not have to end where
-    a device's slice ends. They are passed twice: as values gathered over `fsdp`, which the matmuls
-    use in both passes, and as shards, into which the gradient is summed.
+    a device's slice ends. They are passed twice: as values gathered over `fsdp` and `sequence`, which
+    the matmuls use in both passes, and as shards, into which the gradient is summed.
 
     Args:
       x: [N, D].
@@ -110,7 +110,7 @@ def run_experts(
         y = jax.lax.psum(y, "tensor")
         return jax.lax.psum_scatter(y, split, scatter_dimension=0, tiled=True)
 
-    tokens = P(BATCH_AXES, None)
+    tokens = P(TOKEN_AXES, None)
     specs = [[partition_spec(axes, rules=rules) for axes in AXES] for rules in (stored, used)]
     return jax.shard_map(
         body, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False
@@ -146,7 +146,7 @@ def _local_experts(
 
     Args:
       values: None, or, under `shard_map`, the values of the weights. `weights` are then their
-        shards over `fsdp`.
+        shards over `fsdp` and `sequence`.
       part: None, or the most rows that are computed at once.
     """
     size, block, kernel = experts_Nxk.size, 1, compute.grouped_kernel()
@@ -159,9 +159,9 @@ def _local_experts(
     arrays = x_NxD, gates_Nxk, weights, values
     if part is None or part >= size:
         layout = make_layout(experts_Nxk, num_experts, block)
-        return _rows_of_experts(compute, kernel, "fsdp", *arrays, layout)
+        return _rows_of_experts(compute, kernel, RULES["embed"], *arrays, layout)
     layout = make_layout(experts_Nxk, num_experts, block, part)
-    return _in_parts(compute, part, "fsdp", *arrays, layout)
+    return _in_parts(compute, part, RULES["embed"], *arrays, layout)
 
 
 def _with_capacity(compute, part, x_NxD, gates_Nxk, weights, layouts):
@@ -172,7 +172,7 @@ def _with_capacity(compute, part, x_NxD, gates_Nxk, weights, layouts):
     return y + _in_parts(compute, part, None, *arrays, layouts[1])
 
 
-def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, layout):
+def _rows_of_experts(compute, kernel, shards, x_NxD, gates_Nxk, weights, values, layout):
     """Computes `_local_experts` for the assignments that have a row in the layout."""
     ops, groups = KERNELS[kernel], (layout.group_sizes,)
     if kernel == "blocked":
@@ -181,7 +181,7 @@ def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, l
     def grouped(rows, i):
         if values is None:
             return matmul(rows, weights[i], compute.matmul, ops, *groups)
-        sharded = _into_shards(ops, AXES[i].index("embed"), axis)
+        sharded = _into_shards(ops, AXES[i].index("embed"), shards)
         return matmul(rows, weights[i], compute.matmul, sharded, values[i], *groups)
 
     rows = dispatch(x_NxD, layout)
@@ -194,7 +194,7 @@ def _rows_of_experts(compute, kernel, axis, x_NxD, gates_Nxk, weights, values, l
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_parts(compute, part, axis, x_NxD, gates_Nxk, weights, values, layout):
+def _in_parts(compute, part, shards, x_NxD, gates_Nxk, weights, values, layout):
     """Computes `_rows_of_experts` for `part` rows at a time until all rows in use are done.
 
     One part is nearly always enough, and no temporary of the matmuls has the size of the worst
@@ -208,12 +208,12 @@ def _in_parts(compute, part, axis, x_NxD, gates_Nxk, weights, values, layout):
     return _sum_of_parts(compute_part, layout, part)
 
 
-def _in_parts_fwd(compute, part, axis, x, gates, weights, values, layout):
-    y = _in_parts(compute, part, axis, x, gates, weights, values, layout)
+def _in_parts_fwd(compute, part, shards, x, gates, weights, values, layout):
+    y = _in_parts(compute, part, shards, x, gates, weights, values, layout)
     return y, (x, gates, weights, values, layout)
 
 
-def _in_parts_bwd(compute, part, axis, residuals, g):
+def _in_parts_bwd(compute, part, shards, residuals, g):
     x, gates, weights, values, layout = residuals
     kernel = compute.grouped_kernel()
 
@@ -226,9 +226,9 @@ def _in_parts_bwd(compute, part, axis, residuals, g):
         return jax.vjp(y, x, gates, sums)[1](g)
 
     dx, dgates, sums = _sum_of_parts(compute_part, layout, part)
-    if axis is not None:
+    if shards is not None:
         sums = [
-            jax.lax.psum_scatter(dw, axis, scatter_dimension=axes.index("embed"), tiled=True)
+            jax.lax.psum_scatter(dw, shards, scatter_dimension=axes.index("embed"), tiled=True)
             for dw, axes in zip(sums, AXES)
         ]
     return dx, dgates, [dw.astype(w.dtype) for dw, w in zip(sums, weights)], None, None
@@ -251,21 +251,21 @@ def _sum_of_parts(compute_part, layout, part):
 
 
 @cache
-def _into_shards(ops, dimension, axis):
+def _into_shards(ops, dimension, shards):
     """Returns `ops` that take the values of a sharded weight as an additional argument.
 
     Args:
       ops: matmul operations.
       dimension: the dimension of the weight that is sharded.
-      axis: the mesh axis over which the float32 gradient is summed into the shards; None: not
+      shards: the mesh axes over which the float32 gradient is summed into the shards; None: not
         summed.
     """
 
     def dot_dw(x, g, values, *groups):
         dw = ops.dot_dw(x, g, *groups)
-        if axis is None:
+        if shards is None:
             return dw
-        return jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum_scatter(dw, shards, scatter_dimension=dimension, tiled=True)
 
     return Ops(
         dot=lambda x, w, values, *groups: ops.dot(x, values, *groups),

@@ -16,10 +16,14 @@ from drpo_jax.models.settings import Compute, ModelConfig
 from drpo_jax.parallel import (
     BATCH_AXES,
     GATHERED_RULES,
+    RULES,
     SAMPLER_RULES,
     batch_shards,
+    columns_are_split,
     constrain,
+    flatten_tokens,
     partition_spec,
+    unflatten_tokens,
 )
 from drpo_jax.precision import DENSE, matmul
 
@@ -69,7 +73,11 @@ def project(
       [..., n] in x's dtype.
     """
     ops = _placed(weight.get_metadata()["axes"], compute.sampling)
-    y = matmul(x, value(weight), compute.matmul, ops)
+    if columns_are_split():  # A recipe may round tokens in tiles, which should not cross devices.
+        y = matmul(flatten_tokens(x), value(weight), compute.matmul, ops)
+        y = unflatten_tokens(y, x.shape[:-1])
+    else:
+        y = matmul(x, value(weight), compute.matmul, ops)
     return y if bias is None else y + bias[...].astype(y.dtype)
 
 
@@ -77,9 +85,10 @@ def project(
 def _placed(axes, sampling):
     """Returns the matmul operations for a weight with these logical axes.
 
-    The learner's weight is sharded over `fsdp`. It is gathered after it has been quantized and cast,
-    and its gradient is summed directly into the shards. The sampler's weight stays where it is. Without
-    these constraints XLA may move the activations of the learner, or the weights of the sampler.
+    The learner's weight is sharded over `fsdp` and `sequence`. It is gathered after it has been
+    quantized and cast, and its gradient is summed directly into the shards. The sampler's weight stays
+    where it is. Without these constraints XLA may move the activations of the learner, or the weights
+    of the sampler.
     """
     rules = SAMPLER_RULES if sampling else GATHERED_RULES
 
@@ -118,6 +127,31 @@ def scatter_rows(x: jax.Array, compute: Compute) -> jax.Array:
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
+def whole_columns(x: jax.Array) -> jax.Array:
+    """Exchanges columns for heads, so that every device has all columns of its heads.
+
+    Args:
+      x: [B, T, heads, …], columns split over `sequence` and heads over `tensor`.
+
+    Returns:
+      x, heads split over `tensor` and `sequence`. Nothing changes where `sequence` is 1.
+    """
+    if not columns_are_split():
+        return x
+    rest = [None] * (x.ndim - 3)
+    x = constrain(x, "batch", "length", "heads", *rest)
+    return constrain(x, "batch", None, "mixed_heads", *rest)
+
+
+def split_columns(x: jax.Array) -> jax.Array:
+    """Exchanges heads for columns; the inverse of `whole_columns`."""
+    if not columns_are_split():
+        return x
+    rest = [None] * (x.ndim - 3)
+    x = constrain(x, "batch", None, "mixed_heads", *rest)
+    return constrain(x, "batch", "length", "heads", *rest)
+
+
 def _splits_weights(compute):
     mesh = jax.sharding.get_abstract_mesh()
     return compute.sampling and not mesh.empty and mesh.shape["fsdp"] > 1
@@ -127,8 +161,9 @@ def look_up(table_VxD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Returns the embeddings of tokens.
 
     On a mesh the gradient for tokens [B, T] is computed in the table's own sharding: every device
-    of the `fsdp` axis sums its part of D over the tokens of all devices. XLA would sum and exchange
-    whole tables.
+    of the axes `fsdp` and `sequence` sums its part of D over the tokens of all devices. XLA would sum
+    and exchange whole tables. Where `sequence` splits the columns, every device also looks up its part
+    of D for the tokens of all devices, because XLA would gather whole rows.
 
     Args:
       table_VxD: float32 embedding.
@@ -143,7 +178,23 @@ def look_up(table_VxD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _look_up(table, tokens, dtype, vocabulary):
-    return table[tokens].astype(dtype)
+    if not columns_are_split():
+        return table[tokens].astype(dtype)
+
+    def body(table, tokens):
+        split = RULES["embed"]
+        local = jax.lax.all_gather(tokens.reshape(-1), split, axis=0, tiled=True)
+        local -= jax.lax.axis_index("tensor") * len(table)
+        mine = (local >= 0) & (local < len(table))
+        rows = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], 0).astype(dtype)
+        rows = jax.lax.psum(rows, "tensor")
+        rows = jax.lax.all_to_all(rows, split, split_axis=0, concat_axis=1, tiled=True)
+        return rows.reshape(*tokens.shape, -1)
+
+    columns, table_spec = P(BATCH_AXES, "sequence"), partition_spec(("vocab", "embed"))
+    return jax.shard_map(body, in_specs=(table_spec, columns), out_specs=columns, check_vma=False)(
+        table, tokens
+    )
 
 
 def _look_up_fwd(table, tokens, dtype, vocabulary):
@@ -159,18 +210,20 @@ def _look_up_bwd(dtype, vocabulary, tokens, g):
         return jnp.zeros(shape, jnp.float32).at[local].add(g.astype(jnp.float32), mode="drop")
 
     def body(tokens, g):
-        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-        g = jax.lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True)
+        split = RULES["embed"]
+        tokens = jax.lax.all_gather(tokens.reshape(-1), split, axis=0, tiled=True)
+        g = g.reshape(-1, g.shape[-1])
+        g = jax.lax.all_to_all(g, split, split_axis=1, concat_axis=0, tiled=True)
         rows = vocabulary // mesh.shape["tensor"]
         first = jax.lax.axis_index("tensor") * rows
         return jax.lax.psum(add_up(tokens, g, first, (rows, g.shape[-1])), ("data", "expert"))
 
     if mesh.empty or mesh.size == 1 or tokens.shape[0] % batch_shards(mesh):
         return add_up(tokens, g, 0, (vocabulary, g.shape[-1])), None
-    tokens_spec, table_spec = P(BATCH_AXES, None), partition_spec(("vocab", "embed"))
+    columns, table_spec = P(BATCH_AXES, "sequence"), partition_spec(("vocab", "embed"))
     body = jax.shard_map(
         body,
-        in_specs=(tokens_spec, P(BATCH_AXES, None, None)),
+        in_specs=(columns, columns),
         out_specs=table_spec,
         check_vma=False,
     )

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from drpo_jax.models.experts import AXES, run_experts
 from drpo_jax.models.layers import fan_in_normal, gather_rows, param, project, scatter_rows, value
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.parallel import TOKEN_AXES, flatten_tokens, unflatten_tokens
 from drpo_jax.precision import dot_precision
 
 
@@ -85,8 +85,8 @@ class MoE(nnx.Module):
         """Computes the mixture for tokens.
 
         Args:
-          x: [..., D].
-          valid: bool [...], False for padding tokens, which visit no expert and count in no
+          x: [B, D] or [B, T, D].
+          valid: bool [B] or [B, T], False for padding tokens, which visit no expert and count in no
             statistic.
           compute: how to compute.
           routes: int [..., k], experts that each token visits instead of those that the router
@@ -104,13 +104,13 @@ class MoE(nnx.Module):
           - "changed": float32 scalar, number of prescribed assignments that the router would not
             have selected; only with `routes`.
         """
-        x_NxD, valid_N = x.reshape(-1, x.shape[-1]), valid.reshape(-1)
+        x_NxD, valid_N = _flat(x, valid), _flat(valid, valid)
         k = self.experts_per_token
         save = compute.remat != "none"
         gates_Nxk, experts_Nxk, probs_NxE = route(x_NxD, self.router[...], k, save)
         replay = {}
         if routes is not None:
-            routes_Nxk = jnp.where(valid_N[:, None], routes.reshape(-1, k), -1)
+            routes_Nxk = jnp.where(valid_N[:, None], _flat(routes, valid), -1)
             prescribed = routes_Nxk >= 0
             own = jnp.any(routes_Nxk[:, :, None] == experts_Nxk[:, None], axis=-1)
             replay = {
@@ -126,15 +126,25 @@ class MoE(nnx.Module):
         statistics = {
             "load": jnp.sum(jax.nn.one_hot(experts_Nxk, e, dtype=jnp.float32), axis=(0, 1)),
             "probability": jnp.sum(jnp.where(valid_N[:, None], probs_NxE, 0.0), axis=0),
-            "experts": visited.astype(jnp.int16).reshape(*valid.shape, k),
+            "experts": _unflat(visited.astype(jnp.int16), valid),
         } | replay
-        y = y.reshape(x.shape)
+        y = _unflat(y, valid)
         if self.shared is not None and self.shared_gate is not None:
             weight = self.shared_gate[...].astype(x.dtype)
             gate = jnp.dot(x, weight, precision=dot_precision(x.dtype))
             gate = jax.nn.sigmoid(gate.astype(jnp.float32)).astype(x.dtype)
             y += gate * self.shared(x, valid, compute)[0]
         return y, statistics
+
+
+def _flat(x, valid):
+    """Returns x [B, …] or [B, T, …] as tokens [N, …]; `valid` has the shape (B,) or (B, T)."""
+    return x if valid.ndim == 1 else flatten_tokens(x)
+
+
+def _unflat(x_N, valid):
+    """The inverse of `_flat`."""
+    return x_N if valid.ndim == 1 else unflatten_tokens(x_N, valid.shape)
 
 
 def route(
@@ -174,7 +184,7 @@ def _top_k(probs_NxE, k):
     mesh = jax.sharding.get_abstract_mesh()
     top_k = partial(jax.lax.top_k, k=k)
     if not mesh.empty and mesh.size > 1:
-        rows = P(BATCH_AXES)
+        rows = P(TOKEN_AXES)
         top_k = jax.shard_map(top_k, in_specs=rows, out_specs=[rows, rows], check_vma=False)
     return top_k(probs_NxE)
 

@@ -32,7 +32,7 @@ from drpo_jax.models.layers import (
 )
 from drpo_jax.models.moe import MLP, MoE
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import constrain
+from drpo_jax.parallel import columns_are_split, constrain
 from drpo_jax.precision import dot_precision
 
 
@@ -192,6 +192,8 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        if columns_are_split():  # Gathered here once, because every mixer needs whole rows of them.
+            segment_ids = constrain(segment_ids, "batch", None)
         layer = self._layer(segment_ids, positions, compute, prefix, record)
         x = self._embed(tokens, compute)
         if routes is not None:

@@ -3,7 +3,7 @@
 Files, in reading order:
 
     axes           tables from logical axes to mesh axes, and the shardings that follow from them
-    mesh           builds the meshes of learner and sampler, with the axes data, fsdp, expert and tensor
+    mesh           builds the meshes of learner and sampler, with the axes of `MESH_AXES`
     placement      shardings of whole pytrees
     resharding     the shardings through which an array moves from one mesh to the other
     multihost      starts `jax.distributed` and exchanges host data between processes
@@ -17,10 +17,14 @@ from drpo_jax.parallel.axes import (
     MESH_AXES,
     RULES,
     SAMPLER_RULES,
+    TOKEN_AXES,
     batch_shards,
+    columns_are_split,
     constrain,
+    flatten_tokens,
     named_sharding,
     partition_spec,
+    unflatten_tokens,
 )
 from drpo_jax.parallel.device_clock import DeviceClock
 from drpo_jax.parallel.mesh import check_mesh, make_mesh, make_sampler_mesh
@@ -33,10 +37,13 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "SAMPLER_RULES",
+    "TOKEN_AXES",
     "DeviceClock",
     "batch_shards",
     "check_mesh",
+    "columns_are_split",
     "constrain",
+    "flatten_tokens",
     "is_param",
     "make_mesh",
     "make_sampler_mesh",
@@ -44,5 +51,6 @@ __all__ = [
     "partition_spec",
     "resharding",
     "shardings",
+    "unflatten_tokens",
     "with_shardings",
 ]

@@ -7,18 +7,21 @@ carry their logical axes as metadata of their `nnx.Param`; activations pass thei
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+# All axes that split tokens: rows and columns.
+TOKEN_AXES = (*BATCH_AXES, "sequence")
 
 RULES = {
     # parameters
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -28,10 +31,12 @@ RULES = {
     "norm": (),
     # activations
     "batch": BATCH_AXES,
-    "length": (),
+    "length": ("sequence",),
     "hidden": (),
+    # Heads inside attention and DeltaNets, which need all columns of a row.
+    "mixed_heads": ("tensor", "sequence"),
 }
-# The weights of a layer while the learner computes it: gathered over fsdp.
+# The weights of a layer while the learner computes it: gathered over fsdp and sequence.
 GATHERED_RULES = RULES | {"embed": ()}
 # The sampler reads every weight for every token, so no weight is gathered. Where a weight is split over
 # an axis that also splits the batch, the activations of a few tokens are gathered and their sums
@@ -43,6 +48,11 @@ SAMPLER_RULES = GATHERED_RULES | {
     # The rows of activations whose features are split over fsdp, "mlp" or "vocab".
     "gathered_batch": ("data", "expert"),
 }
+
+# Rows split by columns, and their tokens in the order of the devices.
+_ROWS, _TOKENS = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(TOKEN_AXES)
+# Runs a function on the tokens of each device. Features may be split over the other axes.
+_locally = partial(jax.shard_map, axis_names=set(TOKEN_AXES))
 
 LogicalAxes = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]
@@ -110,3 +120,37 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules=rules))
+
+
+def columns_are_split() -> bool:
+    """Returns whether the current mesh splits the columns of rows, that is, has `sequence` above 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["sequence"] > 1
+
+
+def flatten_tokens(x_BxT: jax.Array) -> jax.Array:
+    """Returns x [B, T, …] as tokens [N, …], split over `TOKEN_AXES`, without communication.
+
+    Where the mesh splits columns, the tokens are ordered by device, because a device's part of a
+    row-major order would lie on other devices. `unflatten_tokens` is the inverse.
+    """
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    if not columns_are_split():
+        return flat(x_BxT)
+    return _locally(flat, in_specs=_ROWS, out_specs=_TOKENS)(x_BxT)
+
+
+def unflatten_tokens(x_N: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns tokens [N, …] of `flatten_tokens` as [B, T, …], where `shape` is (B, T)."""
+    if not columns_are_split():
+        return x_N.reshape(*shape, *x_N.shape[1:])
+    mesh = jax.sharding.get_abstract_mesh()
+    local = shape[0] // batch_shards(mesh), shape[1] // mesh.shape["sequence"]
+
+    def rows(x):
+        return x.reshape(*local, *x.shape[1:])
+
+    return _locally(rows, in_specs=_TOKENS, out_specs=_ROWS)(x_N)

@@ -23,6 +23,13 @@ class MeshSettings:
         SIZE,
         **OPERATIONAL,
     )
+    sequence: int = field(
+        1,
+        "Devices that split the columns of a row, for long responses, and the weights along the model "
+        "width. Inside attention and DeltaNets they split the heads. The sampler counts them as data.",
+        SIZE,
+        **OPERATIONAL,
+    )
     expert: int = field(1, "Devices that split the batch and the experts.", SIZE, **OPERATIONAL)
     tensor: int = field(
         1,
@@ -40,13 +47,13 @@ class SamplerMeshSettings:
     """The section `sampler_mesh`: how the sampler divides the same devices.
 
     0 stands for one device. If all fields are 0, the sampler splits batch, experts and heads as the
-    learner does, with `mesh.fsdp` joined to `data`.
+    learner does, with `mesh.fsdp` and `mesh.sequence` joined to `data`.
     """
 
     data: int = field(
         0,
         "Groups of devices that split the sampler's batch, each with its own copy of the weights. All "
-        "four fields 0: as the learner, with mesh.fsdp joined to data.",
+        "four fields 0: as the learner, with mesh.fsdp and mesh.sequence joined to data.",
         SAMPLER_SIZE,
         **OPERATIONAL,
     )

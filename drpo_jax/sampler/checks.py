@@ -52,11 +52,16 @@ def check_model(model: Any, slots: int) -> None:
 
 
 def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> None:
-    """Checks that the sampler's mesh divides the slots and the heads of the caches.
+    """Checks that the sampler's mesh divides the slots and the heads of the caches, and nothing else.
 
     Raises:
       ValueError: if it does not.
     """
+    if mesh.shape["sequence"] > 1:
+        raise ValueError(
+            f"the sampler cannot use a mesh with sequence = {mesh.shape['sequence']}, which only a "
+            "learner can; pass it parallel.make_sampler_mesh(mesh)"
+        )
     shards, tensor = batch_shards(mesh), mesh.shape["tensor"]
     if slots % shards:
         raise ValueError(

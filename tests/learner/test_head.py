@@ -27,6 +27,7 @@ MESHES = {
     "data": {"data": 8},
     "fsdp, expert, tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "tensor": {"tensor": 8},
+    "fsdp, sequence": {"data": 1, "fsdp": 2, "sequence": 4},
 }
 # Every objective of the table, penalties, supervised learning, and precomputed terms. gspo stands for
 # the objectives that need whole responses.

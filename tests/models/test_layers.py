@@ -10,6 +10,7 @@ from drpo_jax.precision import get_recipe
 
 B, T, D, V = 8, 6, 192, 32
 SIZES = dict(data=1, fsdp=4, tensor=2)
+LONG = dict(data=1, fsdp=2, sequence=2, tensor=2)
 HYBRID = get_recipe("e2e").learner
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -27,7 +28,7 @@ def on_the_mesh(f, *arrays, sizes=SIZES):
         return compiled(*placed), compiled.as_text()
 
 
-@pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2)])
+@pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2), LONG])
 def test_gradient_of_the_embedding(sizes):
     rng = np.random.default_rng(0)
     table, g = (rng.normal(size=s).astype(np.float32) for s in ((V, D), (B, T, D)))
@@ -39,14 +40,16 @@ def test_gradient_of_the_embedding(sizes):
 
     expected = np.zeros((V, D), np.float32)
     np.add.at(expected, tokens, np.asarray(g.astype(jnp.bfloat16), np.float32))
-    arrays = (table, ("vocab", "embed")), (tokens, ("batch",)), (g, ("batch",))
+    columns = "batch", "length"
+    arrays = (table, ("vocab", "embed")), (tokens, columns), (g, columns)
     for rows, ours in (gradient(table, tokens, g), on_the_mesh(gradient, *arrays, sizes=sizes)[0]):
         np.testing.assert_array_equal(rows, table[tokens].astype(jnp.bfloat16))
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, LONG])
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
-def test_sharded_weights_have_the_codes_of_unsharded_ones(axes):
+def test_sharded_weights_have_the_codes_of_unsharded_ones(axes, sizes):
     """The shards, 48 and 96 wide, do not align with the blocks of 128."""
     rng = np.random.default_rng(1)
     x, g = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
@@ -59,7 +62,8 @@ def test_sharded_weights_have_the_codes_of_unsharded_ones(axes):
         return y, *pullback(g)
 
     expected = jax.jit(product)(x, w, g)
-    ours, text = on_the_mesh(product, (x, ("batch",)), (w, axes), (g, ("batch",)))
+    columns = "batch", "length"
+    ours, text = on_the_mesh(product, (x, columns), (w, axes), (g, columns), sizes=sizes)
     for a, b in zip(ours, expected):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
     assert "all-gather" in text

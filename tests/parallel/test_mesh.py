@@ -6,8 +6,8 @@ from drpo_jax.parallel import MESH_AXES, make_mesh, make_sampler_mesh
 
 def test_one_axis_takes_the_remaining_devices():
     assert jax.device_count() == 8  # tests/conftest.py
-    assert dict(make_mesh().shape) == dict(zip(MESH_AXES, (8, 1, 1, 1)))
-    assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == dict(zip(MESH_AXES, (2, 2, 1, 2)))
+    assert dict(make_mesh().shape) == dict(zip(MESH_AXES, (8, 1, 1, 1, 1)))
+    assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == dict(zip(MESH_AXES, (2, 2, 1, 1, 2)))
     assert make_mesh(devices=jax.devices()[:1]).size == 1
 
 
@@ -34,9 +34,12 @@ def sizes_of(mesh):
 
 def test_the_sampler_divides_the_same_devices():
     learner = make_mesh(data=1, fsdp=2, expert=2, tensor=2)
-    assert sizes_of(make_sampler_mesh(learner)) == (2, 1, 2, 2)
-    assert sizes_of(make_sampler_mesh(learner, expert=-1, tensor=2)) == (1, 1, 4, 2)
-    assert sizes_of(make_sampler_mesh(learner, data=8)) == (8, 1, 1, 1)
+    assert sizes_of(make_sampler_mesh(learner)) == (2, 1, 1, 2, 2)
+    assert sizes_of(make_sampler_mesh(learner, expert=-1, tensor=2)) == (1, 1, 1, 4, 2)
+    assert sizes_of(make_sampler_mesh(learner, data=8)) == (8, 1, 1, 1, 1)
+    long = make_mesh(data=1, fsdp=2, sequence=2, tensor=2)
+    assert sizes_of(make_sampler_mesh(long)) == (4, 1, 1, 1, 2)
+    assert sizes_of(make_sampler_mesh(long, fsdp=-1)) == (1, 8, 1, 1, 1)
     mesh = make_sampler_mesh(learner, fsdp=8)
     assert mesh.axis_types == learner.axis_types
     assert list(mesh.devices.flat) == list(learner.devices.flat)

@@ -218,13 +218,13 @@ def attend(
     _, t, _, h = q_BxTxNxH.shape
     name = attention_kernel(compute, q_BxTxNxH.dtype, t, h)
     # The kernels for TPU and GPU are emulated on other platforms.
-    kernel = {
+    kernels: dict[str, Callable[..., jax.Array]] = {
         "full": full,
         "chunked": partial(chunked, block=128 if compute.on_cpu() else 512),
         "splash": partial(splash, interpret=compute.device() != "tpu"),
         "cudnn": partial(cudnn, implementation="cudnn" if compute.device() == "gpu" else "xla"),
-    }[name]
-    out = _on_mesh(kernel, q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+    }
+    out = _on_mesh(kernels[name], q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
     return jnp.where((segment_ids_BxT > 0)[..., None, None], out, 0)
 
 

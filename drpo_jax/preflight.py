@@ -199,7 +199,8 @@ def smaller(programs: Programs, section: str, backward: bool = True) -> str:
     elif (size := config[section].micro_batch) > shards:
         return f"{section}.micro_batch below {size}, a multiple of {shards}"
     return (
-        "more mesh.sequence, because each device already computes one row at a time; or a smaller "
+        "more mesh.sequence or mesh.tensor, as far as they divide the heads, because each device (or "
+        "group of mesh.sequence devices) already computes one row at a time; or a smaller "
         "sampler.max_response_length"
     )
 

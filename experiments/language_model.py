@@ -4,11 +4,12 @@
 
 SmolLM2-135M-Instruct solves additions in its own words, at temperature 1, and learns from its
 responses with DRPO for a few rollouts, without FP8 and with two of its recipes (experiments/plan.md).
---model is the model that launch/smollm2.sh converts. Writes experiments/results/language_model.json and
+--model: the directory that launch/smollm2.sh creates. Writes experiments/results/language_model.json and
 prints the table.
 """
 
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -43,7 +44,7 @@ FIELDS = {
     "train.pack": True,
     "optimizer.warmup_steps": 0,
     "optimizer.schedule": "constant",
-    "evaluate.problems": 8,  # There are only a hundred; none is evaluated.
+    "evaluate.problems": 8,  # Fewer than the hundred that exist; none is evaluated.
     "log.mismatch_every": 1,
 }
 # Means over the rollouts. A share of a share may be undefined in a rollout without such tokens.
@@ -58,30 +59,31 @@ COLUMNS = {
 }
 
 
-def measure(recipe: str, model: str) -> dict[str, list[float]]:
-    """Returns `COLUMNS` of each rollout under a recipe of precision."""
+def measure(recipe: str, model: str) -> dict[str, list[float | None]]:
+    """Returns `COLUMNS` of each rollout under a recipe of precision; None where a share is undefined."""
     config = load_config("configs/smollm2_135m.py")
     config.update_from_flattened_dict({**FIELDS, "model.path": model, "precision.recipe": recipe})
     with tempfile.TemporaryDirectory() as workdir:
         run = Run.create(C.resolve(config), Path(workdir))
-        rows: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        rows: dict[str, list[float | None]] = {name: [] for name in COLUMNS}
         with jax.set_mesh(run.mesh):
             state, collector = run.programs.restart(initial_model(run)), Collector()
             for step in range(STEPS):
                 state, metrics, _ = rl_step(run, collector, state, step)
                 for name, values in rows.items():
-                    values.append(float(metrics.get(name, "nan")))
+                    defined = name in metrics and math.isfinite(metrics[name])
+                    values.append(float(metrics[name]) if defined else None)
                 print(f"recipe {recipe}, rollout {step + 1} of {STEPS}", flush=True)
     return rows
 
 
-def table(recipes: dict[str, dict[str, list[float]]]) -> str:
+def table(recipes: dict[str, dict[str, list[float | None]]]) -> str:
     """Returns the means as a table in Markdown."""
     lines = [" | ".join(["recipe", *COLUMNS.values()]), "|".join(["---"] * (len(COLUMNS) + 1))]
     for recipe, rows in recipes.items():
         cells = [f"`{recipe}`"]
         for name in COLUMNS:
-            values = [value for value in rows[name] if value == value]
+            values = [value for value in rows[name] if value is not None]
             cells.append(f"{statistics.fmean(values):.3g}" if values else "–")
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)

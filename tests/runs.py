@@ -26,7 +26,8 @@ DENSE = {
     "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0, "model.mlp_size": 32,
     "model.load_balance": 0.0, "sft.steps": 0, "evaluate.precision": "sampler",
 }  # fmt: skip
-# Prefixes of fields that no compiled program depends on; the learning rate of these runs is constant.
+# Prefixes of fields that no compiled program depends on; `_shared_programs` refuses schedules, which would
+# depend on train.steps.
 UNCOMPILED = (
     "reward.", "evaluate.", "checkpoint.", "data.", "log.", "sampler.parity", "train.staleness",
     "train.steps", "train.save_rollout_every", "train.max_skipped",
@@ -72,6 +73,7 @@ def _shared_programs() -> Callable[..., Programs]:
     built: dict[str, Programs] = {}
 
     def programs(config, mesh, stop, **options):
+        assert config.optimizer.schedule == "constant"
         fields = {f: x for f, x in C.flatten(config).items() if not f.startswith(UNCOMPILED)}
         key = json.dumps([fields, list(stop), options])
         if key not in built:

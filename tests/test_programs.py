@@ -53,7 +53,12 @@ def assert_same(ours, expected, family):
     ("family", "mesh"),
     [("moe", mesh) for mesh in NAMED]
     + [("dense", "data"), ("dense", "fsdp and tensor")]
-    + [("hybrid", "data"), ("hybrid", "fsdp and tensor"), ("hybrid", "all but data")],
+    + [
+        ("hybrid", "data"),
+        ("hybrid", "fsdp and tensor"),
+        ("hybrid", "all but data"),
+        ("hybrid", "sequence, fsdp and tensor"),
+    ],
 )
 def test_eight_devices_compute_what_one_does(family, mesh, one_device):
     assert_same(numbers(FAMILIES[family], **NAMED[mesh]), one_device(family), family)

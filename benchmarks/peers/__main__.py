@@ -12,11 +12,12 @@ versions (`contenders.ENVIRONMENTS`), which pip installs into the workdir once. 
     update          one optimizer update on given tokens: GRPO's clipped loss, AdamW, clip by global norm
     step            a whole RL step: sample, reward, update
 
-In the warm-up, each contender tries the micro-batches of the shape, and the first RL step is timed from
-the start of its process with an empty compilation cache. Then the processes start again and work in turn
-(A B C A B C …), one at a time, in several rounds. Ratios are paired by round. The table marks contenders
-whose logprobs, losses or samples differ from ours, and has a row for those that cannot be installed or
-run. The output file keeps the results of shapes that this call leaves out.
+In the warm-up, each contender tries the micro-batches of the shape and takes the smallest one within 5 % of
+the fastest, and the first RL step is timed from the start of its process with an empty compilation cache.
+Then the processes start again and work in turn (A B C A B C …), one at a time, in several rounds. Ratios are
+paired by round. The table marks contenders whose logprobs, losses or samples differ from ours, and has a row
+for those that cannot be installed or run. The output file keeps the results of shapes that this call leaves
+out.
 """
 
 import contextlib
@@ -67,9 +68,8 @@ flags.set_default(OUTPUT, "benchmarks/results/peers.json")
 
 WARMUP = "settings", "tried", "start"  # The results of a warm-up.
 UNTIMED = 2  # Calls before the first round; they may compile.
-NEAR = (
-    1.05  # Trials differ by so much; of settings this near the fastest, the least memory decides.
-)
+# Equal trials differ by up to 5 %. Of settings this close to the fastest, the smallest micro-batch wins.
+NEAR = 1.05
 COMPILATION = 60.0  # Seconds of the first update; settings that need more are not chosen.
 PAUSE = 0.3  # Seconds between calls, in which the threads of the last one stop spinning.
 
@@ -206,8 +206,8 @@ class Match:
                 )
             if tried:
                 limit = NEAR * min(seconds for _, seconds in tried)
-                near = [settings for settings, seconds in tried if seconds <= limit]
-                best = min(near, key=lambda settings: settings["micro_batch"])
+                near = [pair for pair in tried if pair[1] <= limit]
+                best = min(near, key=lambda pair: (pair[0]["micro_batch"], pair[1]))[0]
         if problem and not tried:
             raise problem
         entry["settings"] = best

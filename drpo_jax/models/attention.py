@@ -30,7 +30,7 @@ from drpo_jax.models.layers import (
     whole_columns,
 )
 from drpo_jax.models.settings import Compute, ModelConfig
-from drpo_jax.parallel import BATCH_AXES, RULES, batch_shards
+from drpo_jax.parallel import BATCH_AXES, RULES, batch_shards, columns_are_split
 from drpo_jax.precision import dot_precision
 
 
@@ -224,7 +224,10 @@ def attend(
         "splash": partial(splash, interpret=compute.device() != "tpu"),
         "cudnn": partial(cudnn, implementation="cudnn" if compute.device() == "gpu" else "xla"),
     }
-    out = _on_mesh(kernels[name], q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT)
+    arrays = q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segment_ids_BxT
+    # XLA splits the matmuls of `full` over any number of heads.
+    alone = name == "full" and not columns_are_split()
+    out = full(*arrays) if alone else _on_mesh(kernels[name], *arrays)
     return jnp.where((segment_ids_BxT > 0)[..., None, None], out, 0)
 
 
@@ -302,18 +305,22 @@ def key_copies(heads: int, kv_heads: int, mesh: Mesh | AbstractMesh) -> int:
 
 
 def check_heads(config: ModelConfig, mesh: Mesh) -> None:
-    """Checks that the learner's mesh divides the heads of attention and DeltaNets.
+    """Checks that a mesh that splits columns divides the heads of attention and DeltaNets.
+
+    Without `sequence`, only the kernels for longer rows have such a condition, which `attend` checks.
 
     Raises:
       ValueError: if it does not.
     """
-    key_copies(config.heads, config.kv_heads, mesh)
     tensor, sequence = (mesh.shape[axis] for axis in RULES["mixed_heads"])
-    if sequence > 1 and config.linear_key_heads % (tensor * sequence):
+    if sequence == 1:
+        return
+    key_copies(config.heads, config.kv_heads, mesh)
+    if config.linear_key_heads % (tensor * sequence):
         raise ValueError(
             f"mesh.tensor · mesh.sequence = {tensor} · {sequence} must divide the "
-            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); lower one of "
-            "the two"
+            f"{config.linear_key_heads} key heads of a DeltaNet (model.linear_key_heads); choose a "
+            "smaller mesh.tensor or mesh.sequence"
         )
 
 

@@ -20,6 +20,7 @@ def check_mesh(mesh: Mesh | AbstractMesh) -> None:
 
 
 def make_mesh(
+    *,
     data: int = -1,
     fsdp: int = 1,
     sequence: int = 1,

@@ -52,7 +52,7 @@ def check_model(model: Any, slots: int) -> None:
 
 
 def check_split(config: ModelConfig, slots: int, mesh: AbstractMesh | Mesh) -> None:
-    """Checks that the sampler's mesh divides the slots and the heads of the caches, and nothing else.
+    """Checks that the sampler's mesh divides the slots and the heads of the caches, and no columns.
 
     Raises:
       ValueError: if it does not.

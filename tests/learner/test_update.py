@@ -207,6 +207,7 @@ def test_widths_change_nothing(state):
     assert len(used) == 3 and len(np.unique(layout.rows[layout.starts == 0])) == 3
     whole = dataclasses.replace(SETTINGS, aggregation="seq-mean-token-mean")
     by_tokens = dataclasses.replace(whole, **BY_TOKENS)
+    # A partial is a new object, and so has a compilation cache of its own.
     run = jax.jit(functools.partial(gradients), static_argnames="settings")
     ours, trace, metrics = run(state.model, batch, settings=by_tokens)
     expected, traced, same = run(state.model, apart, settings=whole)

@@ -26,8 +26,7 @@ DENSE = {
     "model.experts": 0, "model.experts_per_token": 0, "model.expert_size": 0, "model.mlp_size": 32,
     "model.load_balance": 0.0, "sft.steps": 0, "evaluate.precision": "sampler",
 }  # fmt: skip
-# Prefixes of fields that no compiled program depends on; `_shared_programs` refuses schedules, which would
-# depend on train.steps.
+# Prefixes of fields that no compiled program depends on. (A schedule would depend on train.steps.)
 UNCOMPILED = (
     "reward.", "evaluate.", "checkpoint.", "data.", "log.", "sampler.parity", "train.staleness",
     "train.steps", "train.save_rollout_every", "train.max_skipped",

@@ -12,12 +12,12 @@ versions (`contenders.ENVIRONMENTS`), which pip installs into the workdir once. 
     update          one optimizer update on given tokens: GRPO's clipped loss, AdamW, clip by global norm
     step            a whole RL step: sample, reward, update
 
-In the warm-up, each contender tries the micro-batches of the shape and takes the smallest one within 5 % of
-the fastest, and the first RL step is timed from the start of its process with an empty compilation cache.
-Then the processes start again and work in turn (A B C A B C …), one at a time, in several rounds. Ratios are
-paired by round. The table marks contenders whose logprobs, losses or samples differ from ours, and has a row
-for those that cannot be installed or run. The output file keeps the results of shapes that this call leaves
-out.
+In the warm-up, each contender tries the micro-batches of the shape and takes the smallest one within 5 %
+of the fastest, and the first RL step is timed from the start of its process with an empty compilation
+cache. Then the processes start again and work in turn (A B C A B C …), one at a time, in several rounds.
+Ratios are paired by round. The table marks contenders whose logprobs, losses or samples differ from
+ours, and has a row for those that cannot be installed or run. The output file keeps the results of
+shapes that this call leaves out.
 """
 
 import contextlib

@@ -136,7 +136,7 @@ def flatten_tokens(x_BxT: jax.Array) -> jax.Array:
     """
 
     def flat(x):
-        return x.reshape(-1, *x.shape[2:])
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # Not -1: K of top-K may be 0.
 
     if not columns_are_split():
         return flat(x_BxT)

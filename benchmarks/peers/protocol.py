@@ -143,7 +143,7 @@ class Worker:
         with log.open("w") as output:
             self.started = time.perf_counter()
             self._process = subprocess.Popen(
-                [str(python), "-m", module, json.dumps(task)],
+                [str(python), "-u", "-m", module, json.dumps(task)],  # The log is up to date.
                 cwd=ROOT,
                 env=os.environ | environment | {REPLIES: str(replies)},
                 stdin=subprocess.PIPE,

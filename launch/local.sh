@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains configs/tiny.py on this machine: creates the environment, warm-starts the model and runs DRPO
-# (about eight minutes on two cores).
+# (about six minutes on two cores).
 #   bash launch/local.sh [--config.FIELD=VALUE ...] [--compare=surrogate]
 #   WORKDIR  directory of the run; resumed if it holds one (default: runs/tiny)
 #   PYTHON, VENV, INSTALL: see launch/setup.sh

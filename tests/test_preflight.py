@@ -286,15 +286,9 @@ DELTA_NET = {
 }  # fmt: skip
 
 
-FAMILIES = pytest.mark.parametrize(
-    "family",
-    [
-        NO_EXPERTS | {"model.mlp_size": 16384},
-        {"model.experts": 16, "model.expert_size": 2048},
-        NO_EXPERTS | {"model.mlp_size": 16384} | DELTA_NET,
-    ],
-    ids=["dense", "mixture", "hybrid"],
-)
+DENSE = NO_EXPERTS | {"model.mlp_size": 16384}
+FAMILIES = [DENSE, {"model.experts": 16, "model.expert_size": 2048}, DENSE | DELTA_NET]
+NAMES = ["dense", "mixture", "hybrid"]
 # Two layers whose weights outweigh the activations of a few tokens, which stay in a core's memory.
 WIDE = {
     "sft.steps": 0, "compute.dtype": "bfloat16", "precision.recipe": "none",
@@ -317,7 +311,9 @@ def hbm_bytes(tmp_path, topology, fields, *names):
 
 
 @pytest.mark.slow  # Compiles two programs for each family.
-@FAMILIES
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, DENSE | {"precision.kv_cache": "e4m3"}], ids=[*NAMES, "float8 caches"]
+)
 def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
     """Weights and prompts are read once, of the rings the blocks of a row; states are also written."""
     changed = WIDE | family | {
@@ -327,7 +323,8 @@ def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
     resolved = smallest(changed)
     programs = Programs(resolved, make_mesh(**resolved.mesh, devices=jax.devices()[:1]), stop=(1,))
     weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(programs.abstract_weights))
-    moved = costs.decode_bytes(programs.model_config, weights)
+    float8 = resolved.precision.kv_cache == "e4m3"
+    moved = costs.decode_bytes(programs.model_config, weights, float8_cache=float8)
 
     counted = hbm_bytes(tmp_path, "v5e:2x2", changed, "prefill", "decode")
     # A device has a quarter of the slots, and of the 16 prompts. Half of a response is in the rings on
@@ -339,7 +336,7 @@ def test_sampling_moves_the_bytes_of_the_equations(family, tmp_path):
 
 
 @pytest.mark.slow  # Compiles an update for each family.
-@FAMILIES
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_an_update_moves_the_bytes_of_its_passes(family, tmp_path):
     """Every pass over the parameters, of which there are many more bytes than activations.
 

@@ -119,6 +119,8 @@ def out_of_memory(message: str) -> float | None:
     return None
 
 
+# The first operand of `models.live`'s kernel that is a part of a ring; queries and integers precede it.
+_RING = 4
 # Instructions without memory traffic of their own.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
@@ -194,7 +196,7 @@ def _traffic(site, module, live):
     if opcode != "fusion":
         read = [_main(operand.shapes) for operand in operands]
         if opcode == "custom-call" and f"{LIVE_KERNEL}/" in instruction.attributes:
-            read[-2:] = (live * ring for ring in read[-2:])
+            read[_RING:] = (live * ring for ring in read[_RING:])
         return _main(shapes) + sum(read)
     inside = _inside(instruction, module)
     read = sum(

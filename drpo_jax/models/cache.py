@@ -13,7 +13,7 @@ paged cache would be another such class.
 Keys lie in M blocks of W columns, C = M·W. XLA's CPU backend reads them at memory bandwidth only if
 their last axis is at most 64 long. On other platforms there is a single block.
 
-On TPU, a kernel reads the live columns of a `Ring` alone (`models.live`). Elsewhere, and from rings
+On TPU, a kernel reads the live columns of a ring alone (`models.live`). Elsewhere, and from rings
 that the kernel does not support, XLA reads all columns.
 
 Axis letters: B slots, K key/value heads, N query heads, G = N / K, H head width, C columns, M blocks
@@ -81,16 +81,7 @@ class Ring(NamedTuple):
             none is finite and has no meaning.
           device: platform of the devices.
         """
-        size = copied_columns(self, device)
-        if size == self.columns:
-            mask = _newest(newest, live_B, self.columns)
-            return _attend(q_BxNxH, self.keys, self.values, mask, device == "cpu")
-        from drpo_jax.models.live import attend_live  # Importing Pallas takes a second.
-
-        b, n, h = q_BxNxH.shape
-        q = q_BxNxH.reshape(b, self.keys.shape[1], -1, h)
-        out = attend_live(q, self.keys[:, :, 0], self.values, newest, live_B, size)
-        return out.reshape(b, n, h)
+        return _attend(q_BxNxH, self, newest, live_B, device)
 
     def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring":
         """Returns the ring with a new row in a slot.
@@ -157,8 +148,7 @@ class Ring8(NamedTuple):
         self, q_BxNxH: jax.Array, newest: jax.Array, live_B: jax.Array, device: str
     ) -> jax.Array:
         """See `Ring.attend`."""
-        mask, scales = _newest(newest, live_B, self.columns), (self.key_scales, self.value_scales)
-        return _attend(q_BxNxH, self.keys, self.values, mask, device == "cpu", *scales)
+        return _attend(q_BxNxH, self, newest, live_B, device)
 
     def put(self, slot: jax.Array, row: KV, clock: jax.Array) -> "Ring8":
         """See `Ring.put`."""
@@ -208,16 +198,16 @@ def block_columns(columns: int, on_cpu: bool) -> int:
 def copied_columns(ring: Ring | Ring8, device: str) -> int:
     """Returns how many columns of a row a decode step copies at once: all of them without the kernel.
 
-    The kernel of `models.live` runs on TPU, for rings of bfloat16 whose head width is a multiple of
-    128. It copies blocks of 128, 256 or 512 columns, as many as fit into a quarter of the 16 MiB that a
-    TPU's kernels get by default.
+    The kernel of `models.live` runs on TPU, for rings of bfloat16 or float8 whose head width is a
+    multiple of 128. It copies blocks of 128, 256 or 512 columns, as many as fit into a quarter of the
+    16 MiB that a TPU's kernels get by default.
     """
     heads, columns, width = ring.values.shape[-3:]
     fit = 2**22 // (4 * heads * width * ring.values.dtype.itemsize)  # Two of keys, two of values.
     size = columns & -columns  # The largest power of two that divides the columns.
     while size > min(fit, 512):
         size //= 2
-    supported = isinstance(ring, Ring) and ring.values.dtype == jnp.bfloat16 and width % 128 == 0
+    supported = ring.values.dtype in (jnp.bfloat16, jnp.float8_e4m3fn) and width % 128 == 0
     return size if device == "tpu" and supported and size >= 128 else columns
 
 
@@ -249,10 +239,24 @@ def _write(keys_BxKxMxHxW, k_BxKxH, column):
     return jax.lax.dynamic_update_slice(keys_BxKxMxHxW, k_BxKxH[:, :, None, :, None], at)
 
 
-def _attend(
-    q_BxNxH, keys_BxKxMxHxW, values_BxKxCxH, mask_BxC, on_cpu, k_scales=None, v_scales=None
+def _attend(q_BxNxH, ring, newest, live_B, device):
+    """Computes `Ring.attend`, by the kernel if it supports the ring."""
+    size = copied_columns(ring, device)
+    if size == ring.columns:
+        mask_BxC = _newest(newest, live_B, ring.columns)
+        return _attend_whole(q_BxNxH, mask_BxC, device == "cpu", *ring)
+    from drpo_jax.models.live import attend_live  # Importing Pallas takes a second.
+
+    b, n, h = q_BxNxH.shape
+    keys_BxKxMxHxW, *rest = ring
+    q = q_BxNxH.reshape(b, keys_BxKxMxHxW.shape[1], -1, h)
+    return attend_live(q, [keys_BxKxMxHxW[:, :, 0], *rest], newest, live_B, size).reshape(b, n, h)
+
+
+def _attend_whole(
+    q_BxNxH, mask_BxC, on_cpu, keys_BxKxMxHxW, values_BxKxCxH, k_scales=None, v_scales=None
 ):
-    """Computes attention of one query per row and head against the cache, [B, N, H].
+    """Computes attention of one query per row and head against all columns, [B, N, H].
 
     On CPU it multiplies and reduces, because XLA runs a batched matmul there as B·K tiny products.
     On other platforms it uses matmuls. Multiply and reduce would give the vector unit of a TPU G

@@ -31,6 +31,7 @@ from drpo_jax.models.grouped import (
     combine,
     combine_few,
     dispatch,
+    dispatch_few,
     make_layout,
     part_of,
     spread,
@@ -58,7 +59,7 @@ AXES = (
 # computed in further iterations (`_in_parts`). In the sampler, whose decode steps have few rows, they
 # are rounded up to a multiple of SAMPLER_PART_ROWS.
 ROOM, PART_ROWS, SAMPLER_PART_ROWS = 1.5, 2048, 256
-# Most rows in a part for which the sampler uses `combine_few`, except on CPU.
+# Most rows in a part for which the sampler uses `dispatch_few` and `combine_few`, except on CPU.
 FEW_ROWS = 2048
 RARE = "further_rows"  # Name of that loop, which normally runs zero iterations.
 
@@ -184,12 +185,12 @@ def _rows_of_experts(compute, kernel, shards, x_NxD, gates_Nxk, weights, values,
         sharded = _into_shards(ops, AXES[i].index("embed"), shards)
         return matmul(rows, weights[i], compute.matmul, sharded, values[i], *groups)
 
-    rows = dispatch(x_NxD, layout)
+    fewer = len(layout.source) <= FEW_ROWS and len(layout.source) < layout.row.size
+    few = compute.sampling and kernel != "blocked" and fewer
+    rows = (dispatch_few if few else dispatch)(x_NxD, layout)
     gates = spread(gates_Nxk, layout)[:, None].astype(rows.dtype)
     # The gates are applied where rows are narrowest, in a pass over them that is needed anyway.
     rows = jax.nn.silu(grouped(rows, 0)) * grouped(rows, 1) * gates
-    fewer = len(layout.source) <= FEW_ROWS and len(layout.source) < layout.row.size
-    few = compute.sampling and kernel != "blocked" and fewer
     return (combine_few if few else combine)(grouped(rows, 2), layout)
 
 

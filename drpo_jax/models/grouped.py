@@ -195,6 +195,14 @@ def dispatch(x_NxD: jax.Array, layout: Layout) -> jax.Array:
     return x.at[layout.source // layout.row.shape[1]].get(mode="clip")
 
 
+def dispatch_few(x_NxD: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the token of each row, [R, D], for the sampler; any token for padding rows.
+
+    Without the row of zeros, tokens are copied once less. `combine_few` ignores padding rows.
+    """
+    return x_NxD.at[layout.source // layout.row.shape[1]].get(mode="clip")
+
+
 @jax.custom_vjp
 def combine(y_RxD: jax.Array, layout: Layout) -> jax.Array:
     """Returns the sum of each token's rows, [N, D], in y's dtype. It is the transpose of `dispatch`."""

@@ -102,27 +102,28 @@ def _placed(axes, sampling):
     )
 
 
-def gather_rows(x: jax.Array, compute: Compute) -> jax.Array:
-    """Gathers the rows of an activation over `fsdp`, before a weight that the sampler splits over it.
+def gather_rows(x: jax.Array, compute: Compute, rows: str) -> jax.Array:
+    """Gathers the rows of an activation before a weight that the sampler splits over batch axes.
 
     Every device then computes its part of an MLP or of the vocabulary for the rows of all devices along
-    `fsdp`.
+    these axes.
 
     Args:
       x: [rows, ..., features].
       compute: how to compute. The learner gathers weights instead, so nothing changes there.
+      rows: how `SAMPLER_RULES` split the rows for the weight, "mlp_batch" or "vocab_batch".
 
     Returns:
       x, split over the other batch axes.
     """
-    if not _splits_weights(compute):
+    if not _splits_weights(compute, rows):
         return x
-    return constrain(x, "gathered_batch", *[None] * (x.ndim - 1), rules=SAMPLER_RULES)
+    return constrain(x, rows, *[None] * (x.ndim - 1), rules=SAMPLER_RULES)
 
 
-def scatter_rows(x: jax.Array, compute: Compute) -> jax.Array:
+def scatter_rows(x: jax.Array, compute: Compute, rows: str) -> jax.Array:
     """Splits the rows of an activation over all batch axes again; the inverse of `gather_rows`."""
-    if not _splits_weights(compute):
+    if not _splits_weights(compute, rows):
         return x
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
@@ -152,9 +153,11 @@ def split_columns(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "length", "heads", *rest)
 
 
-def _splits_weights(compute):
+def _splits_weights(compute, rows):
     mesh = jax.sharding.get_abstract_mesh()
-    return compute.sampling and not mesh.empty and mesh.shape["fsdp"] > 1
+    if mesh.empty or not compute.sampling:
+        return False
+    return any(mesh.shape[axis] > 1 for axis in BATCH_AXES if axis not in SAMPLER_RULES[rows])
 
 
 def look_up(table_VxD: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:

@@ -44,9 +44,9 @@ class MLP(nnx.Module):
         routes: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns y [..., D] and {}, in the form of `MoE`; `valid` and `routes` are not used."""
-        x = gather_rows(x, compute)
+        x = gather_rows(x, compute, "mlp_batch")
         y = jax.nn.silu(project(x, self.gate_proj, compute)) * project(x, self.up_proj, compute)
-        return scatter_rows(project(y, self.down_proj, compute), compute), {}
+        return scatter_rows(project(y, self.down_proj, compute), compute, "mlp_batch"), {}
 
 
 class MoE(nnx.Module):

@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array, compute: Compute = Compute()) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]."""
-        hidden = gather_rows(hidden, compute)
+        hidden = gather_rows(hidden, compute, "vocab_batch")
         weight = self.head_weight().astype(hidden.dtype)
         precision = dot_precision(hidden.dtype)
         return jnp.dot(hidden, weight, precision=precision, preferred_element_type=jnp.float32)
@@ -362,8 +362,9 @@ class Transformer(nnx.Module):
         return self._final(x), updated, jnp.stack(experts, axis=1)
 
     def _embed(self, tokens, compute):
-        x = look_up(self.embed[...], gather_rows(tokens, compute), compute.dtype)
-        x = scatter_rows(gather_rows(x, compute), compute)
+        rows = "vocab_batch"
+        x = look_up(self.embed[...], gather_rows(tokens, compute, rows), compute.dtype)
+        x = scatter_rows(gather_rows(x, compute, rows), compute, rows)
         return constrain(x, "batch", "length", "hidden") if x.ndim == 3 else x
 
 

@@ -42,11 +42,12 @@ GATHERED_RULES = RULES | {"embed": ()}
 # an axis that also splits the batch, the activations of a few tokens are gathered and their sums
 # scattered instead.
 SAMPLER_RULES = GATHERED_RULES | {
-    "vocab": ("fsdp", "tensor"),
+    "vocab": ("fsdp", "expert", "tensor"),
     "mlp": ("fsdp", "tensor"),
     "experts": ("fsdp", "expert"),
-    # The rows of activations whose features are split over fsdp, "mlp" or "vocab".
-    "gathered_batch": ("data", "expert"),
+    # The rows of activations whose features are split like "vocab" or "mlp".
+    "vocab_batch": ("data",),
+    "mlp_batch": ("data", "expert"),
 }
 
 # Rows split by columns, and their tokens in the order of the devices.

@@ -16,8 +16,8 @@ from drpo_jax.parallel import SAMPLER_RULES, partition_spec
 
 # The mesh axes that split the vocabulary, and the layouts of rows without and with it.
 VOCAB = SAMPLER_RULES["vocab"]
-ROWS = partition_spec(("gathered_batch",), rules=SAMPLER_RULES)
-WHOLE = partition_spec(("gathered_batch", "vocab"), rules=SAMPLER_RULES)
+ROWS = partition_spec(("vocab_batch",), rules=SAMPLER_RULES)
+WHOLE = partition_spec(("vocab_batch", "vocab"), rules=SAMPLER_RULES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ def test_specs_follow_the_table():
     )
     assert partition_spec(("batch", "length")) == P(("data", "fsdp", "expert"), "sequence")
     vocab = partition_spec(("vocab", "embed"), rules=SAMPLER_RULES)
-    assert vocab == P(("fsdp", "tensor"), None)
-    wide = partition_spec(("gathered_batch", "mlp"), rules=SAMPLER_RULES)
+    assert vocab == P(("fsdp", "expert", "tensor"), None)
+    wide = partition_spec(("mlp_batch", "mlp"), rules=SAMPLER_RULES)
     assert wide == P(("data", "expert"), ("fsdp", "tensor"))
 
 

@@ -178,7 +178,8 @@ def head_chunks(programs: Programs, micro_batch: int) -> int:
     columns = programs.update_shape[1] // mesh.shape["sequence"]
     columns = min(columns, config.sampler.max_response_length)
     tokens = micro_batch // batch_shards(mesh) * columns
-    chunk = chunk_tokens(config.model.vocab_size // mesh.shape["tensor"])
+    platform = mesh.devices.flat[0].platform
+    chunk = chunk_tokens(config.model.vocab_size // mesh.shape["tensor"], platform)
     return max(-(-tokens // chunk), 1)
 
 

@@ -32,16 +32,21 @@ from drpo_jax.objectives import OBJECTIVES, behavior_penalty, kl_penalty, table
 from drpo_jax.parallel import RULES, TOKEN_AXES
 from drpo_jax.precision import dot_precision
 
-# Logits per chunk and device; 2**26 float32 values are 256 MiB.
-LOGITS = 2**26
+# Logits per chunk and device; 2**28 float32 values are 1 GiB. Every chunk reads and writes the gradient
+# of the head, and with fewer tokens this takes a TPU or GPU longer than the matmul.
+LOGITS_ON_CPU, LOGITS = 2**26, 2**28
 
 
-def chunk_tokens(vocabulary: int) -> int:
+def chunk_tokens(vocabulary: int, device: str) -> int:
     """Tokens per chunk where a device holds `vocabulary` columns of the head.
 
     As many as produce `LOGITS` logits, but at least 512: a small vocabulary is not worth a loop.
+
+    Args:
+      vocabulary: number of columns.
+      device: platform of the devices.
     """
-    return max(LOGITS // vocabulary, 512)
+    return max((LOGITS_ON_CPU if device == "cpu" else LOGITS) // vocabulary, 512)
 
 
 class TokenTrace(NamedTuple):
@@ -166,6 +171,7 @@ def head_loss(
     objective: Callable,
     temperature: float = 1.0,
     chunk: int | None = None,
+    device: str = "cpu",
     entropy_bonus: float = 0.0,
     sum_squares: bool = False,
 ) -> tuple[jax.Array, TokenTrace]:
@@ -184,13 +190,14 @@ def head_loss(
       temperature: temperature of the sampling distribution, which divides the logits.
       chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
         values.
+      device: platform of the devices, on which the default of `chunk` depends.
       entropy_bonus: β.
       sum_squares: also compute Σπ² of each token.
 
     Returns:
       The loss, a float32 scalar with gradients for hidden and weight, and the TokenTrace.
     """
-    static = (objective, temperature, chunk, entropy_bonus, sum_squares)
+    static = (objective, temperature, chunk, device, entropy_bonus, sum_squares)
     return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(inputs)))
 
 
@@ -232,18 +239,18 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     """The head on one device: its tokens and its slice of the vocabulary.
 
     Args:
-      static: (objective, temperature, chunk, entropy_bonus, sum_squares), see `head_loss`.
+      static: (objective, temperature, chunk, device, entropy_bonus, sum_squares), see `head_loss`.
       gradient: compute gradients.
       mesh: the mesh of the enclosing `shard_map`; None without one.
 
     Returns:
       (loss of all devices, TokenTrace of the device's tokens, gradients for hidden and weight or None).
     """
-    objective, temperature, chunk, entropy_bonus, with_squares = static
+    objective, temperature, chunk, device, entropy_bonus, with_squares = static
     n, width = hidden_NxD.shape
     weight_DxV = weight_DxV.astype(hidden_NxD.dtype)
     vocabulary = _Slice(weight_DxV.shape[1], mesh is not None and mesh.shape["tensor"] > 1)
-    chunk = min(chunk or chunk_tokens(vocabulary.size), n)
+    chunk = min(chunk or chunk_tokens(vocabulary.size, device), n)
     order, expand = _compaction(token_weight != 0, chunk)
 
     def one_chunk(i, carry):

@@ -194,7 +194,8 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
         loss, trace = head_loss(
             *operands, *jax.tree.map(flatten_tokens, (targets, weight_PxT, inputs)),
             objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
-            entropy_bonus=settings.entropy_bonus, sum_squares=settings.sum_squares,
+            device=settings.compute.device(), entropy_bonus=settings.entropy_bonus,
+            sum_squares=settings.sum_squares,
         )  # fmt: skip
         return loss, jax.tree.map(lambda a: unflatten_tokens(a, weight_PxT.shape), trace)
 

@@ -18,6 +18,7 @@ from drpo_jax.parallel import (
     GATHERED_RULES,
     RULES,
     SAMPLER_RULES,
+    TOKEN_AXES,
     batch_shards,
     columns_are_split,
     constrain,
@@ -98,8 +99,31 @@ def _placed(axes, sampling):
     return DENSE._replace(
         dot=lambda x, w: DENSE.dot(x, placed(w)),
         dot_dx=lambda g, w: DENSE.dot_dx(g, placed(w)),
-        dot_dw=lambda x, g: constrain(DENSE.dot_dw(x, g), *axes),
+        dot_dw=lambda x, g: _sum_into_shards(x, g, axes),
     )
+
+
+def _sum_into_shards(x, g, axes):
+    """Returns the gradient of a weight from x [..., k] and g [..., n], summed over all devices' tokens.
+
+    Every device multiplies its own tokens, and the products are scattered over the shards. XLA would
+    compute the shards one after the other and read all activations for each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
+        return constrain(DENSE.dot_dw(x, g), *axes)
+
+    def local(x, g):
+        dw = DENSE.dot_dw(x, g)
+        if split := tuple(axis for axis in RULES["embed"] if mesh.shape[axis] > 1):
+            dw = jax.lax.psum_scatter(dw, split, scatter_dimension=axes.index("embed"), tiled=True)
+        return jax.lax.psum(dw, ("data", "expert"))
+
+    # Rows [B, T, …] are split by columns only as flat tokens.
+    rows = TOKEN_AXES, *[None] * (x.ndim - 2)
+    specs = tuple(P(*rows, features) for features in partition_spec(axes, rules=GATHERED_RULES))
+    shards = partition_spec(axes)
+    return jax.shard_map(local, in_specs=specs, out_specs=shards, check_vma=False)(x, g)
 
 
 def gather_rows(x: jax.Array, compute: Compute, rows: str) -> jax.Array:

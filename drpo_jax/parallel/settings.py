@@ -65,7 +65,10 @@ class SamplerMeshSettings:
         **OPERATIONAL,
     )
     expert: int = field(
-        0, "Devices that split the sampler's batch and the experts.", SAMPLER_SIZE, **OPERATIONAL
+        0,
+        "Devices that split the sampler's batch, and vocabulary and experts.",
+        SAMPLER_SIZE,
+        **OPERATIONAL,
     )
     tensor: int = field(
         0,

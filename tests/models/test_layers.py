@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,24 @@ def test_sharded_weights_have_the_codes_of_unsharded_ones(axes, sizes):
     for a, b in zip(ours, expected):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(b)))
     assert "all-gather" in text
+
+
+@pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2), LONG])
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
+def test_the_gradient_of_a_weight_is_scattered_over_its_shards(axes, sizes):
+    rng = np.random.default_rng(1)
+    x, g = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    w = rng.normal(size=(D, D)).astype(np.float32)
+
+    def gradient(w, x, g):
+        weight = partial(param, axes=axes, sync="quantize")
+        return jax.vjp(lambda w: project(x, weight(w), Compute("float32")), w)[1](g)[0]
+
+    columns = "batch", "length", None
+    ours = on_the_mesh(gradient, (w, axes), (x, columns), (g, columns), sizes=sizes)[0]
+    np.testing.assert_allclose(ours, np.einsum("bti,bto->io", x, g), rtol=1e-4, atol=1e-4)
+    shards = named_sharding(ours.sharding.mesh, axes)
+    assert ours.sharding.is_equivalent_to(shards, 2)
 
 
 @pytest.mark.parametrize("rotated", [4, 8])

@@ -189,7 +189,7 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
     module = Module(compiled.as_text(), program.trips, RARE)
     flops, sent = matmul_flops(module), collectives(module)
     traffic = memory_traffic(module, program.live)
-    needed = known["work"].model if known["work"] else 0.0
+    executed = known["work"].executed if known["work"] else 0.0
     skipping = module.skipping()
     idle = matmul_flops(skipping), memory_traffic(skipping), collectives(skipping)
     return Cost(
@@ -203,7 +203,7 @@ def _count(program, chip, dtype, arguments, known, compiled, compile_seconds):
         reported_flops=reported.get("flops", 0.0),
         traffic=traffic,
         collectives=sent,
-        seconds=_seconds(max(flops, needed), traffic, sent, chip, dtype),
+        seconds=_seconds(max(flops, executed), traffic, sent, chip, dtype),
         idle=_seconds(*idle, chip, dtype),
     )
 

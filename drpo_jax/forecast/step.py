@@ -157,7 +157,8 @@ def phase_seconds(
         cost = measured[name]
         passes = cost.program.calls / programs.updates_per_epoch
         return passes * sum(
-            batch_seconds(cost, layout, work_of(layout).model, programs, chip) for layout in layouts
+            batch_seconds(cost, layout, work_of(layout).executed, programs, chip)
+            for layout in layouts
         )
 
     def work(counted, layout):
@@ -174,20 +175,21 @@ def phase_seconds(
 
 
 def batch_seconds(
-    cost: Cost, layout: Layout, needed: float, programs: Programs, chip: Chip
+    cost: Cost, layout: Layout, executed: float, programs: Programs, chip: Chip
 ) -> float:
     """Returns the seconds of a learner's program on one mini-batch.
 
     Args:
       cost: the program's cost, in which every micro-batch is filled.
       layout: the mini-batch.
-      needed: FLOPs of the equations on all devices, for the sequences of the mini-batch.
+      executed: FLOPs of the equations on all devices, with recomputation, for the sequences of the
+        mini-batch.
     """
     peak = chip.peak(programs.config.compute.dtype)
     full = dict(cost.seconds) | {"compute": cost.flops / peak}
     share = filled(layout) / layout.micro_batches
     seconds = {name: cost.idle[name] + share * (full[name] - cost.idle[name]) for name in full}
-    return max(*seconds.values(), needed / (programs.mesh.size * peak))
+    return max(*seconds.values(), executed / (programs.mesh.size * peak))
 
 
 def decode_seconds(

@@ -4,15 +4,14 @@
 
 SmolLM2-135M-Instruct solves additions in its own words, at temperature 1, and learns from its
 responses with DRPO for a few rollouts, without FP8 and with two of its recipes (experiments/plan.md).
-For comparison, the learner scores a text twice, in rows of two widths.
---model: the directory that launch/smollm2.sh creates. Writes each finished recipe to
-experiments/results/language_model.json, does not repeat it, and prints the table. Delete the file to
-measure again.
+For comparison, the learner scores `TEXT` twice, in rows of two widths.
+--model: the directory that launch/smollm2.sh creates. Writes each recipe to
+experiments/results/language_model.json when it is finished, skips those that are already there, and
+prints the table. Delete the file to measure again.
 """
 
 import json
 import math
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 
 from drpo_jax import config as C
@@ -36,7 +36,13 @@ MODEL = flags.DEFINE_string("model", "models/smollm2-135m", "Directory of the co
 RESULTS = Path(__file__).parent / "results" / "language_model.json"
 RECIPES = "none", "rollout", "e2e"
 STEPS = 3
-TOKENS = 64  # That the learner scores twice.
+TEXT = """
+The policy is updated several times on one rollout, so its probabilities drift away from those
+that the tokens were drawn with. A trust region limits this drift. If the sampler rounds its
+weights to eight bits, its probabilities differ from those of the learner before any update has
+been made, and a limit on the difference no longer measures the drift alone.
+"""
+TOKENS = 64  # The learner scores this many of TEXT.
 FIELDS = {
     "data.digits": 1,
     "data.system": "",  # The template's own message, with which the model was trained.
@@ -55,7 +61,8 @@ FIELDS = {
     "evaluate.problems": 8,  # Fewer than the hundred that exist; none is evaluated.
     "log.mismatch_every": 1,
 }
-# Means over the rollouts. A share of a share may be undefined in a rollout without such tokens.
+# Means over the rollouts; "of these before" is a share of the tokens beyond the boundary in all of them.
+# It is undefined in a rollout without such tokens.
 COLUMNS = {
     "response/length": "length",
     "policy/tail": "µ ≤ 0.01",
@@ -86,7 +93,7 @@ def measure(recipe: str, model: str) -> dict[str, list[float | None]]:
 
 
 def learner_difference(recipe: str, model: str) -> float:
-    """Returns the mean |Δ log p| of two of the learner's programs, for the first tokens of this module.
+    """Returns the mean |Δ log p| of two of the learner's programs, for the first `TOKENS` of `TEXT`.
 
     Both compute the same function of the same weights and tokens in float32. The second one has padding
     after them.
@@ -97,7 +104,7 @@ def learner_difference(recipe: str, model: str) -> float:
         run = Run.create(C.resolve(config), Path(workdir))
         policy = initial_model(run)
     compute = Compute(dtype=config.compute.dtype, matmul=get_recipe(recipe).learner)
-    tokens = jnp.array([run.tokenizer.encode(str(__doc__))[:TOKENS]])
+    tokens = jnp.array([run.tokenizer.encode(TEXT)[:TOKENS]])
 
     @jax.jit
     def score(policy, tokens):
@@ -115,8 +122,11 @@ def table(content: dict[str, Any]) -> str:
     for recipe, rows in content["recipes"].items():
         cells = [f"`{recipe}`"]
         for name in COLUMNS:
-            values = [value for value in rows[name] if value is not None]
-            cells.append(f"{statistics.fmean(values):.3g}" if values else "–")
+            values, weights = np.array(rows[name], float), np.ones(STEPS)
+            if name == "mismatch/diverged_before":
+                weights = np.multiply(rows["mismatch/diverged"], rows["response/length"])
+            known = np.isfinite(values)
+            cells.append(f"{np.average(values[known], weights=weights[known]):.3g}")
         lines.append(" | ".join([*cells, f"{content['learner'][recipe]:.3g}"]))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -125,16 +135,17 @@ def main(_: Any) -> None:
     use_compilation_cache("auto")
     return_compilation_memory()
     logging.set_verbosity(logging.WARNING)
+    inputs = {"fields": FIELDS, "steps": STEPS, "text": TEXT, "tokens": TOKENS}
     content: dict[str, Any] = {
         "command": "python -m experiments.language_model",
         "environment": recorded_environment(),
-        "fields": FIELDS,
+        **inputs,
         "recipes": {},
         "learner": {},
     }
     if RESULTS.exists():
         stored = json.loads(RESULTS.read_text())
-        if stored["fields"] != FIELDS:
+        if any(stored[name] != value for name, value in inputs.items()):
             sys.exit(f"{RESULTS} has results of other fields; move it away to measure again")
         content = stored
     for recipe in RECIPES:

@@ -23,6 +23,6 @@ if [[ ! -f "$MODEL/tokenizer.json" ]]; then  # The conversion writes this file l
   rm -rf "$download"
 fi
 
-[[ "${1:-}" != --prepare ]] || exit 0
+if [[ "${1:-}" == --prepare ]]; then exit; fi
 exec python -m drpo_jax train --config=configs/smollm2_135m.py --config.model.path="$MODEL" \
   --workdir="${WORKDIR:-runs/smollm2}" "$@"

@@ -119,8 +119,8 @@ def out_of_memory(message: str) -> float | None:
     return None
 
 
-# The first operand of `models.live`'s kernel that is a part of a ring; queries and integers precede it.
-_RING = 4
+# Operands of `models.live`'s kernel before the ring: five arrays of integers, and the queries.
+_RING = 6
 # Instructions without memory traffic of their own.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",

@@ -32,8 +32,8 @@ from drpo_jax.objectives import OBJECTIVES, behavior_penalty, kl_penalty, table
 from drpo_jax.parallel import RULES, TOKEN_AXES
 from drpo_jax.precision import dot_precision
 
-# Logits per chunk and device; 2**28 float32 values are 1 GiB. Every chunk reads and writes the gradient
-# of the head, and with fewer tokens this takes a TPU or GPU longer than the matmul.
+# Logits per chunk and device; 2**28 float32 values are 1 GiB. Every chunk reads and writes the float32
+# gradient of the head. With few tokens per chunk, that takes a TPU or GPU longer than its matmul.
 LOGITS_ON_CPU, LOGITS = 2**26, 2**28
 
 
@@ -171,7 +171,6 @@ def head_loss(
     objective: Callable,
     temperature: float = 1.0,
     chunk: int | None = None,
-    device: str = "cpu",
     entropy_bonus: float = 0.0,
     sum_squares: bool = False,
 ) -> tuple[jax.Array, TokenTrace]:
@@ -188,16 +187,15 @@ def head_loss(
       objective: (logp, **inputs) → (J, c, w) elementwise, such as `policy(...)`, `likelihood`,
         `precomputed`.
       temperature: temperature of the sampling distribution, which divides the logits.
-      chunk: tokens per chunk; None: see `chunk_tokens`. Peak memory is a few times chunk · vocab float32
-        values.
-      device: platform of the devices, on which the default of `chunk` depends.
+      chunk: tokens per chunk; None: that of `chunk_tokens` on CPU. Peak memory is a few times
+        chunk · vocab float32 values.
       entropy_bonus: β.
       sum_squares: also compute Σπ² of each token.
 
     Returns:
       The loss, a float32 scalar with gradients for hidden and weight, and the TokenTrace.
     """
-    static = (objective, temperature, chunk, device, entropy_bonus, sum_squares)
+    static = (objective, temperature, chunk, entropy_bonus, sum_squares)
     return _head_loss(static, hidden_NxD, weight_DxV, (targets_N, token_weight_N, dict(inputs)))
 
 
@@ -239,18 +237,18 @@ def _local_pass(static, gradient, mesh, hidden_NxD, weight_DxV, targets, token_w
     """The head on one device: its tokens and its slice of the vocabulary.
 
     Args:
-      static: (objective, temperature, chunk, device, entropy_bonus, sum_squares), see `head_loss`.
+      static: (objective, temperature, chunk, entropy_bonus, sum_squares), see `head_loss`.
       gradient: compute gradients.
       mesh: the mesh of the enclosing `shard_map`; None without one.
 
     Returns:
       (loss of all devices, TokenTrace of the device's tokens, gradients for hidden and weight or None).
     """
-    objective, temperature, chunk, device, entropy_bonus, with_squares = static
+    objective, temperature, chunk, entropy_bonus, with_squares = static
     n, width = hidden_NxD.shape
     weight_DxV = weight_DxV.astype(hidden_NxD.dtype)
     vocabulary = _Slice(weight_DxV.shape[1], mesh is not None and mesh.shape["tensor"] > 1)
-    chunk = min(chunk or chunk_tokens(vocabulary.size, device), n)
+    chunk = min(chunk or chunk_tokens(vocabulary.size, "cpu"), n)
     order, expand = _compaction(token_weight != 0, chunk)
 
     def one_chunk(i, carry):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drpo_jax.learner.head import TokenTrace, head_loss, likelihood, precomputed
+from drpo_jax.learner.head import TokenTrace, chunk_tokens, head_loss, likelihood, precomputed
 from drpo_jax.learner.state import Batch, TrainState
 from drpo_jax.models import Compute, Transformer, router_metrics
 from drpo_jax.objectives import token_weights
@@ -189,13 +189,15 @@ def _micro_loss(model, batch, weight_PxT, share, settings):
     )
     operands = flatten_tokens(out.hidden), model.head_weight()
     targets = jnp.roll(batch.tokens, -1, axis=1)  # position t predicts token t + 1
+    mesh = jax.sharding.get_abstract_mesh()
+    columns = operands[1].shape[1] // (1 if mesh.empty else mesh.shape["tensor"])
+    chunk = settings.head_chunk or chunk_tokens(columns, settings.compute.device())
 
     def loss_of(objective, operands, weight_PxT, inputs):
         loss, trace = head_loss(
             *operands, *jax.tree.map(flatten_tokens, (targets, weight_PxT, inputs)),
-            objective=objective, temperature=settings.temperature, chunk=settings.head_chunk,
-            device=settings.compute.device(), entropy_bonus=settings.entropy_bonus,
-            sum_squares=settings.sum_squares,
+            objective=objective, temperature=settings.temperature, chunk=chunk,
+            entropy_bonus=settings.entropy_bonus, sum_squares=settings.sum_squares,
         )  # fmt: skip
         return loss, jax.tree.map(lambda a: unflatten_tokens(a, weight_PxT.shape), trace)
 

@@ -196,9 +196,10 @@ def dispatch(x_NxD: jax.Array, layout: Layout) -> jax.Array:
 
 
 def dispatch_few(x_NxD: jax.Array, layout: Layout) -> jax.Array:
-    """Returns the token of each row, [R, D], for the sampler; any token for padding rows.
+    """Returns the token of each row, [R, D], for the sampler; the last token for padding rows.
 
-    Without the row of zeros, tokens are copied once less. `combine_few` ignores padding rows.
+    It saves the copy of all tokens that `dispatch` makes to append a row of zeros. `combine_few` ignores
+    padding rows.
     """
     return x_NxD.at[layout.source // layout.row.shape[1]].get(mode="clip")
 

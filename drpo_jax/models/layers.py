@@ -110,7 +110,7 @@ def _sum_into_shards(x, g, axes):
     compute the shards one after the other and read all activations for each of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
+    if mesh.empty or mesh.size == 1 or x.shape[0] % (mesh.size // mesh.shape["tensor"]):
         return constrain(DENSE.dot_dw(x, g), *axes)
 
     def local(x, g):
@@ -119,7 +119,7 @@ def _sum_into_shards(x, g, axes):
             dw = jax.lax.psum_scatter(dw, split, scatter_dimension=axes.index("embed"), tiled=True)
         return jax.lax.psum(dw, ("data", "expert"))
 
-    # Rows [B, T, …] are split by columns only as flat tokens.
+    # Where the mesh splits columns, x and g are flat tokens.
     rows = TOKEN_AXES, *[None] * (x.ndim - 2)
     specs = tuple(P(*rows, features) for features in partition_spec(axes, rules=GATHERED_RULES))
     shards = partition_spec(axes)

@@ -1,15 +1,17 @@
 """Attention of a decode step over the live columns of a ring of `models.cache`: a Pallas kernel for TPU.
 
 XLA's attention reads all columns of a ring and masks those that a row may not see. This kernel copies
-only the blocks that hold the tokens of a row, two at a time, and keeps a running softmax. A row of n
-tokens lies in at most ⌈n / S⌉ + 1 blocks of S columns.
+only the blocks that hold the tokens of a row, and keeps a running softmax. A row of n tokens lies in at
+most ⌈n / S⌉ + 1 blocks of S columns. Many copies are in flight at once, because one takes longer to
+arrive than its bytes take at the bandwidth of the memory.
 
 Importing this module takes a second, because it imports Pallas.
 
 Axis letters: B slots, K key/value heads, G query heads per key/value head, H head width, C columns, S
-columns of a block.
+columns of a block, N blocks of all rows.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,6 +23,11 @@ from jax.sharding import PartitionSpec as P
 
 from drpo_jax.models.flash import LIVE_KERNEL, MASKED
 from drpo_jax.parallel import BATCH_AXES
+from drpo_jax.precision import dot_precision
+
+# Bytes of all buffers, a quarter of what a TPU's kernels get by default, unless two blocks take more;
+# and the most buffers.
+BUFFER_BYTES, MOST_BUFFERS = 2**22, 16
 
 
 def attend_live(
@@ -55,26 +62,33 @@ def attend_live(
 
 
 def _attend_live(q_BxKxGxH, ring, newest, live_B, *, size):
-    b, k, g, h = q_BxKxGxH.shape
-    extent = partial(_extent, newest, size=size, columns=ring[1].shape[2])
-    counts_B = extent(live_B)[1]
+    (b, k, g, h), columns = q_BxKxGxH.shape, ring[1].shape[2]
+    first_B, counts_B = _extent(newest, live_B, size, columns)
+    # All blocks of all rows in order: where each row's begin, and the row and first column of each.
+    begun = jnp.append(0, jnp.cumsum(counts_B))
+    block_N = jnp.arange(b * columns // size)
+    row_N = jnp.minimum(jnp.searchsorted(begun[1:], block_N, side="right"), b - 1)
+    start_N = (first_B[row_N] + block_N - begun[row_N]) % (columns // size) * size
     row = pl.BlockSpec((1, k, g, h), lambda i, *_: (i, 0, 0, 0))
-    blocks = (k, h, size), (k, size, h), (k, size), (k, size)
-    buffers = [pltpu.VMEM((2, *block), x.dtype) for block, x in zip(blocks, ring)]
+    shapes = [(k, h, size), (k, size, h), (k, size), (k, size)][: len(ring)]
+    block_bytes = sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, ring))
+    depth = min(max(BUFFER_BYTES // block_bytes, 2), MOST_BUFFERS)
+    buffers = [pltpu.VMEM((depth, *shape), x.dtype) for shape, x in zip(shapes, ring)]
+    scalars = [x.astype(jnp.int32) for x in (newest.reshape(1), live_B, begun, row_N, start_N)]
     return pl.pallas_call(
         partial(_kernel, size=size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(b,),
             in_specs=[row, *[pl.BlockSpec(memory_space=pl.ANY) for _ in ring]],
             out_specs=row,
-            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(ring)))],
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((depth, len(ring)))],
         ),
-        # A row begins the first copy of the next one, so rows must run in order on one core.
+        # A row begins copies for the next ones, so rows must run in order on one core.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         out_shape=jax.ShapeDtypeStruct(q_BxKxGxH.shape, q_BxKxGxH.dtype),
         name=LIVE_KERNEL,
-    )(newest.reshape(1), live_B, jnp.cumsum(counts_B) - counts_B, q_BxKxGxH, *ring)
+    )(*scalars, q_BxKxGxH, *ring)
 
 
 def _extent(newest, live, size, columns):
@@ -85,51 +99,44 @@ def _extent(newest, live, size, columns):
     return oldest // size, jnp.where(live > 0, jnp.minimum(blocks, columns // size), 0)
 
 
-def _kernel(newest, live, begun, q_ref, *refs, size):
-    """Computes one row. The copy of the next row's first block begins before the row ends.
+def _kernel(newest, live, begun, row_of, start_of, q_ref, *refs, size):
+    """Computes one row.
 
-    `begun` has the number of blocks of the rows before each row. The two buffers take turns over all
-    blocks of all rows.
+    The buffers take turns over all blocks of all rows. While one is computed, the copies of the next
+    ones are under way, whichever rows these belong to.
     """
     *refs, semaphores = refs
     n = len(refs) // 2
     ring, out_ref, buffers = refs[:n], refs[n], refs[n + 1 :]
-    rows, columns = ring[1].shape[0], ring[1].shape[2]
     row, newest, (k, g, h) = pl.program_id(0), newest[0], q_ref.shape[1:]
+    columns, depth, last = ring[1].shape[2], semaphores.shape[0], begun[begun.shape[0] - 1]
 
-    def extent(at):
-        return _extent(newest, live[jnp.clip(at, 0, rows - 1)], size, columns)
-
-    def start_of(at, i):
-        block = jax.lax.rem(extent(at)[0] + i, columns // size)
-        return pl.multiple_of(block * size, size)
-
-    def copies(at, i):
-        part, place = pl.ds(start_of(at, i), size), jax.lax.rem(begun[at] + i, 2)
-        blocks = [x.at[at, :, part] for x in ring]
-        blocks[0] = ring[0].at[at, :, :, part]
+    def copies(block):
+        at, place = row_of[block], jax.lax.rem(block, depth)
+        part = pl.ds(pl.multiple_of(start_of[block], size), size)
+        parts = [ring[0].at[at, :, :, part], *(x.at[at, :, part] for x in ring[1:])]
         return [
-            pltpu.make_async_copy(block, buffer.at[place], semaphores.at[place, i])
-            for i, (block, buffer) in enumerate(zip(blocks, buffers))
+            pltpu.make_async_copy(source, buffer.at[place], semaphores.at[place, i])
+            for i, (source, buffer) in enumerate(zip(parts, buffers))
         ]
 
-    def begin(at, i):
-        for copy in copies(at, i):
+    def begin(block):
+        for copy in copies(block):
             copy.start()
 
-    count = extent(row)[1]
-    continues = (row + 1 < rows) & (extent(row + 1)[1] > 0)
-    # The row before has begun the first copy, if it has any block itself.
-    pl.when((count > 0) & ((row == 0) | (extent(row - 1)[1] == 0)))(lambda: begin(row, 0))
+    @pl.when(row == 0)
+    def _():
+        first = jnp.minimum(depth - 1, last)
+        jax.lax.fori_loop(0, first, lambda block, _: begin(block), None)
 
-    def step(i, carry):
-        pl.when(i + 1 < count)(lambda: begin(row, i + 1))
-        pl.when((i + 1 == count) & continues)(lambda: begin(row + 1, 0))
-        for copy in copies(row, i):
+    def step(block, carry):
+        ahead = block + depth - 1
+        pl.when(ahead < last)(lambda: begin(ahead))
+        for copy in copies(block):
             copy.wait()
-        age = newest - start_of(row, i) - jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        age = newest - start_of[block] - jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         seen = jax.lax.rem(age + columns, columns) < live[row]
-        place = jax.lax.rem(begun[row] + i, 2)
+        place = jax.lax.rem(block, depth)
         k_KxHxS, v_KxSxH, *scales = (buffer.at[place] for buffer in buffers)
         return tuple(
             _attend_block(
@@ -143,7 +150,8 @@ def _kernel(newest, live, begun, q_ref, *refs, size):
         jnp.full((g, 1), MASKED, jnp.float32), jnp.zeros((g, 1), jnp.float32),
         jnp.zeros((g, h), jnp.float32),
     )  # fmt: skip
-    for head, (_, total, out) in enumerate(jax.lax.fori_loop(0, count, step, (empty,) * k)):
+    heads = jax.lax.fori_loop(begun[row], begun[row + 1], step, (empty,) * k)
+    for head, (_, total, out) in enumerate(heads):
         out_ref[0, head] = (out / jnp.maximum(total, 1e-30)).astype(out_ref.dtype)
 
 
@@ -151,10 +159,11 @@ def _attend_block(q_GxH, k_HxS, v_SxH, seen_1xS, scales, peak_Gx1, total_Gx1, ou
     """Returns the running softmax (peak, sum and unnormalized output) after another block.
 
     Args:
-      scales: of the keys and of the values, each [1, S]; empty if these are no codes.
+      scales: of the keys and of the values, each [1, S]; empty unless they are codes.
     """
     dtype = q_GxH.dtype
-    scores = jnp.dot(q_GxH, k_HxS.astype(dtype), preferred_element_type=jnp.float32)
+    dot = partial(jnp.dot, precision=dot_precision(dtype), preferred_element_type=jnp.float32)
+    scores = dot(q_GxH, k_HxS.astype(dtype))
     scores *= q_GxH.shape[-1] ** -0.5
     if scales:
         scores *= scales[0]
@@ -164,5 +173,5 @@ def _attend_block(q_GxH, k_HxS, v_SxH, seen_1xS, scales, peak_Gx1, total_Gx1, ou
     total = decay * total_Gx1 + jnp.sum(probs, axis=-1, keepdims=True)
     if scales:
         probs *= scales[1]
-    y = jnp.dot(probs.astype(dtype), v_SxH.astype(dtype), preferred_element_type=jnp.float32)
+    y = dot(probs.astype(dtype), v_SxH.astype(dtype))
     return peak, total, decay * out_GxH + y

@@ -46,8 +46,8 @@ SAMPLER_SIZE = Range("0 or more, or -1 for the rest", lambda x: x >= -1)
 class SamplerMeshSettings:
     """The section `sampler_mesh`: how the sampler divides the same devices.
 
-    0 stands for one device. If all fields are 0, the sampler splits batch, experts and heads as the
-    learner does, with `mesh.fsdp` and `mesh.sequence` joined to `data`.
+    0 stands for one device. If all fields are 0, this is the learner's mesh, with `mesh.fsdp` and
+    `mesh.sequence` joined to `data`.
     """
 
     data: int = field(
@@ -66,7 +66,8 @@ class SamplerMeshSettings:
     )
     expert: int = field(
         0,
-        "Devices that split the sampler's batch, and vocabulary and experts.",
+        "Devices that split the sampler's batch, vocabulary and experts; tokens are gathered instead of "
+        "weights.",
         SAMPLER_SIZE,
         **OPERATIONAL,
     )

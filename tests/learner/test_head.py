@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from drpo_jax.learner import head_loss, likelihood, policy
-from drpo_jax.learner.head import precomputed
+from drpo_jax.learner.head import chunk_tokens, precomputed
 from drpo_jax.objectives import OBJECTIVES, gradient_weight, policy_objective, table
 from drpo_jax.parallel import BATCH_AXES, make_mesh
 
@@ -403,3 +403,8 @@ def test_head_and_custom_vjp_share_one_coefficient(monkeypatch):
         np.testing.assert_allclose(through_vjp, coefficient, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after[0], 2 * before[0] + 0.25, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(after[2] - before[2]) > 0.1 * np.linalg.norm(before[2])
+
+
+def test_chunks_are_larger_where_the_gradient_of_the_head_is_slow_to_move():
+    assert chunk_tokens(151_936, "cpu") == 512 and chunk_tokens(32, "cpu") == 2**26 // 32
+    assert chunk_tokens(151_936, "tpu") == chunk_tokens(151_936, "gpu") == 2**28 // 151_936

@@ -49,7 +49,7 @@ def test_gradient_of_the_embedding(sizes):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [SIZES, LONG])
+@pytest.mark.parametrize("sizes", [SIZES, dict(data=2, fsdp=2, expert=2), LONG])
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")])
 def test_sharded_weights_have_the_codes_of_unsharded_ones(axes, sizes):
     """The shards, 48 and 96 wide, do not align with the blocks of 128."""
@@ -83,10 +83,11 @@ def test_the_gradient_of_a_weight_is_scattered_over_its_shards(axes, sizes):
         return jax.vjp(lambda w: project(x, weight(w), Compute("float32")), w)[1](g)[0]
 
     columns = "batch", "length", None
-    ours = on_the_mesh(gradient, (w, axes), (x, columns), (g, columns), sizes=sizes)[0]
+    ours, text = on_the_mesh(gradient, (w, axes), (x, columns), (g, columns), sizes=sizes)
     np.testing.assert_allclose(ours, np.einsum("bti,bto->io", x, g), rtol=1e-4, atol=1e-4)
     shards = named_sharding(ours.sharding.mesh, axes)
     assert ours.sharding.is_equivalent_to(shards, 2)
+    assert "reduce-scatter" in text
 
 
 @pytest.mark.parametrize("rotated", [4, 8])

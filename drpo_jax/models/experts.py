@@ -45,7 +45,14 @@ from drpo_jax.parallel import (
     constrain,
     partition_spec,
 )
-from drpo_jax.precision import Ops, Quantized, dequantize, matmul, weight_values
+from drpo_jax.precision import (
+    Ops,
+    Quantized,
+    activation_values,
+    dequantize,
+    matmul,
+    weight_values,
+)
 
 # Logical axes of the experts' gate_proj, up_proj and down_proj.
 AXES = (
@@ -82,6 +89,9 @@ def run_experts(
     a device's slice ends. They are passed twice: as values gathered over `fsdp` and `sequence`, which
     the matmuls use in both passes, and as shards, into which the gradient is summed.
 
+    The sampler, which needs no gradient, rounds each token for gate_proj and up_proj before it is copied
+    into the rows of its experts.
+
     Args:
       x: [N, D].
       gates: float32 [N, k].
@@ -94,6 +104,8 @@ def run_experts(
       [N, D] in x's dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if _rounds_tokens(compute):
+        x = activation_values(x, compute.matmul)
     if mesh.empty or mesh.size == 1:
         return _local_experts(x, gates, experts, weights, num_experts, compute)
     stored, used = (SAMPLER_RULES,) * 2 if compute.sampling else (RULES, GATHERED_RULES)
@@ -116,6 +128,11 @@ def run_experts(
     return jax.shard_map(
         body, in_specs=(tokens, tokens, tokens, *specs), out_specs=tokens, check_vma=False
     )(x, gates, experts, dense, values)
+
+
+def _rounds_tokens(compute):
+    """Whether tokens are rounded instead of the rows of experts, where both give the same values."""
+    return compute.sampling and compute.matmul.tile is not None
 
 
 def _values(weights, compute, dtype):
@@ -180,10 +197,13 @@ def _rows_of_experts(compute, kernel, shards, x_NxD, gates_Nxk, weights, values,
         groups = layout.block_expert, layout.blocks, layout.group_sizes
 
     def grouped(rows, i):
+        recipe = compute.matmul
+        if i < 2 and _rounds_tokens(compute):
+            recipe = dataclasses.replace(recipe, activation=None)
         if values is None:
-            return matmul(rows, weights[i], compute.matmul, ops, *groups)
+            return matmul(rows, weights[i], recipe, ops, *groups)
         sharded = _into_shards(ops, AXES[i].index("embed"), shards)
-        return matmul(rows, weights[i], compute.matmul, sharded, values[i], *groups)
+        return matmul(rows, weights[i], recipe, sharded, values[i], *groups)
 
     fewer = len(layout.source) <= FEW_ROWS and len(layout.source) < layout.row.size
     few = compute.sampling and kernel != "blocked" and fewer

@@ -12,6 +12,7 @@ from drpo_jax.precision.float8 import Quantized, dequantize, fake_quantize, quan
 from drpo_jax.precision.matmul import (
     DENSE,
     Ops,
+    activation_values,
     dot_precision,
     matmul,
     quantize_weight,
@@ -27,6 +28,7 @@ __all__ = [
     "MatmulRecipe",
     "Quantized",
     "Recipe",
+    "activation_values",
     "dequantize",
     "dot_precision",
     "fake_quantize",

@@ -128,6 +128,12 @@ def weight_values(w: jax.Array, recipe: MatmulRecipe, dtype: DTypeLike) -> jax.A
     )
 
 
+def activation_values(x: jax.Array, recipe: MatmulRecipe) -> jax.Array:
+    """The values of x [..., K] that the forward pass of a simulated matmul multiplies, in x's dtype."""
+    recipe = dataclasses.replace(recipe, native=False)
+    return _operand(recipe, x.dtype, x, recipe.activation, recipe.tile)
+
+
 def quantize_weight(w: jax.Array, recipe: MatmulRecipe) -> jax.Array | Quantized:
     """Quantizes w [..., K, N] by `recipe`. Returns w itself if the recipe does not quantize weights."""
     if recipe.weight is None:

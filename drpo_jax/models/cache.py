@@ -34,6 +34,10 @@ from drpo_jax.models.settings import ModelConfig
 from drpo_jax.parallel.axes import LogicalAxes
 from drpo_jax.precision import dot_precision, quantize
 
+# Bytes of all buffers of the kernel of `models.live`: a quarter of the 16 MiB that a TPU's kernels get
+# by default.
+BUFFER_BYTES = 2**22
+
 
 class KV(NamedTuple):
     """Keys and values of one layer for prompts, each [B, S, K, H]."""
@@ -199,11 +203,11 @@ def copied_columns(ring: Ring | Ring8, device: str) -> int:
     """Returns how many columns of a row a decode step copies at once: all of them without the kernel.
 
     The kernel of `models.live` runs on TPU, for rings of bfloat16 or float8 whose head width is a
-    multiple of 128. It copies blocks of 128, 256 or 512 columns, as many as fit into a quarter of the
-    16 MiB that a TPU's kernels get by default.
+    multiple of 128. It copies blocks of 128, 256 or 512 columns, as many as fit into `BUFFER_BYTES`.
     """
     heads, columns, width = ring.values.shape[-3:]
-    fit = 2**22 // (4 * heads * width * ring.values.dtype.itemsize)  # Two of keys, two of values.
+    # Two blocks of keys and two of values.
+    fit = BUFFER_BYTES // (4 * heads * width * ring.values.dtype.itemsize)
     size = columns & -columns  # The largest power of two that divides the columns.
     while size > min(fit, 512):
         size //= 2

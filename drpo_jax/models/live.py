@@ -21,13 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from drpo_jax.models.cache import BUFFER_BYTES
 from drpo_jax.models.flash import LIVE_KERNEL, MASKED
 from drpo_jax.parallel import BATCH_AXES
 from drpo_jax.precision import dot_precision
 
-# Bytes of all buffers, a quarter of what a TPU's kernels get by default, unless two blocks take more;
-# and the most buffers.
-BUFFER_BYTES, MOST_BUFFERS = 2**22, 16
+MOST_BUFFERS = 16
 
 
 def attend_live(
